@@ -1,0 +1,31 @@
+# Two commands set everything up: `make demo` and `make test`. Each makes .venv if there is none.
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/ready
+	$(VENV)/bin/riskpo train $(ARGS)
+
+test: $(VENV)/ready lint
+	$(PY) -m pytest --benchmark-disable $(ARGS)
+	$(PY) -m tools.compile_check
+
+lint: $(VENV)/ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+bench: $(VENV)/ready
+	$(PY) -m benchmarks $(ARGS)
+
+$(VENV)/ready: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip setuptools wheel
+	$(PY) -m pip install --quiet -c constraints.txt torch
+	$(PY) -m pip install --quiet -c constraints.txt -e ".[train,test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

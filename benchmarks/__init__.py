@@ -1,0 +1,1 @@
+"""Benchmarks: one module per op, one harness, one command (`python -m benchmarks`)."""

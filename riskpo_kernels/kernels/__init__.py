@@ -1,0 +1,1 @@
+"""The Triton kernels. Importing this package's modules needs Triton; nothing else here does."""

@@ -1,0 +1,65 @@
+"""Decides once, before Triton is imported, whether kernels run on a GPU or in the interpreter."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read by Triton at its first import
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for a hub fails at once
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import importlib.util  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """Uninitialised memory holds NaN under test, so an element nobody wrote cannot pass."""
+
+    def poison(make):
+        def poisoned(*args, **kwargs):
+            x = make(*args, **kwargs)
+            return x.fill_(float("nan")) if x.is_floating_point() and not x.is_meta else x
+
+        return poisoned
+
+    monkeypatch.setattr(torch, "empty", poison(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+
+
+@pytest.fixture
+def device():
+    return torch.device(DEVICE)
+
+
+@pytest.fixture
+def shared_data():
+    """Folder of real problems and labelled model answers; they are not part of the repository."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("the folder of real data is not beside this checkout")
+    return SHARED_DATA
+
+
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

@@ -5,5 +5,29 @@ benchmark of riskpo_kernels compares with it.
 """
 
 from riskpo_kernels.reference.logprob import TokenLogProbs, linear_logprob, logits_logprob
+from riskpo_kernels.reference.risk import (
+    MonitorRisk,
+    QuantileTracker,
+    bundle_scores,
+    cvar,
+    mvar,
+    mvar_advantage,
+    official_monitor,
+    pass_at_k,
+    rvar,
+)
 
-__all__ = ["TokenLogProbs", "linear_logprob", "logits_logprob"]
+__all__ = [
+    "MonitorRisk",
+    "QuantileTracker",
+    "TokenLogProbs",
+    "bundle_scores",
+    "cvar",
+    "linear_logprob",
+    "logits_logprob",
+    "mvar",
+    "mvar_advantage",
+    "official_monitor",
+    "pass_at_k",
+    "rvar",
+]

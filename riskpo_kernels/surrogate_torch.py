@@ -1,0 +1,98 @@
+"""The one pass of clipped_surrogate on torch tensors; memory O(N), any device.
+
+The equations stand in riskpo_kernels.reference.surrogate. The slope of the loss at token t is
+weight_t df/dx_t for both kinds of ratio: with the sequence ratio, a token's share 1 / length in x
+cancels against the length terms that x enters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from riskpo_kernels.reference import formulas
+from riskpo_kernels.reference.surrogate import BOUND, KL, Sequences
+from riskpo_kernels.surrogate_checks import Options
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Everything the pass reads beside logprob and entropy; nothing here gets a gradient."""
+
+    old: torch.Tensor  # [N]
+    advantage: torch.Tensor  # [S] or [N], times the correction
+    advantage_per_token: bool
+    ref: torch.Tensor | None  # [N]
+    mask: torch.Tensor | None  # [N]
+    cu_seqlens: torch.Tensor  # [S + 1]
+    clip: tuple[float, float, float]  # lower, upper, dual: bounds of the ratio
+    options: Options
+
+
+class Sums(NamedTuple):
+    """0-d sums over the counted tokens; from `units` on over the ratio's units, which are tokens
+    or sequences."""
+
+    loss: torch.Tensor
+    tokens: torch.Tensor
+    kl: torch.Tensor
+    entropy: torch.Tensor
+    zero: torch.Tensor  # tokens whose slopes are all zero
+    units: torch.Tensor
+    low: torch.Tensor
+    high: torch.Tensor
+    cut: torch.Tensor
+    ratio: torch.Tensor
+    ratio_max: torch.Tensor
+
+
+class PassResult(NamedTuple):
+    """Slopes of the loss times its denominator, and the sums."""
+
+    dlogprob: torch.Tensor  # [N]
+    dentropy: torch.Tensor | None  # [N]
+    sums: Sums
+
+
+def torch_pass(logprob: torch.Tensor, entropy: torch.Tensor | None, p: Problem) -> PassResult:
+    """logprob and entropy [N], in the dtype to compute in."""
+    o, wide = p.options, logprob.dtype
+    sequences = Sequences.of(logprob, p.cu_seqlens, p.mask)
+    new = sequences.tokens(logprob, wide)
+    a = p.advantage if p.advantage_per_token else p.advantage[sequences.segment]
+    a = sequences.tokens(a, wide)
+    weight = sequences.weight(mean=o.aggregate == "sequence-mean", dtype=wide)
+    unit = sequences.weight(mean=o.ratio == "sequence", dtype=wide)
+
+    x = new - sequences.tokens(p.old, wide)
+    x = sequences.mean(x)[sequences.segment] if o.ratio == "sequence" else x
+    r = torch.exp(formulas.bounded(x, BOUND[o.ratio]))
+    low, high, dual = formulas.cuts(r, a, *p.clip)
+    cut = low | high | dual
+    term = formulas.surrogate(r, a, *p.clip)
+    slope = formulas.surrogate_slope(r, a, cut | formulas.saturated(x, BOUND[o.ratio]))
+
+    kl = h = torch.zeros_like(new)
+    if p.ref is not None:
+        kl, kl_slope = _kl(sequences.tokens(p.ref, wide) - new, o.kl)
+        term, slope = term + o.kl_coef * kl, slope + o.kl_coef * kl_slope
+    if entropy is not None:
+        h = sequences.tokens(entropy, wide)
+        term = term - o.entropy_coef * h
+    dlogprob = weight * slope
+    dentropy = None if entropy is None else -o.entropy_coef * weight
+    zero = dlogprob == 0 if dentropy is None else (dlogprob == 0) & (dentropy == 0)
+
+    counted = sequences.counted
+    tokens = ((weight * term).sum(), counted.sum(), kl.sum(), h.sum(), (counted & zero).sum())
+    units = (unit.sum(), *((unit * y).sum() for y in (low, high, cut, r)))
+    ratio_max = torch.where(counted, r, 0.0).amax()
+    return PassResult(dlogprob, dentropy, Sums._make((*tokens, *units, ratio_max)))
+
+
+def _kl(u: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Divergence and its slope; masked tokens have u = 0, where every kind is 0."""
+    divergence, slope = KL[kind](formulas.bounded(u, formulas.TOKEN_BOUND))
+    return divergence, torch.where(formulas.saturated(u, formulas.TOKEN_BOUND), 0.0, slope)

@@ -16,12 +16,15 @@ from riskpo_kernels.reference.risk import (
     pass_at_k,
     rvar,
 )
+from riskpo_kernels.reference.surrogate import SurrogateLoss, clipped_surrogate, sequence_logprob
 
 __all__ = [
     "MonitorRisk",
     "QuantileTracker",
+    "SurrogateLoss",
     "TokenLogProbs",
     "bundle_scores",
+    "clipped_surrogate",
     "cvar",
     "linear_logprob",
     "logits_logprob",
@@ -30,4 +33,5 @@ __all__ = [
     "official_monitor",
     "pass_at_k",
     "rvar",
+    "sequence_logprob",
 ]

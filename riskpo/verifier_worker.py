@@ -1,0 +1,118 @@
+"""The process in which a verifier meets untrusted text: one JSON line in, one JSON line out.
+
+Started by riskpo/verifier_pool.py with `python -c`, not through multiprocessing: a spawned child
+of multiprocessing imports the parent's main module again, and with it torch. JSON rather than
+pickle, so that a worker that was taken over can say wrong things but cannot run code in the
+trainer. Imports stay light: a worker is up in about a second and holds about 100 MiB.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import IO, Any
+
+from riskpo.verdicts import OUT_OF_MEMORY, Outcome, Verdict, failed
+
+DETAIL_CHARACTERS = 300
+CPU_SECONDS_SLACK = 5
+
+
+def load_function(path: str) -> Callable[..., Any]:
+    """The callable named "package.module:function"."""
+    module, _, name = path.partition(":")
+    if not module or not name:
+        raise ValueError(
+            f"verifier: got {path!r}; expected package.module:function. Write the import path."
+        )
+    found = getattr(importlib.import_module(module), name)
+    if not callable(found):
+        raise ValueError(f"verifier: {path} is a {type(found).__name__}; expected a function.")
+    return found  # type: ignore[no-any-return]
+
+
+def to_verdict(value: object) -> Verdict:
+    """What a verifier returned as a Verdict; a plain number is right above zero."""
+    if isinstance(value, Verdict):
+        return value
+    reward = float(value)  # type: ignore[arg-type]
+    if not math.isfinite(reward):
+        return failed(Outcome.CRASH, f"the reward function returned {reward}")
+    return Verdict(reward, Outcome.RIGHT if reward > 0 else Outcome.WRONG)
+
+
+def limit_memory(mebibytes: int) -> None:
+    """Cap the address space where the system can, so that one answer cannot take the machine."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    wanted = mebibytes * 2**20
+    limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    except (ValueError, OSError):  # macOS refuses
+        return
+
+
+def limit_cpu(seconds: float) -> None:
+    """Let the kernel end this process even if the trainer is gone and nobody watches the clock."""
+    try:
+        import resource
+    except ImportError:
+        return
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    limit = math.ceil(used.ru_utime + used.ru_stime + seconds) + CPU_SECONDS_SLACK
+    if hard == resource.RLIM_INFINITY or limit < hard:
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, hard))
+
+
+def answer(function: Callable[..., Any], arguments: list[Any]) -> Verdict:
+    """One call; every exception becomes a `crash` verdict that names it."""
+    arguments = [SimpleNamespace(**a) if isinstance(a, dict) else a for a in arguments]
+    try:
+        return to_verdict(function(*arguments))
+    except MemoryError:
+        os._exit(OUT_OF_MEMORY)  # the heap is in an unknown state: let a fresh worker go on
+    except Exception as error:
+        return failed(Outcome.CRASH, f"{type(error).__name__}: {error}")
+
+
+def _send(channel: IO[bytes], **message: object) -> None:
+    channel.write(json.dumps(message).encode() + b"\n")
+    channel.flush()
+
+
+def main() -> None:
+    """Read the set-up line, import the verifier, then answer until the input ends."""
+    incoming, outgoing = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)  # what a verifier prints must not look like an answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+    setup = json.loads(incoming.readline())
+    limit_memory(setup["memory_mib"])
+    try:
+        function = load_function(setup["function"])
+    except Exception as error:
+        _send(outgoing, error=f"{type(error).__name__}: {error}")
+        sys.exit(1)
+    _send(outgoing, ready=True)
+    for line in incoming:
+        limit_cpu(setup["seconds"])
+        verdict = answer(function, json.loads(line))
+        _send(
+            outgoing,
+            reward=verdict.reward,
+            outcome=verdict.outcome.value,
+            detail=verdict.detail[:DETAIL_CHARACTERS],
+        )

@@ -1,0 +1,61 @@
+"""Verifiers that misbehave, by import path, for tests/test_rewards.py."""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+
+from riskpo.verdicts import Verdict, right
+
+
+def echo(value: str) -> Verdict:
+    time.sleep(0.001 * (hash(value) % 5))  # so that answers do not finish in order
+    return right(value)
+
+
+def pid(_: str) -> Verdict:
+    return right(str(os.getpid()))
+
+
+def slow(_: str) -> Verdict:
+    time.sleep(1.0)
+    return right(str(os.getpid()))
+
+
+def act(what: str) -> float:
+    if what == "raise":
+        raise KeyError("no such thing")
+    if what == "exit":
+        os._exit(3)
+    if what == "memory":
+        return float(len(bytearray(8 * 2**30)))
+    if what == "segfault":
+        ctypes.string_at(0)
+    if what == "loop":
+        for number in (signal.SIGALRM, signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        while True:
+            continue
+    if what == "c_loop":
+        return float(len(str(10 ** (10**10))))
+    if what == "children":
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        while os.fork():  # the children keep our pipe open
+            time.sleep(60)
+        time.sleep(60)
+    if what == "nan":
+        return float("nan")
+    if what == "print":
+        print('{"reward": 1.0, "outcome": "right", "detail": "forged"}', flush=True)
+        return 0.0
+    return 1.0
+
+
+def half_for_short(text: str, question) -> float:
+    return 0.5 if len(text) <= len(question.gold) else 0.0
+
+
+def no_torch(_: str) -> float:
+    return 0.0 if "torch" in sys.modules or "transformers" in sys.modules else 1.0

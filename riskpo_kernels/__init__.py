@@ -1,6 +1,11 @@
 """Exact, memory-flat log-probs and risk-averse losses for RL post-training of language models."""
 
+from riskpo_kernels.advantage import RiskPOAdvantage
 from riskpo_kernels.backends import backend_report
+from riskpo_kernels.fused import riskpo_loss, riskpo_loss_from_logits
+from riskpo_kernels.linear_logprob import linear_logprob
+from riskpo_kernels.logits_logprob import logits_logprob
+from riskpo_kernels.reference import SurrogateLoss, TokenLogProbs
 from riskpo_kernels.risk import (
     MonitorRisk,
     QuantileTracker,
@@ -12,17 +17,27 @@ from riskpo_kernels.risk import (
     pass_at_k,
     rvar,
 )
+from riskpo_kernels.surrogate import clipped_surrogate, sequence_logprob
 
 __version__ = "0.1.0"
 __all__ = [
     "MonitorRisk",
     "QuantileTracker",
+    "RiskPOAdvantage",
+    "SurrogateLoss",
+    "TokenLogProbs",
     "backend_report",
     "bundle_scores",
+    "clipped_surrogate",
     "cvar",
+    "linear_logprob",
+    "logits_logprob",
     "mvar",
     "mvar_advantage",
     "official_monitor",
     "pass_at_k",
+    "riskpo_loss",
+    "riskpo_loss_from_logits",
     "rvar",
+    "sequence_logprob",
 ]

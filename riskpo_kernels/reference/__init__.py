@@ -4,6 +4,8 @@ Written to be read against the papers; materialises whatever it likes. Every tes
 benchmark of riskpo_kernels compares with it.
 """
 
+from riskpo_kernels.reference.advantage import RiskPOAdvantage
+from riskpo_kernels.reference.fused import riskpo_loss, riskpo_loss_from_logits
 from riskpo_kernels.reference.logprob import TokenLogProbs, linear_logprob, logits_logprob
 from riskpo_kernels.reference.risk import (
     MonitorRisk,
@@ -21,6 +23,7 @@ from riskpo_kernels.reference.surrogate import SurrogateLoss, clipped_surrogate,
 __all__ = [
     "MonitorRisk",
     "QuantileTracker",
+    "RiskPOAdvantage",
     "SurrogateLoss",
     "TokenLogProbs",
     "bundle_scores",
@@ -32,6 +35,8 @@ __all__ = [
     "mvar_advantage",
     "official_monitor",
     "pass_at_k",
+    "riskpo_loss",
+    "riskpo_loss_from_logits",
     "rvar",
     "sequence_logprob",
 ]

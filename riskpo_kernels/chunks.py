@@ -1,0 +1,113 @@
+"""How big the tiles are, and how they are multiplied.
+
+The tiled ops never hold more than one [rows, cols] tile of logits. `plan_tiles` turns the caller's
+memory_mib into that tile; `Products` multiplies with float32 accumulation on every device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from riskpo_kernels.checks import reject
+
+MIN_ROWS, MIN_COLS = 16, 64
+SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Rows and vocabulary columns of one tile."""
+
+    rows: int
+    cols: int
+
+
+def plan_tiles(
+    op: str,
+    n_rows: int,
+    vocab: int,
+    width: int,
+    *,
+    memory_mib: float,
+    most_rows: int,
+    most_cols: int,
+    tile_bytes: int,
+    edge_bytes: int,
+) -> Plan:
+    """The largest tile that fits: tile_bytes per element of the tile, edge_bytes per element of
+    the [rows, width] and [cols, width] pieces that are live beside it."""
+    budget = int(memory_mib * 2**20)
+    rows, cols = min(most_rows, max(n_rows, 1)), min(most_cols, max(vocab, 1))
+
+    def cost(r: int, c: int) -> int:
+        return tile_bytes * r * c + edge_bytes * width * (r + c)
+
+    while cost(rows, cols) > budget:
+        if rows <= MIN_ROWS and cols <= MIN_COLS:
+            need = -(-cost(rows, cols) // 2**20)
+            reject(
+                op,
+                f"memory_mib={memory_mib}",
+                f"at least {need} for one {rows} x {cols} tile at width {width}",
+                "Raise memory_mib.",
+            )
+        # halve the longer side: products are fastest when neither side is thin
+        if rows > MIN_ROWS and (rows >= cols or cols <= MIN_COLS):
+            rows = max(MIN_ROWS, -(-rows // 2))
+        else:
+            cols = max(MIN_COLS, -(-cols // 2))
+    return Plan(rows, cols)
+
+
+def spans(total: int, size: int) -> Iterator[slice]:
+    """[0, total) cut into slices of `size`."""
+    for start in range(0, total, size):
+        yield slice(start, min(start + size, total))
+
+
+class Products:
+    """Matrix products of one op: 16-bit operands on a tensor core, float32 everywhere else.
+
+    `dtype` is what operands are cast to before they enter a product: the 16-bit input type where
+    the device multiplies it with a float32 result (CUDA, compute capability 8.0), else float32
+    (float64 for float64 inputs). Results are always float32 (float64).
+    """
+
+    def __init__(self, device: torch.device, hidden: torch.dtype, weight: torch.dtype):
+        common = torch.promote_types(hidden, weight)
+        tensor_core = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        self.mixed = common in SIXTEEN_BIT and tensor_core
+        self.wide = torch.promote_types(common, torch.float32)
+        self.dtype = common if self.mixed else self.wide
+
+    def into(self, out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """out = a @ b"""
+        if self.mixed:
+            return torch.mm(a, b, out_dtype=self.wide, out=out)  # type: ignore[call-overload]
+        return torch.mm(a, b, out=out)
+
+    def add(self, out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+        """out += a @ b"""
+        if self.mixed:
+            out.add_(torch.mm(a, b, out_dtype=self.wide))  # type: ignore[call-overload]
+        else:
+            out.addmm_(a, b)
+
+
+@contextlib.contextmanager
+def exact_products(device: torch.device) -> Iterator[None]:
+    """Neither autocast nor TF32 may touch the products inside: an op's precision is its own."""
+    with torch.autocast(device.type, enabled=False):
+        if device.type != "cuda":
+            yield
+            return
+        before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = False
+        try:
+            yield
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = before

@@ -1,0 +1,310 @@
+"""Folding a tile of logits into running softmax statistics, and turning it into its gradient.
+
+    x = (raw + bias) * scale        z = softcap tanh(x / softcap) / T        (without: z = x / T)
+
+fold: with t the target and, over the other columns, m = max z, s = sum e^(z-m),
+u = sum e^(z-m) (z-m), one pass over the tile updates (m, s, u, z_t) of each row.
+
+gradient: with log p = z - peak - log_sum and upstream c (of logprob), g (of entropy H)
+
+    dz_v = -p_v (c + g (log p_v + H))           v != t
+    dz_t = (1 - p_t) c - p_t g (logprob + H)
+    draw = dz * softcap'(x) * scale / T
+
+    tensor                      shape    dtype
+    raw                         [R, C]   fp32, bf16, fp16; any row stride, unit column stride
+    target                      [R]      int64, counted from the tile's first column
+    state, stats, c, g, T       [R]      fp32
+    out                         [R, C]   fp32, bf16, fp16; may be raw itself
+
+Cost per element: fold reads the tile once (4 bytes in fp32), one exp; gradient reads and writes it
+once, one exp. Nothing is written twice and there are no atomics: results do not depend on order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from riskpo_kernels import softmax_rows
+from riskpo_kernels.softmax_rows import LogitMap, RowState, RowStats
+
+# One program holds BN rows x BV columns: 4096 fp32 values, 32 per thread at 4 warps, so that both
+# passes stay in registers; rows are read in runs of 2 KB.
+BN, BV, WARPS = 8, 512, 4
+IGNORED = tl.constexpr(softmax_rows.IGNORED)
+FLOOR = tl.constexpr(softmax_rows.FLOOR)
+
+
+@triton.jit
+def _tanh(x):
+    # libdevice is absent from the interpreter. Odd series where the quotient would cancel.
+    y = x * x
+    high = 62.0 / 2835.0 + y * (-1382.0 / 155925.0 + y * (21844.0 / 6081075.0))
+    series = x * (1.0 + y * (-1.0 / 3.0 + y * (2.0 / 15.0 + y * (-17.0 / 315.0 + y * high))))
+    e = tl.exp(-2.0 * tl.abs(x))
+    quotient = (1.0 - e) / (1.0 + e)
+    return tl.where(y < 0.25, series, tl.where(x < 0, -quotient, quotient))
+
+
+@triton.jit
+def _not(log_p):
+    # 1 - exp(log_p), by its series where the difference would cancel
+    x = -log_p
+    tail = 1.0 / 24.0 - x * (1.0 / 120.0 - x * (1.0 / 720.0))
+    series = x * (1.0 - x * (0.5 - x * (1.0 / 6.0 - x * tail)))
+    return tl.where(x < 0.25, series, 1.0 - tl.exp(log_p))
+
+
+@triton.jit
+def _logits(x, scale, softcap, temperature, HAS_SOFTCAP: tl.constexpr):
+    x = x * scale
+    slope = tl.full(x.shape, 1.0, tl.float32)
+    if HAS_SOFTCAP:
+        th = _tanh(x / softcap)
+        slope = 1.0 - th * th
+        x = th * softcap
+    return x / temperature, slope
+
+
+@triton.jit
+def _fold_kernel(
+    p_raw,
+    p_bias,
+    p_target,
+    p_temperature,
+    p_m,
+    p_s,
+    p_u,
+    p_zt,
+    R,
+    C,
+    stride_raw,
+    scale,
+    softcap,
+    temperature,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    BN: tl.constexpr,
+    BV: tl.constexpr,
+):
+    i_n = tl.program_id(0).to(tl.int64)
+    o_n = i_n * BN + tl.arange(0, BN)  # [BN]
+    m_n = o_n < R
+    target = tl.load(p_target + o_n, mask=m_n, other=-1)
+    m_n = m_n & (target != IGNORED)  # an ignored row is never read
+
+    m = tl.load(p_m + o_n, mask=m_n, other=0.0)
+    s = tl.load(p_s + o_n, mask=m_n, other=0.0)
+    zt = tl.load(p_zt + o_n, mask=m_n, other=0.0)
+    u = tl.full((BN,), 0.0, tl.float32)
+    if ENTROPY:
+        u = tl.load(p_u + o_n, mask=m_n, other=0.0)
+    if HAS_TEMPERATURE:
+        temperature = tl.load(p_temperature + o_n, mask=m_n, other=1.0)[:, None]
+
+    for v in range(0, C, BV):
+        o_v = v + tl.arange(0, BV)  # [BV]
+        m_v = o_v < C
+        x = tl.load(
+            p_raw + o_n[:, None] * stride_raw + o_v[None, :],
+            mask=m_n[:, None] & m_v[None, :],
+            other=0.0,
+        ).to(tl.float32)  # [BN, BV]
+        if HAS_BIAS:
+            x += tl.load(p_bias + o_v, mask=m_v, other=0.0).to(tl.float32)[None, :]
+        z, _ = _logits(x, scale, softcap, temperature, HAS_SOFTCAP)
+
+        taken = o_v[None, :] == target[:, None]
+        found = tl.max(tl.where(taken, z, float("-inf")), 1)
+        zt = tl.where((target >= v) & (target < v + BV) & (target < C), found, zt)
+        z = tl.where(taken | ~m_v[None, :], float("-inf"), z)
+
+        new_m = tl.maximum(m, tl.max(z, 1))
+        anchor = tl.where(new_m == float("-inf"), 0.0, new_m)  # -inf - -inf is NaN
+        shift = tl.maximum(m - anchor, FLOOR)  # exp(FLOOR) = 0, and 0 * FLOOR is not NaN
+        keep = tl.exp(shift)
+        z = tl.maximum(z - anchor[:, None], FLOOR)
+        e = tl.exp(z)
+        if ENTROPY:
+            u = keep * (u + s * shift) + tl.sum(e * z, 1)
+        s = s * keep + tl.sum(e, 1)
+        m = new_m
+
+    tl.store(p_m + o_n, m, mask=m_n)
+    tl.store(p_s + o_n, s, mask=m_n)
+    tl.store(p_zt + o_n, zt, mask=m_n)
+    if ENTROPY:
+        tl.store(p_u + o_n, u, mask=m_n)
+
+
+@triton.jit
+def _gradient_kernel(
+    p_raw,
+    p_bias,
+    p_target,
+    p_temperature,
+    p_logprob,
+    p_entropy,
+    p_peak,
+    p_log_sum,
+    p_c,
+    p_g,
+    p_out,
+    R,
+    C,
+    stride_raw,
+    stride_out,
+    scale,
+    softcap,
+    temperature,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    HAS_C: tl.constexpr,
+    HAS_G: tl.constexpr,
+    BN: tl.constexpr,
+    BV: tl.constexpr,
+):
+    n_v = tl.cdiv(C, BV)
+    i_n = (tl.program_id(0) // n_v).to(tl.int64)
+    o_n = i_n * BN + tl.arange(0, BN)  # [BN]
+    o_v = (tl.program_id(0) % n_v) * BV + tl.arange(0, BV)  # [BV]
+    m_n, m_v = o_n < R, o_v < C
+
+    target = tl.load(p_target + o_n, mask=m_n, other=-1)
+    live = m_n & (target != IGNORED)
+    c = tl.full((BN,), 0.0, tl.float32)
+    g = tl.full((BN,), 0.0, tl.float32)
+    if HAS_C:
+        c = tl.load(p_c + o_n, mask=live, other=0.0)
+    if HAS_G:
+        g = tl.load(p_g + o_n, mask=live, other=0.0)
+    live = live & ((c != 0) | (g != 0))  # a row without a coefficient is not read either
+    logprob = tl.maximum(tl.load(p_logprob + o_n, mask=live, other=0.0), FLOOR)
+    peak = tl.load(p_peak + o_n, mask=live, other=0.0)
+    log_sum = tl.load(p_log_sum + o_n, mask=live, other=0.0)
+    if HAS_TEMPERATURE:
+        temperature = tl.load(p_temperature + o_n, mask=live, other=1.0)[:, None]
+    x = tl.load(
+        p_raw + o_n[:, None] * stride_raw + o_v[None, :],
+        mask=live[:, None] & m_v[None, :],
+        other=0.0,
+    ).to(tl.float32)  # [BN, BV]
+    if HAS_BIAS:
+        x += tl.load(p_bias + o_v, mask=m_v, other=0.0).to(tl.float32)[None, :]
+    z, slope = _logits(x, scale, softcap, temperature, HAS_SOFTCAP)
+
+    log_p = tl.maximum((z - peak[:, None]) - log_sum[:, None], FLOOR)
+    p = tl.exp(log_p)
+    dz = -p * c[:, None]
+    taken = c * _not(logprob)
+    if HAS_G:
+        h = tl.load(p_entropy + o_n, mask=live, other=0.0)
+        dz -= p * g[:, None] * (log_p + h[:, None])
+        taken -= tl.exp(logprob) * g * (logprob + h)
+    dz = tl.where(o_v[None, :] == target[:, None], taken[:, None], dz)
+    dz = dz * slope * scale / temperature
+    dz = tl.where(live[:, None], dz, 0.0)
+
+    tl.store(
+        p_out + o_n[:, None] * stride_out + o_v[None, :],
+        dz.to(p_out.dtype.element_ty),
+        mask=m_n[:, None] & m_v[None, :],
+    )
+
+
+def _row_temperature(map: LogitMap) -> tuple[torch.Tensor | None, float]:
+    if isinstance(map.temperature, torch.Tensor):
+        return map.temperature, 1.0
+    return None, map.temperature
+
+
+def fold(
+    raw: torch.Tensor,
+    target: torch.Tensor,
+    bias: torch.Tensor | None,
+    state: RowState,
+    map: LogitMap,
+) -> None:
+    """Fold a tile of raw logits [R, C] into `state`; same contract as softmax_rows.fold, but raw
+    is left alone and rows whose target is IGNORED are skipped."""
+    rows, cols = raw.shape
+    per_row, temperature = _row_temperature(map)
+    if rows == 0 or cols == 0:
+        return
+    with torch.cuda.device_of(raw):
+        _fold_kernel[(triton.cdiv(rows, BN),)](
+            p_raw=raw,
+            p_bias=bias,
+            p_target=target,
+            p_temperature=per_row,
+            p_m=state.m,
+            p_s=state.s,
+            p_u=state.u,
+            p_zt=state.zt,
+            R=rows,
+            C=cols,
+            stride_raw=raw.stride(0),
+            scale=map.scale,
+            softcap=map.softcap or 1.0,
+            temperature=temperature,
+            HAS_BIAS=bias is not None,
+            HAS_SOFTCAP=map.softcap is not None,
+            HAS_TEMPERATURE=per_row is not None,
+            ENTROPY=state.u is not None,
+            BN=BN,
+            BV=BV,
+            num_warps=WARPS,
+        )
+
+
+def gradient(
+    raw: torch.Tensor,
+    target: torch.Tensor,
+    bias: torch.Tensor | None,
+    stats: RowStats,
+    c: torch.Tensor | None,
+    g: torch.Tensor | None,
+    map: LogitMap,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """The gradient of a tile's raw logits [R, C] into `out`; same contract as
+    softmax_rows.gradient. Rows that are IGNORED or have no coefficient are written as zeros."""
+    rows, cols = raw.shape
+    per_row, temperature = _row_temperature(map)
+    if rows == 0 or cols == 0:
+        return out
+    with torch.cuda.device_of(raw):
+        _gradient_kernel[(triton.cdiv(rows, BN) * triton.cdiv(cols, BV),)](
+            p_raw=raw,
+            p_bias=bias,
+            p_target=target,
+            p_temperature=per_row,
+            p_logprob=stats.logprob,
+            p_entropy=stats.entropy,
+            p_peak=stats.peak,
+            p_log_sum=stats.log_sum,
+            p_c=c,
+            p_g=g,
+            p_out=out,
+            R=rows,
+            C=cols,
+            stride_raw=raw.stride(0),
+            stride_out=out.stride(0),
+            scale=map.scale,
+            softcap=map.softcap or 1.0,
+            temperature=temperature,
+            HAS_BIAS=bias is not None,
+            HAS_SOFTCAP=map.softcap is not None,
+            HAS_TEMPERATURE=per_row is not None,
+            HAS_C=c is not None,
+            HAS_G=g is not None and stats.entropy is not None,
+            BN=BN,
+            BV=BV,
+            num_warps=WARPS,
+        )
+    return out

@@ -1,0 +1,182 @@
+"""Hidden states to log-probs of the tokens taken and entropies; no [tokens, vocab] tensor.
+
+    z = softcap(scale * (h W^T + b)) / T       logprob = z_t - lse(z)       H = -sum p log p
+
+    tensor               shape            dtype
+    hidden, weight       [N, D], [V, D]   bf16, fp16, fp32 (fp64 in torch and reference)
+    logits tile          [rows, cols]     fp32 (fp64), never rounded to 16 bits
+    logprob, entropy     [N]              fp32 (fp64)
+    dH, dW, dbias        as their inputs  accumulated in fp32, rounded once
+
+Cost in units of N D V (one product = 2): forward 2, backward 6 (recompute, dH, dW), of live rows
+only: an ignored row enters no product, a row without upstream gradient none in the backward. The
+loops are in head_tiles.py, the mathematics of a tile in softmax_rows.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from riskpo_kernels import reference
+from riskpo_kernels.backends import choose
+from riskpo_kernels.chunks import exact_products
+from riskpo_kernels.head_tiles import Options, backward_rows, forward_rows
+from riskpo_kernels.inputs import LiveRows, check_head, check_options, live_rows
+from riskpo_kernels.reference import TokenLogProbs
+from riskpo_kernels.softmax_rows import LogitMap, RowStats, finish
+
+OP = "linear_logprob"
+
+
+class _LinearLogProb(torch.autograd.Function):
+    """hidden [N, D], head, live rows [n] -> logprob, entropy (or None), lse, each [n]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        temperature: torch.Tensor | None,
+        rows: LiveRows,
+        o: Options,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        map = LogitMap(o.scale, o.softcap, o.temperature if temperature is None else temperature)
+        with exact_products(hidden.device):
+            state = forward_rows(hidden, weight, bias, rows.target, rows.keep, map, o)
+            stats = finish(state)
+        lse = stats.peak + stats.log_sum
+        ctx.save_for_backward(hidden, weight, bias, temperature, rows.keep, rows.target, *stats)
+        ctx.options = o
+        ctx.set_materialize_grads(False)  # a gradient nobody sent costs nothing
+        ctx.mark_non_differentiable(lse)
+        return stats.logprob, stats.entropy, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # type: ignore[override]
+        ctx: Any, c: torch.Tensor | None, g: torch.Tensor | None, _: None
+    ) -> tuple[Any, ...]:
+        hidden, weight, bias, temperature, index, target, *rest = ctx.saved_tensors
+        o, needs = ctx.options, ctx.needs_input_grad[:3]
+        if (c is None and g is None) or not any(needs):
+            return (None,) * 6
+        stats = RowStats(*rest)
+        c, g = (None if x is None else x.to(stats.logprob.dtype) for x in (c, g))
+        # Rows without a coefficient enter no product. One host synchronisation: the number of
+        # active rows is the shape of the products.
+        active = sum((x != 0 for x in (c, g) if x is not None), start=torch.zeros_like(target) != 0)
+        keep = active.nonzero()[:, 0]
+        if keep.numel() < target.numel():
+            index = keep if index is None else index[keep]
+            target, stats = target[keep], stats.of(keep)
+            c, g = (None if x is None else x[keep] for x in (c, g))
+            temperature = None if temperature is None else temperature[keep]
+        map = LogitMap(o.scale, o.softcap, o.temperature if temperature is None else temperature)
+        with exact_products(hidden.device):
+            grads = backward_rows(hidden, weight, bias, target, index, stats, c, g, map, needs, o)
+        return *grads, None, None, None
+
+
+def linear_logprob(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    temperature: float | torch.Tensor = 1.0,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    return_entropy: bool = False,
+    ignore_index: int = -100,
+    tail_eps: float | None = None,
+    vocab_group: Any = None,
+    memory_mib: float = 300,
+    deterministic: bool = False,
+    backend: str = "auto",
+) -> TokenLogProbs:
+    """Log-prob of each target (and entropy) from hidden states; the logits are never stored.
+
+    Args:
+        hidden: [..., D], any strides. Width first: `hidden @ weight.T` are the logits.
+        weight: [V, D] head, of hidden's dtype; 16-bit hidden with a float32 weight computes in
+            float32. A frozen weight costs no dW work.
+        target: [...] integer ids, already shifted; `ignore_index` rows give 0 for every result and
+            zero gradient, and their hidden states are never read.
+        bias: [V], weight's dtype or float32.
+        temperature: above 0, a float or one per target; constant.
+        scale, softcap: logits are softcap(scale * (h W^T + bias)) / temperature.
+        return_entropy: also the entropy of that softmax.
+        tail_eps: largest softmax mass of a vocabulary block whose gradient may be dropped. The
+            dense backward of this version drops nothing, which every value permits.
+        vocab_group: not available yet: ValueError.
+        memory_mib: workspace in MiB beside results, gradients and, for 16-bit inputs, one float32
+            accumulator of the smaller of [N, D] and [V, D].
+        deterministic: bitwise equal results run to run (the dense path always is).
+        backend: "auto", "triton", "torch" or "reference"; see backend_report().
+
+    Returns:
+        TokenLogProbs(logprob, entropy, lse), each [...], in nats, float32 (float64 for float64
+        inputs). logprob and entropy are differentiable once, for any upstream gradients; entropy
+        is None unless asked for; lse is not differentiable. logprob <= 0 and entropy >= 0 hold
+        exactly.
+
+    Raises:
+        ValueError: wrong shapes, dtypes, devices or values, an empty or sharded weight, a backend
+            that cannot run here, or a memory_mib below one small tile.
+    """
+    if vocab_group is not None:
+        raise ValueError(
+            f"{OP}: got vocab_group={vocab_group!r}; expected None: the vocabulary-parallel head "
+            "is not available in this version. Gather the weight and pass it whole."
+        )
+    check_head(OP, hidden, weight, target, bias, sharded_ok=False)
+    check_options(
+        OP,
+        tuple(target.shape),
+        hidden.device,
+        temperature=temperature,
+        scale=scale,
+        softcap=softcap,
+        memory_mib=memory_mib,
+        tail_eps=tail_eps,
+    )
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    chosen = choose(OP, backend, hidden.device, dtype)
+    rows = live_rows(OP, target.reshape(-1), weight.shape[0], ignore_index, temperature)
+    if chosen == "reference":
+        return reference.linear_logprob(
+            hidden,
+            weight,
+            target,
+            bias=bias,
+            temperature=temperature,
+            scale=scale,
+            softcap=softcap,
+            return_entropy=return_entropy,
+            ignore_index=ignore_index,
+        )
+    per_row = None
+    if isinstance(temperature, torch.Tensor):
+        wide = torch.promote_types(dtype, torch.float32)
+        per_row = temperature.reshape(-1).to(wide)
+        per_row = per_row if rows.keep is None else per_row[rows.keep]
+        temperature = 1.0
+    options = Options(float(scale), softcap, float(temperature), return_entropy, chosen, memory_mib)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    results = _LinearLogProb.apply(flat, weight, bias, per_row, rows, options)
+    return TokenLogProbs(*(_spread(x, rows.keep, target) for x in results))  # type: ignore[arg-type]
+
+
+def _spread(
+    x: torch.Tensor | None, index: torch.Tensor | None, target: torch.Tensor
+) -> torch.Tensor | None:
+    """Results of the live rows [n] back in the caller's shape, zero where ignored."""
+    if x is None:
+        return None
+    if index is not None:
+        x = x.new_zeros(target.numel()).index_copy(0, index, x)
+    return x.reshape(target.shape)

@@ -1,0 +1,184 @@
+"""The running softmax statistics of rows, tile by tile, in PyTorch (kernels/softmax_rows.py is the
+same in Triton).
+
+The target column is kept out of the running sum. With t the target and, over the other columns,
+
+    m = max z_v      s = sum exp(z_v - m)      u = sum exp(z_v - m) (z_v - m)
+    d = (m - z_t) + log s                      the log-odds against the target
+
+everything follows without a cancellation, however close the row is to one-hot:
+
+    logprob = -softplus(d)                     never above 0; relative accuracy as p -> 1
+    1 - p_t = -expm1(logprob)
+    H       = p softplus(d) + q softplus(-d) + q (log s - u / s),   q = 1 - p     never below 0
+
+and the gradient for upstream c (of logprob) and g (of entropy) is
+
+    dz_v = -p_v (c + g (log p_v + H))                  v != t
+    dz_t = (1 - p_t) c - p_t g (logprob + H)
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+IGNORED = -(2**62)  # a target that says: do not read this row
+FLOOR = -1000.0  # of log-probabilities: exp is 0 there in every dtype, and 0 * FLOOR is not NaN
+
+
+class LogitMap(NamedTuple):
+    """z = softcap(scale * (raw + bias)) / temperature; temperature is a float or one per row."""
+
+    scale: float
+    softcap: float | None
+    temperature: float | torch.Tensor
+
+    def of(self, rows: slice | torch.Tensor) -> LogitMap:
+        """The map of some of the rows."""
+        if isinstance(self.temperature, torch.Tensor):
+            return self._replace(temperature=self.temperature[rows])
+        return self
+
+    def column(self) -> float | torch.Tensor:
+        """The temperature, shaped to broadcast over a tile."""
+        t = self.temperature
+        return t[:, None] if isinstance(t, torch.Tensor) else t
+
+
+class RowState(NamedTuple):
+    """m, s, u, z_t of every row; u is None when no entropy is wanted."""
+
+    m: torch.Tensor
+    s: torch.Tensor
+    u: torch.Tensor | None
+    zt: torch.Tensor
+
+    @staticmethod
+    def new(n: int, entropy: bool, like: torch.Tensor, dtype: torch.dtype) -> RowState:
+        def full(value: float) -> torch.Tensor:
+            return torch.full((n,), value, dtype=dtype, device=like.device)
+
+        return RowState(full(-torch.inf), full(0), full(0) if entropy else None, full(-torch.inf))
+
+    def of(self, rows: slice | torch.Tensor) -> RowState:
+        """Some of the rows: views for a slice, copies for an index."""
+        return RowState(*(None if x is None else x[rows] for x in self))  # type: ignore[arg-type]
+
+
+class RowStats(NamedTuple):
+    """What the results and the backward need; lse = peak + log_sum."""
+
+    logprob: torch.Tensor
+    entropy: torch.Tensor | None
+    peak: torch.Tensor
+    log_sum: torch.Tensor
+
+    def of(self, rows: slice | torch.Tensor) -> RowStats:
+        return RowStats(*(None if x is None else x[rows] for x in self))  # type: ignore[arg-type]
+
+
+def softplus(x: torch.Tensor) -> torch.Tensor:
+    """log(1 + exp(x)), exact to rounding in every dtype (torch's own cuts off at 20)."""
+    return x.clamp(min=0) + torch.log1p(torch.exp(-x.abs()))
+
+
+def finish(state: RowState) -> RowStats:
+    """The statistics of complete rows."""
+    m, s, u, zt = state
+    log_s = torch.log(s)
+    d = torch.where(s > 0, (m - zt) + log_s, -torch.inf)  # no other column: the target is certain
+    logprob = -softplus(d)
+    peak = torch.maximum(m, zt)
+    log_sum = torch.where(zt >= m, softplus(d), log_s + softplus(-d))
+    entropy = None
+    if u is not None:
+        p, q = torch.exp(logprob), -torch.expm1(logprob)
+        rest = torch.where(s > 0, (log_s - u / s).clamp(min=0), 0.0)
+        against = softplus(-d).clamp(max=-FLOOR)  # 0 * inf where the target is certain
+        entropy = p * softplus(d).clamp(max=-FLOOR) + q * (against + rest)
+    return RowStats(logprob, entropy, peak, log_sum)
+
+
+def fold(
+    raw: torch.Tensor,
+    target: torch.Tensor,
+    bias: torch.Tensor | None,
+    state: RowState,
+    map: LogitMap,
+) -> None:
+    """Fold a tile of raw logits [R, C] (overwritten) into `state`; target [R] counts from the
+    tile's first column and may lie outside it."""
+    z, _ = _logits(raw, bias, map, slope=False)
+    cols = z.shape[1]
+    here = (target >= 0) & (target < cols)
+    at = target.clamp(0, cols - 1)[:, None]
+    found = z.gather(1, at)
+    state.zt.copy_(torch.where(here, found[:, 0], state.zt))
+    z.scatter_(1, at, found.masked_fill(here[:, None], -torch.inf))
+
+    m = torch.maximum(state.m, z.amax(1))
+    anchor = torch.where(m == -torch.inf, 0.0, m)  # -inf - -inf is NaN
+    shift = (state.m - anchor).clamp(min=FLOOR)
+    keep = torch.exp(shift)
+    z.sub_(anchor[:, None])
+    if state.u is None:
+        state.s.mul_(keep).add_(z.exp_().sum(1))
+    else:
+        z.clamp_(min=FLOOR)
+        e = torch.exp(z)
+        state.u.add_(state.s * shift).mul_(keep)
+        state.s.mul_(keep).add_(e.sum(1))
+        state.u.add_(e.mul_(z).sum(1))
+    state.m.copy_(m)
+
+
+def gradient(
+    raw: torch.Tensor,
+    target: torch.Tensor,
+    bias: torch.Tensor | None,
+    stats: RowStats,
+    c: torch.Tensor | None,
+    g: torch.Tensor | None,
+    map: LogitMap,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """The gradient of a tile's raw logits [R, C] (overwritten), into `out` (which may be raw)."""
+    cols = raw.shape[1]
+    z, slope = _logits(raw, bias, map, slope=True)
+    log_p = z.sub_(stats.peak[:, None]).sub_(stats.log_sum[:, None])
+    logprob = stats.logprob.clamp(min=FLOOR)
+    at_target = torch.zeros_like(logprob)
+    if c is not None:
+        at_target -= c * torch.expm1(logprob)
+    if g is None or stats.entropy is None:
+        dz = log_p.exp_().mul_(-c[:, None])  # type: ignore[index]
+    else:
+        log_p.clamp_(min=FLOOR)
+        h = stats.entropy
+        at_target -= g * torch.exp(logprob) * (logprob + h)
+        offset = g * h if c is None else c + g * h
+        p = torch.exp(log_p)
+        dz = log_p.mul_(-g[:, None]).sub_(offset[:, None]).mul_(p)
+    here = (target >= 0) & (target < cols)
+    at = target.clamp(0, cols - 1)[:, None]
+    dz.scatter_(1, at, torch.where(here[:, None], at_target[:, None], dz.gather(1, at)))
+    if slope is not None:
+        dz.mul_(slope)
+    dz.mul_(map.scale / map.column())
+    return dz if out is dz else out.copy_(dz)
+
+
+def _logits(
+    raw: torch.Tensor, bias: torch.Tensor | None, map: LogitMap, slope: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """raw -> z in place, and softcap'(scale * raw) when there is a softcap and it is wanted."""
+    if bias is not None:
+        raw.add_(bias)
+    if map.softcap is None:
+        factor = map.scale / map.column()
+        return (raw if isinstance(factor, float) and factor == 1 else raw.mul_(factor)), None
+    raw.mul_(map.scale / map.softcap).tanh_()
+    capped = raw.square().neg_().add_(1) if slope else None
+    return raw.mul_(map.softcap / map.column()), capped

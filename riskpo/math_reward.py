@@ -48,7 +48,7 @@ _FUNCTION = re.compile(  # "\sin^2 t": math-verify would drop the t as a unit, t
 )
 _WITH_UNIT = re.compile(r"^(\\?\$?-?[\d,]*\.?\d+)\s+([A-Za-z][A-Za-z .]+)$")
 _TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|rm|bf)\s*\{([^{}]*)\}")
-_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
+_WORD = re.compile(r"(?<![\\A-Za-z{=^_])[A-Za-z][a-z]{2,}(?=[\s,.;:!?]|$)")
 _CHOICE = re.compile(r"^(?:\(([A-J])\)|([A-J]))$")
 _CHOSEN = re.compile(r"^(?:\(([A-J])\).*|([A-J])(?:[.:)].*)?)$", re.IGNORECASE | re.DOTALL)
 _NOT_UNITS = ("pi", "million", "billion", "thousand", "hundred", "dozen", "percent", "or", "and")

@@ -197,6 +197,12 @@ def test_which_part_of_a_response_is_its_answer(response, answer, marked):
         ("yes", "Answer: Yes.", "right"),
         ("yes", "Answer: no", "wrong"),
         ("\\text{even}", "\\boxed{even}", "right"),
+        (
+            "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}",
+            "\\boxed{\\begin{bmatrix}1\\\\2\\end{bmatrix}}",
+            "right",
+        ),
+        ("\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}", "\\boxed{5}", "wrong"),
         ("Let us think about it step by step.", "#### 70", "unparsable_gold"),
         ("", "#### 70", "unparsable_gold"),
     ],

@@ -1,0 +1,162 @@
+"""Every known form of row becomes the right Question, and nothing is guessed."""
+
+import json
+import logging
+import time
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from huggingface_hub import constants
+
+from riskpo.data import (
+    BOXED_INSTRUCTION,
+    gold_text,
+    last_boxed,
+    load_questions,
+    split_holdout,
+)
+from riskpo.records import Question
+from riskpo.rewards import Scorer
+
+VERL = {
+    "data_source": "math_dapo",
+    "prompt": [{"role": "user", "content": "How many?"}],
+    "reward_model": {"style": "rule", "ground_truth": "34"},
+    "extra_info": {"index": 7, "split": None},
+}
+
+
+def load(tmp_path, *rows, **options):
+    path = tmp_path / "set.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return load_questions(str(path), **options)
+
+
+@pytest.mark.parametrize(
+    "row, prompt, gold, identity",
+    [
+        ({"question": "q", "answer": "so 2*3\n#### 1,234"}, "q", "1234", None),
+        ({"question": "q", "answer": "B"}, "q", "B", None),
+        (VERL, VERL["prompt"], "34", "math_dapo/7"),
+        ({"problem": "q", "answer": "\\frac12", "unique_id": "t/8"}, "q", "\\frac12", "t/8"),
+        ({"problem": "q", "answer": 27.0, "id": 3, "question": "q"}, "q", "27", "set/3"),
+        ({"problem": "q", "solution": "\\boxed{1} \\boxed{\\frac13}"}, "q", "\\frac13", None),
+        ({"question": "q", "final_answer": ["$2$", "$3$"], "id": 5}, "q", "2, 3", "set/5"),
+        ({"prompt": "q", "answer": 70}, "q", "70", None),
+        (
+            {"prompt": "q", "messages": '[{"role": "user", "content": "q"}]', "ground_truth": "1"},
+            [{"role": "user", "content": "q"}],
+            "1",
+            None,
+        ),
+        ({"prompt": "q", "gold": "1", "id": "x"}, "q", "1", "set/x"),
+    ],
+)  # fmt: skip
+def test_each_form_of_row(tmp_path, row, prompt, gold, identity):
+    (question,) = load(tmp_path, row)
+    assert (question.prompt, question.gold) == (prompt, gold)
+    assert question.id == identity or (identity is None and question.id.startswith("set/"))
+    assert question.source == row.get("data_source", "set")
+    assert load(tmp_path, row) == [question]
+
+
+def test_small_fields_are_kept_for_rewards_and_curves(tmp_path):
+    (question,) = load(tmp_path, {"problem": "q", "answer": "1", "level": 2, "notes": "x" * 500})
+    assert question.meta == {"level": 2, "copies": 1}
+
+
+def test_unknown_fields_and_images_are_refused_with_what_is_known(tmp_path):
+    with pytest.raises(ValueError, match=r"\['body', 'reply'\].*GSM8K \(question, answer\)"):
+        load(tmp_path, {"body": "q", "reply": "1"})
+    with pytest.raises(ValueError, match="image rows.*not supported yet"):
+        load(tmp_path, {**VERL, "images": [{"bytes": "", "path": "a.png"}]})
+    with pytest.raises(ValueError, match="without a .boxed answer"):
+        load(tmp_path, {"problem": "q", "solution": "it is 5"})
+    with pytest.raises(ValueError, match="no question"):
+        load(tmp_path)
+    with pytest.raises(ValueError, match="there is no file"):
+        load_questions(str(tmp_path / "absent.jsonl"))
+
+
+def test_copies_become_one_question_and_contradictions_none(tmp_path, caplog):
+    rows = [{"prompt": p, "answer": a} for p, a in (("a", "1"), ("b", "2"), ("a", "1"), ("b", "3"))]
+    with caplog.at_level(logging.WARNING):
+        questions = load(tmp_path, *rows)
+    assert [(q.prompt, q.meta["copies"]) for q in questions] == [("a", 2)]
+    assert "dropped 1 problems" in caplog.text
+
+
+def test_ids_are_unique_and_do_not_depend_on_the_order(tmp_path):
+    rows = [{"id": 1, "prompt": "a", "answer": 1}, {"id": 1, "prompt": "b", "answer": 1}]
+    forward, backward = load(tmp_path, *rows), load(tmp_path, *rows[::-1])
+    assert len({q.id for q in forward}) == 2
+    assert {(q.id, q.prompt) for q in forward} == {(q.id, q.prompt) for q in backward}
+
+
+def test_instruction_is_added_once(tmp_path):
+    asked = {"prompt": "q, in \\boxed{}", "answer": 1}
+    rows = [{"prompt": "q", "answer": 1}, asked, VERL]
+    plain, already, chat = load(tmp_path, *rows, instruction=BOXED_INSTRUCTION)
+    assert plain.prompt == f"q\n{BOXED_INSTRUCTION}" and already.prompt == asked["prompt"]
+    assert chat.prompt[-1]["content"].endswith(BOXED_INSTRUCTION)
+    assert load(tmp_path, *rows)[0].id == plain.id
+    assert VERL["prompt"][0]["content"] == "How many?"
+
+
+def test_json_and_parquet_files(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([VERL]))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([VERL]), tmp_path / "a.parquet")
+    assert load_questions(str(tmp_path / "a.json")) == load_questions(str(tmp_path / "a.parquet"))
+    (tmp_path / "b.json").write_text('{"data": []}')
+    with pytest.raises(ValueError, match="expected a list of rows"):
+        load_questions(str(tmp_path / "b.json"))
+
+
+def test_gold_text_and_last_boxed():
+    assert [gold_text(x) for x in (27.0, 2.5, 7, "023", ["1", 2.0])] == [
+        "27",
+        "2.5",
+        "7",
+        "023",
+        "1, 2",
+    ]
+    assert last_boxed("\\boxed{\\{1, 2\\}}") == "\\{1, 2\\}"
+
+
+def test_holdout_is_stable():
+    questions = [Question(str(i), "p", "1") for i in range(50)]
+    train, held = split_holdout(questions, 10, seed=0)
+    assert (len(train), len(held)) == (40, 10) and not {q.id for q in train} & {q.id for q in held}
+    assert {q.id for q in split_holdout(questions[::-1], 10, seed=0)[1]} == {q.id for q in held}
+    assert split_holdout(questions, 10, seed=1)[1] != held
+    assert split_holdout(questions, 0, seed=0) == (questions, [])
+    with pytest.raises(ValueError, match="count=50"):
+        split_holdout(questions, 50, seed=0)
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_a_hub_out_of_reach_is_one_clear_line_at_once(monkeypatch, offline):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    import datasets  # noqa: F401  its import may take seconds and is not what is timed here
+
+    start = time.monotonic()
+    with pytest.raises(ConnectionError, match="no-owner/no-such-set") as caught:
+        load_questions("no-owner/no-such-set")
+    assert "\n" not in str(caught.value) and "local .jsonl" in str(caught.value)
+    assert time.monotonic() - start < 10  # without the check 23 s of retries
+
+
+BAD_GOLDS = {"deepmath_roll": 0, "minerva_math": 3, "olympiadbench_oe_maths_en": 2}
+
+
+def test_real_files_load_and_their_golds_verify_against_themselves(shared_data):
+    files = [*(shared_data / "problems").glob("*"), *(shared_data / "verl").glob("*")]
+    assert files
+    with Scorer("math", seconds=20) as scorer:
+        for path in files:
+            questions = load_questions(str(path), limit=100)
+            assert len({q.id for q in questions}) == len(questions)
+            bad = scorer.check_golds(questions)
+            assert len(bad) <= BAD_GOLDS.get(path.stem, 0), [(q.gold, v) for q, v in bad]

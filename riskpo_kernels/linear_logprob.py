@@ -65,7 +65,7 @@ class _LinearLogProb(torch.autograd.Function):
         if (c is None and g is None) or not any(needs):
             return (None,) * 6
         stats = RowStats(*rest)
-        c, g = (None if x is None else x.to(stats.logprob.dtype) for x in (c, g))
+        c, g = (None if x is None else x.to(stats.logprob.dtype).contiguous() for x in (c, g))
         # Rows without a coefficient enter no product. One host synchronisation: the number of
         # active rows is the shape of the products.
         active = sum((x != 0 for x in (c, g) if x is not None), start=torch.zeros_like(target) != 0)
@@ -162,11 +162,12 @@ def linear_logprob(
     per_row = None
     if isinstance(temperature, torch.Tensor):
         wide = torch.promote_types(dtype, torch.float32)
-        per_row = temperature.reshape(-1).to(wide)
+        per_row = temperature.reshape(-1).to(wide).contiguous()
         per_row = per_row if rows.keep is None else per_row[rows.keep]
         temperature = 1.0
     options = Options(float(scale), softcap, float(temperature), return_entropy, chosen, memory_mib)
     flat = hidden.reshape(-1, hidden.shape[-1])
+    bias = None if bias is None else bias.contiguous()
     results = _LinearLogProb.apply(flat, weight, bias, per_row, rows, options)
     return TokenLogProbs(*(_spread(x, rows.keep, target) for x in results))  # type: ignore[arg-type]
 

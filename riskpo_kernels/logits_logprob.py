@@ -241,7 +241,9 @@ def logits_logprob(
     if logits.stride(-1) != 1:
         logits = logits.contiguous()
     ignored = flat == ignore_index
-    results = _LogitsLogProb.apply(logits, flat.long().masked_fill(ignored, IGNORED), per_row, o)
+    results = _LogitsLogProb.apply(
+        logits, flat.long().masked_fill(ignored, IGNORED).contiguous(), per_row, o
+    )
     logprob, entropy, lse = (
         None if x is None else x.masked_fill(ignored, 0).view(target.shape) for x in results
     )

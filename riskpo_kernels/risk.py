@@ -236,7 +236,7 @@ class QuantileTracker:
     def update(self, scores: torch.Tensor) -> None:
         """One step on all scores, any shape, pooled. ValueError on none or on non-finite ones."""
         x = finite("QuantileTracker.update", scores.reshape(-1)).detach().cpu().double()
-        level = torch.tensor(self.levels, dtype=torch.float64)
+        level = torch.tensor(self.levels, dtype=torch.float64, device="cpu")
         if self._raw is None:
             self._raw = torch.quantile(x, level)
             return
@@ -257,12 +257,12 @@ class QuantileTracker:
             todo = "Build it with the settings of the saved run."
             reject("QuantileTracker.load_state_dict", came, expected, todo)
         raw = state["quantiles"]
-        self._raw = None if raw is None else torch.tensor(raw, dtype=torch.float64)
+        self._raw = None if raw is None else torch.tensor(raw, dtype=torch.float64, device="cpu")
 
 
 def _quantile_integral(x: torch.Tensor, a: float, b: float) -> torch.Tensor:
     n = x.shape[-1]
-    edge = torch.arange(n + 1, dtype=torch.float64) / n  # on the CPU: not every device has float64
+    edge = torch.arange(n + 1, dtype=torch.float64, device="cpu") / n  # MPS has no float64
     length = (edge[1:].clamp(max=b) - edge[:-1].clamp(min=a)).clamp(min=0)
     return (x.sort(-1).values * length.to(x)).sum(-1)
 

@@ -54,8 +54,7 @@ def mvar_advantage(
 ) -> torch.Tensor:
     """A(R) for every score; the formulas as the sources print them."""
     r = scores.detach().cpu().double()
-    lows = torch.as_tensor(q_alpha).cpu().double().expand(r.shape).reshape(-1).tolist()
-    highs = torch.as_tensor(q_beta).cpu().double().expand(r.shape).reshape(-1).tolist()
+    lows, highs = spread(q_alpha, r), spread(q_beta, r)
     n = r.shape[-1]
     out = []
     for i, (x, q_a, q_b) in enumerate(zip(r.reshape(-1).tolist(), lows, highs, strict=True)):
@@ -81,8 +80,7 @@ def official_monitor(
 ) -> MonitorRisk:
     """Conditional means over closed sets, with the overall mean where a set is empty."""
     r = scores.cpu().double()
-    lows = torch.as_tensor(q_alpha).cpu().double().expand(r.shape)[..., 0].reshape(-1).tolist()
-    highs = torch.as_tensor(q_beta).cpu().double().expand(r.shape)[..., 0].reshape(-1).tolist()
+    lows, highs = spread(q_alpha, r[..., :1]), spread(q_beta, r[..., :1])
     middles, tails = [], []
     for row, q_a, q_b in zip(r.reshape(-1, r.shape[-1]).tolist(), lows, highs, strict=True):
         middles.append(mean([x for x in row if q_a <= x <= q_b] or row))
@@ -154,6 +152,12 @@ class QuantileTracker:
 def positive(x: float) -> float:
     """(x)^+."""
     return max(x, 0.0)
+
+
+def spread(q: Number, r: torch.Tensor) -> list[float]:
+    """One quantile per element of r."""
+    q = torch.as_tensor(q, dtype=torch.float64).cpu()
+    return q.expand(r.shape).reshape(-1).tolist()
 
 
 def mean(xs: list[float]) -> float:

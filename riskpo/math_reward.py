@@ -9,14 +9,16 @@ Which part of a response is its answer, first rule that finds something (text be
   2. the last "#### x" line (GSM8K).
   3. the last "answer": "x" of a JSON object; no JSON parser: models write LaTeX into it.
   4. the last "Answer: x", "A: x" or "the answer is x".
-  5. what math-verify finds in the last 1,000 characters: as a rule the last number or formula.
+  5. what math-verify finds in the last paragraph (1,000 characters at most), as a rule its last
+     number or formula. No more than that: further back it is a guess at some step of the way.
 
-Equality is math-verify's, tried in both orders because it is asymmetric: gold [1,2) rejects
-1 <= x < 2, the reverse is accepted. Policies, all lenient about writing and strict about value:
-thousands separators 1,234  1{,}234  1\,234  "1 234" are dropped; $ and units are dropped; 25\% is
-equal to 25 and to 0.25; a comma list is a set, in any order; x=5 is 5. Golds that are a choice
-("A", "(B)") or words ("yes", "\text{even}") are compared as text. Nothing here has a time limit:
-the pool kills.
+Equality is math-verify's, gold first, with set-relation comparison, so that 1 <= x < 2 is [1,2).
+Never the other way round as well: verify is asymmetric on purpose, and with the answer in the
+gold's place "25" would be right for x^2+y^2=25 and {1,3} for (3,1). Policies, all lenient about
+writing and strict about value: thousands separators 1,234  1{,}234  1\,234  "1 234" are dropped;
+$ and units are dropped; 25\% is equal to 25 and to 0.25; a comma list is a set, in any order; x=5
+is 5. Golds that are a choice ("A", "(B)") or words ("yes", "\text{even}") are compared as text.
+Nothing here has a time limit: the pool kills.
 """
 
 from __future__ import annotations
@@ -77,7 +79,7 @@ def verify_math(gold: str, answer: str | None) -> Verdict:
     found = next((a for a in answers if isinstance(a, str)), found)
     if not _expressions(answers) and not (answers and _is_words(final(gold))):
         return failed(Outcome.NO_ANSWER, f"nothing to compare in {found[-80:]!r}")
-    if any(_equal(g, a) or _equal(a, g) for g, a in product(golds, answers)):
+    if any(_equal(g, a) for g, a in product(golds, answers)):
         return right(found[:80])
     if not _expressions(list(golds)):
         return failed(Outcome.UNPARSABLE_GOLD, f"gold {gold[:80]!r} is not an expression")
@@ -109,7 +111,7 @@ def extract(response: str) -> tuple[str, bool]:
         matches = list(pattern.finditer(text))
         if matches:
             return next(g for g in matches[-1].groups() if g is not None).strip(), True
-    return text[-TAIL_CHARACTERS:].strip(), False
+    return text[-TAIL_CHARACTERS:].rstrip().rpartition("\n\n")[2].strip(), False
 
 
 def _braced(text: str) -> str:
@@ -204,10 +206,18 @@ def _expressions(values: list[Any]) -> list[Any]:
     return [v for v in values if not isinstance(v, str)]
 
 
-def _equal(a: Any, b: Any) -> bool:
+def _equal(gold: Any, answer: Any) -> bool:
     """One comparison; what sympy cannot compare is not equal; no memory is a crash."""
     try:
-        return bool(verify(a, b, timeout_seconds=None, raise_on_error=True))
+        return bool(
+            verify(
+                gold,
+                answer,
+                timeout_seconds=None,
+                raise_on_error=True,
+                allow_set_relation_comp=True,
+            )
+        )
     except (MemoryError, RecursionError):
         raise
     except Exception:

@@ -18,7 +18,7 @@ import torch
 
 from riskpo_kernels.checks import describe, reject
 from riskpo_kernels.credit import CREDITS
-from riskpo_kernels.grouping import group_rows, pair_rows
+from riskpo_kernels.grouping import Question, group_rows, pair_rows
 from riskpo_kernels.presets import OP, RiskPOSettings, settings_from
 from riskpo_kernels.risk import (
     QuantileTracker,
@@ -144,7 +144,7 @@ class RiskPOAdvantage:
             todo = "Pass a rising step; after a restart load the state_dict saved at that step."
             reject(OP, f"step={step}", f"at least {self._last_step}, the last step seen", todo)
 
-    def _check_counts(self, groups: dict[str, list[int]]) -> int:
+    def _check_counts(self, groups: dict[Question, list[int]]) -> int:
         """How many questions have to be dropped."""
         s, questions = self.settings, len(groups)
         surplus = questions % s.bundle_size
@@ -245,7 +245,7 @@ def _std(x: torch.Tensor) -> torch.Tensor:
 
 def batch_stats(
     r: torch.Tensor,
-    groups: dict[str, list[int]],
+    groups: dict[Question, list[int]],
     scores: torch.Tensor,
     q: tuple[torch.Tensor, torch.Tensor],
     tracked: torch.Tensor,

@@ -15,39 +15,42 @@ from riskpo_kernels.checks import describe, reject
 from riskpo_kernels.reference.pairing import draw_permutation, question_order
 
 OP = "RiskPOAdvantage"
+Question = int | str
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
-def group_rows(question_id: Any, draw: Any, count: int) -> dict[str, list[int]]:
+def group_rows(question_id: Any, draw: Any, count: int) -> dict[Question, list[int]]:
     """Rows of each question in the order of their draws; questions in order of appearance.
 
     Without `draw` the draws of a question are numbered as they occur. ValueError on a length other
     than `count`, ids that are neither all ints nor all strings, a repeated draw, or questions that
     have different numbers of responses.
     """
-    names = [_name(q) for q in _listed("question_id", question_id, count)]
-    if len({name[0] for name in names}) > 1:
+    questions = _listed("question_id", question_id, count)
+    if not all(type(q) is int for q in questions) and not all(type(q) is str for q in questions):
+        questions = [_plain(q) for q in questions]
+    if len({type(q) for q in questions}) > 1:
         reject(OP, "question_id with ints and strings", "one kind of id", "Convert all to str.")
     draws = None if draw is None else _listed("draw", draw, count)
     for d in draws or ():
         if not hasattr(d, "__index__"):
             reject(OP, f"draw with {describe(d)}", "ints", "Number each question's responses.")
-    groups: dict[str, list[int]] = {}
-    for row, name in enumerate(names):
-        groups.setdefault(name, []).append(row)
+    groups: dict[Question, list[int]] = {}
+    for row, question in enumerate(questions):
+        groups.setdefault(question, []).append(row)
     if draws is not None:
-        for name, rows in groups.items():
+        for question, rows in groups.items():
             if len({draws[row] for row in rows}) < len(rows):
-                came = f"a draw that occurs twice in question {name[2:]!r}"
+                came = f"a draw that occurs twice in question {question!r}"
                 reject(OP, came, "distinct draws per question", "Number its responses 0..G-1.")
             rows.sort(key=lambda row: draws[row])
     first = next(iter(groups))
-    for name, rows in groups.items():
+    for question, rows in groups.items():
         if len(rows) != len(groups[first]):
             reject(
                 OP,
-                f"{len(rows)} responses to question {name[2:]!r}, "
-                f"{len(groups[first])} to question {first[2:]!r}",
+                f"{len(rows)} responses to question {question!r}, "
+                f"{len(groups[first])} to question {first!r}",
                 "the same number for every question",
                 "Pad with reward-0 responses or leave the surplus out.",
             )
@@ -55,33 +58,33 @@ def group_rows(question_id: Any, draw: Any, count: int) -> dict[str, list[int]]:
 
 
 def pair_rows(
-    groups: dict[str, list[int]], *, bundle_size: int, pairing: str, seed: int, step: int
+    groups: dict[Question, list[int]], *, bundle_size: int, pairing: str, seed: int, step: int
 ) -> torch.Tensor:
     """Rows [Q', G] of the bundled questions, Q' the largest multiple of bundle_size.
 
     "permuted": questions in a random order, each question's draws permuted independently, both a
     function of (seed, step, question) alone. "index": order of appearance, j-th draw to paper j.
     """
-    if pairing == "index":
-        order = list(groups)
-    else:
-        order = question_order(list(groups), seed=seed, step=step)
+    # As text, 1 and "1" stay apart, and an int is the same from a list and from a tensor.
+    named = {f"{'s' if isinstance(q, str) else 'i'}:{q}": rows for q, rows in groups.items()}
+    order = list(named)
+    if pairing == "permuted":
+        order = question_order(order, seed=seed, step=step)
     whole = len(order) - len(order) % bundle_size
     table = []
     for name in order[:whole]:
-        rows = groups[name]
+        rows = named[name]
         if pairing == "permuted":
             rows = [rows[j] for j in draw_permutation(name, len(rows), seed=seed, step=step)]
         table.append(rows)
     return torch.tensor(table, dtype=torch.int64, device="cpu")
 
 
-def _name(question: Any) -> str:
-    """An id as text that keeps 1 and "1" apart and is the same for lists and tensors."""
+def _plain(question: Any) -> Question:
     if isinstance(question, str):
-        return f"s:{question}"
+        return str(question)
     if hasattr(question, "__index__") and not isinstance(question, bool):
-        return f"i:{question.__index__()}"
+        return int(question)
     reject(OP, f"question_id with {describe(question)}", "ints or strings", "Convert the ids.")
 
 

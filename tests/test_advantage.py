@@ -510,7 +510,7 @@ BAD = {
     "ids None": (dict(ids=[None] * 10), "NoneType"),
     "ids bool": (dict(ids=[True] * 10), "bool"),
     "ragged": (dict(ids=["a"] * 2 + ["b"] * 3 + ["c"] * 5), "3 responses to question 'b', 2"),
-    "draw twice": (dict(ids=[0, 1, 2, 3, 4] * 2, draw=[0] * 10), "question '0'"),
+    "draw twice": (dict(ids=[0, 1, 2, 3, 4] * 2, draw=[0] * 10), "question 0"),
     "draw short": (dict(draw=[0]), "1 values of draw"),
     "draw text": (dict(draw=["a"] * 10), "draw"),
     "leftover": (dict(bundle_size=3), "Send 2 fewer"),

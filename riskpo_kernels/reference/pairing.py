@@ -7,13 +7,13 @@ The one definition that the op and the reference both use: a random order has no
 from __future__ import annotations
 
 import hashlib
+import struct
 
 
-def _keys(purpose: str, seed: int, step: int, question: str, count: int) -> list[int]:
+def _keys(purpose: str, seed: int, step: int, question: str, count: int) -> tuple[int, ...]:
     # An extendable hash, one call per question: Python's own hash differs between processes.
     text = f"riskpo/{purpose}/{seed}/{step}/{question}".encode(errors="surrogatepass")
-    stream = hashlib.shake_128(text).digest(8 * count)
-    return [int.from_bytes(stream[8 * i : 8 * i + 8], "big") for i in range(count)]
+    return struct.unpack(f">{count}Q", hashlib.shake_128(text).digest(8 * count))
 
 
 def question_order(questions: list[str], *, seed: int, step: int) -> list[str]:

@@ -137,7 +137,7 @@ def forward_rows(
         for c in spans(vocab, plan.cols):
             raw = tile[: h.shape[0] * (c.stop - c.start)].view(h.shape[0], -1)
             products.into(raw, h, weight[c].to(products.dtype).T)
-            b = None if bias is None else bias[c]
+            b = None if bias is None else bias[c].to(products.wide)
             fold(raw, target[r] - c.start, b, state.of(r), map.of(r))
     return state
 
@@ -195,7 +195,7 @@ def backward_rows(
         size = h.shape[0] * w.shape[0]
         raw, dz = (x[:size].view(h.shape[0], -1) for x in (tile, small))
         products.into(raw, h, w.T)
-        b = None if bias is None else bias[v]
+        b = None if bias is None else bias[v].to(products.wide)
         cg = (None if x is None else x[r] for x in (c, g))
         gradient(raw, target[r] - v.start, b, stats.of(r), *cg, map.of(r), dz)
         if dh_piece is not None:

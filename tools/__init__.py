@@ -1,0 +1,1 @@
+"""Checks that need no GPU and are no tests of behaviour."""

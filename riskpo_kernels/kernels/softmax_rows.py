@@ -23,6 +23,9 @@ once, one exp. Nothing is written twice and there are no atomics: results do not
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -30,9 +33,9 @@ import triton.language as tl
 from riskpo_kernels import softmax_rows
 from riskpo_kernels.softmax_rows import LogitMap, RowState, RowStats
 
-# One program holds BN rows x BV columns: 4096 fp32 values, 32 per thread at 4 warps, so that both
+# One program holds BN rows x BV columns: 4096 fp32 values, 16 per thread at 8 warps, so that both
 # passes stay in registers; rows are read in runs of 2 KB.
-BN, BV, WARPS = 8, 512, 4
+BN, BV, WARPS = 8, 512, 8
 IGNORED = tl.constexpr(softmax_rows.IGNORED)
 FLOOR = tl.constexpr(softmax_rows.FLOOR)
 
@@ -308,3 +311,52 @@ def gradient(
             num_warps=WARPS,
         )
     return out
+
+
+def compile_configurations() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int, int]]:
+    """(name, function, signature, constexprs, num_warps, num_stages) of everything launched."""
+    configurations = []
+    for raw, bias, softcap, per_row, entropy in itertools.product(
+        ("fp32", "bf16", "fp16"), *((False, True),) * 4
+    ):
+        if bias and raw != "fp32":
+            continue  # only the head's own float32 tiles have a bias
+        flags = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "HAS_TEMPERATURE": per_row}
+        name = f"fold {raw} bias={bias:d} softcap={softcap:d} rows={per_row:d} entropy={entropy:d}"
+        given = {"p_bias": bias, "p_temperature": per_row, "p_u": entropy}
+        types = {"p_raw": raw, "p_target": "i64"}
+        flags |= {"ENTROPY": entropy}
+        configurations.append(_configuration(name, _fold_kernel, types, given, flags))
+    for (raw, out), bias, softcap, per_row, (c, g) in itertools.product(
+        (("fp32", "fp32"), ("fp32", "bf16"), ("fp32", "fp16"), ("bf16", "bf16"), ("fp16", "fp16")),
+        *((False, True),) * 3,
+        ((True, False), (False, True), (True, True)),
+    ):
+        if bias and raw != "fp32":
+            continue
+        flags = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "HAS_TEMPERATURE": per_row}
+        name = f"gradient {raw}->{out} bias={bias:d} softcap={softcap:d} rows={per_row:d} "
+        given = {"p_bias": bias, "p_temperature": per_row, "p_entropy": g, "p_c": c, "p_g": g}
+        types = {"p_raw": raw, "p_out": out, "p_target": "i64"}
+        flags |= {"HAS_C": c, "HAS_G": g}
+        name += f"c={c:d} g={g:d}"
+        configurations.append(_configuration(name, _gradient_kernel, types, given, flags))
+    return configurations
+
+
+def _configuration(
+    name: str, kernel: Any, types: dict[str, str], given: dict[str, bool], flags: dict[str, bool]
+) -> tuple[str, Any, dict[str, str], dict[str, Any], int, int]:
+    constexprs: dict[str, Any] = flags | {"BN": BN, "BV": BV}
+    signature = {}
+    for argument in kernel.arg_names:
+        if argument in constexprs:
+            signature[argument] = "constexpr"
+        elif not given.get(argument, True):
+            signature[argument], constexprs[argument] = "constexpr", None
+        elif argument.startswith("p_"):
+            signature[argument] = "*" + types.get(argument, "fp32")
+        else:
+            scalars = ("R", "C", "stride_raw", "stride_out")
+            signature[argument] = "i32" if argument in scalars else "fp32"
+    return name, kernel, signature, constexprs, WARPS, 3

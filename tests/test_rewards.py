@@ -47,7 +47,7 @@ def test_a_crash_is_counted_as_one_and_costs_nobody_else(actors, what):
     assert hint.get(what, "signal 11") in verdicts[1].detail
 
 
-@pytest.mark.parametrize("what", ["loop", "c_loop", "children"])
+@pytest.mark.parametrize("what", ["loop", "c_loop", "children", "heir"])
 def test_whatever_does_not_end_is_killed_at_the_wall_clock_limit(actors, what):
     start = time.monotonic()
     verdicts = actors.run([(what,), *[("fine",)] * 20])

@@ -45,6 +45,10 @@ def act(what: str) -> float:
         while os.fork():  # the children keep our pipe open
             time.sleep(60)
         time.sleep(60)
+    if what == "heir":
+        if os.fork():
+            os._exit(3)
+        time.sleep(60)  # holds the pipe open after the worker is gone
     if what == "nan":
         return float("nan")
     if what == "print":

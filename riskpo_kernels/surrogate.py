@@ -90,11 +90,11 @@ def _triton_pass(logprob: torch.Tensor, entropy: torch.Tensor | None, p: Problem
         logprob,
         p.old,
         p.advantage,
-        p.advantage_per_token,
         p.ref,
         entropy,
         p.mask,
         p.cu_seqlens,
+        advantage_per_token=p.advantage_per_token,
         clip=p.clip,
         kl=o.kl,
         kl_coef=o.kl_coef,
@@ -133,7 +133,7 @@ def _weigh(
 def _bounds(logprob: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
     """[S + 1] int64, bounds of the sequences in the flat tokens; chunks where there are none."""
     if cu_seqlens is not None:
-        return cu_seqlens.long()
+        return cu_seqlens.long().contiguous()
     n = logprob.numel()
     step = logprob.shape[1] if logprob.dim() == 2 else CHUNK
     return torch.arange(0, n + step, step, device=logprob.device).clamp_(max=n)

@@ -45,13 +45,14 @@ def compile_one(job: tuple[str, int, int]) -> Compiled:
     from triton.compiler import ASTSource
 
     module, index, arch = job
-    name, function, signature, constexprs, warps, stages = configurations(module)[index]
+    name, function, signature, constexprs, warps, stages, *rest = configurations(module)[index]
     names = function.arg_names
     # pointers and row strides are multiples of 16 in practice: without this loads stay scalar
     aligned = {
         (names.index(a),): [["tt.divisibility", 16]]
         for a, kind in signature.items()
-        if kind.startswith("*") or a.startswith("stride")
+        if (kind.startswith("*") or a.startswith("stride"))
+        and not function.params[names.index(a)].do_not_specialize_on_alignment
     }
     source = ASTSource(
         function, signature, {(names.index(k),): v for k, v in constexprs.items()}, aligned
@@ -65,7 +66,7 @@ def compile_one(job: tuple[str, int, int]) -> Compiled:
             kernel = triton.compile(
                 source,
                 target=GPUTarget("cuda", arch, 32),
-                options={"num_warps": warps, "num_stages": stages},
+                options={"num_warps": warps, "num_stages": stages} | (rest[0] if rest else {}),
             )
             sys.stdout.flush()
         finally:

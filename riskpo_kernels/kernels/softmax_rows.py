@@ -31,6 +31,7 @@ import triton
 import triton.language as tl
 
 from riskpo_kernels import softmax_rows
+from riskpo_kernels.kernels.tl_math import one_minus_exp, tanh
 from riskpo_kernels.softmax_rows import LogitMap, RowState, RowStats
 
 # One program holds BN rows x BV columns: 4096 fp32 values, 16 per thread at 8 warps, so that both
@@ -41,31 +42,11 @@ FLOOR = tl.constexpr(softmax_rows.FLOOR)
 
 
 @triton.jit
-def _tanh(x):
-    # libdevice is absent from the interpreter. Odd series where the quotient would cancel.
-    y = x * x
-    high = 62.0 / 2835.0 + y * (-1382.0 / 155925.0 + y * (21844.0 / 6081075.0))
-    series = x * (1.0 + y * (-1.0 / 3.0 + y * (2.0 / 15.0 + y * (-17.0 / 315.0 + y * high))))
-    e = tl.exp(-2.0 * tl.abs(x))
-    quotient = (1.0 - e) / (1.0 + e)
-    return tl.where(y < 0.25, series, tl.where(x < 0, -quotient, quotient))
-
-
-@triton.jit
-def _not(log_p):
-    # 1 - exp(log_p), by its series where the difference would cancel
-    x = -log_p
-    tail = 1.0 / 24.0 - x * (1.0 / 120.0 - x * (1.0 / 720.0))
-    series = x * (1.0 - x * (0.5 - x * (1.0 / 6.0 - x * tail)))
-    return tl.where(x < 0.25, series, 1.0 - tl.exp(log_p))
-
-
-@triton.jit
 def _logits(x, scale, softcap, temperature, HAS_SOFTCAP: tl.constexpr):
     x = x * scale
     slope = tl.full(x.shape, 1.0, tl.float32)
     if HAS_SOFTCAP:
-        th = _tanh(x / softcap)
+        th = tanh(x / softcap)
         slope = 1.0 - th * th
         x = th * softcap
     return x / temperature, slope
@@ -204,7 +185,7 @@ def _gradient_kernel(
     log_p = tl.maximum((z - peak[:, None]) - log_sum[:, None], FLOOR)
     p = tl.exp(log_p)
     dz = -p * c[:, None]
-    taken = c * _not(logprob)
+    taken = c * one_minus_exp(logprob)
     if HAS_G:
         h = tl.load(p_entropy + o_n, mask=live, other=0.0)
         dz -= p * g[:, None] * (log_p + h[:, None])

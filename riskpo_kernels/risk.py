@@ -192,7 +192,8 @@ def pass_at_k(n: int | torch.Tensor, c: int | torch.Tensor, k: int) -> float | t
         reject("pass_at_k", came, "0 <= c <= n and 1 <= k <= n", "Draw at least k samples.")
     i = torch.arange(k, dtype=torch.float64, device=(n_all + c_all).device)
     wrong = (n_all - c_all).double()[..., None]
-    # A product of k ratios instead of binomials: no overflow, and exactly 0 once n - c < k.
+    # A product of k ratios instead of binomials, 0 once n - c < k. Without the clamp the ratios
+    # past that zero grow, and a device that multiplies in blocks may meet inf * 0.
     result = 1 - ((wrong - i).clamp(min=0) / (n_all.double()[..., None] - i)).prod(-1)
     return result if isinstance(n, torch.Tensor) or isinstance(c, torch.Tensor) else result.item()
 

@@ -356,7 +356,8 @@ def test_reward_types(dtype):
 
 def test_result_is_detached():
     r, ids = batch(5, 4)
-    assert not RiskPOAdvantage()(r.requires_grad_(), ids, step=0)[0].requires_grad
+    for preset in ("paper", "official-easy", "official-hard"):
+        assert not RiskPOAdvantage(preset)(r.requires_grad_(), ids, step=0)[0].requires_grad
 
 
 def test_default_device_of_the_process_does_not_matter():

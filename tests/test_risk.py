@@ -279,7 +279,8 @@ def test_pass_at_k_of_tensors():
         got, want = risk.pass_at_k(n, c, k), reference.pass_at_k(n, c, k)
         assert got.shape == (2, 12) and got.dtype == torch.float64
         assert_near(got, want, rtol=1e-12, atol=1e-12)
-    assert_near(risk.pass_at_k(4000, 3, 2000), reference.pass_at_k(4000, 3, 2000))
+    for n, c, k in ((4000, 3, 2000), (20000, 12000, 20000), (4000, 0, 4000)):
+        assert_near(risk.pass_at_k(n, c, k), reference.pass_at_k(n, c, k))
 
 
 @pytest.mark.parametrize("module", [risk, reference], ids=["op", "reference"])

@@ -1,34 +1,52 @@
-"""Every setting of a run, in one place. Units are in the names; None means "what the algorithm's
-row of riskpo/strategies.py says"."""
+"""Every setting of a run, in one place; units are in the names.
+
+Precedence: defaults < TOML file < command line. A setting left at None is filled in once, by
+`resolve`, from DEMO (nothing given: the embedded task) or REAL (your model and your data); the
+settings of the algorithm stay None where the row of riskpo/strategies.py decides.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import sys
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Settings of `riskpo train`."""
 
-    run_dir: str = "runs/demo"  # everything a run writes goes here
+    run_dir: str = "runs/demo"  # everything a run writes goes here; the same folder resumes
     algorithm: str = "riskpo-paper"  # a row of riskpo/strategies.py
     model: str | None = None  # folder or hub name of a causal LM; None: the embedded tiny model
     data: str | None = None  # jsonl / parquet file or hub name; None: the embedded arithmetic task
     eval_data: str | None = None  # None: a held-out part of data
+    reward: str = "auto"  # auto, math, exact, or your own "package.module:function"
     seed: int = 0
     steps: int = 300
 
     questions_per_step: int = 40
     responses_per_question: int = 8
     updates_per_step: int = 1  # mini-batches per batch of rollouts; above 1 is off-policy
-    micro_batch_tokens: int = 8192  # packed tokens that go through the model at once
+    micro_batch_tokens: int | None = None  # packed tokens that go through the model at once
+    sample_sequences: int = 512  # responses that are sampled at once
 
     max_prompt_tokens: int = 512
-    max_response_tokens: int = 512
+    max_response_tokens: int | None = None
     temperature: float = 1.0
 
-    learning_rate: float = 3e-4
-    warmup_steps: int = 20
+    learning_rate: float | None = None
+    warmup_steps: int = 20  # of the learning rate, in optimiser steps
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     entropy_coef: float = 0.0
@@ -39,18 +57,132 @@ class TrainConfig:
     beta: float | None = None
     baseline: str | None = None
     scale: str | None = None
+    credit: str | None = None
     clip_low: float | None = None
     clip_high: float | None = None
 
     backend: str = "auto"  # of the fused loss: auto, triton, torch, reference
     memory_mib: int = 300  # workspace of the fused head
-    device: str = "auto"
-    dtype: str = "float32"  # of the weights: float32, bfloat16
+    dtype: str = "float32"  # of the weights: float32, or bfloat16 with float32 master weights
+    gradient_checkpointing: bool = False
 
-    eval_every_steps: int = 50
+    eval_every_steps: int = 100
     eval_questions: int = 200
     eval_samples: int = 8  # avg@k with k = this
-    save_every_steps: int = 50
+    save_every_steps: int = 100
     log_with: tuple[str, ...] = ()  # besides JSONL: tensorboard, wandb, trackio
-    verifier_workers: int = 2
     verifier_seconds: float = 5.0  # wall clock per answer
+
+
+# Four digits of an embedded answer and its end leave room to ramble below eight.
+DEMO = {"learning_rate": 3e-4, "micro_batch_tokens": 1024, "max_response_tokens": 8}
+REAL = {"learning_rate": 1e-6, "micro_batch_tokens": 16384, "max_response_tokens": 1024}
+# What the paper's row needs in order to learn within the demo's few minutes (docs/demo.md).
+DEMO_OVERRIDES = {"riskpo-paper": {"baseline": "leave-one-out"}}
+
+FREE_ON_RESUME = ("steps", "save_every_steps", "log_with")  # may differ from the saved run's
+
+
+def resolve(config: TrainConfig) -> tuple[TrainConfig, dict[str, Any]]:
+    """The config with every None of DEMO or REAL filled in, and the demo's overrides of its row.
+
+    An override given by the user wins over the demo's.
+    """
+    demo = config.model is None
+    given = {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
+    overrides = DEMO_OVERRIDES.get(config.algorithm, {}) if demo else {}
+    overrides = {k: v for k, v in overrides.items() if k not in given}
+    filled = {**(DEMO if demo else REAL), **overrides, **given}
+    return dataclasses.replace(config, **filled), overrides
+
+
+def validate(config: TrainConfig) -> None:
+    """ValueError, with what came, what was expected and what to do, on anything that cannot run."""
+    c = config
+    if (c.model is None) != (c.data is None):
+        missing = "model" if c.model is None else "data"
+        _reject(
+            f"{missing}=None beside the other", "both model and data, or neither", f"Set {missing}."
+        )
+    _choice("backend", c.backend, ("auto", "triton", "torch", "reference"))
+    _choice("dtype", c.dtype, ("float32", "bfloat16"))
+    for name in c.log_with:
+        _choice("log_with", name, ("tensorboard", "wandb", "trackio"))
+    for field in dataclasses.fields(c):
+        _check_number(field.name, getattr(c, field.name))
+    if c.questions_per_step % c.updates_per_step:
+        _reject(
+            f"questions_per_step={c.questions_per_step} with updates_per_step={c.updates_per_step}",
+            "a multiple, since mini-batches are made of whole questions",
+            "Change one of them.",
+        )
+
+
+_MAY_BE_ZERO = (
+    "seed", "warmup_steps", "weight_decay", "entropy_coef", "omega", "alpha", "beta", "clip_low",
+    "clip_high", "eval_every_steps", "eval_questions", "save_every_steps", "steps",
+)  # fmt: skip
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return
+    least = "at least 0" if name in _MAY_BE_ZERO else "above 0"
+    if not (value >= 0 if name in _MAY_BE_ZERO else value > 0) or value == float("inf"):
+        _reject(f"{name}={value}", f"a finite number {least}", f"Set {name} accordingly.")
+
+
+def _choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        _reject(f"{name}={value!r}", f"one of {', '.join(choices)}", "Check the spelling.")
+
+
+def _reject(came: str, expected: str, todo: str) -> None:
+    raise ValueError(f"config: got {came}; expected {expected}. {todo}")
+
+
+def read_toml(path: str | Path, base: TrainConfig | None = None) -> TrainConfig:
+    """`base` with the settings of a TOML file; an unknown key names the nearest known one."""
+    with open(path, "rb") as file:
+        given = tomllib.load(file)
+    known = {field.name: field for field in dataclasses.fields(TrainConfig)}
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+            hint = f"Did you mean {near[0]!r}?" if near else "See `riskpo train --help`."
+            _reject(f"unknown key {key!r} in {path}", "a field of TrainConfig", hint)
+        given[key] = _typed(key, str(known[key].type), given[key])
+    return dataclasses.replace(base or TrainConfig(), **given)
+
+
+def _typed(key: str, annotation: str, value: object) -> object:
+    """`value` as the field's type; TOML has no tuples and writes 1 where 1.0 is meant."""
+    if annotation.startswith("tuple"):
+        if isinstance(value, list) and all(isinstance(x, str) for x in value):
+            return tuple(value)
+    elif annotation.startswith("float") and type(value) is int:
+        return float(value)
+    elif type(value).__name__ == annotation.removesuffix(" | None"):
+        return value
+    _reject(f"{key}={value!r}", annotation, "Change its type in the TOML file.")
+    return None
+
+
+def to_toml(config: TrainConfig) -> str:
+    """The effective settings as TOML; a None has no line, since TOML has no word for it."""
+    given = {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
+    return tomli_w.dumps(given)
+
+
+def changed_fields(saved: dict[str, Any], config: TrainConfig) -> list[str]:
+    """`name: saved -> now` for every setting that a resumed run may not change."""
+    now = dataclasses.asdict(config)
+    return [
+        f"{name}: {saved.get(name)!r} -> {value!r}"
+        for name, value in now.items()
+        if name not in (*FREE_ON_RESUME, "run_dir") and _plain(saved.get(name)) != _plain(value)
+    ]
+
+
+def _plain(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -35,12 +36,19 @@ class Rollouts:
     truncated   list of R bools: the length limit was hit before an end-of-sequence token
     """
 
-    tokens: list[torch.Tensor]
-    prompt_len: list[int]
-    logprob: list[torch.Tensor]
-    text: list[str]
-    truncated: list[bool]
-    question_id: list[str]
+    tokens: list[torch.Tensor] = field(default_factory=list)
+    prompt_len: list[int] = field(default_factory=list)
+    logprob: list[torch.Tensor] = field(default_factory=list)
+    text: list[str] = field(default_factory=list)
+    truncated: list[bool] = field(default_factory=list)
+    question_id: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def extend(self, other: Rollouts, rows: Sequence[int] | None = None) -> None:
+        """Append the chosen rows of `other`, all of them by default."""
+        chosen = range(len(other)) if rows is None else rows
+        for column in fields(self):
+            values = getattr(other, column.name)
+            getattr(self, column.name).extend(values[row] for row in chosen)

@@ -1,0 +1,7 @@
+"""`python -m riskpo`."""
+
+import sys
+
+from riskpo.cli import main
+
+sys.exit(main())

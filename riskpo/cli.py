@@ -1,0 +1,101 @@
+"""`riskpo train | eval | plot`; also `python -m riskpo`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import tyro
+
+from riskpo.config import TrainConfig, read_toml, resolve, to_toml, validate
+
+USAGE = """riskpo: risk-averse policy optimisation of language models
+
+  riskpo train [--config FILE.toml] [--print-config] [--SETTING VALUE ...]
+      with no arguments: the embedded demo, a few minutes on two CPU cores
+      the same command resumes a run that was interrupted
+  riskpo eval  [--model DIR --data FILE] [--samples N] ...
+  riskpo plot  RUN_DIR
+
+`riskpo COMMAND --help` lists the settings."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Settings of `riskpo eval`: avg@k and pass@k of a model or of a checkpoint folder."""
+
+    model: str = "runs/demo"  # folder or hub name; a run_dir stands for its newest checkpoint
+    data: str | None = None  # None: the embedded arithmetic task's held-out questions
+    reward: str = "auto"
+    questions: int = 200
+    samples: int = 8
+    ks: tuple[int, ...] = (1, 8)  # of pass@k
+    temperature: float = 1.0
+    max_prompt_tokens: int = 512
+    max_response_tokens: int | None = None  # None: 8 for the embedded task, else 1024
+    sample_sequences: int = 512
+    dtype: str = "float32"
+    seed: int = 0
+    out: str | None = None  # write the result, with every question's rewards, as JSON
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status is 2 for a mistake of the caller's."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    commands = {"train": train_command, "eval": eval_command, "plot": plot_command}
+    if not given or given[0] not in commands:
+        print(USAGE)
+        return 0 if given and given[0] in ("-h", "--help") else 2
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        commands[given[0]](given[1:])
+    except (ValueError, ConnectionError) as error:
+        print(f"riskpo: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def train_command(given: list[str]) -> None:
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    first.add_argument("--print-config", action="store_true")
+    ours, rest = first.parse_known_args(given)
+    base = read_toml(ours.config) if ours.config else TrainConfig()
+    config = tyro.cli(TrainConfig, prog="riskpo train", args=rest, default=base)
+    if ours.print_config:
+        effective, _ = resolve(config)
+        validate(effective)
+        print(to_toml(effective), end="")
+        return
+    _quiet_loading_bars()
+    from riskpo.train import train  # torch and transformers take seconds to import
+
+    train(config)
+
+
+def eval_command(given: list[str]) -> None:
+    config = tyro.cli(EvalConfig, prog="riskpo eval", args=given)
+    _quiet_loading_bars()
+    from riskpo.offline_eval import evaluate_model
+
+    evaluate_model(config)
+
+
+def plot_command(given: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="riskpo plot")
+    parser.add_argument("run_dir", help="folder of a `riskpo train` run")
+    from riskpo.plots import plot
+
+    print(plot(parser.parse_args(given).run_dir))
+
+
+def _quiet_loading_bars() -> None:
+    """One bar per checkpoint that is written would break up the lines of the steps."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()

@@ -1,0 +1,56 @@
+"""What the held-out questions say about a run: numbers for the log, answers for people."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from riskpo.evaluate import EvalSettings, evaluate
+from riskpo.rollout import seed_everything
+from riskpo.start import Run, sampler
+
+SHOWN_ANSWERS = 6
+
+
+def evaluate_and_log(run: Run) -> None:
+    """avg@k and pass@k on the held-out questions, with random numbers of their own."""
+    c, began = run.config, time.perf_counter()
+    if not run.held_out:
+        return
+    settings = EvalSettings(
+        model=c.model or "embedded",
+        data=c.eval_data or c.data or "embedded",
+        temperature=c.temperature,
+        max_response_tokens=c.max_response_tokens or 0,
+        seed=c.seed,
+    )
+    with torch.random.fork_rng():
+        seed_everything(c.seed, 0, 1)
+        result = evaluate(
+            lambda questions, n: sampler(run.policy, c, n)(questions).text,
+            run.held_out,
+            run.scorer.score,
+            samples=c.eval_samples,
+            ks=(c.eval_samples,),
+            settings=settings,
+        )
+    name = f"avg@{c.eval_samples}"
+    interval = {f"{name}_low": result.avg.low, f"{name}_high": result.avg.high}
+    numbers = {**result.row(), **interval, "time_s": time.perf_counter() - began}
+    run.log.evaluation(run.step, numbers)
+
+
+def show_answers(run: Run) -> None:
+    """A few held-out questions, what the policy says now, and whether it is right."""
+    questions = (run.held_out or run.questions)[:SHOWN_ANSWERS]
+    with torch.random.fork_rng():
+        seed_everything(run.config.seed, 0, 2)
+        texts = sampler(run.policy, run.config, 1)(questions).text
+    rewards, _ = run.scorer.score(texts, questions)
+    for question, text, reward in zip(questions, texts, rewards.tolist(), strict=True):
+        asked = (
+            question.prompt if isinstance(question.prompt, str) else question.prompt[-1]["content"]
+        )
+        verdict = "right" if reward > 0 else f"wrong, expected {question.gold[:60]!r}"
+        run.log.note(f"{asked[:80]!r} -> {text[-120:]!r}  {verdict}")

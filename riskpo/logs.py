@@ -1,0 +1,112 @@
+"""What a run tells: a JSONL file always, a line per step on the terminal, trackers by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from riskpo.config import TrainConfig
+
+METRICS = "metrics.jsonl"
+
+
+class RunLog:
+    """Records go to run_dir/metrics.jsonl, one JSON object per line, flushed at once.
+
+    Every record has "kind" ("step" or "eval") and "step". Names that end in _s are wall-clock
+    seconds: the only ones that may differ between two runs of the same command on one machine.
+    """
+
+    def __init__(self, config: TrainConfig, *, first_step: int) -> None:
+        self.path = Path(config.run_dir) / METRICS
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._steps = config.steps
+        self._console = Console(soft_wrap=True)
+        self._accelerator = _trackers(config)
+        self._progress: Progress | None = None
+        if sys.stdout.isatty():
+            columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("left"))
+            self._progress = Progress(*columns, console=self._console)
+            self._bar = self._progress.add_task("", total=config.steps, completed=first_step)
+            self._progress.start()
+
+    def step(self, step: int, numbers: dict[str, float]) -> None:
+        """One optimisation step: written, tracked, and shown as one line."""
+        self._write("step", step, numbers)
+        self.note(step_line(step, self._steps, numbers))
+        if self._progress is not None:
+            self._progress.update(self._bar, completed=step)
+
+    def evaluation(self, step: int, numbers: dict[str, float]) -> None:
+        """Held-out numbers after `step` steps (0: before training)."""
+        self._write("eval", step, numbers)
+        shown = (k for k in numbers if not k.endswith(("_s", "_low", "_high")))
+        text = "  ".join(f"{name} {numbers[name]:.3f}" for name in shown)
+        self.note(f"held out after step {step}: {text}")
+
+    def note(self, text: str) -> None:
+        """A line for people only."""
+        self._console.print(text, markup=False, highlight=False)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        if self._accelerator is not None:
+            self._accelerator.end_training()
+        self._file.close()
+
+    def _write(self, kind: str, step: int, numbers: dict[str, float]) -> None:
+        self._file.write(json.dumps({"kind": kind, "step": step, **numbers}) + "\n")
+        self._file.flush()
+        if self._accelerator is not None:
+            self._accelerator.log({f"{kind}/{k}": v for k, v in numbers.items()}, step=step)
+
+
+def step_line(step: int, steps: int, numbers: dict[str, float]) -> str:
+    """The step in at most 120 columns; a number that the algorithm does not have is left out."""
+    shown = (
+        ("reward_mean", "reward {:.3f}"),
+        ("rvar_lower", "tail {:.2f}"),
+        ("q_alpha", "q {:.2f}"),
+        ("q_beta", "{:.2f}"),
+        ("entropy", "entropy {:.3f}"),
+        ("clip_fraction", "clip {:.3f}"),
+        ("grad_norm", "grad {:.2g}"),
+        ("skipped_updates", "SKIPPED {:.0f}"),
+        ("time_s", "{:.2f} s"),
+    )
+    parts = [
+        text.format(numbers[name])
+        for name, text in shown
+        if name in numbers and (name != "skipped_updates" or numbers[name])
+    ]
+    return f"step {step:>{len(str(steps))}}/{steps}  " + "  ".join(parts)
+
+
+def read_records(run_dir: str | Path, kind: str) -> list[dict[str, Any]]:
+    """The records of one kind, in the order of their steps."""
+    path = Path(run_dir) / METRICS
+    if not path.is_file():
+        raise ValueError(f"log: there is no {path}. Give the run_dir of a `riskpo train` run.")
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [record for record in records if record["kind"] == kind]
+
+
+def _trackers(config: TrainConfig) -> Accelerator | None:
+    if not config.log_with:
+        return None
+    accelerator = Accelerator(log_with=list(config.log_with), project_dir=config.run_dir, cpu=True)
+    plain = {
+        name: value if isinstance(value, (int, float, str, bool)) else str(value)
+        for name, value in dataclasses.asdict(config).items()
+    }
+    accelerator.init_trackers("riskpo", config=plain)
+    return accelerator

@@ -1,0 +1,91 @@
+"""AdamW with warm-up, gradient clipping and, for 16-bit weights, float32 master copies.
+
+A bfloat16 weight has 8 bits of mantissa: a step of 1e-6 would round to nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+
+class Optimizer:
+    """Steps the trainable parameters; counts and refuses steps that are not finite."""
+
+    def __init__(
+        self,
+        parameters: Iterable[torch.nn.Parameter],
+        *,
+        learning_rate: float,
+        warmup_steps: int,
+        weight_decay: float,
+        max_grad_norm: float,
+    ) -> None:
+        self.weights = [p for p in parameters if p.requires_grad]
+        self.masters = [
+            p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
+            for p in self.weights
+        ]
+        self.max_grad_norm = max_grad_norm
+        self.skipped = 0
+        self.adamw = torch.optim.AdamW(self.masters, lr=learning_rate, weight_decay=weight_decay)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.adamw, lambda step: min(1.0, (step + 1) / max(warmup_steps, 1))
+        )
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self.schedule.get_last_lr()[0])
+
+    def zero_grad(self) -> None:
+        for p in (*self.weights, *self.masters):
+            p.grad = None
+
+    def step(self, loss: torch.Tensor) -> tuple[float, bool]:
+        """(gradient norm before clipping, whether the step was taken); clears the gradients.
+
+        `loss` is only looked at: with a NaN or an infinity in it or in a gradient no weight moves.
+        """
+        for weight, master in zip(self.weights, self.masters, strict=True):
+            if master is not weight and weight.grad is not None:
+                master.grad, weight.grad = weight.grad.float(), None
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, self.max_grad_norm)
+        taken = bool(torch.isfinite(norm) & torch.isfinite(loss.to(norm.device)))
+        if taken:
+            self.adamw.step()
+            self.schedule.step()
+            self._round_to_weights()
+        else:
+            self.skipped += 1
+        self.zero_grad()
+        return float(norm), taken
+
+    @torch.no_grad()
+    def _round_to_weights(self) -> None:
+        for weight, master in zip(self.weights, self.masters, strict=True):
+            if master is not weight:
+                weight.copy_(master)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Moments, schedule, counter, and the master copies where there are any."""
+        copies = [
+            None if m is w else m.detach() for w, m in zip(self.weights, self.masters, strict=True)
+        ]
+        return {
+            "adamw": self.adamw.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "skipped": self.skipped,
+            "masters": copies,
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was saved; the weights themselves are loaded elsewhere."""
+        self.adamw.load_state_dict(state["adamw"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.skipped = state["skipped"]
+        for master, copy in zip(self.masters, state["masters"], strict=True):
+            if copy is not None:
+                master.copy_(copy)

@@ -1,0 +1,252 @@
+"""Everything a run needs before its first step: fresh, or as its last checkpoint left it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from riskpo.arithmetic import build_model, build_questions, build_tokenizer, warm_start
+from riskpo.checkpoint import latest_checkpoint, read_about, restore, truncate_log
+from riskpo.collect import Sample
+from riskpo.config import TrainConfig, resolve, to_toml, validate
+from riskpo.data import BOXED_INSTRUCTION, load_questions, split_holdout
+from riskpo.head import Head, find_head
+from riskpo.logs import METRICS, RunLog
+from riskpo.optimizer import Optimizer
+from riskpo.records import Question
+from riskpo.rewards import Scorer
+from riskpo.rollout import (
+    Policy,
+    best_device,
+    load_policy,
+    prepare,
+    prompt_tokens,
+    sample,
+    seed_everything,
+)
+from riskpo.strategies import Advantage, LossOptions, Strategy, find_strategy, loss_options
+from riskpo.update import UpdatePlan
+
+EMBEDDED_QUESTIONS = 6000
+WARM_START_ACCURACY = 0.35  # sampled; above it there is signal, far below 1 there is room
+WARM_START_PROBE = 200  # training questions that are sampled to measure it
+MAX_WORKERS = 8  # verifier processes
+
+
+@dataclass
+class Run:
+    """A run in progress. `step` steps are done."""
+
+    config: TrainConfig
+    policy: Policy
+    head: Head
+    optimizer: Optimizer
+    strategy: Strategy
+    advantage: Advantage
+    loss: LossOptions
+    plan: UpdatePlan
+    questions: list[Question]
+    held_out: list[Question]
+    scorer: Scorer
+    sample: Sample
+    log: RunLog
+    step: int
+
+
+def start(given: TrainConfig) -> Run:
+    """Load, check and, where run_dir holds a checkpoint, resume. Cheap errors come first."""
+    config, overrides = resolve(given)
+    validate(config)
+    strategy = find_strategy(config.algorithm)
+    advantage = strategy.advantage(config)
+    checkpoint = latest_checkpoint(config.run_dir)
+    step = 0 if checkpoint is None else read_about(checkpoint, config)
+    questions, held_out = load_data(config)
+    truncate_log(Path(config.run_dir) / METRICS, -1 if checkpoint is None else step)
+    log = RunLog(config, first_step=step)
+    announce(config, overrides, checkpoint, log)
+    policy = load(config, checkpoint, questions, log.note)
+    head = find_head(policy.model)
+    optimizer = build_optimizer(policy, config)
+    if checkpoint is not None:
+        restore(checkpoint, optimizer=optimizer, advantage=advantage)
+    scorer = build_scorer(config)
+    return Run(
+        config=config,
+        policy=policy,
+        head=head,
+        optimizer=optimizer,
+        strategy=strategy,
+        advantage=advantage,
+        loss=loss_options(strategy, config),
+        plan=build_plan(config),
+        questions=usable(policy, scorer, config, questions, log.note),
+        held_out=fitting(policy, config, held_out, log.note),
+        scorer=scorer,
+        sample=sampler(policy, config, config.responses_per_question),
+        log=log,
+        step=step,
+    )
+
+
+def load_data(config: TrainConfig) -> tuple[list[Question], list[Question]]:
+    """(training, held out) questions, the same for every run with these settings."""
+    if config.data is None:
+        everything = build_questions(EMBEDDED_QUESTIONS, config.seed)
+        return split_holdout(everything, config.eval_questions, config.seed)
+    instruction = BOXED_INSTRUCTION if config.reward in ("auto", "math") else None
+    questions = load_questions(config.data, instruction=instruction)
+    if config.eval_data is None:
+        return split_holdout(questions, config.eval_questions, config.seed)
+    held_out = load_questions(config.eval_data, instruction=instruction)
+    _, chosen = split_holdout(held_out, min(config.eval_questions, len(held_out) - 1), config.seed)
+    return questions, chosen
+
+
+def load(
+    config: TrainConfig,
+    checkpoint: Path | None,
+    questions: Sequence[Question],
+    note: Callable[[str], None],
+) -> Policy:
+    """The policy from the checkpoint, else the given model, else the embedded one, warmed up."""
+    if checkpoint is not None:
+        return load_policy(str(checkpoint), dtype=config.dtype)
+    if config.model is not None:
+        return load_policy(config.model, dtype=config.dtype)
+    return warmed_up(config, questions, note)
+
+
+def warmed_up(
+    config: TrainConfig, questions: Sequence[Question], note: Callable[[str], None]
+) -> Policy:
+    """The embedded model after supervised steps; weights and order are a function of the seed."""
+    tokenizer = build_tokenizer()
+    policy = prepare(Policy(build_model(tokenizer, config.seed), tokenizer))
+    probe = list(questions[:WARM_START_PROBE])
+    ask = sampler(policy, config, 2)
+
+    def accuracy() -> float:
+        gold = {q.id: q.gold for q in probe}
+        rollouts = ask(probe)
+        right = [gold[i] == t for i, t in zip(rollouts.question_id, rollouts.text, strict=True)]
+        return sum(right) / len(right)
+
+    note(f"warm start: supervised steps until {WARM_START_ACCURACY:.0%} of the answers are right")
+    seed_everything(config.seed)
+    steps, reached = warm_start(
+        policy.model,
+        tokenizer,
+        questions,
+        accuracy,
+        target=WARM_START_ACCURACY,
+        seed=config.seed,
+    )
+    note(f"warm start: {steps} steps, {reached:.0%} of sampled answers right")
+    policy.model.to(device=best_device(), dtype=getattr(torch, config.dtype))
+    return policy
+
+
+def build_optimizer(policy: Policy, config: TrainConfig) -> Optimizer:
+    if config.gradient_checkpointing:
+        policy.model.gradient_checkpointing_enable()
+    assert config.learning_rate is not None  # resolve has seen to it
+    return Optimizer(
+        policy.model.parameters(),
+        learning_rate=config.learning_rate,
+        warmup_steps=config.warmup_steps,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+    )
+
+
+def build_plan(config: TrainConfig) -> UpdatePlan:
+    assert config.micro_batch_tokens is not None  # resolve has seen to it
+    return UpdatePlan(
+        updates=config.updates_per_step,
+        micro_batch_tokens=config.micro_batch_tokens,
+        temperature=config.temperature,
+        entropy_coef=config.entropy_coef,
+        backend=config.backend,
+        memory_mib=config.memory_mib,
+    )
+
+
+def build_scorer(config: TrainConfig) -> Scorer:
+    workers = max(1, min(MAX_WORKERS, os.cpu_count() or 1))
+    return Scorer(config.reward, workers=workers, seconds=config.verifier_seconds)
+
+
+def sampler(policy: Policy, config: TrainConfig, responses: int) -> Sample:
+    """`sample` with the config's numbers bound: questions -> Rollouts."""
+    assert config.max_response_tokens is not None  # resolve has seen to it
+    return partial(
+        sample,
+        policy,
+        responses_per_question=responses,
+        max_prompt_tokens=config.max_prompt_tokens,
+        max_response_tokens=config.max_response_tokens,
+        temperature=config.temperature,
+        batch_sequences=config.sample_sequences,
+    )
+
+
+def usable(
+    policy: Policy,
+    scorer: Scorer,
+    config: TrainConfig,
+    questions: Sequence[Question],
+    note: Callable[[str], None],
+) -> list[Question]:
+    """Training questions whose prompt fits and whose gold verifies against itself."""
+    kept = fitting(policy, config, questions, note)
+    bad = scorer.check_golds(kept)
+    if bad:
+        note(f"data: left out {len(bad)} questions whose gold does not verify against itself:")
+        for question, verdict in bad[:3]:
+            note(f"  {question.id}: gold {question.gold[:60]!r}: {verdict.outcome.value}")
+    refused = {question.id for question, _ in bad}
+    kept = [q for q in kept if q.id not in refused]
+    if len(kept) < config.questions_per_step:
+        raise ValueError(
+            f"data: got {len(kept)} usable questions; expected at least "
+            f"questions_per_step={config.questions_per_step}. Lower it or give more data."
+        )
+    return kept
+
+
+def fitting(
+    policy: Policy, config: TrainConfig, questions: Sequence[Question], note: Callable[[str], None]
+) -> list[Question]:
+    """Questions whose prompt has at most max_prompt_tokens tokens; says how many are not."""
+    kept = [
+        q
+        for q in questions
+        if len(prompt_tokens(policy.tokenizer, q.prompt)) <= config.max_prompt_tokens
+    ]
+    if len(kept) < len(questions):
+        note(
+            f"data: left out {len(questions) - len(kept)} of {len(questions)} questions with more "
+            f"than max_prompt_tokens={config.max_prompt_tokens} tokens"
+        )
+    return kept
+
+
+def announce(
+    config: TrainConfig, overrides: dict[str, Any], checkpoint: Path | None, log: RunLog
+) -> None:
+    """Write the effective settings beside the log, and say what is not as the algorithm's row."""
+    path = Path(config.run_dir) / "config.toml"
+    path.write_text(to_toml(config), encoding="utf-8")
+    log.note(f"riskpo: {config.algorithm}, seed {config.seed}, settings in {path}")
+    if overrides:
+        changes = ", ".join(f"{name}={value!r}" for name, value in overrides.items())
+        log.note(f"demo: {config.algorithm} with {changes}; why: docs/demo.md")
+    if checkpoint is not None:
+        log.note(f"resuming from {checkpoint}")

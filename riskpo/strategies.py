@@ -1,0 +1,206 @@
+"""The algorithms, one row each. The difference between two of them is the difference of two rows.
+
+Q questions, G responses each, R = Q * G rollouts, question-major. A row says how rewards become
+advantages, which questions are kept, and how the loss treats ratio, clipping and averaging. All
+numbers with their sources: arXiv 2510.00911 (RiskPO), 2402.03300 (GRPO), 2503.14476 (DAPO),
+2503.20783 (Dr. GRPO), 2507.18071 (GSPO).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+
+from riskpo.config import TrainConfig
+from riskpo_kernels import RiskPOAdvantage, bundle_scores, mvar, rvar
+
+RISK_SETTINGS = ("bundle_size", "omega", "alpha", "beta", "baseline", "scale", "credit")
+GROUP_STD_EPS = 1e-6
+
+
+class Advantage(Protocol):
+    """Rewards [R] and the question of each -> advantage [R], detached, and numbers to log."""
+
+    def __call__(
+        self, rewards: torch.Tensor, question_id: Sequence[str], *, step: int
+    ) -> tuple[torch.Tensor, dict[str, float]]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class GroupAdvantage:
+    """GRPO: reward minus the mean of its question's G, over their std (ddof 1) where asked for."""
+
+    def __init__(self, *, over_std: bool) -> None:
+        self.over_std = over_std
+
+    def __call__(
+        self, rewards: torch.Tensor, question_id: Sequence[str], *, step: int
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        rewards_QG = by_question(rewards, question_id)
+        centred = rewards_QG - rewards_QG.mean(1, keepdim=True)
+        if self.over_std and rewards_QG.shape[1] > 1:
+            centred = centred / (rewards_QG.std(1, keepdim=True) + GROUP_STD_EPS)
+        return centred.flatten(), {"zero_advantage_fraction": float((centred == 0).float().mean())}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to restore: every step stands alone."""
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """What riskpo_kernels.clipped_surrogate needs to know; None means its own default."""
+
+    ratio: str = "sequence"
+    clip_low: float | None = None
+    clip_high: float | None = None
+    dual_clip: float | None = None
+    aggregate: str = "sequence-mean"
+    constant: float | None = None  # tokens, of aggregate="sequence-sum-norm"
+
+
+def keep_all(rewards_QG: torch.Tensor) -> torch.Tensor:
+    """Every question counts: bool [Q]."""
+    return torch.ones(len(rewards_QG), dtype=torch.bool)
+
+
+def keep_mixed(rewards_QG: torch.Tensor) -> torch.Tensor:
+    """Questions whose responses are neither all right nor all wrong: bool [Q]."""
+    return (rewards_QG != rewards_QG[:, :1]).any(1)
+
+
+def risk(preset: str, **row: Any) -> Callable[[TrainConfig], Advantage]:
+    """A factory of RiskPOAdvantage: the preset, then the row, then what the config sets."""
+
+    def build(config: TrainConfig) -> Advantage:
+        given = {k: getattr(config, k) for k in RISK_SETTINGS if getattr(config, k) is not None}
+        advantage = RiskPOAdvantage(preset, seed=config.seed, **{**row, **given})
+        size = advantage.settings.bundle_size
+        if config.questions_per_step % size:
+            raise ValueError(
+                f"config: got questions_per_step={config.questions_per_step} with "
+                f"bundle_size={size}; expected a multiple. Change one of them."
+            )
+        return advantage
+
+    return build
+
+
+def group(*, over_std: bool = True) -> Callable[[TrainConfig], Advantage]:
+    """A factory of GroupAdvantage. Bundle size, levels and omega still shape the risk curves."""
+
+    def build(config: TrainConfig) -> Advantage:
+        useless = [k for k in ("baseline", "scale", "credit") if getattr(config, k) is not None]
+        if useless:
+            raise ValueError(
+                f"config: got {', '.join(useless)} with algorithm={config.algorithm!r}; expected "
+                "none of them, since its advantage has no bundles. Remove them or choose a bundled "
+                "algorithm."
+            )
+        return GroupAdvantage(over_std=over_std)
+
+    return build
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One algorithm. overlong is the share of max_response_tokens that is the penalised buffer."""
+
+    advantage: Callable[[TrainConfig], Advantage]
+    keep: Callable[[torch.Tensor], torch.Tensor] = keep_all
+    loss: LossOptions = field(default_factory=LossOptions)
+    overlong: float = 0.0
+
+
+TOKEN = LossOptions(ratio="token", clip_low=0.2, clip_high=0.2)
+PAPER = LossOptions(ratio="sequence", clip_low=3e-4, clip_high=4e-4)
+OFFICIAL = LossOptions(
+    ratio="token", clip_low=0.2, clip_high=0.2, dual_clip=3.0, aggregate="token-mean"
+)
+DAPO = LossOptions(ratio="token", clip_low=0.2, clip_high=0.28, aggregate="token-mean")
+DR_GRPO = LossOptions(ratio="token", clip_low=0.2, clip_high=0.2, aggregate="sequence-sum-norm")
+
+STRATEGIES: dict[str, Strategy] = {
+    "riskpo-paper": Strategy(risk("paper"), loss=PAPER),
+    "riskpo-official-easy": Strategy(risk("official-easy"), loss=OFFICIAL),
+    "riskpo-official-hard": Strategy(risk("official-hard"), loss=OFFICIAL),
+    "riskpo-seeking": Strategy(risk("paper", form="seeking"), loss=PAPER),
+    "bundle-mean": Strategy(risk("paper", form="mean"), loss=PAPER),
+    "grpo": Strategy(group(), loss=TOKEN),
+    "dr-grpo": Strategy(group(over_std=False), loss=DR_GRPO),
+    "gspo": Strategy(group(), loss=PAPER),
+    "dapo": Strategy(group(), keep=keep_mixed, loss=DAPO, overlong=0.2),
+}
+
+
+def find_strategy(name: str) -> Strategy:
+    """The row of that name; ValueError names the nearest one."""
+    if name not in STRATEGIES:
+        near = difflib.get_close_matches(name, STRATEGIES, n=1, cutoff=0.4)
+        raise ValueError(
+            f"algorithm: got {name!r}; expected one of {', '.join(STRATEGIES)}. "
+            + (f"Did you mean {near[0]!r}?" if near else "Check the spelling.")
+        )
+    return STRATEGIES[name]
+
+
+def loss_options(strategy: Strategy, config: TrainConfig) -> LossOptions:
+    """The row's loss with the clip bounds of the config, where it sets any."""
+    given = {k: getattr(config, k) for k in ("clip_low", "clip_high")}
+    given = {k: v for k, v in given.items() if v is not None}
+    if strategy.loss.aggregate == "sequence-sum-norm":
+        given["constant"] = float(config.max_response_tokens or 1)
+    return replace(strategy.loss, **given)
+
+
+def by_question(x: torch.Tensor, question_id: Sequence[str]) -> torch.Tensor:
+    """[R] -> [Q, G]; the rows must be question-major, each question G times."""
+    responses = next((i for i, q in enumerate(question_id) if q != question_id[0]), len(x))
+    regular = len(x) % responses == 0 and all(
+        question_id[i] == question_id[i - i % responses] for i in range(len(x))
+    )
+    if not regular or len(set(question_id)) != len(x) // responses:
+        raise ValueError(
+            f"by_question: got {len(x)} rows of {len(set(question_id))} questions; expected "
+            "question-major rows with the same number of responses each. Sort them by question."
+        )
+    return x.view(-1, responses)
+
+
+def overlong_penalty(length: int, max_tokens: int, buffer_tokens: int) -> float:
+    """DAPO's soft punishment of long responses, in [-1, 0]; lengths in tokens.
+
+    0 up to max_tokens - buffer_tokens, then falling linearly to -1 at max_tokens.
+    """
+    if buffer_tokens <= 0:
+        return 0.0
+    return -min(max((length - (max_tokens - buffer_tokens)) / buffer_tokens, 0.0), 1.0)
+
+
+def risk_curves(rewards_QG: torch.Tensor, config: TrainConfig) -> dict[str, float]:
+    """Lower-tail RVaR and MVaR of bundle scores, for every algorithm alike, in score units.
+
+    Where the config is silent the paper's bundle size, levels and omega are used. Bundles are
+    consecutive questions; what does not fill a bundle is left out.
+    """
+    alpha = 0.2 if config.alpha is None else config.alpha
+    beta = 0.8 if config.beta is None else config.beta
+    omega = 0.5 if config.omega is None else config.omega
+    size = config.bundle_size or 5
+    full = len(rewards_QG) // size * size
+    if not full:
+        return {}
+    scores = bundle_scores(rewards_QG[:full], size).flatten()
+    return {
+        "rvar_lower": float(rvar(scores, 0.0, alpha)),
+        "mvar": float(mvar(scores, alpha, beta, omega)),
+    }

@@ -1,0 +1,99 @@
+"""RiskPO training, on one page: sample -> score -> advantage -> update -> log -> evaluate -> save.
+
+Not here: a value network, a reference model and its KL, a replay buffer, an asynchronous sampler,
+several machines. Algorithms differ only in riskpo/strategies.py; what a run is made of before its
+first step is in riskpo/start.py.
+
+Q questions, G responses each, R = Q * G rollouts.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from riskpo.checkpoint import save_checkpoint
+from riskpo.collect import collect, shaped_rewards
+from riskpo.config import TrainConfig
+from riskpo.heldout import evaluate_and_log, show_answers
+from riskpo.plots import plot
+from riskpo.start import Run, start
+from riskpo.strategies import risk_curves
+from riskpo.update import update
+
+
+def train(config: TrainConfig) -> Path:
+    """Train to config.steps, resuming where run_dir has a checkpoint; returns run_dir."""
+    run = start(config)
+    try:
+        if run.step == 0:
+            evaluate_and_log(run)
+        for step in range(run.step + 1, run.config.steps + 1):
+            train_step(run, step)
+            if due(step, run.config.eval_every_steps, run.config.steps):
+                evaluate_and_log(run)
+            if due(step, run.config.save_every_steps, run.config.steps):
+                save(run)
+        show_answers(run)
+        run.log.note(f"curves: {plot(run.config.run_dir)}")
+    finally:
+        run.log.close()
+        run.scorer.close()
+    return Path(run.config.run_dir)
+
+
+def train_step(run: Run, step: int) -> None:
+    """One batch of rollouts, from the questions to the line in the log."""
+    c, began = run.config, time.perf_counter()
+    batch = collect(
+        run.sample,
+        run.scorer.score,
+        run.questions,
+        run.strategy,
+        count=c.questions_per_step,
+        seed=c.seed,
+        step=step,
+    )
+    sampled = time.perf_counter()
+    numbers = {"reward_mean": float(batch.seen_QG.mean()), **risk_curves(batch.seen_QG, c)}
+    if batch.questions:
+        rewards_R = shaped_rewards(batch, run.strategy.overlong, c.max_response_tokens or 0)
+        advantage_R, risk = run.advantage(rewards_R, batch.rollouts.question_id, step=step)
+        stats = update(
+            run.policy.model,
+            run.head,
+            run.optimizer,
+            batch.rollouts,
+            advantage_R,
+            run.loss,
+            run.plan,
+        )
+        numbers = {**risk, **stats, **numbers}
+    else:
+        run.log.note(f"step {step}: no question was kept, nothing to learn from")
+    run.step = step
+    numbers |= {f"outcome_{name}": float(n) for name, n in batch.outcomes.items()}
+    numbers |= {
+        "sampled_questions": float(len(batch.seen_QG)),
+        "learning_rate": run.optimizer.learning_rate,
+        "truncated_fraction": sum(batch.rollouts.truncated) / max(len(batch.rollouts), 1),
+        "sample_time_s": sampled - began,
+        "time_s": time.perf_counter() - began,
+    }
+    run.log.step(step, numbers)
+
+
+def save(run: Run) -> None:
+    save_checkpoint(
+        run.config.run_dir,
+        step=run.step,
+        policy=run.policy,
+        optimizer=run.optimizer,
+        advantage=run.advantage,
+        config=run.config,
+    )
+
+
+def due(step: int, every: int, last: int) -> bool:
+    """At every `every`-th step and at the last one; 0 switches it off."""
+    return every > 0 and (step % every == 0 or step == last)

@@ -1,0 +1,290 @@
+"""From rollouts and advantages to new weights.
+
+Sequences are packed end to end without padding: one row of at most `micro_batch_tokens` tokens,
+position ids restarting at 0 with every sequence, from which transformers builds the block-diagonal
+mask. The decoder's last hidden states go straight into the fused head; no [tokens, V] tensor is
+made. The loss of a mini-batch has one denominator, whatever number of micro-batches it takes.
+
+R rollouts, T tokens of a micro-batch, S its sequences, D hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from riskpo.head import Head
+from riskpo.optimizer import Optimizer
+from riskpo.records import Rollouts
+from riskpo.strategies import LossOptions
+from riskpo_kernels import SurrogateLoss, clipped_surrogate, linear_logprob, riskpo_loss
+
+IGNORE = -100
+log = logging.getLogger("riskpo")
+
+
+@dataclass(frozen=True)
+class UpdatePlan:
+    """How a batch of rollouts is cut and fed; the mathematics is in LossOptions."""
+
+    updates: int = 1
+    micro_batch_tokens: int = 8192
+    temperature: float = 1.0
+    entropy_coef: float = 0.0
+    backend: str = "auto"
+    memory_mib: int = 300
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Sequences end to end. A sequence of n tokens gives n - 1 inputs, each with its successor."""
+
+    rows: list[int]  # [S] which rollouts these are
+    input_ids: torch.Tensor  # [1, T]
+    position_ids: torch.Tensor  # [1, T], restarting at 0
+    target: torch.Tensor  # [T], the next token, or IGNORE where that is part of the prompt
+    sampled: torch.Tensor  # [T] float32, the sampler's log-prob of target, 0 where ignored
+    cu_seqlens: torch.Tensor  # [S + 1] int32
+
+
+def micro_batches(rollouts: Rollouts, rows: Sequence[int], budget: int) -> list[list[int]]:
+    """`rows` cut, in order, into runs of at most `budget` input tokens; a longer one stands alone.
+
+    Whole sequences stay together: a sequence ratio needs all of its tokens.
+    """
+    cuts: list[list[int]] = []
+    room = 0
+    for row in rows:
+        size = len(rollouts.tokens[row]) - 1
+        if not cuts or size > room:
+            cuts.append([])
+            room = budget
+        cuts[-1].append(row)
+        room -= size
+    return cuts
+
+
+def pack(rollouts: Rollouts, rows: Sequence[int], device: torch.device) -> Packed:
+    """The chosen rollouts as one row without padding."""
+    inputs, positions, targets, sampled, lengths = [], [], [], [], [0]
+    for row in rows:
+        tokens, prompt = rollouts.tokens[row], rollouts.prompt_len[row]
+        target = tokens[1:].clone()
+        target[: prompt - 1] = IGNORE
+        inputs.append(tokens[:-1])
+        positions.append(torch.arange(len(tokens) - 1))
+        targets.append(target)
+        sampled.append(torch.cat([torch.zeros(prompt - 1), rollouts.logprob[row]]))
+        lengths.append(lengths[-1] + len(tokens) - 1)
+    return Packed(
+        list(rows),
+        torch.cat(inputs)[None].to(device),
+        torch.cat(positions)[None].to(device),
+        torch.cat(targets).to(device),
+        torch.cat(sampled).to(device),
+        torch.tensor(lengths, dtype=torch.int32, device=device),
+    )
+
+
+def hidden_states(model: Any, batch: Packed) -> torch.Tensor:
+    """Last hidden states [T, D]. An attention mask or a cache would undo the packing in silence."""
+    output = model.get_decoder()(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        attention_mask=None,
+        use_cache=False,
+    )
+    return output.last_hidden_state[0]
+
+
+def denominator(
+    rollouts: Rollouts, rows: Sequence[int], aggregate: str, constant: float | None
+) -> float:
+    """What the mini-batch's summed terms are divided by, over all of its micro-batches."""
+    if aggregate == "token-mean":
+        return float(sum(len(rollouts.logprob[row]) for row in rows))
+    if aggregate == "sequence-sum-norm":
+        if constant is None:
+            raise ValueError(
+                "denominator: got constant=None; expected a number of tokens for "
+                "aggregate='sequence-sum-norm'. Set LossOptions.constant."
+            )
+        return len(rows) * constant
+    return float(len(rows))
+
+
+def update(
+    model: Any,
+    head: Head,
+    optimizer: Optimizer,
+    rollouts: Rollouts,
+    advantage: torch.Tensor,
+    loss: LossOptions,
+    plan: UpdatePlan,
+) -> dict[str, float]:
+    """Take `plan.updates` optimiser steps on one batch of rollouts; returns numbers to log.
+
+    advantage [R], detached. Mini-batches are whole questions in their order. With one update the
+    data are on-policy and the old log-probs are the detached new ones, so every ratio is exactly
+    1; with more the trainer recomputes them once, before the first step (the sampler's own are
+    rounded differently).
+    """
+    device = next(model.parameters()).device
+    advantage = advantage.to(device, torch.float32)
+    model.train()
+    old = recompute(model, head, rollouts, plan) if plan.updates > 1 else None
+    tally = _Tally()
+    for rows in mini_batches(rollouts, plan.updates):
+        share = denominator(rollouts, rows, loss.aggregate, loss.constant)
+        total = torch.zeros((), device=device)
+        for part in micro_batches(rollouts, rows, plan.micro_batch_tokens):
+            batch = pack(rollouts, part, device)
+            old_logprob = None if old is None else torch.cat([old[row] for row in part])
+            result, logprob = surrogate(
+                model, head, batch, old_logprob, advantage[part], loss, plan, share
+            )
+            result.loss.backward()
+            total += result.loss.detach()
+            tally.add(result.stats, len(part) if loss.ratio == "sequence" else None)
+            if logprob is not None:
+                tally.compare(logprob, batch)
+        norm, taken = optimizer.step(total)
+        if not taken:
+            log.warning(
+                "update skipped: loss %s, gradient norm %s; %d skipped so far",
+                float(total),
+                norm,
+                optimizer.skipped,
+            )
+        tally.step(float(total), norm)
+    model.eval()
+    return tally.numbers() | {"skipped_updates": float(optimizer.skipped)}
+
+
+def surrogate(
+    model: Any,
+    head: Head,
+    batch: Packed,
+    old_logprob: torch.Tensor | None,
+    advantage: torch.Tensor,
+    loss: LossOptions,
+    plan: UpdatePlan,
+    share: float,
+) -> tuple[SurrogateLoss, torch.Tensor | None]:
+    """The micro-batch's part of the loss, and its log-probs [T] where they are at hand."""
+    hidden = hidden_states(model, batch)
+    head_options = asdict(head.options) | {
+        "temperature": plan.temperature,
+        "return_entropy": True,
+        "memory_mib": plan.memory_mib,
+        "backend": plan.backend,
+    }
+    loss_options = asdict(loss) | {"entropy_coef": plan.entropy_coef, "denominator": share}
+    if old_logprob is not None:
+        result = riskpo_loss(
+            hidden,
+            head.weight,
+            batch.target,
+            old_logprob,
+            advantage,
+            cu_seqlens=batch.cu_seqlens,
+            bias=head.bias,
+            **head_options,
+            **loss_options,
+        )
+        return result, None
+    # The same composition, spelt out because on-policy the old log-probs are the new ones.
+    token = linear_logprob(hidden, head.weight, batch.target, bias=head.bias, **head_options)
+    result = clipped_surrogate(
+        token.logprob,
+        token.logprob.detach(),
+        advantage,
+        cu_seqlens=batch.cu_seqlens,
+        mask=batch.target != IGNORE,
+        entropy=token.entropy,
+        backend=plan.backend,
+        **loss_options,
+    )
+    return result, token.logprob.detach()
+
+
+@torch.no_grad()
+def recompute(model: Any, head: Head, rollouts: Rollouts, plan: UpdatePlan) -> list[torch.Tensor]:
+    """The trainer's own log-probs: R tensors, one entry per input token, 0 inside the prompt."""
+    device = next(model.parameters()).device
+    found: list[torch.Tensor] = []
+    for part in micro_batches(rollouts, range(len(rollouts)), plan.micro_batch_tokens):
+        batch = pack(rollouts, part, device)
+        token = linear_logprob(
+            hidden_states(model, batch),
+            head.weight,
+            batch.target,
+            bias=head.bias,
+            temperature=plan.temperature,
+            memory_mib=plan.memory_mib,
+            backend=plan.backend,
+            **asdict(head.options),
+        )
+        found += token.logprob.split(batch.cu_seqlens.diff().tolist())
+    return found
+
+
+def mini_batches(rollouts: Rollouts, count: int) -> list[list[int]]:
+    """Rows of `count` mini-batches (fewer when there are fewer questions), whole questions each."""
+    rows_of: dict[str, list[int]] = {}
+    for row, question in enumerate(rollouts.question_id):
+        rows_of.setdefault(question, []).append(row)
+    groups = list(rows_of.values())
+    count = min(count, len(groups))
+    bounds = [i * len(groups) // count for i in range(count + 1)]
+    return [sum(groups[a:b], []) for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
+class _Tally:
+    """Sums of a step's numbers, weighted by tokens or by what a ratio belongs to."""
+
+    MEANS_OF_UNITS = ("clip_fraction", "clip_low_fraction", "clip_high_fraction", "ratio_mean")
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.units = self.tokens = 0.0
+        self.ratio_max = self.sampler_gap = 0.0
+        self.steps: list[tuple[float, float]] = []
+
+    def add(self, stats: dict[str, torch.Tensor], sequences: int | None) -> None:
+        """A micro-batch's stats; `sequences` where each sequence has one ratio."""
+        tokens = float(stats["tokens"])
+        units = tokens if sequences is None else sequences
+        self.units += units
+        self.tokens += tokens
+        for name in (*self.MEANS_OF_UNITS, "zero_coefficient_fraction", "entropy"):
+            weight = units if name in self.MEANS_OF_UNITS else tokens
+            self.sums[name] = self.sums.get(name, 0.0) + weight * float(stats[name])
+        self.ratio_max = max(self.ratio_max, float(stats["ratio_max"]))
+
+    def compare(self, logprob: torch.Tensor, batch: Packed) -> None:
+        """How far the sampler's log-probs are from the trainer's, in nats."""
+        gap = (logprob - batch.sampled)[batch.target != IGNORE].abs().max()
+        self.sampler_gap = max(self.sampler_gap, float(gap))
+
+    def step(self, loss: float, norm: float) -> None:
+        self.steps.append((loss, norm))
+
+    def numbers(self) -> dict[str, float]:
+        """The step's loss and gradient norm are means over its updates."""
+        means = {
+            name: value / max(self.units if name in self.MEANS_OF_UNITS else self.tokens, 1.0)
+            for name, value in self.sums.items()
+        }
+        loss, norm = (sum(x) / len(self.steps) for x in zip(*self.steps, strict=True))
+        return means | {
+            "loss": loss,
+            "grad_norm": norm,
+            "ratio_max": self.ratio_max,
+            "sampler_gap": self.sampler_gap,
+            "tokens": self.tokens,
+        }

@@ -1,0 +1,141 @@
+"""Sampling: the sampler's log-probs are the trainer's, and nothing bends the distribution."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from riskpo.head import find_head
+from riskpo.records import Question
+from riskpo.rollout import Policy, load_policy, prepare, prompt_tokens, sample, seed_everything
+from riskpo.update import UpdatePlan, recompute
+from tests.toy import save_byte_model, tiny_policy
+
+# Prompts of different lengths, so that there is padding on the left.
+QUESTIONS = [Question(p, p, "") for p in ("1+2=", "012+345=", "9=", "77+88=")]
+LIMITS = {"max_prompt_tokens": 20, "max_response_tokens": 6}
+
+
+def draw(policy, **changes):
+    seed_everything(0, 1)
+    return sample(policy, QUESTIONS, responses_per_question=5, **LIMITS | changes)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_sampler_and_trainer_agree(temperature):
+    policy = tiny_policy()
+    rollouts = draw(policy, temperature=temperature)
+    plan = UpdatePlan(temperature=temperature)
+    trainer = recompute(policy.model, find_head(policy.model), rollouts, plan)
+    for ours, theirs, prompt in zip(rollouts.logprob, trainer, rollouts.prompt_len, strict=True):
+        torch.testing.assert_close(ours, theirs[prompt - 1 :], rtol=0, atol=2e-5)
+
+
+def test_rows_are_question_major_and_end_at_the_end_token():
+    policy = tiny_policy()
+    rollouts = draw(policy, max_response_tokens=30)
+    assert rollouts.question_id == [q.id for q in QUESTIONS for _ in range(5)]
+    assert any(rollouts.truncated) != all(rollouts.truncated)  # both kinds occur
+    for tokens, prompt, logprob, cut in zip(
+        rollouts.tokens, rollouts.prompt_len, rollouts.logprob, rollouts.truncated, strict=True
+    ):
+        response = tokens[prompt:].tolist()
+        assert len(response) == len(logprob) and (logprob <= 0).all()
+        assert (response.count(1), cut) in ((0, True), (1, False))
+        assert cut or response[-1] == 1
+    for row, text in enumerate(rollouts.text):
+        assert text == policy.tokenizer.decode(
+            rollouts.tokens[row][rollouts.prompt_len[row] :], skip_special_tokens=True
+        )
+
+
+def test_same_seed_same_rollouts_and_batches_are_cut_by_sequences():
+    policy = tiny_policy()
+    first, again = draw(policy), draw(policy)
+    assert first.text == again.text
+    seed_everything(0, 2)
+    other = sample(policy, QUESTIONS, responses_per_question=5, **LIMITS)
+    assert other.text != first.text
+    assert len(draw(policy, batch_sequences=3)) == 20
+
+
+def test_the_models_own_sampling_settings_are_dropped():
+    policy = tiny_policy()
+    policy.model.generation_config = GenerationConfig(
+        top_k=1, top_p=0.1, repetition_penalty=5.0, eos_token_id=[1, 3], temperature=0.1
+    )
+    prepare(policy)
+    assert policy.model.generation_config.eos_token_id == [1, 3]
+    assert policy.model.generation_config.repetition_penalty in (None, 1.0)
+    assert len(set(draw(policy).text)) > 5  # top_k=1 would repeat itself
+
+
+def test_frequencies_are_those_of_the_policy():
+    """First tokens of 4000 draws against the softmax they are drawn from."""
+    policy = tiny_policy()
+    question = [Question("q", "12+3=", "")]
+    seed_everything(5)
+    rollouts = sample(
+        policy,
+        question,
+        responses_per_question=4000,
+        max_prompt_tokens=9,
+        max_response_tokens=1,
+        batch_sequences=2000,
+    )
+    ids = policy.tokenizer("12+3=", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        p = torch.softmax(policy.model(input_ids=ids).logits[0, -1], -1)
+    seen = torch.bincount(torch.stack([x[-1] for x in rollouts.tokens]), minlength=len(p)) / 4000
+    assert ((seen - p).abs() < 5 * (p * (1 - p) / 4000).sqrt() + 1e-9).all()
+
+
+def test_chat_template_is_used_where_there_is_one():
+    tokenizer = tiny_policy().tokenizer
+    plain = prompt_tokens(tokenizer, "1+1=")
+    tokenizer.chat_template = "{% for m in messages %}={{ m['content'] }}{% endfor %}+"
+    assert prompt_tokens(tokenizer, "1+1=") == [13, *plain, 12]
+    assert prompt_tokens(tokenizer, [{"role": "user", "content": "1+1="}]) == [13, *plain, 12]
+
+
+def test_too_long_prompt_is_named():
+    with pytest.raises(ValueError, match="'012.345='.*max_prompt_tokens=7"):
+        sample(
+            tiny_policy(),
+            QUESTIONS,
+            responses_per_question=1,
+            max_prompt_tokens=7,
+            max_response_tokens=2,
+        )
+
+
+def test_load_from_folder_and_refusals(tmp_path):
+    policy = load_policy(str(save_byte_model(tmp_path / "model")))
+    assert isinstance(policy, Policy)
+    assert policy.tokenizer.padding_side == "left"
+    began = time.perf_counter()
+    with pytest.raises(ValueError, match="cannot load 'nobody/no-such-model'") as caught:
+        load_policy("nobody/no-such-model")
+    assert "\n" not in str(caught.value) and time.perf_counter() - began < 10
+
+
+def test_no_hub_is_one_line_at_once(monkeypatch):
+    def unreachable(name, timeout):
+        raise OSError("no route\nto host")
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr("riskpo.rollout.model_info", unreachable)
+    with pytest.raises(ConnectionError, match="is no folder.*no route") as caught:
+        load_policy("nobody/no-such-model")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_without_an_end_is_refused():
+    policy = tiny_policy()
+    policy.model.generation_config = GenerationConfig()
+    policy.tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="eos_token"):
+        prepare(policy)

@@ -1,0 +1,192 @@
+"""The table of algorithms: golden numbers of the baselines, and one step's batch of rollouts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from riskpo.collect import MAX_ATTEMPTS, Batch, collect, draw, shaped_rewards
+from riskpo.config import TrainConfig
+from riskpo.records import Question, Rollouts
+from riskpo.strategies import (
+    STRATEGIES,
+    GroupAdvantage,
+    by_question,
+    find_strategy,
+    keep_mixed,
+    loss_options,
+    overlong_penalty,
+    risk_curves,
+)
+
+QUESTIONS = [Question(f"q{i}", f"{i}", str(i)) for i in range(50)]
+
+
+def test_grpo_golden():
+    """Algorithm notes G9: rewards 1, 0, 0, 1, 0."""
+    rewards = torch.tensor([1.0, 0, 0, 1, 0, 0, 0, 0, 0, 0])
+    ids = ["a"] * 5 + ["b"] * 5
+    grpo, _ = GroupAdvantage(over_std=True)(rewards, ids, step=1)
+    up, down = 1.095443, -0.730295
+    torch.testing.assert_close(
+        grpo, torch.tensor([up, down, down, up, down] + [0.0] * 5), rtol=0, atol=5e-6
+    )
+    dr_grpo, stats = GroupAdvantage(over_std=False)(rewards, ids, step=1)
+    torch.testing.assert_close(dr_grpo, torch.tensor([0.6, -0.4, -0.4, 0.6, -0.4] + [0.0] * 5))
+    assert stats["zero_advantage_fraction"] == 0.5
+
+
+def test_one_response_has_no_std():
+    advantage, _ = GroupAdvantage(over_std=True)(torch.tensor([1.0, 0.0]), ["a", "b"], step=1)
+    assert advantage.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "length, limit, buffer, penalty",
+    [
+        (16384, 20480, 4096, 0.0),
+        (17408, 20480, 4096, -0.25),
+        (18432, 20480, 4096, -0.5),
+        (20480, 20480, 4096, -1.0),
+        (30000, 20480, 4096, -1.0),
+        (2048, 3072, 1024, 0.0),
+        (2304, 3072, 1024, -0.25),
+        (3072, 3072, 1024, -1.0),
+        (10, 5, 0, 0.0),
+    ],
+)
+def test_overlong_golden(length, limit, buffer, penalty):
+    assert overlong_penalty(length, limit, buffer) == penalty
+
+
+def test_rows_say_what_the_papers_say():
+    loss = {name: row.loss for name, row in STRATEGIES.items()}
+    assert (loss["dapo"].clip_low, loss["dapo"].clip_high) == (0.2, 0.28)
+    assert loss["dapo"].aggregate == "token-mean" and STRATEGIES["dapo"].keep is keep_mixed
+    assert (loss["riskpo-paper"].ratio, loss["riskpo-paper"].clip_low) == ("sequence", 3e-4)
+    assert loss["riskpo-official-easy"].dual_clip == 3.0
+    assert loss["gspo"] == loss["riskpo-paper"]
+    assert [n for n, row in STRATEGIES.items() if row.overlong] == ["dapo"]
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_row_gives_finite_detached_advantages(name):
+    config = TrainConfig(algorithm=name, max_response_tokens=16)
+    rewards = (torch.rand(320, generator=torch.Generator().manual_seed(0)) < 0.4).float()
+    ids = [f"q{i}" for i in range(40) for _ in range(8)]
+    advantage, stats = find_strategy(name).advantage(config)(rewards, ids, step=1)
+    assert advantage.shape == (320,) and advantage.isfinite().all() and advantage.any()
+    assert not advantage.requires_grad and all(isinstance(v, float) for v in stats.values())
+
+
+def test_config_overrides_the_row():
+    config = TrainConfig(baseline="batch", bundle_size=4, clip_high=0.1, max_response_tokens=16)
+    strategy = find_strategy("riskpo-paper")
+    settings = strategy.advantage(config).settings
+    assert (settings.baseline, settings.bundle_size, settings.omega) == ("batch", 4, 0.5)
+    assert loss_options(strategy, config).clip_high == 0.1
+    assert loss_options(strategy, config).clip_low == 3e-4
+    assert loss_options(find_strategy("dr-grpo"), config).constant == 16.0
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="Did you mean 'riskpo-paper'"):
+        find_strategy("riskpo_papr")
+    with pytest.raises(ValueError, match="questions_per_step=40 with bundle_size=7"):
+        find_strategy("riskpo-paper").advantage(TrainConfig(bundle_size=7))
+    with pytest.raises(ValueError, match="got baseline with algorithm='grpo'"):
+        find_strategy("grpo").advantage(TrainConfig(algorithm="grpo", baseline="none"))
+    with pytest.raises(ValueError, match="question-major"):
+        by_question(torch.zeros(4), ["a", "b", "a", "b"])
+    with pytest.raises(ValueError, match="question-major"):
+        by_question(torch.zeros(5), ["a", "a", "b", "b", "b"])
+
+
+def test_risk_curves_use_the_paper_where_the_config_is_silent():
+    """Scores 0..5 once each: the golden G1 of the algorithm notes."""
+    rewards_QG = (torch.arange(6)[None] > torch.arange(5)[:, None]).float()
+    curves = risk_curves(rewards_QG, TrainConfig())
+    assert curves["rvar_lower"] == pytest.approx(1 / 6) and curves["mvar"] == pytest.approx(1.55)
+    assert risk_curves(torch.ones(3, 4), TrainConfig()) == {}
+
+
+# One step's batch --------------------------------------------------------------------------
+
+
+class FakeSampler:
+    """Two responses of `length` tokens per question; text says which response it is."""
+
+    def __init__(self, length: int = 3) -> None:
+        self.length, self.asked = length, []
+
+    def __call__(self, questions):
+        self.asked.append([q.id for q in questions])
+        rollouts = Rollouts()
+        for q in questions:
+            for j in range(2):
+                rollouts.tokens.append(torch.arange(self.length + 1))
+                rollouts.prompt_len.append(1)
+                rollouts.logprob.append(torch.zeros(self.length))
+                rollouts.text.append(f"{q.id}/{j}")
+                rollouts.truncated.append(False)
+                rollouts.question_id.append(q.id)
+        return rollouts
+
+
+def one_in_three_is_mixed(texts, questions):
+    """Both right, both wrong, or one right, by the question's number."""
+    rewards = []
+    for q in questions:
+        rewards += [(1.0, 1.0), (0.0, 0.0), (1.0, 0.0)][int(q.gold) % 3]
+    return torch.tensor(rewards), {"right": int(sum(rewards))}
+
+
+def gather(name, sampler, score=one_in_three_is_mixed, step=1):
+    strategy = find_strategy(name)
+    return collect(sampler, score, QUESTIONS, strategy, count=6, seed=3, step=step)
+
+
+def test_without_a_filter_one_attempt_is_the_batch():
+    sampler = FakeSampler()
+    batch = gather("grpo", sampler)
+    assert len(sampler.asked) == 1 and len(batch.questions) == 6 and len(batch.rollouts) == 12
+    assert batch.rollouts.question_id == [q.id for q in batch.questions for _ in range(2)]
+
+
+def test_dynamic_sampling_refills_with_mixed_questions():
+    sampler = FakeSampler()
+    batch = gather("dapo", sampler)
+    assert len(batch.questions) == 6 and len(sampler.asked) > 1
+    assert all(int(q.gold) % 3 == 2 for q in batch.questions)
+    assert (batch.rewards_QG == torch.tensor([1.0, 0.0])).all()
+    everything = sum(sampler.asked, [])
+    assert len(everything) == len(set(everything)) == len(batch.seen_QG)
+    assert batch.rollouts.text == [f"{q.id}/{j}" for q in batch.questions for j in range(2)]
+
+
+def test_dynamic_sampling_gives_up_at_the_cap():
+    def all_right(texts, questions):
+        return torch.ones(len(texts)), {}
+
+    sampler = FakeSampler()
+    batch = gather("dapo", sampler, all_right)
+    assert len(sampler.asked) <= MAX_ATTEMPTS and not batch.questions and not len(batch.rollouts)
+    assert batch.seen_QG.mean() == 1
+
+
+def test_questions_are_a_function_of_seed_and_step():
+    steps = [[q.id for q in draw(QUESTIONS, 6, seed=0, step=s)] for s in range(1, 17)]
+    assert steps == [[q.id for q in draw(QUESTIONS, 6, seed=0, step=s)] for s in range(1, 17)]
+    epoch = sum(steps[:8], [])
+    assert len(set(epoch)) == 48  # an epoch shows no question twice
+    assert steps[8:] != steps[:8] and all(len(set(s)) == 6 for s in steps)
+    assert steps[0] != [q.id for q in draw(QUESTIONS, 6, seed=1, step=1)]
+    with pytest.raises(ValueError, match="questions_per_step=51"):
+        draw(QUESTIONS, 51, seed=0, step=1)
+
+
+def test_overlong_penalty_stays_outside_the_rewards():
+    batch = Batch(rollouts=FakeSampler(length=10)(QUESTIONS[:1]), rewards_QG=torch.ones(1, 2))
+    assert shaped_rewards(batch, 0.2, 10).tolist() == [0.0, 0.0]
+    assert shaped_rewards(batch, 0.0, 10).tolist() == [1.0, 1.0]
+    assert batch.rewards_QG.tolist() == [[1.0, 1.0]]

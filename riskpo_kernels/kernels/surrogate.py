@@ -231,7 +231,7 @@ def surrogate_pass(
     dentropy = None if entropy is None else torch.empty_like(dlogprob)
     programs = len(cu_seqlens) - 1
     partial = torch.empty(programs, COLUMNS, dtype=torch.float32, device=logprob.device)
-    lower, upper, dual = clip
+    lower, upper, dual = map(float, clip)  # an int 1 would be compiled in
 
     def plain(x: torch.Tensor | None) -> torch.Tensor:  # an absent input's pointer is never read
         return logprob if x is None else x.to(torch.float32).contiguous()

@@ -1,0 +1,137 @@
+"""Kill a run without warning, start it again: the result is the uninterrupted one, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from riskpo.checkpoint import latest_checkpoint, save_checkpoint, truncate_log
+from riskpo.config import TrainConfig
+from riskpo.optimizer import Optimizer
+from riskpo.strategies import GroupAdvantage
+from tests.toy import save_arithmetic, tiny_policy
+
+ROOT = Path(__file__).resolve().parents[1]
+# Runs the command line, but dies at the given call of one of the trainer's functions.
+DIE = """
+import importlib, os, signal, sys
+module, name, calls = sys.argv[1], sys.argv[2], int(sys.argv[3])
+module = importlib.import_module(module)
+real = getattr(module, name)
+def mortal(*args, **kwargs):
+    global calls
+    calls -= 1
+    result = real(*args, **kwargs)
+    if calls == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return result
+setattr(module, name, mortal)
+from riskpo.cli import main
+sys.exit(main(sys.argv[4:]))
+"""
+
+
+def command(folder: Path, run_dir: str) -> list[str]:
+    model, data = folder / "model", folder / "sums.jsonl"
+    return (
+        f"train --run-dir {folder / run_dir} --model {model} --data {data} --steps 6 "
+        "--reward tests.toy:odd_length "
+        "--questions-per-step 10 --responses-per-question 4 --updates-per-step 2 "
+        "--micro-batch-tokens 128 --max-response-tokens 6 --learning-rate 1e-3 --warmup-steps 3 "
+        "--eval-every-steps 2 --eval-questions 6 --eval-samples 2 --save-every-steps 2"
+    ).split()
+
+
+def run(*arguments: str) -> int:
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode in (0, -signal.SIGKILL), done.stderr[-2000:]
+    return done.returncode
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    """The log without its wall-clock fields."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(x).items() if not k.endswith("_s")} for x in lines]
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    a, b = (load_file(x / "checkpoints/step_000006/model.safetensors") for x in (one, other))
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(tmp_path):
+    save_arithmetic(tmp_path)
+    assert run("-m", "riskpo", *command(tmp_path, "whole")) == 0
+    # In the fifth step, after its weights have moved; then again while step 6 is being saved.
+    killed = command(tmp_path, "killed")
+    assert run("-c", DIE, "riskpo.train", "update", "5", *killed) == -signal.SIGKILL
+    assert metrics(tmp_path / "killed")[-1]["step"] == 4
+    assert run("-c", DIE, "riskpo.checkpoint", "_flush", "2", *killed) == -signal.SIGKILL
+    assert latest_checkpoint(tmp_path / "killed").name == "step_000004"
+    assert run("-m", "riskpo", *killed) == 0
+
+    whole, killed_dir = tmp_path / "whole", tmp_path / "killed"
+    assert same_weights(whole, killed_dir)
+    assert metrics(whole) == metrics(killed_dir)
+    steps = [m["step"] for m in metrics(whole) if m["kind"] == "step"]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert all(m["grad_norm"] > 0 for m in metrics(whole) if m["kind"] == "step")
+    kept = sorted(x.name for x in (killed_dir / "checkpoints").iterdir())
+    assert kept == ["step_000004", "step_000006"]
+    changed = [*killed, "--beta", "0.9"]
+    done = subprocess.run(
+        [sys.executable, "-m", "riskpo", *changed], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 2 and "beta: None -> 0.9" in done.stderr
+
+
+def parts(policy):
+    optimizer = Optimizer(
+        policy.model.parameters(),
+        learning_rate=1e-3,
+        warmup_steps=2,
+        weight_decay=0.1,
+        max_grad_norm=1.0,
+    )
+    return {
+        "policy": policy,
+        "optimizer": optimizer,
+        "advantage": GroupAdvantage(over_std=True),
+        "config": TrainConfig(),
+    }
+
+
+def test_last_two_are_kept_and_half_written_ones_removed(tmp_path):
+    pieces = parts(tiny_policy())
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, step=step, **pieces)
+    half = tmp_path / "checkpoints" / ".unfinished_000009"
+    half.mkdir()
+    assert latest_checkpoint(tmp_path).name == "step_000003"
+    assert not half.exists()
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+    assert latest_checkpoint(tmp_path / "nothing") is None
+
+
+def test_log_is_cut_at_the_step_and_at_a_torn_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(f'{{"kind": "step", "step": {s}}}\n' for s in (1, 2, 3)) + '{"ki')
+    truncate_log(path, 2)
+    assert [json.loads(x)["step"] for x in path.read_text().splitlines()] == [1, 2]
+    truncate_log(tmp_path / "absent.jsonl", 2)

@@ -1,0 +1,159 @@
+"""The page from end to end: every algorithm, the embedded task, and real questions."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import riskpo.start
+from riskpo.arithmetic import build_model, build_questions, build_tokenizer, warm_start
+from riskpo.cli import main
+from riskpo.config import TrainConfig
+from riskpo.logs import read_records, step_line
+from riskpo.strategies import STRATEGIES
+from riskpo.train import train
+from tests.toy import save_arithmetic, save_byte_model
+
+SMALL = {
+    "questions_per_step": 10,
+    "responses_per_question": 4,
+    "eval_questions": 10,
+    "eval_samples": 2,
+    "save_every_steps": 0,
+}
+
+
+@pytest.fixture
+def cold_start(monkeypatch):
+    """No supervised steps: these tests are about the loop, not about learning."""
+    monkeypatch.setattr(riskpo.start, "warm_start", lambda *args, **kwargs: (0, 0.0))
+
+
+def test_ten_steps_of_the_embedded_task(tmp_path, cold_start, capsys):
+    config = TrainConfig(run_dir=str(tmp_path / "demo"), steps=10, eval_every_steps=5, **SMALL)
+    folder = train(config)
+    steps, evaluations = read_records(folder, "step"), read_records(folder, "eval")
+    assert [r["step"] for r in steps] == list(range(1, 11))
+    assert [r["step"] for r in evaluations] == [0, 5, 10]
+    for name in ("reward_mean", "rvar_lower", "q_alpha", "q_beta", "entropy", "grad_norm"):
+        assert all(isinstance(r[name], float) for r in steps), name
+    assert all(r["sampler_gap"] < 1e-4 and r["skipped_updates"] == 0 for r in steps)
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "with baseline='leave-one-out'" in printed
+    assert "wrong, expected" in printed and "curves.png" in printed
+    assert max(map(len, printed.splitlines()[:-8])) <= 120
+    assert main(["plot", str(folder)]) == 0
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_algorithm_takes_two_steps(name, tmp_path):
+    model, data = save_arithmetic(tmp_path)
+
+    def right_by_chance(texts, questions):
+        """An untrained model is never right: reward what half of its answers have."""
+        return torch.tensor([float(len(t) % 2) for t in texts]), {"right": 1}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("riskpo.rewards.Scorer.score", lambda self, t, q: right_by_chance(t, q))
+        config = TrainConfig(
+            run_dir=str(tmp_path / name),
+            algorithm=name,
+            model=str(model),
+            data=str(data),
+            steps=2,
+            learning_rate=1e-3,
+            max_response_tokens=6,
+            **SMALL,
+        )
+        steps = read_records(train(config), "step")
+    assert len(steps) == 2 and all(r["grad_norm"] > 0 for r in steps)
+    assert all(r["entropy"] > 0 and r["skipped_updates"] == 0 for r in steps)
+
+
+@pytest.mark.parametrize(
+    "source", ["problems/gsm8k_train.jsonl", "verl/math_train_lighteval.parquet"]
+)
+def test_two_steps_on_real_questions(source, shared_data, tmp_path):
+    model = save_byte_model(tmp_path / "model")
+    out = tmp_path / "result.json"
+    arguments = (
+        f"train --model {model} --data {shared_data / source} --run-dir {tmp_path / 'run'} "
+        "--steps 2 --questions-per-step 5 --responses-per-question 2 --max-response-tokens 12 "
+        "--max-prompt-tokens 400 --eval-questions 3 --eval-samples 2 --save-every-steps 2 "
+        "--updates-per-step 1 --micro-batch-tokens 2048"
+    )
+    assert main(arguments.split()) == 0
+    steps = read_records(tmp_path / "run", "step")
+    assert len(steps) == 2 and all(r["sampler_gap"] < 1e-3 for r in steps)
+    outcomes = {k: v for k, v in steps[0].items() if k.startswith("outcome_")}
+    assert sum(outcomes.values()) == 10 and outcomes["outcome_crash"] == 0
+    arguments = (
+        f"eval --model {tmp_path / 'run'} --data {shared_data / source} --questions 3 "
+        f"--samples 2 --ks 1 2 --max-response-tokens 8 --max-prompt-tokens 2000 --out {out}"
+    )
+    assert main(arguments.split()) == 0
+    assert json.loads(out.read_text())["questions"] == 3
+
+
+def test_tensorboard_by_name(tmp_path, cold_start):
+    config = TrainConfig(
+        run_dir=str(tmp_path), steps=1, eval_every_steps=0, log_with=("tensorboard",), **SMALL
+    )
+    train(config)
+    assert list(tmp_path.rglob("events.out.tfevents*"))
+
+
+def test_a_finished_run_adds_nothing(tmp_path, cold_start, capsys):
+    settings = {**SMALL, "save_every_steps": 1}
+    config = TrainConfig(run_dir=str(tmp_path), steps=1, eval_every_steps=0, **settings)
+    train(config)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    train(config)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    assert "resuming from" in capsys.readouterr().out
+
+
+def test_one_line_fits_the_terminal():
+    numbers = dict.fromkeys(
+        ("reward_mean", "rvar_lower", "q_alpha", "q_beta", "entropy", "clip_fraction"), 0.12345
+    )
+    line = step_line(7, 99999, numbers | {"grad_norm": 1.234e-5, "skipped_updates": 3, "time_s": 9})
+    assert len(line) <= 120 and "SKIPPED 3" in line and line.startswith("step     7/99999")
+    assert "tail" not in step_line(1, 1, {"reward_mean": 0.0})
+
+
+# The embedded task -------------------------------------------------------------------------
+
+
+def test_sums_are_right_and_different():
+    questions = build_questions(500, 0)
+    assert len({q.id for q in questions}) == 500
+    for q in questions:
+        a, b = q.prompt.rstrip("=").split("+")
+        assert int(q.gold[::-1]) == int(a) + int(b) and len(q.gold) == 4
+    assert {q.meta["digits"] for q in questions} == {2, 3, 4, 5, 6}
+    assert questions == build_questions(500, 0) != build_questions(500, 1)
+    with pytest.raises(ValueError, match="expected at most"):
+        build_questions(10**6, 0)
+
+
+def test_tokenizer_is_one_token_per_character(tmp_path):
+    tokenizer = build_tokenizer()
+    ids = tokenizer("012+345=")["input_ids"]
+    assert len(ids) == 8 and tokenizer.decode(ids) == "012+345="
+    tokenizer.save_pretrained(tmp_path)
+    assert type(tokenizer).from_pretrained(tmp_path)("9=")["input_ids"] == [11, 13]
+
+
+def test_warm_start_lowers_the_loss_and_stops_at_its_target():
+    tokenizer = build_tokenizer()
+    model, questions = build_model(tokenizer, 0), build_questions(200, 0)
+    measured = iter([0.1, 0.2, 0.5])
+    steps, reached = warm_start(
+        model, tokenizer, questions, lambda: next(measured), target=0.4, seed=0, check_every=4
+    )
+    assert (steps, reached) == (12, 0.5)
+    assert all(p.grad is None for p in model.parameters())

@@ -1,0 +1,196 @@
+"""riskpo_loss beside the same loss over materialised logits: hidden states to gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from benchmarks import peers, regimes
+from benchmarks.provider import Provider, auto_backend, device_of, too_large
+from benchmarks.truth import relative_error
+from riskpo_kernels import linear_logprob, reference, riskpo_loss, riskpo_loss_from_logits
+
+SEQUENCES = 16
+CASES: dict[str, dict[str, Any]] = {
+    "small": {
+        "n": 256,
+        "d": 256,
+        "v": 4096,
+        "dtype": "float32",
+        "regime": "rl",
+        "zero_fraction": 0.5,
+    }
+}
+
+
+def inputs(
+    n: int,
+    d: int,
+    v: int,
+    dtype: str,
+    regime: str,
+    zero_fraction: float,
+    device: str = "cpu",
+    rows: str | None = None,
+) -> dict[str, Any]:
+    """Packed sequences of n / 16 tokens, near-on-policy old log-probs, one advantage each."""
+    where = torch.device(device)
+    made = regimes.make(n, d, v, regime, dtype=getattr(torch, dtype), device=where, rows=rows)
+    cu_seqlens = torch.arange(SEQUENCES + 1, dtype=torch.int32, device=where) * (n // SEQUENCES)
+    with torch.no_grad():
+        old = linear_logprob(made.hidden, made.weight, made.target).logprob
+        old = old + 1e-4 * torch.randn(old.shape, device=where)  # inside the clip range
+    return {
+        "hidden": made.hidden.requires_grad_(),
+        "weight": made.weight.requires_grad_(),
+        "target": made.target,
+        "old_logprob": old,
+        "advantage": regimes.coefficients(n, zero_fraction, where)[cu_seqlens[:-1].long()],
+        "cu_seqlens": cu_seqlens,
+        "_facts": {
+            "entropy_nats": made.entropy_nats,
+            "active_share": made.active_share,
+            "rows": made.source,
+        },
+    }
+
+
+def providers() -> dict[str, Provider]:
+    """Liger's loss is GRPO with a token-level ratio: near the same work, another loss."""
+    ours = {"kind": "ours", "per_token": True}
+    return {
+        "riskpo_loss": Provider(
+            _fused, **ours, backend=auto_backend("linear_logprob"), units=_ours
+        ),
+        "riskpo_loss, tail_eps=2^-14": Provider(
+            _tail, **ours, backend=auto_backend("linear_logprob"), units=_ours
+        ),
+        "logits + riskpo_loss_from_logits": Provider(
+            _from_logits,
+            **ours,
+            why_not=_fits,
+            backend=auto_backend("logits_logprob"),
+            units=lambda sizes: 6,
+        ),
+        "plain": Provider(_plain, kind="plain", why_not=_fits, units=lambda sizes: 6),
+        "Liger chunked GRPO": Provider(
+            _liger, per_token=False, why_not=_no_liger, units=lambda sizes: 8
+        ),
+    }
+
+
+def cost(n: int, d: int, v: int, dtype: str, regime: str, zero_fraction: float) -> dict[str, float]:
+    """As linear_logprob's; the surrogate adds a few bytes per token."""
+    size = getattr(torch, dtype).itemsize
+    return {"bytes": float(2 * size * (n * d + v * d) + 40 * n), "flops": 6.0 * n * d * v}
+
+
+def truths(given: dict[str, Any]) -> dict[str, Any]:
+    """The first sequences (at most 1024 tokens) in float64."""
+    length = given["target"].numel() // SEQUENCES
+    count = max(1, min(SEQUENCES, 1024 // max(length, 1)))
+    n = min(count * length, 4096)
+    part = {k: given[k].detach()[:n] for k in ("hidden", "target", "old_logprob")}
+    part |= {"weight": given["weight"].detach(), "advantage": given["advantage"][:count]}
+    part["cu_seqlens"] = given["cu_seqlens"][: count + 1].clamp(max=n)
+    h, w = (part[k].double().requires_grad_() for k in ("hidden", "weight"))
+    loss = reference.riskpo_loss(
+        h,
+        w,
+        part["target"],
+        part["old_logprob"].double(),
+        part["advantage"].double(),
+        cu_seqlens=part["cu_seqlens"],
+    ).loss
+    loss.backward()
+    return {"part": part, "loss": loss.detach(), "dh": h.grad, "dw": w.grad}
+
+
+def errors(provider: Provider, given: dict[str, Any], exact: dict[str, Any]) -> dict[str, float]:
+    """Loss error (absolute) and gradient error; none for another loss."""
+    if not provider.per_token:
+        return {}
+    part = dict(exact["part"])
+    part["hidden"] = h = part["hidden"].clone().requires_grad_()
+    part["weight"] = w = part["weight"].clone().requires_grad_()
+    loss = provider.run(**part)
+    found = {
+        "loss_error": (loss.detach().double() - exact["loss"]).abs().item(),
+        "dh_error": relative_error(h.grad, exact["dh"]),
+        "dw_error": relative_error(w.grad, exact["dw"]),
+    }
+    return found | {"gradient_error": max(found["dh_error"], found["dw_error"])}
+
+
+def _ours(sizes: dict[str, Any]) -> float:
+    return 2.0 + 6.0 * (1.0 - sizes["zero_fraction"])
+
+
+def _fused(**given: Any) -> torch.Tensor:
+    loss = riskpo_loss(**given).loss
+    loss.backward()
+    return loss
+
+
+def _tail(**given: Any) -> torch.Tensor:
+    loss = riskpo_loss(**given, tail_eps=2.0**-14).loss
+    loss.backward()
+    return loss
+
+
+def _from_logits(hidden: torch.Tensor, weight: torch.Tensor, **given: Any) -> torch.Tensor:
+    loss = riskpo_loss_from_logits(hidden @ weight.T, **given).loss
+    loss.backward()
+    return loss
+
+
+def _plain(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    old_logprob: torch.Tensor,
+    advantage: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+) -> torch.Tensor:
+    logprob, _ = peers.plain(hidden, weight, target, False)
+    loss = reference.clipped_surrogate(logprob, old_logprob, advantage, cu_seqlens=cu_seqlens).loss
+    loss.backward()
+    return loss
+
+
+def _fits(given: dict[str, Any]) -> str | None:
+    return too_large(given, 12.0 * given["target"].numel() * given["weight"].shape[0])
+
+
+LIGER = ("liger_kernel.chunked_loss", "LigerFusedLinearGRPOLoss")
+
+
+def _no_liger(given: dict[str, Any]) -> str | None:
+    return peers.find(*LIGER)[1]
+
+
+def _liger(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    old_logprob: torch.Tensor,
+    advantage: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+) -> torch.Tensor:
+    compiled = device_of({"x": hidden}).type == "cuda"
+    op = peers.find(*LIGER)[0](
+        beta=0.0, compiled=compiled, use_ref_model=False, loss_type="dapo", temperature=1.0
+    )
+    shape = (SEQUENCES, -1)
+    ids = target.view(shape)
+    loss, _ = op(
+        hidden.view(*shape, hidden.shape[-1]),
+        weight,
+        ids,
+        torch.ones_like(ids),
+        advantage,
+        old_per_token_logps=old_logprob.view(shape),
+    )
+    loss.backward()
+    return loss

@@ -1,0 +1,233 @@
+"""Other libraries' heads, each optional: what to call, what it costs, and why it cannot run here.
+
+Units count products of N D V multiply-adds times 2: logits 2, dH 2, dW 2, recomputed logits 2.
+Every peer runs at temperature 1 (folded into the hidden states) and gets contiguous upstream
+gradients. A peer whose forward already makes gradients is only timed forward + backward.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+LogProbs = tuple[torch.Tensor, torch.Tensor | None]
+
+
+@dataclass(frozen=True)
+class Head:
+    """call(hidden, weight, target, entropy) -> (logprob, entropy or None), or with
+    per_token=False call(hidden, weight, target) -> mean negative log-prob."""
+
+    call: Callable[..., Any]
+    why_not: Callable[[torch.device, torch.dtype], str | None]
+    units: tuple[float, float]  # forward, backward
+    entropy: bool = True
+    per_token: bool = True
+    slow_start: bool = False
+    materialises: float = 0.0  # bytes per logit at the peak, for those that keep [N, V]
+    backend: Callable[[torch.device], str] = lambda device: "torch"
+
+
+def find(module: str, name: str) -> tuple[Any, str | None]:
+    """(attribute, None), or (None, the reason why it is not there)."""
+    try:
+        return getattr(importlib.import_module(module), name), None
+    except Exception as error:  # a package may fail in any way at import: that is its reason
+        text = str(error).strip().splitlines() or [""]
+        return None, f"{module}.{name}: {type(error).__name__}: {text[0][:120]}"
+
+
+@functools.cache
+def _found(module: str, name: str) -> tuple[Any, str | None]:
+    return find(module, name)
+
+
+def _needs(module: str, name: str, *, cuda: bool = False, sixteen_bit: bool = False):
+    def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+        if cuda and device.type != "cuda":
+            return "needs a CUDA device"
+        if sixteen_bit and dtype == torch.float32:
+            return "needs 16-bit inputs"
+        return _found(module, name)[1]
+
+    return why_not
+
+
+def _nowhere_missing(device: torch.device, dtype: torch.dtype) -> str | None:
+    return None
+
+
+def plain(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor, entropy: bool) -> LogProbs:
+    """What trainers write: logits in the input dtype, log-softmax in float32."""
+    logp = torch.log_softmax((h @ w.T).float(), -1)
+    h_ = -(logp.exp() * logp).sum(-1) if entropy else None
+    return logp.gather(-1, t[:, None])[:, 0], h_
+
+
+def _compiled(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor, entropy: bool) -> LogProbs:
+    return _compiled_plain()(h, w, t, entropy)
+
+
+@functools.cache
+def _compiled_plain() -> Callable[..., LogProbs]:
+    return torch.compile(plain, dynamic=False)
+
+
+def _torch_lce(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor, entropy: bool) -> LogProbs:
+    options = torch.nn.LinearCrossEntropyOptions()  # without them it materialises the logits
+    return -functional.linear_cross_entropy(h, w, t, reduction="none", options=options), None
+
+
+def _torch_lce_mean(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    options = torch.nn.LinearCrossEntropyOptions()
+    return functional.linear_cross_entropy(h, w, t, options=options)
+
+
+def _no_torch_lce(device: torch.device, dtype: torch.dtype) -> str | None:
+    if hasattr(functional, "linear_cross_entropy"):
+        return None
+    return f"torch {torch.__version__} has no F.linear_cross_entropy (2.13 has)"
+
+
+TRL = ("trl.kernels.chunked_logprob", "ChunkedLogProbFunction")
+LIGER = ("liger_kernel.ops", "LigerFusedLinearScaledCrossEntropyFunction")
+LIGER_CE = ("liger_kernel.transformers", "LigerFusedLinearCrossEntropyLoss")
+CCE = ("cut_cross_entropy", "linear_cross_entropy")
+QUACK = ("quack.linear_cross_entropy", "chunked_linear_cross_entropy")
+FLA = ("fla.modules.fused_linear_cross_entropy", "fused_linear_cross_entropy_loss")
+VERL_TRITON = ("verl.utils.kernel", "linear_cross_entropy")
+VERL_TORCH = ("verl.utils.experimental.torch_functional", "FusedLinearForPPO")
+TRL_COLUMNS = 32768
+
+
+def _trl(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor, entropy: bool) -> LogProbs:
+    outputs = ("entropy",) if entropy else ()
+    op = _found(*TRL)[0]
+    logp, ent, *_ = op.apply(h, w, None, t, 1.0, TRL_COLUMNS, None, 1.0, outputs)
+    return logp, ent
+
+
+def _liger(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor, entropy: bool) -> LogProbs:
+    out = _found(*LIGER)[0].apply(h, w, t, 1.0, -100, 1, entropy)
+    nll, ent = out if entropy else (out, None)
+    return -nll, ent
+
+
+def _liger_backend(device: torch.device) -> str:
+    """Liger picks its implementation by device and falls back to torch in silence."""
+    module = "liger_kernel.ops.fused_linear_scaled_cross_entropy"
+    resolve, reason = _found(module, "_resolve_implementation")
+    if reason is not None:
+        return "unknown"
+    return "torch" if "Fallback" in resolve(device).__name__ else resolve(device).__name__
+
+
+def _no_liger(device: torch.device, dtype: torch.dtype) -> str | None:
+    reason = _found(*LIGER)[1]
+    if reason is None and device.type == "cuda":
+        try:
+            _liger_backend(device)
+        except ImportError as error:
+            return f"its kernel for this GPU does not import: {error}"
+    return reason
+
+
+def _liger_mean(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    return _found(*LIGER_CE)[0]()(w, h, t)
+
+
+def _cce(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor, entropy: bool) -> LogProbs:
+    return -_found(*CCE)[0](h, w, t, reduction="none", impl="cce"), None
+
+
+def _cce_exact(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor, entropy: bool) -> LogProbs:
+    op = _found(*CCE)[0]
+    if "accum_e_fp32" in inspect.signature(op).parameters:  # newer than the PyPI version
+        return -op(h, w, t, reduction="none", impl="cce_exact"), None
+    return -op(h, w, t, reduction="none", impl="cce", filter_eps=None), None
+
+
+def _quack(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    return _found(*QUACK)[0](h, w, t, reduction="mean")
+
+
+def _fla(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    return _found(*FLA)[0](h, t, w)
+
+
+def _verl_triton(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor, entropy: bool) -> LogProbs:
+    return _found(*VERL_TRITON)[0](h, w, t, 1.0, "none")
+
+
+def _verl_torch(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor, entropy: bool) -> LogProbs:
+    logp, ent = _found(*VERL_TORCH)[0](chunk_size=512)(h[None], w, t[None], 1.0)
+    return logp[0], ent[0]
+
+
+def _name(text: str) -> Callable[[torch.device], str]:
+    return lambda device: text
+
+
+HEADS: dict[str, Head] = {
+    "plain": Head(plain, _nowhere_missing, (2, 4), materialises=12),
+    "plain, torch.compile": Head(
+        _compiled,
+        _nowhere_missing,
+        (2, 4),
+        slow_start=True,
+        materialises=6,
+        backend=_name("inductor"),
+    ),
+    "TRL chunked log-prob": Head(
+        _trl,
+        _needs(*TRL),
+        (2, 6),
+        backend=lambda device: "triton" if device.type == "cuda" else "torch",
+    ),
+    "F.linear_cross_entropy": Head(_torch_lce, _no_torch_lce, (2, 6), entropy=False),
+    "Liger fused scaled CE": Head(_liger, _no_liger, (2, 6), backend=_liger_backend),
+    "Cut Cross-Entropy": Head(  # units: at most, it drops tiles
+        _cce, _needs(*CCE, cuda=True), (2, 6), entropy=False, backend=_name("triton")
+    ),
+    "Cut Cross-Entropy, exact": Head(
+        _cce_exact, _needs(*CCE, cuda=True), (2, 6), entropy=False, backend=_name("triton")
+    ),
+    "verl Triton": Head(
+        _verl_triton, _needs(*VERL_TRITON, cuda=True), (2, 6), backend=_name("triton")
+    ),
+    "verl torch": Head(_verl_torch, _needs(*VERL_TORCH), (2, 6)),
+    "F.linear_cross_entropy, mean": Head(
+        _torch_lce_mean, _no_torch_lce, (2, 4), entropy=False, per_token=False
+    ),
+    "Liger fused CE, mean": Head(
+        _liger_mean,
+        _needs(*LIGER_CE, cuda=True),
+        (2, 4),
+        entropy=False,
+        per_token=False,
+        backend=_name("triton"),
+    ),
+    "QuACK chunked CE, mean": Head(
+        _quack,
+        _needs(*QUACK, cuda=True, sixteen_bit=True),
+        (2, 4),
+        entropy=False,
+        per_token=False,
+        backend=_name("cute"),
+    ),
+    "fla fused CE, mean": Head(
+        _fla,
+        _needs(*FLA, cuda=True),
+        (2, 4),
+        entropy=False,
+        per_token=False,
+        backend=_name("triton"),
+    ),
+}

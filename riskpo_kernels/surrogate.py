@@ -139,6 +139,35 @@ def _bounds(logprob: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Ten
     return torch.arange(0, n + step, step, device=logprob.device).clamp_(max=n)
 
 
+def _problem(
+    options: Options,
+    sequences: int | None,
+    logprob: torch.Tensor,
+    old: torch.Tensor,
+    advantage: torch.Tensor,
+    correction: torch.Tensor | None,
+    ref: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    mask: torch.Tensor | None,
+) -> Problem:
+    """The callers' tensors as flat constants."""
+    wide = torch.promote_types(logprob.dtype, torch.float32)
+    weighted, per_token = advantage.detach().to(wide), advantage.shape != (sequences,)
+    if correction is not None:
+        layout = Sequences.of(logprob, cu_seqlens, mask)
+        weighted, per_token = _weigh(weighted, correction.detach(), layout, options.ratio)
+    return Problem(
+        old=old.detach().reshape(-1),
+        advantage=weighted.reshape(-1),
+        advantage_per_token=per_token,
+        ref=None if ref is None else ref.detach().reshape(-1),
+        mask=None if mask is None else mask.reshape(-1) != 0,
+        cu_seqlens=_bounds(logprob, cu_seqlens),
+        clip=clip_bounds(options.ratio, options.clip_low, options.clip_high, options.dual_clip),
+        options=options,
+    )
+
+
 def _run(
     p: Problem,
     logprob: torch.Tensor,
@@ -289,19 +318,15 @@ def clipped_surrogate(
             entropy=entropy,
             **vars(options),
         )
-    wide = torch.promote_types(logprob.dtype, torch.float32)
-    weighted, per_token_advantage = advantage.detach().to(wide), advantage.shape != (sequences,)
-    if correction is not None:
-        layout = Sequences.of(logprob, cu_seqlens, mask)
-        weighted, per_token_advantage = _weigh(weighted, correction.detach(), layout, ratio)
-    problem = Problem(
-        old=old_logprob.detach().reshape(-1),
-        advantage=weighted.reshape(-1),
-        advantage_per_token=per_token_advantage,
-        ref=None if ref_logprob is None else ref_logprob.detach().reshape(-1),
-        mask=None if mask is None else mask.reshape(-1) != 0,
-        cu_seqlens=_bounds(logprob, cu_seqlens),
-        clip=clip_bounds(ratio, clip_low, clip_high, dual_clip),
-        options=options,
+    problem = _problem(
+        options,
+        sequences,
+        logprob,
+        old_logprob,
+        advantage,
+        correction,
+        ref_logprob,
+        cu_seqlens,
+        mask,
     )
     return _run(problem, logprob, entropy, sequences, chosen)

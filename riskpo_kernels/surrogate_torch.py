@@ -81,7 +81,8 @@ def torch_pass(logprob: torch.Tensor, entropy: torch.Tensor | None, p: Problem) 
     if entropy is not None:
         h = sequences.tokens(entropy, wide)
         term = term - o.entropy_coef * h
-    dlogprob = weight * slope
+    # where, not only weight: a NaN that counts makes the whole sequence's slopes NaN
+    dlogprob = torch.where(sequences.counted, weight * slope, 0.0)
     dentropy = None if entropy is None else -o.entropy_coef * weight
     zero = dlogprob == 0 if dentropy is None else (dlogprob == 0) & (dentropy == 0)
 

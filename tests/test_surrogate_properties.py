@@ -97,11 +97,16 @@ def test_extreme_ratios(backend, ratio, device):
 
 @pytest.mark.parametrize("backend", ALL)
 def test_nan_that_counts_is_seen(backend, device):
-    x, cu, _ = tokens(device)
-    x["logprob"][5] = NAN
+    x, cu, mask = tokens(device)
+    x["logprob"][5], mask[4:6] = NAN, torch.tensor([False, True], device=device)
+    x["logprob"].requires_grad_()
     for ratio in ("sequence", "token"):
-        loss, _ = clipped_surrogate(**x, cu_seqlens=cu, ratio=ratio, backend=backend)
-        assert loss.isnan()
+        where = {"cu_seqlens": cu, "mask": mask, "ratio": ratio}
+        loss, _ = clipped_surrogate(**x, **where, backend=backend)
+        (gradient,) = torch.autograd.grad(loss, x["logprob"])
+        assert loss.isnan() and gradient[5].isnan()
+        assert torch.isfinite(gradient[7:]).all(), "other sequences"
+        assert backend == "reference" or gradient[4] == 0, "a masked token of the same sequence"
 
 
 @pytest.mark.parametrize("backend", ALL)

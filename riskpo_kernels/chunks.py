@@ -14,7 +14,7 @@ import torch
 
 from riskpo_kernels.checks import reject
 
-MIN_ROWS, MIN_COLS = 16, 64
+MIN_ROWS, MIN_COLS = 16, 128
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
 
@@ -37,14 +37,15 @@ def plan_tiles(
     most_cols: int,
     tile_bytes: int,
     edge_bytes: int,
+    row_bytes: int = 0,
 ) -> Plan:
     """The largest tile that fits: tile_bytes per element of the tile, edge_bytes per element of
-    the [rows, width] and [cols, width] pieces that are live beside it."""
+    the [rows, width] and [cols, width] pieces that are live beside it, row_bytes per row."""
     budget = int(memory_mib * 2**20)
     rows, cols = min(most_rows, max(n_rows, 1)), min(most_cols, max(vocab, 1))
 
     def cost(r: int, c: int) -> int:
-        return tile_bytes * r * c + edge_bytes * width * (r + c)
+        return tile_bytes * r * c + edge_bytes * width * (r + c) + row_bytes * r
 
     while cost(rows, cols) > budget:
         if rows <= MIN_ROWS and cols <= MIN_COLS:
@@ -59,7 +60,8 @@ def plan_tiles(
         if rows > MIN_ROWS and (rows >= cols or cols <= MIN_COLS):
             rows = max(MIN_ROWS, -(-rows // 2))
         else:
-            cols = max(MIN_COLS, -(-cols // 2))
+            # whole blocks of MIN_COLS columns: a block belongs to one tile
+            cols = MIN_COLS * max(1, -(-cols // (2 * MIN_COLS)))
     return Plan(rows, cols)
 
 

@@ -1,20 +1,22 @@
 """The tile loops of a language-model head: forward into softmax statistics, backward into dH, dW.
 
 Tiles of [rows, cols] logits fit in memory_mib. The forward folds each tile into a few float32
-numbers per row; the backward recomputes a tile, turns it into the gradient of its logits and
-multiplies that into dH and dW.
+numbers per row; the dense backward recomputes a tile, turns it into the gradient of its logits and
+multiplies that into dH and dW. sparse_blocks.py has the backward that visits active blocks only.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import torch
 
 from riskpo_kernels import softmax_rows
+from riskpo_kernels.accumulate import Accumulator
+from riskpo_kernels.block_selection import ActiveBlocks, n_blocks, select
 from riskpo_kernels.chunks import Plan, Products, plan_tiles, spans
-from riskpo_kernels.softmax_rows import LogitMap, RowState, RowStats
+from riskpo_kernels.softmax_rows import BLOCK, LogitMap, RowState, RowStats, finish
 
 # (rows, cols) of the largest tile. CUDA forward: 32 MiB of fp32 logits stay in the L2 cache between
 # the product and the fold. CUDA backward: wide tiles, so that dH and dW are touched rarely.
@@ -32,6 +34,62 @@ class Options:
     entropy: bool
     backend: str
     memory_mib: float
+    tail_eps: float
+    deterministic: bool
+
+
+@dataclass(frozen=True)
+class Head:
+    """hidden [N, D], weight [V, D], bias [V]; n of the rows, by index (None: all), with targets."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    rows: torch.Tensor | None
+    target: torch.Tensor
+    map: LogitMap
+
+    @property
+    def n(self) -> int:
+        return self.target.numel()
+
+    @property
+    def vocab(self) -> int:
+        return self.weight.shape[0]
+
+    def of(self, keep: torch.Tensor) -> Head:
+        """Some of the rows."""
+        rows = keep if self.rows is None else self.rows[keep]
+        return replace(self, rows=rows, target=self.target[keep], map=self.map.of(keep))
+
+    def take(self, s: slice | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Hidden states of rows s."""
+        return (self.hidden[s] if self.rows is None else self.hidden[self.rows[s]]).to(dtype)
+
+    def bias_of(self, v: slice, dtype: torch.dtype) -> torch.Tensor | None:
+        return None if self.bias is None else self.bias[v].to(dtype)
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """What the backward knows of each row: its statistics and the gradients sent to it, [n]."""
+
+    stats: RowStats
+    c: torch.Tensor | None
+    g: torch.Tensor | None
+
+    def of(self, rows: slice | torch.Tensor) -> Upstream:
+        c, g = (None if x is None else x[rows] for x in (self.c, self.g))
+        return Upstream(self.stats.of(rows), c, g)
+
+
+@dataclass
+class Gradients:
+    """Accumulators of dH, dW and dbias; None where no gradient is required."""
+
+    dh: Accumulator | None
+    dw: Accumulator | None
+    db: torch.Tensor | None
 
 
 def tile_functions(backend: str) -> ModuleType:
@@ -43,61 +101,13 @@ def tile_functions(backend: str) -> ModuleType:
     return triton_rows
 
 
-class _Accumulator:
-    """A gradient summed in float32 and rounded once. The axis of the outer loop is summed piece by
-    piece; the other one needs a whole buffer, unless the gradient is that wide itself."""
-
-    def __init__(
-        self, like: torch.Tensor, index: torch.Tensor | None, n: int, whole: bool, wide: torch.dtype
-    ):
-        self.grad = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
-        self.index = index
-        self.unit: torch.Tensor | None = None  # see _unit
-        self.direct = like.dtype == wide and index is None
-        shape = (n, like.shape[1])
-        self.buffer = (
-            torch.zeros(shape, dtype=wide, device=like.device)
-            if whole and not self.direct
-            else None
-        )
-        self.wide = wide
-
-    def open(self, s: slice) -> torch.Tensor:
-        """The accumulator of rows s."""
-        if self.direct:
-            return self.grad[s]
-        if self.buffer is not None:
-            return self.buffer[s]
-        shape = (s.stop - s.start, self.grad.shape[1])
-        return torch.zeros(shape, dtype=self.wide, device=self.grad.device)
-
-    def close(self, s: slice, piece: torch.Tensor) -> None:
-        """Rows s are complete."""
-        if self.direct:
-            return
-        if self.unit is not None:
-            piece = piece * self.unit
-        if self.index is None:
-            self.grad[s] = piece.to(self.grad.dtype)
-        else:
-            self.grad.index_copy_(0, self.index[s], piece.to(self.grad.dtype))
-
-    def finish(self, step: int) -> torch.Tensor:
-        if self.buffer is not None:
-            for s in spans(self.buffer.shape[0], step):
-                self.close(s, self.buffer[s])
-        return self.grad
+def products_of(head: Head) -> Products:
+    return Products(head.hidden.device, head.hidden.dtype, head.weight.dtype)
 
 
-def _take(x: torch.Tensor, rows: torch.Tensor | None, s: slice, dtype: torch.dtype) -> torch.Tensor:
-    """Rows s of the live rows of x."""
-    return (x[s] if rows is None else x[rows[s]]).to(dtype)
-
-
-def _plan(
-    o: Options, hidden: torch.Tensor, weight: torch.Tensor, n: int, products: Products, back: bool
-) -> Plan:
-    device = "cuda" if hidden.device.type == "cuda" else "cpu"
+def plan_for(head: Head, o: Options, products: Products, *, back: bool) -> Plan:
+    """The tile that memory_mib allows."""
+    device = "cuda" if head.hidden.device.type == "cuda" else "cpu"
     rows, cols = (BACKWARD_TILE if back else FORWARD_TILE)[device]
     wide = products.wide.itemsize
     tiles = 1  # the logits; further tiles are temporaries of the torch formulas
@@ -105,122 +115,73 @@ def _plan(
         tiles += int(o.entropy) + int(back and o.softcap is not None)
     return plan_tiles(
         "linear_logprob",
-        n,
-        weight.shape[0],
-        hidden.shape[1],
+        head.n,
+        head.vocab,
+        head.hidden.shape[1],
         memory_mib=o.memory_mib,
         most_rows=rows,
         most_cols=cols,
         tile_bytes=tiles * wide + (2 if products.mixed and back else 0),
         edge_bytes=(3 if back else 1) * wide,
+        row_bytes=0 if back or o.tail_eps == 0 else 4 * wide * n_blocks(head.vocab),
     )
 
 
-def forward_rows(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    target: torch.Tensor,
-    rows: torch.Tensor | None,
-    map: LogitMap,
-    o: Options,
-) -> RowState:
-    """The softmax state of the live rows over these columns; target [n] counts from column 0."""
-    n, vocab = target.numel(), weight.shape[0]
-    products = Products(hidden.device, hidden.dtype, weight.dtype)
-    plan = _plan(o, hidden, weight, n, products, back=False)
-    state = RowState.new(n, o.entropy, hidden, products.wide)
-    tile = torch.empty(plan.rows * plan.cols, dtype=products.wide, device=hidden.device)
+def forward_rows(head: Head, o: Options) -> tuple[RowState, ActiveBlocks | None]:
+    """The softmax state of the rows and, unless tail_eps is 0, which blocks are active."""
+    products = products_of(head)
+    plan = plan_for(head, o, products, back=False)
+    state = RowState.new(head.n, o.entropy, head.hidden, products.wide)
+    active = ActiveBlocks.new(head.vocab, head.n, head.hidden.device) if o.tail_eps else None
+    tile = torch.empty(plan.rows * plan.cols, dtype=products.wide, device=head.hidden.device)
     fold = tile_functions(o.backend).fold
-    for r in spans(n, plan.rows):
-        h = _take(hidden, rows, r, products.dtype)
-        for c in spans(vocab, plan.cols):
-            raw = tile[: h.shape[0] * (c.stop - c.start)].view(h.shape[0], -1)
-            products.into(raw, h, weight[c].to(products.dtype).T)
-            b = None if bias is None else bias[c].to(products.wide)
-            fold(raw, target[r] - c.start, b, state.of(r), map.of(r))
-    return state
+    for r in spans(head.n, plan.rows):
+        h, map, part = head.take(r, products.dtype), head.map.of(r), state.of(r)
+        blocks = h.new_empty(h.shape[0], n_blocks(head.vocab), dtype=products.wide)
+        for v in spans(head.vocab, plan.cols):
+            raw = tile[: h.shape[0] * (v.stop - v.start)].view(h.shape[0], -1)
+            products.into(raw, h, head.weight[v].to(products.dtype).T)
+            here = blocks[:, v.start // BLOCK : n_blocks(v.stop)] if active else None
+            bias = head.bias_of(v, products.wide)
+            fold(raw, head.target[r] - v.start, bias, part, map, here)
+        if active is not None:
+            keep = select(blocks, head.target[r], finish(part), o.tail_eps, o.entropy)
+            active.record(r, keep, by_row=o.deterministic)
+    return state, active
 
 
-def _unit(
-    c: torch.Tensor | None, g: torch.Tensor | None, products: Products
-) -> torch.Tensor | None:
-    """Coefficients of a mean over many tokens vanish in fp16's range: they are divided by their
-    largest before they are rounded, and the sums are multiplied by it."""
-    if not products.mixed or products.dtype != torch.float16:
-        return None
-    parts = [x.abs().amax() for x in (c, g) if x is not None]
-    return torch.stack(parts).amax().clamp(min=torch.finfo(torch.float32).tiny)
-
-
-def backward_rows(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    target: torch.Tensor,
-    rows: torch.Tensor | None,
-    stats: RowStats,
-    c: torch.Tensor | None,
-    g: torch.Tensor | None,
-    map: LogitMap,
-    needs: tuple[bool, bool, bool],
-    o: Options,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """dH, dW, dbias of the given rows, every column of every row (the dense backward).
-
-    This is the seam for a sparse one: same arguments, same results.
-    """
-    n, vocab = target.numel(), weight.shape[0]
-    products = Products(hidden.device, hidden.dtype, weight.dtype)
-    plan = _plan(o, hidden, weight, n, products, back=True)
+def dense_backward(head: Head, up: Upstream, o: Options, into: Gradients, rows_outer: bool) -> None:
+    """Add every column of the rows to the gradients. The axis of the outer loop is opened and
+    closed piece by piece; the other one is visited again and again."""
+    products = products_of(head)
+    plan = plan_for(head, o, products, back=True)
     gradient = tile_functions(o.backend).gradient
-    # the whole float32 buffer belongs to the axis of the inner loop: let that be the smaller one
-    rows_outer = not needs[1] or (needs[0] and vocab <= n)
-    dh = _Accumulator(hidden, rows, n, not rows_outer, products.wide) if needs[0] else None
-    dw = _Accumulator(weight, None, vocab, rows_outer, products.wide) if needs[1] else None
-    db = torch.zeros(vocab, dtype=products.wide, device=hidden.device) if needs[2] else None
-    unit = _unit(c, g, products)
-    if unit is not None:
-        c, g = (None if x is None else x / unit for x in (c, g))
-        for acc in (dh, dw):
-            if acc is not None:
-                acc.unit = unit
-    tile = torch.empty(plan.rows * plan.cols, dtype=products.wide, device=hidden.device)
+    tile = torch.empty(plan.rows * plan.cols, dtype=products.wide, device=head.hidden.device)
     small = torch.empty_like(tile, dtype=products.dtype) if products.mixed else tile
 
-    def one_tile(
-        r: slice, v: slice, dh_piece: torch.Tensor | None, dw_piece: torch.Tensor | None
-    ) -> None:
-        h, w = _take(hidden, rows, r, products.dtype), weight[v].to(products.dtype)
-        size = h.shape[0] * w.shape[0]
-        raw, dz = (x[:size].view(h.shape[0], -1) for x in (tile, small))
+    def one_tile(r: slice, v: slice, dh: torch.Tensor | None, dw: torch.Tensor | None) -> None:
+        h, w = head.take(r, products.dtype), head.weight[v].to(products.dtype)
+        raw, dz = (x[: h.shape[0] * w.shape[0]].view(h.shape[0], -1) for x in (tile, small))
         products.into(raw, h, w.T)
-        b = None if bias is None else bias[v].to(products.wide)
-        cg = (None if x is None else x[r] for x in (c, g))
-        gradient(raw, target[r] - v.start, b, stats.of(r), *cg, map.of(r), dz)
-        if dh_piece is not None:
-            products.add(dh_piece, dz, w)
-        if dw_piece is not None:
-            products.add(dw_piece, dz.T, h)
-        if db is not None:
-            db[v] += dz.sum(0, dtype=products.wide)
+        bias, part = head.bias_of(v, products.wide), up.of(r)
+        target = head.target[r] - v.start
+        gradient(raw, target, bias, part.stats, part.c, part.g, head.map.of(r), dz)
+        if dh is not None:
+            products.add(dh, dz, w)
+        if dw is not None:
+            products.add(dw, dz.T, h)
+        if into.db is not None:
+            into.db[v] += dz.sum(0, dtype=products.wide)
 
-    outer, inner = (dh, dw) if rows_outer else (dw, dh)
-    sizes = (n, plan.rows), (vocab, plan.cols)
-    for a in spans(*sizes[0 if rows_outer else 1]):
-        piece = None if outer is None else outer.open(a)
-        for i in spans(*sizes[1 if rows_outer else 0]):
-            other = None if inner is None else inner.open(i)
+    rows, cols = (head.n, plan.rows, into.dh), (head.vocab, plan.cols, into.dw)
+    outer, inner = (rows, cols) if rows_outer else (cols, rows)
+    for a in spans(*outer[:2]):
+        piece = None if outer[2] is None else outer[2].open(a)
+        for b in spans(*inner[:2]):
+            other = None if inner[2] is None else inner[2].open(b)
             if rows_outer:
-                one_tile(a, i, piece, other)
+                one_tile(a, b, piece, other)
             else:
-                one_tile(i, a, other, piece)
-        if outer is not None and piece is not None:
-            outer.close(a, piece)
-    if db is not None and unit is not None:
-        db *= unit
-    return (
-        None if dh is None else dh.finish(plan.rows),
-        None if dw is None else dw.finish(plan.cols),
-        None if db is None or bias is None else db.to(bias.dtype),
-    )
+                one_tile(b, a, other, piece)
+        if outer[2] is not None and piece is not None:
+            outer[2].close(a, piece)

@@ -8,9 +8,11 @@
     logprob, entropy     [N]              fp32 (fp64)
     dH, dW, dbias        as their inputs  accumulated in fp32, rounded once
 
-Cost in units of N D V (one product = 2): forward 2, backward 6 (recompute, dH, dW), of live rows
-only: an ignored row enters no product, a row without upstream gradient none in the backward. The
-loops are in head_tiles.py, the mathematics of a tile in softmax_rows.py.
+Cost in units of N D V (one product = 2): forward 2; backward 6 (recompute, dH, dW) times the share
+of (row, vocabulary block) pairs that hold probability, of live rows only: an ignored row enters no
+product, a row without upstream gradient none in the backward. The loops are in head_tiles.py (dense)
+and sparse_blocks.py, the mathematics of a tile in softmax_rows.py, of dropping in
+block_selection.py.
 """
 
 from __future__ import annotations
@@ -22,8 +24,10 @@ from torch.autograd.function import once_differentiable
 
 from riskpo_kernels import reference
 from riskpo_kernels.backends import choose
+from riskpo_kernels.block_selection import DEFAULT_EPS, ActiveBlocks
 from riskpo_kernels.chunks import exact_products
-from riskpo_kernels.head_tiles import Options, backward_rows, forward_rows
+from riskpo_kernels.head_backward import backward_rows
+from riskpo_kernels.head_tiles import Head, Options, Upstream, forward_rows
 from riskpo_kernels.inputs import LiveRows, check_head, check_options, live_rows
 from riskpo_kernels.reference import TokenLogProbs
 from riskpo_kernels.softmax_rows import LogitMap, RowStats, finish
@@ -45,11 +49,13 @@ class _LinearLogProb(torch.autograd.Function):
         o: Options,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         map = LogitMap(o.scale, o.softcap, o.temperature if temperature is None else temperature)
+        head = Head(hidden, weight, bias, rows.keep, rows.target, map)
         with exact_products(hidden.device):
-            state = forward_rows(hidden, weight, bias, rows.target, rows.keep, map, o)
+            state, active = forward_rows(head, o)
             stats = finish(state)
         lse = stats.peak + stats.log_sum
-        ctx.save_for_backward(hidden, weight, bias, temperature, rows.keep, rows.target, *stats)
+        saved = (*stats, *(active or (None,) * 3))
+        ctx.save_for_backward(hidden, weight, bias, temperature, rows.keep, rows.target, *saved)
         ctx.options = o
         ctx.set_materialize_grads(False)  # a gradient nobody sent costs nothing
         ctx.mark_non_differentiable(lse)
@@ -64,21 +70,20 @@ class _LinearLogProb(torch.autograd.Function):
         o, needs = ctx.options, ctx.needs_input_grad[:3]
         if (c is None and g is None) or not any(needs):
             return (None,) * 6
-        stats = RowStats(*rest)
-        c, g = (None if x is None else x.to(stats.logprob.dtype).contiguous() for x in (c, g))
-        # Rows without a coefficient enter no product. One host synchronisation: the number of
-        # active rows is the shape of the products.
-        active = sum((x != 0 for x in (c, g) if x is not None), start=torch.zeros_like(target) != 0)
-        keep = active.nonzero()[:, 0]
-        if keep.numel() < target.numel():
-            index = keep if index is None else index[keep]
-            target, stats = target[keep], stats.of(keep)
-            c, g = (None if x is None else x[keep] for x in (c, g))
-            temperature = None if temperature is None else temperature[keep]
         map = LogitMap(o.scale, o.softcap, o.temperature if temperature is None else temperature)
+        head = Head(hidden, weight, bias, index, target, map)
+        c, g = (None if x is None else x.to(rest[0].dtype).contiguous() for x in (c, g))
+        up = Upstream(RowStats(*rest[:4]), c, g)
+        active = None if rest[4] is None else ActiveBlocks(*rest[4:])
+        # Rows without a coefficient enter no product. One host synchronisation: the number of
+        # the others is the shape of the products.
+        sent = sum((x != 0 for x in (c, g) if x is not None), start=torch.zeros_like(target) != 0)
+        keep = sent.nonzero()[:, 0]
+        if keep.numel() < target.numel():
+            head, up = head.of(keep), up.of(keep)
+            active = None if active is None else active.of(keep)
         with exact_products(hidden.device):
-            grads = backward_rows(hidden, weight, bias, target, index, stats, c, g, map, needs, o)
-        return *grads, None, None, None
+            return *backward_rows(head, up, active, needs, o), None, None, None
 
 
 def linear_logprob(
@@ -110,12 +115,17 @@ def linear_logprob(
         temperature: above 0, a float or one per target; constant.
         scale, softcap: logits are softcap(scale * (h W^T + bias)) / temperature.
         return_entropy: also the entropy of that softmax.
-        tail_eps: largest softmax mass of a vocabulary block whose gradient may be dropped. The
-            dense backward of this version drops nothing, which every value permits.
+        tail_eps: a block of 128 vocabulary columns with less softmax mass than this (less still
+            for a near-certain row) gets no gradient from the row; what a row loses is at most
+            32 tail_eps |upstream| in the 1-norm of its logits' gradient (block_selection.py). Rows
+            of the head below the threshold for every token get a zero gradient. 0 is exact.
+            Default: 2^-14 for bf16, 2^-18 for fp16, 0 for fp32 and fp64. The Triton backend of
+            this version drops nothing, which every value permits.
         vocab_group: not available yet: ValueError.
         memory_mib: workspace in MiB beside results, gradients and, for 16-bit inputs, one float32
             accumulator of the smaller of [N, D] and [V, D].
-        deterministic: bitwise equal results run to run (the dense path always is).
+        deterministic: choose between the dense and the sparse backward row by row, so that no
+            row's treatment depends on its company; results repeat bitwise run to run.
         backend: "auto", "triton", "torch" or "reference"; see backend_report().
 
     Returns:
@@ -165,7 +175,17 @@ def linear_logprob(
         per_row = temperature.reshape(-1).to(wide).contiguous()
         per_row = per_row if rows.keep is None else per_row[rows.keep]
         temperature = 1.0
-    options = Options(float(scale), softcap, float(temperature), return_entropy, chosen, memory_mib)
+    eps = DEFAULT_EPS.get(dtype, 0.0) if tail_eps is None else float(tail_eps)
+    options = Options(
+        scale=float(scale),
+        softcap=softcap,
+        temperature=float(temperature),
+        entropy=return_entropy,
+        backend=chosen,
+        memory_mib=memory_mib,
+        tail_eps=0.0 if chosen == "triton" else eps / (1 if softcap is None else 4),
+        deterministic=deterministic,
+    )
     flat = hidden.reshape(-1, hidden.shape[-1])
     bias = None if bias is None else bias.contiguous()
     results = _LinearLogProb.apply(flat, weight, bias, per_row, rows, options)

@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import torch
 
+BLOCK = 128  # columns of a vocabulary block, whose gradient is kept or dropped as one
 IGNORED = -(2**62)  # a target that says: do not read this row
 FLOOR = -1000.0  # of log-probabilities: exp is 0 there in every dtype, and 0 * FLOOR is not NaN
 
@@ -107,9 +108,11 @@ def fold(
     bias: torch.Tensor | None,
     state: RowState,
     map: LogitMap,
+    blocks: torch.Tensor | None = None,
 ) -> None:
     """Fold a tile of raw logits [R, C] (overwritten) into `state`; target [R] counts from the
-    tile's first column and may lie outside it."""
+    tile's first column and may lie outside it. blocks [R, C / 128] takes the log-sum-exp of each
+    run of 128 columns, the target left out."""
     z, _ = _logits(raw, bias, map, slope=False)
     cols = z.shape[1]
     here = (target >= 0) & (target < cols)
@@ -124,14 +127,29 @@ def fold(
     keep = torch.exp(shift)
     z.sub_(anchor[:, None])
     if state.u is None:
-        state.s.mul_(keep).add_(z.exp_().sum(1))
+        e = z.exp_()
     else:
         z.clamp_(min=FLOOR)
         e = torch.exp(z)
         state.u.add_(state.s * shift).mul_(keep)
+    if blocks is None:
         state.s.mul_(keep).add_(e.sum(1))
+    else:
+        sums = _block_sums(e)
+        state.s.mul_(keep).add_(sums.sum(1))
+        blocks.copy_(sums.log_().add_(anchor[:, None]))
+    if state.u is not None:
         state.u.add_(e.mul_(z).sum(1))
     state.m.copy_(m)
+
+
+def _block_sums(e: torch.Tensor) -> torch.Tensor:
+    """Sums [R, ceil(C / 128)] over runs of 128 columns."""
+    whole = e.shape[1] // BLOCK * BLOCK
+    sums = e[:, :whole].unflatten(1, (-1, BLOCK)).sum(2)
+    if whole == e.shape[1]:
+        return sums
+    return torch.cat([sums, e[:, whole:].sum(1, keepdim=True)], 1)
 
 
 def gradient(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from riskpo_kernels import linear_logprob, reference
-from riskpo_kernels.head_tiles import forward_rows
+from riskpo_kernels.head_tiles import Head
 from tests.conftest import has_triton
 from tests.head_inputs import head, upstream
 
@@ -91,9 +91,12 @@ def test_layouts_of_hidden(backend, device):
 
 
 def recorded_zeros(monkeypatch):
-    """The sizes of all buffers made by torch.zeros from now on."""
-    made, real = [], torch.zeros
+    """The sizes of all buffers made by torch.zeros and zeros_like from now on."""
+    made, real, like = [], torch.zeros, torch.zeros_like
     monkeypatch.setattr(torch, "zeros", lambda *a, **k: made.append(a[0]) or real(*a, **k))
+    monkeypatch.setattr(
+        torch, "zeros_like", lambda x, **k: made.append(tuple(x.shape)) or like(x, **k)
+    )
     return made
 
 
@@ -173,11 +176,9 @@ def test_rows_without_a_coefficient_cost_no_backward(backend, device, monkeypatc
     g = torch.zeros(12, device=device)
     g[5] = 0.5
     seen = []
-    from riskpo_kernels import head_tiles
-
-    real = head_tiles._take
+    real = Head.take
     monkeypatch.setattr(
-        head_tiles, "_take", lambda x, r, s, d: seen.append(r[s].tolist()) or real(x, r, s, d)
+        Head, "take", lambda x, s, d: seen.append(x.rows[s].tolist()) or real(x, s, d)
     )
     ((out.logprob * c).sum() + (out.entropy * g).sum()).backward()
     assert seen and all(rows == [1, 5] for rows in seen)
@@ -288,7 +289,6 @@ def test_workspace_is_bounded_by_the_plan(device):
     assert plan.rows * plan.cols > 2**15, "the plan wastes its budget"
     with pytest.raises(ValueError, match="Raise memory_mib"):
         linear_logprob(h, w, target, memory_mib=0.001)
-    assert forward_rows.__doc__
 
 
 @pytest.mark.gpu

@@ -213,6 +213,7 @@ def fold(
     bias: torch.Tensor | None,
     state: RowState,
     map: LogitMap,
+    blocks: torch.Tensor | None = None,
 ) -> None:
     """Fold a tile of raw logits [R, C] into `state`; same contract as softmax_rows.fold, but raw
     is left alone and rows whose target is IGNORED are skipped."""

@@ -1,0 +1,100 @@
+"""Which vocabulary blocks of which rows get a gradient.
+
+Under RL a policy's own tokens leave almost every block of 128 columns without probability, and the
+gradient of such a block is below the rounding of the result. With s_b the block's mass without the
+target column, H the row's entropy and m = max(1 - p_target, 2^-16), a block is dropped when
+
+    log-prob gradient alone:   s_b < theta                                theta = eps min(1, 16 m)
+    with an entropy gradient:  max(s_b, E_b) < theta / 2                  E_b as below
+
+and the target's own block never. The row's dropped mass may not exceed 32 theta: its threshold is
+halved until it does not, or the row is kept whole. So for every row and any vocabulary
+
+    ||dropped dz||_1 <= 32 eps |c|      and      ||dropped dz||_1 <= 256 eps ||dz||_1
+
+E_b = s_b (|log s_b + H| + log 128) bounds the block's sum of p |log p + H|. A logit that kept the
+softcap saturated has a smaller slope than a dropped one may have: there eps is divided by 4.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from riskpo_kernels.softmax_rows import BLOCK, RowStats
+
+CAP = 32.0  # thresholds of mass that a row may lose in all
+HALVINGS = 12
+DEFAULT_EPS = {torch.bfloat16: 2.0**-14, torch.float16: 2.0**-18}  # 0 elsewhere: exact
+# Above this share of active pairs a dense pass is faster than gathered rows.
+DENSE_SHARE = 0.4
+
+
+def n_blocks(vocab: int) -> int:
+    return -(-vocab // BLOCK)
+
+
+def select(
+    block_lse: torch.Tensor, target: torch.Tensor, stats: RowStats, eps: float, entropy: bool
+) -> torch.Tensor:
+    """The active pairs [R, B] (bool) of rows with block log-sum-exps [R, B] (target left out)."""
+    log_s = (block_lse - stats.peak[:, None]).sub_(stats.log_sum[:, None]).clamp_(max=0.0)
+    mass = torch.exp(log_s)
+    doubt = (-torch.expm1(stats.logprob)).clamp(min=2.0**-16)
+    theta = eps * (16 * doubt).clamp(max=1.0)
+    if entropy and stats.entropy is not None:
+        theta = theta / 2
+        spread = (log_s + stats.entropy[:, None]).abs_().add_(math.log(BLOCK)).mul_(mass)
+        mass = torch.maximum(mass, spread.nan_to_num_(0.0))  # 0 * inf where a block is empty
+    threshold = theta.clone()
+    for _ in range(HALVINGS):
+        dropped = mass.masked_fill(mass >= threshold[:, None], 0.0).sum(1)
+        over = dropped > CAP * theta
+        if not over.any():
+            break
+        threshold = torch.where(over, threshold / 2, threshold)
+    else:
+        dropped = mass.masked_fill(mass >= threshold[:, None], 0.0).sum(1)
+        threshold = torch.where(dropped > CAP * theta, 0.0, threshold)
+    # a row with a NaN has no threshold to be below: it is kept whole, and the NaN stays visible
+    keep = ~(mass < threshold[:, None])
+    return keep.scatter_(1, target.div(BLOCK, rounding_mode="floor")[:, None], True)
+
+
+class ActiveBlocks(NamedTuple):
+    """One bit per (block, row), V / 1024 bytes per row; and the rows that go the dense way."""
+
+    bits: torch.Tensor  # uint8 [ceil(B / 8), n]
+    dense: torch.Tensor  # bool [n]
+    pairs: torch.Tensor  # int32 [n], active blocks of the row
+
+    @staticmethod
+    def new(vocab: int, n: int, device: torch.device) -> ActiveBlocks:
+        return ActiveBlocks(
+            torch.zeros(-(-n_blocks(vocab) // 8), n, dtype=torch.uint8, device=device),
+            torch.zeros(n, dtype=torch.bool, device=device),
+            torch.zeros(n, dtype=torch.int32, device=device),
+        )
+
+    def record(self, rows: slice, keep: torch.Tensor, by_row: bool) -> None:
+        """Store the active pairs [R, B] of `rows`, and choose the dense path by their share: of
+        all these rows together, or of each alone (then no other row can sway the choice)."""
+        r, b = keep.shape
+        padded = torch.zeros(r, self.bits.shape[0] * 8, dtype=torch.uint8, device=keep.device)
+        padded[:, :b] = keep
+        shifts = torch.arange(8, dtype=torch.uint8, device=keep.device)
+        packed = (padded.view(r, -1, 8) << shifts).sum(-1, dtype=torch.uint8)
+        self.bits[:, rows] = packed.T
+        count = keep.sum(1, dtype=torch.int32)
+        self.pairs[rows] = count
+        share = (count if by_row else count.float().mean()) / b
+        self.dense[rows] = share > DENSE_SHARE
+
+    def of(self, rows: torch.Tensor) -> ActiveBlocks:
+        return ActiveBlocks(self.bits[:, rows], self.dense[rows], self.pairs[rows])
+
+    def rows_of(self, block: int) -> torch.Tensor:
+        """Index of the rows in which this block is active."""
+        return ((self.bits[block // 8] >> (block % 8)) & 1).nonzero()[:, 0]

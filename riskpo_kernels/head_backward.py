@@ -1,0 +1,119 @@
+"""The backward of a head: each row goes the dense way or the sparse one, into the same gradients.
+
+At most one float32 buffer of a whole gradient is made, and none for float32 inputs: of dH when all
+rows are sparse and no more than the vocabulary, else of dW (or of the smaller one when all rows are
+dense). Rows that are many go through in pieces, whose dH is summed apart.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from riskpo_kernels.accumulate import Accumulator
+from riskpo_kernels.block_selection import ActiveBlocks
+from riskpo_kernels.chunks import Products
+from riskpo_kernels.head_tiles import (
+    Gradients,
+    Head,
+    Options,
+    Upstream,
+    dense_backward,
+    products_of,
+)
+from riskpo_kernels.sparse_blocks import sparse_backward
+
+ROUNDING_STEP = 4096  # rows of a float32 buffer that are rounded at a time
+
+
+def backward_rows(
+    head: Head,
+    up: Upstream,
+    active: ActiveBlocks | None,
+    needs: tuple[bool, bool, bool],
+    o: Options,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """dH [N, D], dW [V, D], dbias [V] of the given rows, None where not needed."""
+    products = products_of(head)
+    unit = _unit(up, products)
+    if unit is not None:
+        c, g = (None if x is None else x / unit for x in (up.c, up.g))
+        up = Upstream(up.stats, c, g)
+    dense, sparse = _ways(head, active)
+    rows_outer = sparse is not None or not needs[1] or (needs[0] and head.vocab <= head.n)
+    dw_pieces = rows_outer if dense is not None else head.n > head.vocab
+    dw = Accumulator(head.weight, products.wide, whole=dw_pieces) if needs[1] else None
+    db = torch.zeros(head.vocab, dtype=products.wide, device=head.hidden.device)
+    into = Gradients(None, dw, db if needs[2] else None)
+    dh = torch.zeros_like(head.hidden, memory_format=torch.contiguous_format) if needs[0] else None
+
+    if dense is not None:
+        part, sent = (head, up) if sparse is None else (head.of(dense), up.of(dense))
+        into.dh = _rows_of(dh, part, products, unit, whole=not rows_outer)
+        _set_unit(into, unit)
+        dense_backward(part, sent, o, into, rows_outer)
+        _finish(into.dh)
+    if sparse is not None and active is not None:
+        size = _piece(head, products, o) if dw_pieces else max(head.n, 1)
+        for s in sparse.split(size):
+            part, sent = head.of(s), up.of(s)
+            into.dh = _rows_of(dh, part, products, unit, whole=True)
+            _set_unit(into, unit)
+            sparse_backward(part, sent, active.of(s), o, into)
+            _finish(into.dh)
+    if dw is not None:
+        dw.finish(ROUNDING_STEP)
+    if unit is not None:
+        db *= unit
+    return (
+        dh,
+        None if dw is None else dw.grad,
+        db.to(head.bias.dtype) if needs[2] and head.bias is not None else None,
+    )
+
+
+def _ways(
+    head: Head, active: ActiveBlocks | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Index of the dense and of the sparse rows; None for none of them."""
+    if active is None:
+        return torch.arange(head.n, device=head.target.device), None
+    dense, sparse = active.dense.nonzero()[:, 0], (~active.dense).nonzero()[:, 0]
+    return (dense if dense.numel() else None), (sparse if sparse.numel() else None)
+
+
+def _piece(head: Head, products: Products, o: Options) -> int:
+    """Rows whose float32 dH takes half of the workspace."""
+    return max(256, int(o.memory_mib * 2**19) // (head.hidden.shape[1] * products.wide.itemsize))
+
+
+def _rows_of(
+    dh: torch.Tensor | None,
+    part: Head,
+    products: Products,
+    unit: torch.Tensor | None,
+    *,
+    whole: bool,
+) -> Accumulator | None:
+    if dh is None:
+        return None
+    return Accumulator(part.hidden, products.wide, whole=whole, index=part.rows, grad=dh)
+
+
+def _finish(dh: Accumulator | None) -> None:
+    if dh is not None:
+        dh.finish(ROUNDING_STEP)
+
+
+def _set_unit(into: Gradients, unit: torch.Tensor | None) -> None:
+    for accumulator in (into.dh, into.dw):
+        if accumulator is not None:
+            accumulator.unit = unit
+
+
+def _unit(up: Upstream, products: Products) -> torch.Tensor | None:
+    """Coefficients of a mean over many tokens vanish in fp16's range: they are divided by their
+    largest before they are rounded, and the sums are multiplied by it."""
+    if not products.mixed or products.dtype != torch.float16:
+        return None
+    parts = [x.abs().amax() for x in (up.c, up.g) if x is not None]
+    return torch.stack(parts).amax().clamp(min=torch.finfo(torch.float32).tiny)

@@ -1,0 +1,196 @@
+"""The sparse backward: what may be dropped, what it costs in accuracy, and that nothing else is."""
+
+import math
+
+import pytest
+import torch
+
+from riskpo_kernels import block_selection, linear_logprob, reference
+from riskpo_kernels.block_selection import BLOCK, n_blocks, select
+from riskpo_kernels.softmax_rows import LogitMap, RowState, finish, fold
+from tests.compare import assert_all_close_as_plain, errors
+from tests.head_inputs import head, run, split_columns
+
+
+def peaked(n, vocab, width, seed=0):
+    """Rows as under RL, from uncertain to almost certain; words in order of frequency."""
+    g = torch.Generator().manual_seed(seed)
+    w = torch.randn(vocab, width, generator=g) / width**0.5
+    likely = torch.randint(vocab, (n,), generator=g)
+    lean = torch.linspace(2, 14, n)[torch.randperm(n, generator=g)] / w[likely].norm(dim=1) ** 2
+    h = torch.randn(n, width, generator=g) * 0.5 + lean[:, None] * w[likely]
+    h[:, 0], w[:, 0] = 1.0, -2.5 * torch.log(torch.arange(1.0, vocab + 1))  # rare words come last
+    target = torch.multinomial((h @ w.T).softmax(-1), 1, generator=g)[:, 0]
+    return h, w, target
+
+
+def selection(logits, target, eps, entropy):
+    """(keep [R, B], p [R, V] in float64) of rows of logits."""
+    n, vocab = logits.shape
+    state = RowState.new(n, True, logits, torch.float32)
+    blocks = torch.empty(n, n_blocks(vocab))
+    fold(logits.float().clone(), target, None, state, LogitMap(1.0, None, 1.0), blocks)
+    keep = select(blocks, target, finish(state), eps, entropy)
+    return keep, logits.double().softmax(-1)
+
+
+def rows_of_every_kind():
+    h, w, target = peaked(24, 5000, 64)
+    yield "peaked", h @ w.T, target
+    yield "flat", torch.zeros(4, 1000), torch.tensor([0, 1, 998, 999])
+    sharp = torch.randn(6, 1000)
+    sharp[:, 7] = torch.tensor([5.0, 8.0, 12.0, 16.0, 20.0, 40.0])
+    yield "near one-hot", sharp, torch.full((6,), 7)
+    # every block but the target's just under the threshold: only the cap saves this row
+    vocab, eps = 151_936, 2.0**-14
+    even = torch.full((3, vocab), math.log(0.9 * eps / BLOCK))
+    even[:, 5] = math.log(1 - 0.9 * eps * (n_blocks(vocab) - 1))
+    yield "evenly under the threshold", even, torch.tensor([5, 5, 70_000])
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+def test_dropped_gradient_is_bounded_in_every_row(entropy):
+    """||dropped dz||_1 <= 32 eps (|c| + |g|), and <= 256 eps ||dz||_1 for the log-prob alone."""
+    for eps in (2.0**-14, 2.0**-10):
+        for name, logits, target in rows_of_every_kind():
+            keep, p = selection(logits, target, eps, entropy)
+            n, vocab = p.shape
+            dropped = ~keep.repeat_interleave(BLOCK, 1)[:, :vocab]
+            taken = torch.zeros_like(dropped).scatter_(1, target[:, None], True)
+            assert not (dropped & taken).any(), "the target's own column was dropped"
+            log_p = p.clamp(min=1e-300).log()
+            h = -(p * log_p).sum(1, keepdim=True)
+            dz_c = taken.double() - p
+            dz_g = -p * (log_p + h)
+            slack = 1 + 1e-4  # the selection sees float32 sums
+            lost_c = (dz_c.abs() * dropped).sum(1)
+            assert (lost_c <= 32 * eps * slack).all(), (name, lost_c.max())
+            assert (lost_c <= 256 * eps * dz_c.abs().sum(1).clamp(min=2.0**-15) * slack).all(), name
+            if entropy:
+                both = (dz_c.abs() + dz_g.abs()) * dropped
+                assert (both.sum(1) <= 2 * 16 * eps * slack).all(), name
+            if name == "peaked":
+                assert keep.float().mean() < 0.9, "nothing is dropped: the test shows nothing"
+            if name == "evenly under the threshold":
+                assert keep[0].float().mean() > 0.5, "7 % of the mass would be lost"
+
+
+@pytest.fixture
+def always_sparse(monkeypatch):
+    monkeypatch.setattr(block_selection, "DENSE_SHARE", 2.0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"softcap": 5.0, "scale": 1.5},
+        {"temperature": 0.7, "memory_mib": 0.1},
+        {"ignore": True},
+        {"deterministic": True, "c": False},
+        {"g": False},
+    ],
+    ids=str,
+)
+def test_all_blocks_active_is_exact(always_sparse, options):
+    """With a threshold that drops nothing the sparse backward is the dense one, to rounding."""
+    options = dict(options)
+    for n, vocab in ((60, 300), (300, 129), (20, 128)):  # fewer rows than words, and more
+        for dtype in (torch.float32, torch.bfloat16):
+            h, w, b, target = head(n, vocab, 12, dtype, "cpu")
+            if options.get("ignore"):
+                target[::3] = -100
+            more = {k: v for k, v in options.items() if k != "ignore"}
+            tensors = {"hidden": h, "weight": w, "bias": b}
+            exact = {k: x.double() for k, x in tensors.items()}
+            assert_all_close_as_plain(
+                run(linear_logprob, tensors, target, tail_eps=1e-30, backend="torch", **more),
+                run(reference.linear_logprob, exact, target, **more),
+                run(reference.linear_logprob, tensors, target, **more),
+                factor=5,  # float32 logits of gathered rows come from a product of another shape
+            )
+
+
+def test_frozen_sides(always_sparse):
+    h, w, b, target = head(30, 300, 8, torch.float32, "cpu")
+    both_h, both_w = h.clone().requires_grad_(), w.clone().requires_grad_()
+    linear_logprob(both_h, both_w, target, tail_eps=1e-30).logprob.sum().backward()
+    only_h, only_w = h.clone().requires_grad_(), w.clone().requires_grad_()
+    linear_logprob(only_h, w, target, tail_eps=1e-30).logprob.sum().backward()
+    linear_logprob(h, only_w, target, tail_eps=1e-30).logprob.sum().backward()
+    assert torch.allclose(only_h.grad, both_h.grad, atol=1e-6)
+    assert torch.allclose(only_w.grad, both_w.grad, atol=1e-6)
+
+
+def test_dense_and_sparse_rows_in_one_batch():
+    """Flat rows among peaked ones: with deterministic=True each row chooses for itself, and the
+    choice does not change with its company."""
+    h, w, target = peaked(40, 4000, 64)
+    h[::4] = 0.01  # flat
+    results = {}
+    for tail_eps in (0.0, 2.0**-16):
+        hh, ww = h.clone().requires_grad_(), w.clone().requires_grad_()
+        out = linear_logprob(hh, ww, target, tail_eps=tail_eps, deterministic=True)
+        (out.logprob * torch.linspace(-1, 1, 40)).sum().backward()
+        results[tail_eps] = hh.grad, ww.grad
+    for sparse, exact in zip(results[2.0**-16], results[0.0], strict=True):
+        assert 0 < errors(sparse, exact)[0] < 1e-3
+    flat, exact = (results[e][0][::4] for e in (2.0**-16, 0.0))
+    assert errors(flat, exact)[0] < 1e-6, "a flat row was not computed densely"
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 0.3, 0.2, 0.15])
+def test_default_threshold_stays_inside_the_rule(shared_data, temperature):
+    """A trained head in bf16 at the default tail_eps, RiskPO-like coefficients: error at most
+    twice that of plain PyTorch, for dH, dW and dW without the rows of targets."""
+    from safetensors.torch import load_file
+
+    rows = load_file(shared_data / "lm_rows" / "rows.safetensors")
+    h, w = rows["hidden"][::8], rows["weight"]
+    p = (h.float() @ w.float().T / temperature).softmax(-1)
+    target = torch.multinomial(p, 1)[:, 0]
+    c = -torch.rand(16).repeat_interleave(16)  # one sign, constant within a sequence
+
+    def gradients(op, dtype, **options):
+        hh, ww = (x.detach().clone().to(dtype).requires_grad_() for x in (h, w))
+        out = op(hh, ww, target, temperature=temperature, **options)
+        (out.logprob * c.to(out.logprob.dtype)).sum().backward()
+        return split_columns({"dhidden": hh.grad, "dweight": ww.grad}, target)
+
+    truth = gradients(reference.linear_logprob, torch.float64)
+    plain = gradients(reference.linear_logprob, torch.bfloat16)
+    got = gradients(linear_logprob, torch.bfloat16, backend="torch")
+    exact = gradients(linear_logprob, torch.bfloat16, backend="torch", tail_eps=0.0)
+    for name in truth:
+        limit = 2 * errors(plain[name], truth[name])[0]
+        assert errors(got[name], truth[name])[0] <= limit, name
+    if temperature < 0.6:
+        assert not torch.equal(got["dhidden"], exact["dhidden"]), "nothing was dropped"
+
+
+def test_adam_with_dropped_tails_learns_the_same():
+    """Twenty Adam steps, sparse beside exact: the head rows that move are the same to 1 %."""
+    h, w, target = peaked(64, 3000, 64)
+    advantage = torch.randn(64)
+    heads = {}
+    for tail_eps in (0.0, 2.0**-14):
+        weight = w.clone().requires_grad_()
+        adam = torch.optim.Adam([weight], lr=1e-3)
+        for _ in range(20):
+            adam.zero_grad()
+            out = linear_logprob(h, weight, target, tail_eps=tail_eps)
+            (out.logprob * advantage).mean().backward()
+            adam.step()
+        heads[tail_eps] = weight.detach()
+    exact, sparse = heads[0.0] - w, heads[2.0**-14] - w
+    taken = torch.zeros(3000, dtype=torch.bool)
+    taken[target] = True
+    difference = (sparse - exact).norm(dim=1)
+    assert difference[taken].norm() / exact[taken].norm() < 0.01
+    # Adam divides by the size of the gradient: rows of the head that are never taken move by the
+    # learning rate however small their gradient is, and stand still when it is dropped
+    untouched = (sparse[~taken] == 0).all(1).float().mean()
+    print(f"rows never taken that stand still: {untouched:.3f}")
+    a = linear_logprob(h, heads[0.0], target).logprob
+    b = linear_logprob(h, heads[2.0**-14], target).logprob
+    assert (a - b).abs().max() < 0.05

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench bench-gpu clean
 
 demo: $(VENV)/ready
 	$(VENV)/bin/riskpo train $(ARGS)
@@ -19,6 +19,10 @@ lint: $(VENV)/ready
 
 bench: $(VENV)/ready
 	$(PY) -m benchmarks $(ARGS)
+
+# GPU tests, then the sweep, in less than ten minutes; JSON, log and tables in benchmarks/results
+bench-gpu: $(VENV)/ready
+	PYTHON=$(PY) tools/gpu_session.sh $(ARGS)
 
 $(VENV)/ready: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -7,11 +7,13 @@ from typing import Any
 import torch
 
 from benchmarks import peers, regimes
+from benchmarks.bench_linear_logprob import default_tail_eps, expected_units
 from benchmarks.provider import Provider, auto_backend, device_of, too_large
 from benchmarks.truth import relative_error
 from riskpo_kernels import linear_logprob, reference, riskpo_loss, riskpo_loss_from_logits
 
 SEQUENCES = 16
+TAIL = 2.0**-14
 CASES: dict[str, dict[str, Any]] = {
     "small": {
         "n": 256,
@@ -58,24 +60,27 @@ def inputs(
 
 def providers() -> dict[str, Provider]:
     """Liger's loss is GRPO with a token-level ratio: near the same work, another loss."""
-    ours = {"kind": "ours", "per_token": True}
+    ours: dict[str, Any] = {"kind": "ours", "per_token": True}
+    backend = auto_backend("linear_logprob")
     return {
-        "riskpo_loss": Provider(
-            _fused, **ours, backend=auto_backend("linear_logprob"), units=_ours
-        ),
+        "riskpo_loss": Provider(_fused, **ours, backend=backend, units=expected_units),
         "riskpo_loss, tail_eps=2^-14": Provider(
-            _tail, **ours, backend=auto_backend("linear_logprob"), units=_ours
+            _tail,
+            **ours,
+            why_not=_default_tail,
+            backend=backend,
+            units=lambda sizes, facts: expected_units(sizes, facts, TAIL),
         ),
         "logits + riskpo_loss_from_logits": Provider(
             _from_logits,
             **ours,
             why_not=_fits,
             backend=auto_backend("logits_logprob"),
-            units=lambda sizes: 6,
+            units=lambda sizes, facts: 6,
         ),
-        "plain": Provider(_plain, kind="plain", why_not=_fits, units=lambda sizes: 6),
+        "plain": Provider(_plain, kind="plain", why_not=_fits, units=lambda sizes, facts: 6),
         "Liger chunked GRPO": Provider(
-            _liger, per_token=False, why_not=_no_liger, units=lambda sizes: 8
+            _liger, per_token=False, why_not=_no_liger, units=lambda sizes, facts: 8
         ),
     }
 
@@ -123,10 +128,6 @@ def errors(provider: Provider, given: dict[str, Any], exact: dict[str, Any]) -> 
     return found | {"gradient_error": max(found["dh_error"], found["dw_error"])}
 
 
-def _ours(sizes: dict[str, Any]) -> float:
-    return 2.0 + 6.0 * (1.0 - sizes["zero_fraction"])
-
-
 def _fused(**given: Any) -> torch.Tensor:
     loss = riskpo_loss(**given).loss
     loss.backward()
@@ -134,7 +135,7 @@ def _fused(**given: Any) -> torch.Tensor:
 
 
 def _tail(**given: Any) -> torch.Tensor:
-    loss = riskpo_loss(**given, tail_eps=2.0**-14).loss
+    loss = riskpo_loss(**given, tail_eps=TAIL).loss
     loss.backward()
     return loss
 
@@ -157,6 +158,11 @@ def _plain(
     loss = reference.clipped_surrogate(logprob, old_logprob, advantage, cu_seqlens=cu_seqlens).loss
     loss.backward()
     return loss
+
+
+def _default_tail(given: dict[str, Any]) -> str | None:
+    same = default_tail_eps(given["hidden"].dtype) == TAIL
+    return "the default for this dtype" if same else None
 
 
 def _fits(given: dict[str, Any]) -> str | None:

@@ -70,7 +70,7 @@ def providers() -> dict[str, Provider]:
         _run(lambda h, w, t, e: reference.linear_logprob(h, w, t, return_entropy=e)[:2]),
         kind="plain",
         why_not=lambda x: too_large(x, 24.0 * x["target"].numel() * x["weight"].shape[0]),
-        units=lambda sizes: 2 if sizes["phase"] == "forward" else 6,
+        units=lambda sizes, facts: 2 if sizes["phase"] == "forward" else 6,
     )
     return ours | {"reference": exact} | {n: _peer(n, head) for n, head in peers.HEADS.items()}
 
@@ -128,8 +128,11 @@ def _ours(**options: Any) -> Provider:
 
     def why_not(given: dict[str, Any]) -> str | None:
         forward = given["c"] is None
-        if forward and "tail_eps" in options:
+        eps = options.get("tail_eps")
+        if eps is not None and forward:
             return "tail_eps acts in the backward only"
+        if eps is not None and eps == default_tail_eps(given["hidden"].dtype):
+            return "the default for this dtype"
         if "memory_mib" in options and device_of(given).type != "cuda":
             return "the larger workspace is measured on CUDA only"
         return None
@@ -139,13 +142,31 @@ def _ours(**options: Any) -> Provider:
         kind="ours",
         why_not=why_not,
         backend=auto_backend("linear_logprob"),
-        units=dense_units,
+        units=lambda sizes, facts: expected_units(sizes, facts, options.get("tail_eps")),
     )
 
 
-def dense_units(sizes: dict[str, Any]) -> float:
-    """From the cost formula of the dense backward: rows without a coefficient enter no product."""
-    return 2.0 if sizes["phase"] == "forward" else 2.0 + 6.0 * (1.0 - sizes["zero_fraction"])
+def default_tail_eps(dtype: torch.dtype) -> float:
+    """What tail_eps=None means."""
+    return {torch.bfloat16: 2.0**-14, torch.float16: 2.0**-18}.get(dtype, 0.0)
+
+
+# above this share of active pairs the backward takes the dense way
+DENSE_SHARE = 0.4
+
+
+def expected_units(
+    sizes: dict[str, Any], facts: dict[str, Any], tail_eps: float | None = None
+) -> float:
+    """The cost formula: forward 2; backward 6 times the rows with a coefficient, times the share
+    of active (row, block) pairs of the timed rows where blocks may be dropped."""
+    if sizes.get("phase") == "forward":
+        return 2.0
+    if tail_eps is None:
+        tail_eps = default_tail_eps(getattr(torch, sizes["dtype"]))
+    share = facts["active_share"] if tail_eps > 0 else 1.0
+    share = share if share < DENSE_SHARE else 1.0
+    return 2.0 + 6.0 * (1.0 - sizes["zero_fraction"]) * share
 
 
 def _peer(name: str, head: peers.Head) -> Provider:
@@ -170,6 +191,6 @@ def _peer(name: str, head: peers.Head) -> Provider:
         per_token=head.per_token,
         why_not=why_not,
         backend=lambda given: head.backend(device_of(given)),
-        units=lambda sizes: forward if sizes["phase"] == "forward" else forward + backward,
+        units=lambda sizes, facts: forward if sizes["phase"] == "forward" else forward + backward,
         slow_start=head.slow_start,
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.provider import Provider
 from riskpo_kernels import clipped_surrogate
 
 CASES: dict[str, dict[str, Any]] = {
@@ -43,11 +44,19 @@ def inputs(sequences: int, mean_tokens: int, ratio: str, device: str = "cpu") ->
     return moved | {"ratio": ratio, "kl_coef": 0.01, "entropy_coef": 0.001}
 
 
-def providers() -> dict[str, Callable[..., Any]]:
+def providers() -> dict[str, Provider]:
     """Each takes inputs() as keywords and returns the gradients of logprob and entropy."""
-    return {f"riskpo_kernels-{b}": _step(b) for b in ("triton", "torch")} | {
-        "reference": _step("reference")
+    return {
+        "riskpo_kernels, triton": Provider(
+            _step("triton"), kind="ours", why_not=_no_triton, backend=lambda given: "triton"
+        ),
+        "riskpo_kernels, torch": Provider(_step("torch"), kind="ours"),
+        "reference": Provider(_step("reference"), kind="plain"),
     }
+
+
+def _no_triton(given: dict[str, Any]) -> str | None:
+    return None if given["logprob"].is_cuda else "needs a CUDA device"
 
 
 def cost(sequences: int, mean_tokens: int, ratio: str) -> dict[str, float]:

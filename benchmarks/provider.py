@@ -24,7 +24,8 @@ class Provider:
     per_token: returns per-token log-probs; the others are listed in a table of their own.
     why_not: inputs -> the reason why it cannot run on them, or None.
     backend: inputs -> which implementation really runs.
-    units: (sizes) -> products of N D V flops that it executes, where that is known.
+    units: (sizes, facts) -> products of N D V that it executes, by its cost formula; facts are
+        those of the timed rows (active_share).
     """
 
     run: Callable[..., Any]
@@ -32,7 +33,7 @@ class Provider:
     per_token: bool = True
     why_not: Callable[[dict[str, Any]], str | None] = anywhere
     backend: Callable[[dict[str, Any]], str] = lambda inputs: "torch"
-    units: Callable[[dict[str, Any]], float] | None = None
+    units: Callable[[dict[str, Any], dict[str, Any]], float] | None = None
     slow_start: bool = False  # compiles for long: asked for by --compile
 
     def __call__(self, **inputs: Any) -> Any:

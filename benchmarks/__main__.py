@@ -1,0 +1,162 @@
+"""`python -m benchmarks`: run a set of cases, print tables, write JSON after every case.
+
+python -m benchmarks                   about five minutes on two quiet CPU cores
+python -m benchmarks --quick           does every module run? (seconds; numbers mean nothing)
+python -m benchmarks --gpu             shapes of real models in bfloat16
+python -m benchmarks --dry             the GPU run's cases, shrunk, on a CPU
+python -m benchmarks --rows FILE       rows of a trained head instead of generated ones
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import environment, sets, table
+from benchmarks.harness import FIELDS, Settings, run_case
+
+SCHEMA = 1
+RESULTS = Path(__file__).parent / "results"
+
+
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    which = parser.add_mutually_exclusive_group()
+    for name in ("quick", "gpu", "dry"):
+        which.add_argument(f"--{name}", dest="set", action="store_const", const=name)
+    parser.set_defaults(set="cpu")
+    parser.add_argument("--budget-seconds", type=float, default=float("inf"))
+    parser.add_argument("--rows", help="a .safetensors file with hidden [n, r], weight [v, r]")
+    parser.add_argument("--out", type=Path, help="JSON file, or a folder for it")
+    parser.add_argument("--op", action="append", default=[], help="only these ops (repeatable)")
+    parser.add_argument("--case", default="", help="only cases whose name contains this")
+    parser.add_argument("--only", action="append", default=[], help="only providers so named")
+    parser.add_argument("--compile", action="store_true", help="also torch.compile (slow start)")
+    parser.add_argument("--seconds-per-row", type=float)
+    parser.add_argument("--note", help="kept with the results, as how the tests went before")
+    parser.add_argument("--threads", type=int, help="CPU threads of torch")
+    return parser.parse_args(words)
+
+
+def settings(a: argparse.Namespace) -> Settings:
+    """How this set measures: long enough to settle, short enough for its budget."""
+    fast = a.set in ("quick", "dry")
+    seconds = a.seconds_per_row
+    if seconds is None:
+        seconds = 0.0 if fast else 1.0 if a.set == "gpu" else 3.0
+    return Settings(
+        device="cuda" if a.set == "gpu" else "cpu",
+        most_repeats={"quick": 2, "dry": 1, "gpu": 20}.get(a.set, 5),
+        seconds_per_row=seconds,
+        compile=a.compile,
+        rows=a.rows,
+        only=tuple(a.only),
+        deadline=time.monotonic() + a.budget_seconds,
+    )
+
+
+def expand(case: sets.Case) -> Iterator[tuple[Any, str, dict[str, Any]]]:
+    """(module, case name, sizes); small modules list their cases themselves."""
+    module = importlib.import_module(f"benchmarks.bench_{case.op}")
+    if case.name == "first case":
+        name = next(iter(module.CASES))
+        yield module, name, module.CASES[name]
+    elif case.name == "every case":
+        yield from ((module, name, sizes) for name, sizes in list(module.CASES.items())[1:])
+    else:
+        yield module, case.name, case.sizes
+
+
+def write(path: Path | None, report: dict[str, Any]) -> None:
+    """Replace the file in one step, so that a killed run leaves the cases it finished."""
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(".partial")
+    fresh.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    os.replace(fresh, path)
+
+
+def destination(a: argparse.Namespace) -> Path | None:
+    """Rehearsals write only where they are told to."""
+    if a.out is None and a.set in ("quick", "dry"):
+        return None
+    folder = a.out or RESULTS
+    if folder.suffix == ".json":
+        return folder
+    stamp = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d-%H%M")
+    return folder / f"{a.set}-{stamp}.json"
+
+
+def main(words: list[str] | None = None) -> int:
+    """Exit status 1 when one of our own providers failed."""
+    a = parse(words)
+    if a.set == "gpu" and not torch.cuda.is_available():
+        print("--gpu needs a CUDA device; --dry rehearses the same cases on a CPU", file=sys.stderr)
+        return 2
+    if a.threads or a.set in ("quick", "dry"):
+        torch.set_num_threads(a.threads or 1)  # rehearsals leave the machine to others
+    start, s = time.monotonic(), settings(a)
+    report: dict[str, Any] = {"schema": SCHEMA, "set": a.set, "fields": list(FIELDS)}
+    report["note"] = a.note
+    report |= {"environment": environment.describe(s.device), "rows": [], "left_out": s.left_out}
+    path = destination(a)
+    print(f"{report['environment']['command']}  ({a.set}, {report['environment']['date']})")
+    for case in sets.SETS[a.set]():
+        if (a.op and case.op not in a.op) or a.case not in case.name:
+            continue
+        for module, name, sizes in expand(case):
+            if s.spent():
+                s.left_out.append(f"{case.op} {name}")
+                continue
+            rows = measure(module, name, sizes, s, case)
+            report["rows"] += rows
+            report["seconds"] = round(time.monotonic() - start, 1)
+            print(table.terminal(case.op, name, rows), flush=True)
+            write(path, report)
+    write(path, report)
+    return finish(report, path)
+
+
+def measure(
+    module: Any, name: str, sizes: dict[str, Any], s: Settings, case: sets.Case
+) -> list[dict[str, Any]]:
+    """Rows of one case; a case that cannot be built is a row with its reason."""
+    try:
+        return list(run_case(module, name, sizes, s, case.only))
+    except torch.OutOfMemoryError as error:
+        if s.device == "cuda":
+            torch.cuda.empty_cache()
+        row = dict.fromkeys(FIELDS) | {"op": case.op, "case": name, "sizes": sizes, "extras": {}}
+        row |= {"provider": "all", "device": s.device, "failed": False}
+        return [row | {"reason": f"the inputs do not fit: {str(error)[:120]}"}]
+
+
+def finish(report: dict[str, Any], path: Path | None) -> int:
+    """What was left out, what failed, where the JSON is."""
+    if report["left_out"]:
+        print(f"\nleft out, the time budget was spent: {'; '.join(report['left_out'])}")
+    failed = [r for r in report["rows"] if r["failed"]]
+    for r in failed:
+        print(f"\nFAILED {r['op']} {r['case']} {r['provider']}: {r['reason']}")
+    print(f"\n{report.get('seconds', 0)} s" + (f", written to {path}" if path else ""))
+    return int(any(r["kind"] == "ours" for r in failed))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

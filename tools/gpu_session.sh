@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# GPU tests, then the benchmark sweep, in one command of less than ten minutes; no network needed.
+#
+#   tools/gpu_session.sh                 results go to $OUT, or to benchmarks/results
+#   tools/gpu_session.sh --fetch         on a machine with a network: the peers' wheels into wheels/
+#   ROWS=rows.safetensors tools/gpu_session.sh   rows of a trained head instead of generated ones
+#   DRY=1 tools/gpu_session.sh           the same steps on a CPU, shrunk
+#
+# LIMIT_SECONDS (560) bounds the whole; TEST_SECONDS (230) the tests; the sweep gets what is left.
+set -u
+cd "$(dirname "$0")/.." || exit 1
+python=${PYTHON:-python3}
+
+if [ "${1:-}" = "--fetch" ]; then
+    exec "$python" -m pip download --no-deps --only-binary=:all: --python-version 3.12 -d wheels \
+        trl==1.16.0 datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19 liger-kernel==0.8.5 \
+        cut-cross-entropy==25.1.1 fla-core==0.6.0 flash-linear-attention==0.6.0
+fi
+
+out=${OUT:-benchmarks/results}
+limit=${LIMIT_SECONDS:-560}
+mkdir -p "$out"
+export PYTHONUNBUFFERED=1
+
+if compgen -G "wheels/*.whl" >/dev/null; then
+    peers=$(mktemp -d)
+    "$python" -m pip install --quiet --no-index --no-deps --target "$peers" wheels/*.whl
+    # behind the machine's own packages: a peer must not replace them
+    export PYTHONPATH="${PYTHONPATH:+$PYTHONPATH:}$peers"
+fi
+
+# pytest-timeout may be missing here, and addopts name its options
+timeout -k 10 "${TEST_SECONDS:-230}" "$python" -m pytest tests -m "${MARKER:-gpu}" \
+    -q -o addopts= -p no:cacheprovider 2>&1 | tee "$out/gpu-tests.log" | tail -n 40
+status=${PIPESTATUS[0]}
+case $status in
+    0) note="GPU tests before this run: passed" ;;
+    5) note="GPU tests before this run: none found" ;;
+    124) note="GPU tests before this run: out of time" ;;
+    *) note="GPU tests before this run: FAILED, so these times prove nothing" ;;
+esac
+echo "$note (exit status $status, $SECONDS s)"
+
+sweep=${DRY:+dry}
+left=$((limit - SECONDS - 25)) # the last case may end after its budget
+timeout -k 10 $((left + 20)) "$python" -m benchmarks "--${sweep:-gpu}" \
+    --budget-seconds "$left" --note "$note" --out "$out/gpu-sweep.json" \
+    ${ROWS:+--rows "$ROWS"} "$@" 2>&1 | tee "$out/gpu-sweep.log"
+swept=${PIPESTATUS[0]}
+"$python" -m benchmarks.report "$out/gpu-sweep.json" --markdown "$out/gpu-sweep.md"
+echo "total $SECONDS s"
+[ "$status" -eq 0 ] && [ "$swept" -eq 0 ]

@@ -105,6 +105,12 @@ def truncate_log(path: Path, step: int) -> None:
     unfinished.replace(path)
 
 
+def set_aside(path: Path) -> None:
+    """Rename the log of a run that left no checkpoint: it starts over and writes a new one."""
+    if path.exists():
+        path.replace(path.with_suffix(".previous" + path.suffix))
+
+
 def _finished(run_dir: str | Path) -> list[Path]:
     return sorted((Path(run_dir) / "checkpoints").glob("step_*"))
 

@@ -75,7 +75,7 @@ class TrainConfig:
 
 
 # Four digits of an embedded answer and its end leave room to ramble below eight.
-DEMO = {"learning_rate": 3e-4, "micro_batch_tokens": 1024, "max_response_tokens": 8}
+DEMO = {"learning_rate": 3e-4, "micro_batch_tokens": 512, "max_response_tokens": 8}
 REAL = {"learning_rate": 1e-6, "micro_batch_tokens": 16384, "max_response_tokens": 1024}
 # What the paper's row needs in order to learn within the demo's few minutes (docs/demo.md).
 DEMO_OVERRIDES = {"riskpo-paper": {"baseline": "leave-one-out"}}

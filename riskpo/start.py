@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from riskpo.arithmetic import build_model, build_questions, build_tokenizer, warm_start
-from riskpo.checkpoint import latest_checkpoint, read_about, restore, truncate_log
+from riskpo.checkpoint import latest_checkpoint, read_about, restore, set_aside, truncate_log
 from riskpo.collect import Sample
 from riskpo.config import TrainConfig, resolve, to_toml, validate
 from riskpo.data import BOXED_INSTRUCTION, load_questions, split_holdout
@@ -34,7 +34,7 @@ from riskpo.strategies import Advantage, LossOptions, Strategy, find_strategy, l
 from riskpo.update import UpdatePlan
 
 EMBEDDED_QUESTIONS = 6000
-WARM_START_ACCURACY = 0.35  # sampled; above it there is signal, far below 1 there is room
+WARM_START_ACCURACY = 0.45  # sampled; above it there is signal, far below 1 there is room
 WARM_START_PROBE = 200  # training questions that are sampled to measure it
 MAX_WORKERS = 8  # verifier processes
 
@@ -68,7 +68,11 @@ def start(given: TrainConfig) -> Run:
     checkpoint = latest_checkpoint(config.run_dir)
     step = 0 if checkpoint is None else read_about(checkpoint, config)
     questions, held_out = load_data(config)
-    truncate_log(Path(config.run_dir) / METRICS, -1 if checkpoint is None else step)
+    metrics = Path(config.run_dir) / METRICS
+    if checkpoint is None:
+        set_aside(metrics)
+    else:
+        truncate_log(metrics, step)
     log = RunLog(config, first_step=step)
     announce(config, overrides, checkpoint, log)
     policy = load(config, checkpoint, questions, log.note)

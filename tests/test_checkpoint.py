@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from riskpo.checkpoint import latest_checkpoint, save_checkpoint, truncate_log
+from riskpo.checkpoint import latest_checkpoint, save_checkpoint, set_aside, truncate_log
 from riskpo.config import TrainConfig
 from riskpo.optimizer import Optimizer
 from riskpo.strategies import GroupAdvantage
@@ -135,3 +135,5 @@ def test_log_is_cut_at_the_step_and_at_a_torn_line(tmp_path):
     truncate_log(path, 2)
     assert [json.loads(x)["step"] for x in path.read_text().splitlines()] == [1, 2]
     truncate_log(tmp_path / "absent.jsonl", 2)
+    set_aside(path)
+    assert not path.exists() and (tmp_path / "metrics.previous.jsonl").exists()

@@ -153,9 +153,10 @@ def test_without_a_filter_one_attempt_is_the_batch():
     assert batch.rollouts.question_id == [q.id for q in batch.questions for _ in range(2)]
 
 
-def test_dynamic_sampling_refills_with_mixed_questions():
+@pytest.mark.parametrize("step", range(1, 7))
+def test_dynamic_sampling_refills_with_mixed_questions(step):
     sampler = FakeSampler()
-    batch = gather("dapo", sampler)
+    batch = gather("dapo", sampler, step=step)
     assert len(batch.questions) == 6 and len(sampler.asked) > 1
     assert all(int(q.gold) % 3 == 2 for q in batch.questions)
     assert (batch.rewards_QG == torch.tensor([1.0, 0.0])).all()

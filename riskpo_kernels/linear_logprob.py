@@ -10,9 +10,8 @@
 
 Cost in units of N D V (one product = 2): forward 2; backward 6 (recompute, dH, dW) times the share
 of (row, vocabulary block) pairs that hold probability, of live rows only: an ignored row enters no
-product, a row without upstream gradient none in the backward. The loops are in head_tiles.py (dense)
-and sparse_blocks.py, the mathematics of a tile in softmax_rows.py, of dropping in
-block_selection.py.
+product, a row without upstream gradient none in the backward. The loops are in head_tiles.py and
+sparse_blocks.py, the mathematics of a tile in softmax_rows.py, of dropping in block_selection.py.
 """
 
 from __future__ import annotations

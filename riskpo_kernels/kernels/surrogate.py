@@ -26,6 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
+from riskpo_kernels.kernels import Configuration
 from riskpo_kernels.reference import formulas
 
 
@@ -268,9 +269,8 @@ def surrogate_pass(
     return dlogprob, dentropy, partial
 
 
-def compile_configurations() -> list[tuple[Any, ...]]:
-    """(name, function, signature, constexprs, num_warps, num_stages, further options) of
-    everything that can be launched."""
+def compile_configurations() -> list[Configuration]:
+    """Everything that can be launched: see kernels/__init__.py."""
     flags = ("SEQUENCE_RATIO", "KL", "HAS_ENTROPY", "HAS_MASK", "BLOCK")
     signature = POINTERS | FLAGS | FLOATS | dict.fromkeys(flags, "constexpr")
     configurations = []

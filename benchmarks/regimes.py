@@ -68,7 +68,7 @@ def make(
     entropy, share = [], []
     step = max(1, min(STATISTICS_ROWS, 2**28 // v))
     for start in range(0, n, step):
-        p = torch.softmax(hidden[start : start + step].float() @ weight.float().T, -1)
+        p = torch.softmax((hidden[start : start + step] @ weight.T).float(), -1)
         target[start : start + step] = torch.multinomial(p, 1, generator=generator)[:, 0]
         if start < STATISTICS_ROWS:
             entropy.append(-(p * p.clamp(min=1e-38).log()).sum(-1))

@@ -40,12 +40,15 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     for name in ("quick", "gpu", "dry"):
         which.add_argument(f"--{name}", dest="set", action="store_const", const=name)
     parser.set_defaults(set="cpu")
-    parser.add_argument("--budget-seconds", type=float, default=float("inf"))
+    parser.add_argument(
+        "--budget-seconds", type=float, default=330.0, help="stops cleanly (330; inf: no limit)"
+    )
     parser.add_argument("--rows", help="a .safetensors file with hidden [n, r], weight [v, r]")
     parser.add_argument("--out", type=Path, help="JSON file, or a folder for it")
     parser.add_argument("--op", action="append", default=[], help="only these ops (repeatable)")
     parser.add_argument("--case", default="", help="only cases whose name contains this")
     parser.add_argument("--only", action="append", default=[], help="only providers so named")
+    parser.add_argument("--skip", action="append", default=[], help="no providers so named")
     parser.add_argument("--compile", action="store_true", help="also torch.compile (slow start)")
     parser.add_argument("--seconds-per-row", type=float)
     parser.add_argument("--note", help="kept with the results, as how the tests went before")
@@ -58,7 +61,7 @@ def settings(a: argparse.Namespace) -> Settings:
     fast = a.set in ("quick", "dry")
     seconds = a.seconds_per_row
     if seconds is None:
-        seconds = 0.0 if fast else 0.7 if a.set == "gpu" else 3.0
+        seconds = 0.0 if fast else 0.7 if a.set == "gpu" else 2.5
     return Settings(
         device="cuda" if a.set == "gpu" else "cpu",
         most_repeats={"quick": 2, "dry": 1, "gpu": 20}.get(a.set, 5),
@@ -66,6 +69,7 @@ def settings(a: argparse.Namespace) -> Settings:
         compile=a.compile,
         rows=a.rows,
         only=tuple(a.only),
+        skip=tuple(a.skip),
         deadline=time.monotonic() + a.budget_seconds,
     )
 
@@ -130,7 +134,10 @@ def main(words: list[str] | None = None) -> int:
             print(table.terminal(case.op, name, rows), flush=True)
             write(path, report)
     write(path, report)
-    return finish(report, path)
+    if s.lost:
+        name = s.lost[0]
+        print(f"\nthe device was lost in {name!r}; repeat with --skip {name!r}")
+    return finish(report, path) or int(bool(s.lost))
 
 
 def measure(
@@ -150,7 +157,7 @@ def measure(
 def finish(report: dict[str, Any], path: Path | None) -> int:
     """What was left out, what failed, where the JSON is."""
     if report["left_out"]:
-        print(f"\nleft out, the time budget was spent: {'; '.join(report['left_out'])}")
+        print(f"\nleft out for lack of time or device: {'; '.join(report['left_out'])}")
     failed = [r for r in report["rows"] if r["failed"]]
     for r in failed:
         print(f"\nFAILED {r['op']} {r['case']} {r['provider']}: {r['reason']}")

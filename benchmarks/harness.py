@@ -76,11 +76,19 @@ class Settings:
     compile: bool = False
     rows: str | None = None
     only: tuple[str, ...] = ()  # parts of provider names; empty: all
+    skip: tuple[str, ...] = ()  # parts of provider names
     deadline: float = float("inf")  # time.monotonic()
     left_out: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)  # who made the device unusable
 
     def spent(self) -> bool:
-        return time.monotonic() > self.deadline
+        """Nothing more can be measured."""
+        return bool(self.lost) or time.monotonic() > self.deadline
+
+    def wants(self, provider: str, only: tuple[str, ...]) -> bool:
+        """Whether the command line and the case ask for this provider."""
+        asked = all(not parts or any(p in provider for p in parts) for parts in (self.only, only))
+        return asked and not any(p in provider for p in self.skip)
 
 
 def run_case(
@@ -97,7 +105,7 @@ def run_case(
     gemm = _gemm_ms(sizes, s)
     exact: Any = None
     for name, provider in module.providers().items():
-        if any(parts and not any(p in name for p in parts) for parts in (s.only, only)):
+        if not s.wants(name, only):
             continue
         if s.spent():
             s.left_out.append(f"{op} {case}: {name}")
@@ -114,6 +122,8 @@ def run_case(
             except Exception as error:  # a peer may fail in any way; the row says how
                 row["failed"] = not isinstance(error, (torch.OutOfMemoryError, NotImplementedError))
                 row["reason"] = _one_line(error)
+                if _device_lost(s):
+                    s.lost.append(name)
             _clear(given)
         yield row
 
@@ -131,6 +141,17 @@ def _obstacle(provider: Provider, given: dict[str, Any], s: Settings) -> str | N
     if provider.slow_start and not s.compile:
         return "compiles for long: ask with --compile"
     return provider.why_not(given)
+
+
+def _device_lost(s: Settings) -> bool:
+    """After an illegal access every later call on the device fails."""
+    if torch.device(s.device).type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        return True
+    return False
 
 
 def _one_line(error: Exception) -> str:
@@ -184,6 +205,7 @@ def _clear(given: dict[str, Any]) -> None:
 
 
 def _release() -> None:
+    """Freed blocks go back to the device, so that one provider's leftovers do not help another."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -16,10 +16,11 @@ MIB = 2**20
 
 
 def peak_of(call: Callable[[], Any], given: dict[str, Any], device: str) -> tuple[float, str]:
-    """(MiB, how it was measured). The call runs twice on a CPU: libraries allocate on their first.
+    """(MiB, how it was measured). The call runs twice: libraries allocate on their first.
 
     Results are dropped before this returns; gradients of the inputs are cleared before each call
-    and their bytes, the ones that the call had to return, are subtracted.
+    and their bytes, the ones that the call had to return, are subtracted. (Also where the peak came
+    before they were made: that flatters plain PyTorch, by at most their size.)
     """
     leaves = [x for x in given.values() if isinstance(x, torch.Tensor) and x.requires_grad]
     parameters = [

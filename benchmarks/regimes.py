@@ -79,7 +79,7 @@ def make(
         target,
         torch.cat(entropy).mean().item(),
         torch.cat(share).mean().item(),
-        "synthetic" if rows is None else "real rows, lifted",
+        "synthetic rows" if rows is None else "real rows, lifted",
     )
 
 

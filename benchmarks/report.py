@@ -74,18 +74,19 @@ def _absent(report: dict[str, Any]) -> str:
 
 def sweep(rows: list[Row]) -> dict[str, dict[str, list[Row]]]:
     """linear_logprob rows by what stays fixed, then by provider, sorted by N."""
-    groups: dict[str, dict[str, list[Row]]] = {}
+    groups: dict[str, dict[str, dict[int, Row]]] = {}
     for r in table.measured(rows):
         if r["op"] != "linear_logprob":
             continue
         s = r["sizes"]
         fixed = f"D={s['d']}, V={s['v']}, {s['regime']} rows, {s['phase']}"
         fixed += f", {s['zero_fraction']:.0%} zero rows" if s["zero_fraction"] else ""
-        groups.setdefault(fixed, {}).setdefault(r["provider"], []).append(r)
-    for providers in groups.values():
-        for line in providers.values():
-            line.sort(key=lambda r: r["sizes"]["n"])
-    return groups
+        at = groups.setdefault(fixed, {}).setdefault(r["provider"], {})
+        at[s["n"]] = r  # measured twice: the later one
+    return {
+        fixed: {name: [at[n] for n in sorted(at)] for name, at in providers.items()}
+        for fixed, providers in groups.items()
+    }
 
 
 def plot(report: dict[str, Any], folder: Path) -> list[Path]:
@@ -103,10 +104,14 @@ def plot(report: dict[str, Any], folder: Path) -> list[Path]:
             path = folder / f"{name}.png"
             _against_n({k: lines[k] for k in longest}, column, label, report, path)
             written.append(path)
-    fullest = max(groups, default=None, key=lambda k: len(groups[k]))
-    if fullest is not None and "backward" in fullest:
+    at_one_n: dict[str, list[Row]] = {}
+    for fixed, providers in groups.items():
+        for r in (r for line in providers.values() for r in line if r["gradient_error"]):
+            at_one_n.setdefault(f"{fixed}, N={r['sizes']['n']}", []).append(r)
+    if at_one_n:
+        fullest = max(at_one_n, key=lambda k: len(at_one_n[k]))
         path = folder / "error-vs-time.png"
-        _error_against_time(fullest, groups[fullest], report, path)
+        _error_against_time(fullest, at_one_n[fullest], report, path)
         written.append(path)
     return written
 
@@ -139,7 +144,7 @@ def _colours(names: list[str]) -> dict[str, str]:
     return colours | dict.fromkeys(ours, OURS)
 
 
-STYLES = ("-", "--", ":", "-.")
+STYLES, OWN_MARKERS = ("-", "--", ":", "-."), ("D", "^", "P", "v")
 
 
 def _against_n(
@@ -177,42 +182,43 @@ def _against_n(
         ticks = sorted({r["sizes"]["n"] for rows in providers.values() for r in rows})
         axis.set_xticks(ticks, [f"{n // 1024}k" if n >= 1024 else str(n) for n in ticks])
         axis.minorticks_off()
+        _plain_ticks(axis.yaxis)
         axis.set_title(title, fontsize=10, color=INK)
     _finish(figure, axes, report, path)
 
 
-def _error_against_time(
-    title: str, providers: dict[str, list[Row]], report: dict[str, Any], path: Path
-) -> None:
+def _error_against_time(title: str, rows: list[Row], report: dict[str, Any], path: Path) -> None:
     figure, axes = _canvas(1)
-    colours = _colours(list(providers))
-    for name, rows in providers.items():
-        r = rows[-1]
-        if not r["gradient_error"]:
-            continue
-        own = name.startswith("riskpo")
+    names = [r["provider"] for r in rows]
+    colours, ours = _colours(names), [n for n in names if n.startswith("riskpo")]
+    for r in rows:
+        name = r["provider"]
+        own = name in ours
         axes[0].scatter(
             r["median_ms"],
             r["gradient_error"],
-            s=90 if own else 55,
-            marker="o" if r["per_token"] else "s",
+            s=95 if own else 60,
+            marker=OWN_MARKERS[ours.index(name) % 4] if own else "o" if r["per_token"] else "s",
+            edgecolor="white",
             color=colours[name],
             label=name if r["per_token"] else f"{name} (no per-token log-probs)",
             zorder=3,
         )
-        axes[0].annotate(
-            name,
-            (r["median_ms"], r["gradient_error"]),
-            textcoords="offset points",
-            xytext=(7, 4),
-            fontsize=8,
-            color=colours[name],
-        )
     axes[0].set(xscale="log", yscale="log", xlabel="milliseconds")
     axes[0].set_ylabel("gradient error against float64")
-    largest = max(r["sizes"]["n"] for rows in providers.values() for r in rows)
-    axes[0].set_title(f"{title}, N up to {largest}", fontsize=10, color=INK)
+    _plain_ticks(axes[0].xaxis)
+    axes[0].margins(0.12)
+    axes[0].set_title(title, fontsize=10, color=INK)
     _finish(figure, axes, report, path)
+
+
+def _plain_ticks(axis: Any) -> None:
+    """1, 2, 5, 10, ... in plain digits instead of powers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _finish(figure: Any, axes: Any, report: dict[str, Any], path: Path) -> None:

@@ -65,7 +65,7 @@ def regime_line(row: Row) -> str:
     if row["active_share"] is not None:
         parts.append(f"{row['active_share']:.2%} of (row, 128 columns) pairs hold mass > 2^-14")
     if row["rows"]:
-        parts.append(f"{row['rows']} rows")
+        parts.append(row["rows"])
     if row["gemm_ms"]:
         parts.append(f"bare logits GEMM {_number(row['gemm_ms'])} ms")
     return ", ".join(parts)

@@ -23,7 +23,7 @@ SOURCE = "arithmetic"
 CHARACTERS = "0123456789+="
 PAD, EOS = "<pad>", "<eos>"
 WARM_START_BATCH = 64
-WARM_START_LEARNING_RATE = 2e-3
+WARM_START_LEARNING_RATE = 1e-3
 WARM_START_MAX_STEPS = 3000
 
 
@@ -95,7 +95,7 @@ def warm_start(
     *,
     target: float,
     seed: int,
-    check_every: int = 25,
+    check_every: int = 10,
 ) -> tuple[int, float]:
     """Supervised steps until `accuracy()`, sampled, reaches `target`; returns (steps, accuracy).
 

@@ -34,8 +34,8 @@ from riskpo.strategies import Advantage, LossOptions, Strategy, find_strategy, l
 from riskpo.update import UpdatePlan
 
 EMBEDDED_QUESTIONS = 6000
-WARM_START_ACCURACY = 0.45  # sampled; above it there is signal, far below 1 there is room
-WARM_START_PROBE = 200  # training questions that are sampled to measure it
+WARM_START_ACCURACY = 0.4  # sampled; above it there is signal, far below 1 there is room
+WARM_START_PROBE = 100  # training questions that are sampled to measure it
 MAX_WORKERS = 8  # verifier processes
 
 

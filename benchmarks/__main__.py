@@ -157,7 +157,8 @@ def measure(
 def finish(report: dict[str, Any], path: Path | None) -> int:
     """What was left out, what failed, where the JSON is."""
     if report["left_out"]:
-        print(f"\nleft out for lack of time or device: {'; '.join(report['left_out'])}")
+        cases = dict.fromkeys(name.partition(":")[0] for name in report["left_out"])
+        print(f"\nleft out, all or in part, for lack of time or device: {'; '.join(cases)}")
     failed = [r for r in report["rows"] if r["failed"]]
     for r in failed:
         print(f"\nFAILED {r['op']} {r['case']} {r['provider']}: {r['reason']}")

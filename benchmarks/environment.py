@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -62,7 +63,7 @@ def describe(device: str) -> dict[str, Any]:
 def command() -> str:
     """The command as typed, folders of arguments left out."""
     words = [w if not w.startswith("/") else Path(w).name for w in sys.argv[1:]]
-    return " ".join(["python -m benchmarks", *words])
+    return f"python -m benchmarks {shlex.join(words)}".strip()
 
 
 def _versions() -> dict[str, str]:

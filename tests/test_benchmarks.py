@@ -163,6 +163,17 @@ def test_a_wrong_gradient_shows_in_the_errors():
     assert found["gradient_error"] > 1e-3 and found["logprob_error_nats"] > 5e-3
 
 
+def test_units_follow_the_cost_formula():
+    from benchmarks.bench_linear_logprob import expected_units
+
+    sparse, flat = {"active_share": 0.05}, {"active_share": 0.8}
+    assert expected_units(TINY, sparse) == 5.0  # float32 drops nothing; half of the rows are zero
+    assert expected_units(TINY, sparse, 2.0**-14) == pytest.approx(2 + 6 * 0.5 * 0.05)
+    assert expected_units(TINY | {"dtype": "bfloat16"}, sparse) == pytest.approx(2.15)
+    assert expected_units(TINY, flat, 2.0**-14) == 5.0
+    assert expected_units(TINY | {"phase": "forward"}, sparse) == 2.0
+
+
 def fake(providers):
     return types.SimpleNamespace(
         __name__="bench_fake",

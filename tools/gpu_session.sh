@@ -4,8 +4,10 @@
 #   tools/gpu_session.sh                 results go to $OUT, or to benchmarks/results
 #   tools/gpu_session.sh --fetch         on a machine with a network: the peers' wheels into wheels/
 #   ROWS=rows.safetensors tools/gpu_session.sh   rows of a trained head instead of generated ones
+#   tools/gpu_session.sh --skip NAME     without a provider; arguments go to python -m benchmarks
 #   DRY=1 tools/gpu_session.sh           the same steps on a CPU, shrunk
 #
+# Where only the checkout travels, put wheels/ and the rows into an ignored folder and take it along.
 # LIMIT_SECONDS (560) bounds the whole; TEST_SECONDS (230) the tests; the sweep gets what is left.
 set -u
 cd "$(dirname "$0")/.." || exit 1

@@ -98,3 +98,18 @@ class ActiveBlocks(NamedTuple):
     def rows_of(self, block: int) -> torch.Tensor:
         """Index of the rows in which this block is active."""
         return ((self.bits[block // 8] >> (block % 8)) & 1).nonzero()[:, 0]
+
+    def counts(self, vocab: int) -> torch.Tensor:
+        """Rows in which each block is active, int64 [B]."""
+        shifts = torch.arange(8, dtype=torch.uint8, device=self.bits.device)
+        each = [((self.bits >> s) & 1).sum(1, dtype=torch.int64) for s in shifts]
+        return torch.stack(each, 1).reshape(-1)[: n_blocks(vocab)]
+
+    def pair_rows(self, blocks: slice, pairs: int) -> torch.Tensor:
+        """The rows of consecutive blocks' pairs, block after block, int32 [pairs]."""
+        first = blocks.start // 8
+        part = self.bits[first : -(-blocks.stop // 8)]
+        shifts = torch.arange(8, dtype=torch.uint8, device=part.device)
+        flags = ((part[:, None] >> shifts[:, None]) & 1).flatten(0, 1)
+        flags = flags[blocks.start - 8 * first : blocks.stop - 8 * first]
+        return torch.nonzero_static(flags, size=pairs)[:, 1].int()

@@ -3,9 +3,15 @@
 At most one float32 buffer of a whole gradient is made, and none for float32 inputs: of dH when all
 rows are sparse and no more than the vocabulary, else of dW (or of the smaller one when all rows are
 dense). Rows that are many go through in pieces, whose dH is summed apart.
+
+Host synchronisations on a GPU, each because a number is the shape of products: the rows that carry
+a coefficient (linear_logprob.py), the rows of each way (here), the pairs of each block
+(sparse_launch.py).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 
@@ -58,7 +64,7 @@ def backward_rows(
             part, sent = head.of(s), up.of(s)
             into.dh = _rows_of(dh, part, products, unit, whole=True)
             _set_unit(into, unit)
-            sparse_backward(part, sent, active.of(s), o, into)
+            _sparse(head, o)(part, sent, active.of(s), o, into)
             _finish(into.dh)
     if dw is not None:
         dw.finish(ROUNDING_STEP)
@@ -69,6 +75,17 @@ def backward_rows(
         None if dw is None else dw.grad,
         db.to(head.bias.dtype) if needs[2] and head.bias is not None else None,
     )
+
+
+def _sparse(head: Head, o: Options) -> Callable[..., None]:
+    # The kernels add to dH with atomics, whose order is not the same twice; and exact float32
+    # products of their tiles do not fit in a GPU's registers.
+    spills = head.hidden.device.type == "cuda" and not products_of(head).mixed
+    if o.backend == "torch" or o.deterministic or spills:
+        return sparse_backward
+    from riskpo_kernels import sparse_launch  # needs Triton: only on demand
+
+    return sparse_launch.sparse_backward
 
 
 def _ways(

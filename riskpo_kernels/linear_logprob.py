@@ -118,8 +118,7 @@ def linear_logprob(
             for a near-certain row) gets no gradient from the row; what a row loses is at most
             32 tail_eps |upstream| in the 1-norm of its logits' gradient (block_selection.py). Rows
             of the head below the threshold for every token get a zero gradient. 0 is exact.
-            Default: 2^-14 for bf16, 2^-18 for fp16, 0 for fp32 and fp64. The Triton backend of
-            this version drops nothing, which every value permits.
+            Default: 2^-14 for bf16, 2^-18 for fp16, 0 for fp32 and fp64.
         vocab_group: not available yet: ValueError.
         memory_mib: workspace in MiB beside results, gradients and, for 16-bit inputs, one float32
             accumulator of the smaller of [N, D] and [V, D].
@@ -182,7 +181,7 @@ def linear_logprob(
         entropy=return_entropy,
         backend=chosen,
         memory_mib=memory_mib,
-        tail_eps=0.0 if chosen == "triton" else eps / (1 if softcap is None else 4),
+        tail_eps=eps / (1 if softcap is None else 4),
         deterministic=deterministic,
     )
     flat = hidden.reshape(-1, hidden.shape[-1])

@@ -30,6 +30,7 @@ FLOORS = {
     "kernels": 3,
     "head_tiles": 4,
     "sparse_blocks": 5,
+    "sparse_launch": 5,
     "head_backward": 6,
     "linear_logprob": 7,
     "logits_logprob": 7,

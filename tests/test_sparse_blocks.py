@@ -9,6 +9,7 @@ from riskpo_kernels import block_selection, linear_logprob, reference
 from riskpo_kernels.block_selection import BLOCK, n_blocks, select
 from riskpo_kernels.softmax_rows import LogitMap, RowState, finish, fold
 from tests.compare import assert_all_close_as_plain, errors
+from tests.conftest import has_triton
 from tests.head_inputs import head, run, split_columns
 
 
@@ -80,35 +81,61 @@ def always_sparse(monkeypatch):
     monkeypatch.setattr(block_selection, "DENSE_SHARE", 2.0)
 
 
+BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.skipif(not has_triton(), reason=""))]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "options",
     [
         {},
         {"softcap": 5.0, "scale": 1.5},
         {"temperature": 0.7, "memory_mib": 0.1},
-        {"ignore": True},
+        {"ignore": True, "per_row": True},
         {"deterministic": True, "c": False},
         {"g": False},
     ],
     ids=str,
 )
-def test_all_blocks_active_is_exact(always_sparse, options):
+def test_all_blocks_active_is_exact(always_sparse, options, backend, device):
     """With a threshold that drops nothing the sparse backward is the dense one, to rounding."""
     options = dict(options)
+    sixteen = torch.float16 if backend == "triton" and device.type == "cpu" else torch.bfloat16
     for n, vocab in ((60, 300), (300, 129), (20, 128)):  # fewer rows than words, and more
-        for dtype in (torch.float32, torch.bfloat16):
-            h, w, b, target = head(n, vocab, 12, dtype, "cpu")
+        for dtype in (torch.float32, sixteen):
+            h, w, b, target = head(n, vocab, 12, dtype, device)
             if options.get("ignore"):
                 target[::3] = -100
-            more = {k: v for k, v in options.items() if k != "ignore"}
+            more = {k: v for k, v in options.items() if k not in ("ignore", "per_row")}
+            if options.get("per_row"):
+                more["temperature"] = torch.linspace(0.5, 1.5, n, device=device)
             tensors = {"hidden": h, "weight": w, "bias": b}
             exact = {k: x.double() for k, x in tensors.items()}
             assert_all_close_as_plain(
-                run(linear_logprob, tensors, target, tail_eps=1e-30, backend="torch", **more),
+                run(linear_logprob, tensors, target, tail_eps=1e-30, backend=backend, **more),
                 run(reference.linear_logprob, exact, target, **more),
                 run(reference.linear_logprob, tensors, target, **more),
                 factor=5,  # float32 logits of gathered rows come from a product of another shape
             )
+
+
+@pytest.mark.skipif(not has_triton(), reason="")
+def test_both_backends_choose_the_same_blocks(device):
+    """Real dropping: the kernels' block sums lead to the choice of the PyTorch formulas."""
+    h, w, target = (x.to(device) for x in peaked(70, 1500, 64))
+    grads = []
+    for backend in ("torch", "triton"):
+        hh, ww = h.clone().requires_grad_(), w.clone().requires_grad_()
+        out = linear_logprob(hh, ww, target, tail_eps=2.0**-10, backend=backend)
+        (out.logprob * torch.linspace(-1, 1, 70, device=device)).sum().backward()
+        grads.append((hh.grad, ww.grad))
+    exact = w.clone().requires_grad_()
+    out = linear_logprob(h, exact, target, tail_eps=0.0)
+    (out.logprob * torch.linspace(-1, 1, 70, device=device)).sum().backward()
+    assert errors(grads[1][0], grads[0][0])[0] < 1e-6
+    assert errors(grads[1][1], grads[0][1])[0] < 1e-6
+    assert torch.equal(grads[0][1] == 0, grads[1][1] == 0), "other rows of the head were dropped"
+    assert errors(grads[0][1], exact.grad)[0] > 1e-6, "nothing was dropped"
 
 
 def test_frozen_sides(always_sparse):

@@ -19,7 +19,7 @@ import tempfile
 from collections import defaultdict
 from typing import NamedTuple
 
-MODULES = ("softmax_rows", "surrogate")
+MODULES = ("softmax_rows", "sparse_blocks", "surrogate")
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}  # bytes per block
 LOG = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 REGISTERS = re.compile(r"Used (\d+) registers")

@@ -17,8 +17,7 @@ gradient: with log p = z - peak - log_sum and upstream c (of logprob), g (of ent
     state, stats, c, g, T       [R]      fp32
     out                         [R, C]   fp32, bf16, fp16; may be raw itself
 
-Cost per element: fold reads the tile once (4 bytes in fp32), one exp; gradient reads and writes it
-once, one exp. Nothing is written twice and there are no atomics: results do not depend on order.
+Cost per element: fold one read and one exp, gradient one read, one exp and one write. No atomics.
 """
 
 from __future__ import annotations
@@ -32,27 +31,14 @@ import triton.language as tl
 
 from riskpo_kernels import softmax_rows
 from riskpo_kernels.kernels import Configuration
-from riskpo_kernels.kernels.tl_math import one_minus_exp, tanh
+from riskpo_kernels.kernels.tl_math import logits_gradient, logits_of
 from riskpo_kernels.softmax_rows import LogitMap, RowState, RowStats
 
-# One program holds BN rows x BV columns: 4096 fp32 values, 16 per thread at 8 warps, so that both
-# passes stay in registers; rows are read in runs of 2 KB.
+# One program holds BN rows x BV columns, 16 fp32 values a thread; rows are read in runs of 2 KB.
 BN, BV, WARPS = 8, 512, 8
-# Left alone, ptxas spills a few bytes of the fold to reach the next occupancy step.
-MAX_REGISTERS = 128
+MAX_REGISTERS = 128  # left alone, ptxas spills a few bytes to reach the next occupancy step
 IGNORED = tl.constexpr(softmax_rows.IGNORED)
 FLOOR = tl.constexpr(softmax_rows.FLOOR)
-
-
-@triton.jit
-def _logits(x, scale, softcap, temperature, HAS_SOFTCAP: tl.constexpr):
-    x = x * scale
-    slope = tl.full(x.shape, 1.0, tl.float32)
-    if HAS_SOFTCAP:
-        th = tanh(x / softcap)
-        slope = 1.0 - th * th
-        x = th * softcap
-    return x / temperature, slope
 
 
 @triton.jit
@@ -65,9 +51,11 @@ def _fold_kernel(
     p_s,
     p_u,
     p_zt,
+    p_blocks,
     R,
     C,
     stride_raw,
+    stride_blocks,
     scale,
     softcap,
     temperature,
@@ -75,6 +63,8 @@ def _fold_kernel(
     HAS_SOFTCAP: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
     ENTROPY: tl.constexpr,
+    HAS_BLOCKS: tl.constexpr,
+    BLOCK: tl.constexpr,
     BN: tl.constexpr,
     BV: tl.constexpr,
 ):
@@ -103,7 +93,7 @@ def _fold_kernel(
         ).to(tl.float32)  # [BN, BV]
         if HAS_BIAS:
             x += tl.load(p_bias + o_v, mask=m_v, other=0.0).to(tl.float32)[None, :]
-        z, _ = _logits(x, scale, softcap, temperature, HAS_SOFTCAP)
+        z, _ = logits_of(x, scale, softcap, temperature, HAS_SOFTCAP)
 
         taken = o_v[None, :] == target[:, None]
         found = tl.max(tl.where(taken, z, float("-inf")), 1)
@@ -118,6 +108,14 @@ def _fold_kernel(
         e = tl.exp(z)
         if ENTROPY:
             u = keep * (u + s * shift) + tl.sum(e * z, 1)
+        if HAS_BLOCKS:
+            sums = tl.sum(tl.reshape(e, (BN, BV // BLOCK, BLOCK)), 2)  # [BN, BV / BLOCK]
+            o_b = v // BLOCK + tl.arange(0, BV // BLOCK)
+            tl.store(
+                p_blocks + o_n[:, None] * stride_blocks + o_b[None, :],
+                anchor[:, None] + tl.log(sums),
+                mask=m_n[:, None] & (o_b * BLOCK < C)[None, :],
+            )
         s = s * keep + tl.sum(e, 1)
         m = new_m
 
@@ -151,7 +149,6 @@ def _gradient_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
-    HAS_C: tl.constexpr,
     HAS_G: tl.constexpr,
     BN: tl.constexpr,
     BV: tl.constexpr,
@@ -164,14 +161,12 @@ def _gradient_kernel(
 
     target = tl.load(p_target + o_n, mask=m_n, other=-1)
     live = m_n & (target != IGNORED)
-    c = tl.full((BN,), 0.0, tl.float32)
+    c = tl.load(p_c + o_n, mask=live, other=0.0)
     g = tl.full((BN,), 0.0, tl.float32)
-    if HAS_C:
-        c = tl.load(p_c + o_n, mask=live, other=0.0)
     if HAS_G:
         g = tl.load(p_g + o_n, mask=live, other=0.0)
     live = live & ((c != 0) | (g != 0))  # a row without a coefficient is not read either
-    logprob = tl.maximum(tl.load(p_logprob + o_n, mask=live, other=0.0), FLOOR)
+    logprob = tl.load(p_logprob + o_n, mask=live, other=0.0)
     peak = tl.load(p_peak + o_n, mask=live, other=0.0)
     log_sum = tl.load(p_log_sum + o_n, mask=live, other=0.0)
     if HAS_TEMPERATURE:
@@ -183,17 +178,14 @@ def _gradient_kernel(
     ).to(tl.float32)  # [BN, BV]
     if HAS_BIAS:
         x += tl.load(p_bias + o_v, mask=m_v, other=0.0).to(tl.float32)[None, :]
-    z, slope = _logits(x, scale, softcap, temperature, HAS_SOFTCAP)
+    z, slope = logits_of(x, scale, softcap, temperature, HAS_SOFTCAP)
 
-    log_p = tl.maximum((z - peak[:, None]) - log_sum[:, None], FLOOR)
-    p = tl.exp(log_p)
-    dz = -p * c[:, None]
-    taken = c * one_minus_exp(logprob)
+    h = logprob
     if HAS_G:
         h = tl.load(p_entropy + o_n, mask=live, other=0.0)
-        dz -= p * g[:, None] * (log_p + h[:, None])
-        taken -= tl.exp(logprob) * g * (logprob + h)
-    dz = tl.where(o_v[None, :] == target[:, None], taken[:, None], dz)
+    log_p = (z - peak[:, None]) - log_sum[:, None]
+    taken = o_v[None, :] == target[:, None]
+    dz = logits_gradient(log_p, taken, logprob, h, c, g, HAS_G, FLOOR)
     dz = dz * slope * scale / temperature
     dz = tl.where(live[:, None], dz, 0.0)
 
@@ -234,9 +226,11 @@ def fold(
             p_s=state.s,
             p_u=state.u,
             p_zt=state.zt,
+            p_blocks=blocks,
             R=rows,
             C=cols,
             stride_raw=raw.stride(0),
+            stride_blocks=0 if blocks is None else blocks.stride(0),
             scale=map.scale,
             softcap=map.softcap or 1.0,
             temperature=temperature,
@@ -244,6 +238,8 @@ def fold(
             HAS_SOFTCAP=map.softcap is not None,
             HAS_TEMPERATURE=per_row is not None,
             ENTROPY=state.u is not None,
+            HAS_BLOCKS=blocks is not None,
+            BLOCK=softmax_rows.BLOCK,
             BN=BN,
             BV=BV,
             num_warps=WARPS,
@@ -277,7 +273,7 @@ def gradient(
             p_entropy=stats.entropy,
             p_peak=stats.peak,
             p_log_sum=stats.log_sum,
-            p_c=c,
+            p_c=torch.zeros_like(stats.logprob) if c is None else c,
             p_g=g,
             p_out=out,
             R=rows,
@@ -290,7 +286,6 @@ def gradient(
             HAS_BIAS=bias is not None,
             HAS_SOFTCAP=map.softcap is not None,
             HAS_TEMPERATURE=per_row is not None,
-            HAS_C=c is not None,
             HAS_G=g is not None and stats.entropy is not None,
             BN=BN,
             BV=BV,
@@ -303,36 +298,35 @@ def gradient(
 def compile_configurations() -> list[Configuration]:
     """Everything that can be launched: see kernels/__init__.py."""
     configurations = []
-    for raw, bias, softcap, per_row, entropy in itertools.product(
-        ("fp32", "bf16", "fp16"), *((False, True),) * 4
+    for raw, bias, softcap, per_row, entropy, blocks in itertools.product(
+        ("fp32", "bf16", "fp16"), *((False, True),) * 5
     ):
-        if bias and raw != "fp32":
-            continue  # only the head's own float32 tiles have a bias
-        flags = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "HAS_TEMPERATURE": per_row}
-        name = f"fold {raw} bias={bias:d} softcap={softcap:d} rows={per_row:d} entropy={entropy:d}"
-        given = {"p_bias": bias, "p_temperature": per_row, "p_u": entropy}
+        if (bias or blocks) and raw != "fp32":
+            continue  # only the head's own float32 tiles have a bias, or blocks to select
+        flags: dict[str, Any] = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap}
+        name = f"fold {raw} bias={bias:d} softcap={softcap:d} rows={per_row:d} entropy={entropy:d} "
+        name += f"blocks={blocks:d}"
+        given = {"p_bias": bias, "p_temperature": per_row, "p_u": entropy, "p_blocks": blocks}
         types = {"p_raw": raw, "p_target": "i64"}
-        flags |= {"ENTROPY": entropy}
+        flags |= {"HAS_TEMPERATURE": per_row, "ENTROPY": entropy}
+        flags |= {"HAS_BLOCKS": blocks, "BLOCK": softmax_rows.BLOCK}
         configurations.append(_configuration(name, _fold_kernel, types, given, flags))
-    for (raw, out), bias, softcap, per_row, (c, g) in itertools.product(
+    for (raw, out), bias, softcap, per_row, g in itertools.product(
         (("fp32", "fp32"), ("fp32", "bf16"), ("fp32", "fp16"), ("bf16", "bf16"), ("fp16", "fp16")),
-        *((False, True),) * 3,
-        ((True, False), (False, True), (True, True)),
+        *((False, True),) * 4,
     ):
         if bias and raw != "fp32":
             continue
-        flags = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "HAS_TEMPERATURE": per_row}
-        name = f"gradient {raw}->{out} bias={bias:d} softcap={softcap:d} rows={per_row:d} "
-        given = {"p_bias": bias, "p_temperature": per_row, "p_entropy": g, "p_c": c, "p_g": g}
+        flags = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "HAS_TEMPERATURE": per_row, "HAS_G": g}
+        name = f"gradient {raw}->{out} bias={bias:d} softcap={softcap:d} rows={per_row:d} g={g:d}"
+        given = {"p_bias": bias, "p_temperature": per_row, "p_entropy": g, "p_g": g}
         types = {"p_raw": raw, "p_out": out, "p_target": "i64"}
-        flags |= {"HAS_C": c, "HAS_G": g}
-        name += f"c={c:d} g={g:d}"
         configurations.append(_configuration(name, _gradient_kernel, types, given, flags))
     return configurations
 
 
 def _configuration(
-    name: str, kernel: Any, types: dict[str, str], given: dict[str, bool], flags: dict[str, bool]
+    name: str, kernel: Any, types: dict[str, str], given: dict[str, bool], flags: dict[str, Any]
 ) -> Configuration:
     constexprs: dict[str, Any] = flags | {"BN": BN, "BV": BV}
     signature = {}
@@ -344,6 +338,6 @@ def _configuration(
         elif argument.startswith("p_"):
             signature[argument] = "*" + types.get(argument, "fp32")
         else:
-            scalars = ("R", "C", "stride_raw", "stride_out")
+            scalars = ("R", "C", "stride_raw", "stride_out", "stride_blocks")
             signature[argument] = "i32" if argument in scalars else "fp32"
     return name, kernel, signature, constexprs, WARPS, 3, {"maxnreg": MAX_REGISTERS}

@@ -22,3 +22,29 @@ def one_minus_exp(log_p):
     tail = 1.0 / 24.0 - x * (1.0 / 120.0 - x * (1.0 / 720.0))
     series = x * (1.0 - x * (0.5 - x * (1.0 / 6.0 - x * tail)))
     return tl.where(x < 0.25, series, 1.0 - tl.exp(log_p))
+
+
+@triton.jit
+def logits_of(x, scale, softcap, temperature, HAS_SOFTCAP: tl.constexpr):
+    # z and softcap'(scale * x), for z = softcap(scale * x) / temperature
+    x = x * scale
+    slope = tl.full(x.shape, 1.0, tl.float32)
+    if HAS_SOFTCAP:
+        th = tanh(x / softcap)
+        slope = 1.0 - th * th
+        x = th * softcap
+    return x / temperature, slope
+
+
+@triton.jit
+def logits_gradient(log_p, taken, logprob, h, c, g, HAS_G: tl.constexpr, FLOOR: tl.constexpr):
+    # dz [R, C] for upstream c of logprob and g of the entropy h, all [R]; taken marks the target
+    log_p = tl.maximum(log_p, FLOOR)  # 0 * -inf is NaN
+    logprob = tl.maximum(logprob, FLOOR)
+    p = tl.exp(log_p)
+    dz = -p * c[:, None]
+    at_target = c * one_minus_exp(logprob)
+    if HAS_G:
+        dz -= p * g[:, None] * (log_p + h[:, None])
+        at_target -= tl.exp(logprob) * g * (logprob + h)
+    return tl.where(taken, at_target[:, None], dz)

@@ -1,0 +1,279 @@
+"""The backward of a head over its active (row, block) pairs, as three grouped products.
+
+Pairs are listed block by block; a tile is up to BM pairs of one block b, the rows r_1 .. r_BM.
+
+    1. z = H[r] W_b^T            gathered logits, recomputed        [BM, 128]
+       dz = gradient of z        rounded once, stored               [BM, 128]
+    2. dH[r] += dz W_b           fp32 atomics: a row has pairs in several blocks
+    3. dW_b = sum dz^T H[r]      over the tiles of b, by one program: no atomics; dbias too
+
+    tensor          shape          dtype
+    hidden, weight  [N, D], [V, D] bf16, fp16 (fp32 in the interpreter: on a GPU it would spill)
+    rows            [P]            int32, pairs sorted by block; starts [B + 1] where blocks begin
+    dz              [T, BM, 128]   dtype of hidden; T tiles
+    dH              [n, D]         fp32
+
+Cost: 6 x 128 D FLOPs per pair, beside 2 V D per row for the forward; dz takes 256 bytes a pair in
+16 bits. riskpo_kernels/sparse_launch.py makes the lists and launches.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from riskpo_kernels.kernels import Configuration
+from riskpo_kernels.kernels.tl_math import logits_gradient, logits_of
+from riskpo_kernels.softmax_rows import BLOCK, FLOOR
+
+# 128 gathered rows x 128 columns: 64 accumulator registers a thread at 8 warps leave room for the
+# epilogue. BK is the depth of a step of product 1, BD and BD_W the columns of dH and dW per program
+# (128 columns of dW spill on sm_80).
+BM, BK, BD, BD_W, WARPS, STAGES = 128, 64, 128, 64, 8, 3
+LOWEST = tl.constexpr(FLOOR)
+
+
+def tile_rows(softcap: bool) -> int:
+    """Pairs of a tile: with a softcap's slopes beside the logits, 128 rows spill on sm_100."""
+    return BM // 2 if softcap else BM
+
+
+@triton.jit
+def dz_kernel(
+    p_hidden,
+    p_weight,
+    p_bias,
+    p_index,
+    p_rows,
+    p_starts,
+    p_tiles,
+    p_tile_block,
+    p_target,
+    p_temperature,
+    p_logprob,
+    p_entropy,
+    p_peak,
+    p_log_sum,
+    p_c,
+    p_g,
+    p_dz,
+    D,
+    V,
+    first_block,
+    stride_h,
+    stride_w,
+    scale,
+    softcap,
+    temperature,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    HAS_G: tl.constexpr,
+    BM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BK: tl.constexpr,
+):
+    i_t = tl.program_id(0).to(tl.int64)
+    i_b = tl.load(p_tile_block + i_t)  # counted from first_block
+    first = tl.load(p_starts + i_b) + (i_t - tl.load(p_tiles + i_b)) * BM
+    o_p = first + tl.arange(0, BM)
+    m_p = o_p < tl.load(p_starts + i_b + 1)
+    o_v = (first_block + i_b) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    m_v = o_v < V
+
+    r = tl.load(p_rows + o_p, mask=m_p, other=0).to(tl.int64)  # [BM]
+    source = tl.load(p_index + r, mask=m_p, other=0)  # where the rows lie in hidden
+    x = tl.full((BM, BLOCK), 0.0, tl.float32)
+    for k in range(0, D, BK):
+        o_k = k + tl.arange(0, BK)
+        m_k = o_k < D
+        h = tl.load(
+            p_hidden + source[:, None] * stride_h + o_k[None, :],
+            mask=m_p[:, None] & m_k[None, :],
+            other=0.0,
+        )  # [BM, BK]
+        w = tl.load(
+            p_weight + o_v[None, :] * stride_w + o_k[:, None],
+            mask=m_v[None, :] & m_k[:, None],
+            other=0.0,
+        )  # [BK, BLOCK]
+        x = tl.dot(h, w, x, input_precision="ieee")
+    if HAS_BIAS:
+        x += tl.load(p_bias + o_v, mask=m_v, other=0.0)[None, :]
+    if HAS_TEMPERATURE:
+        temperature = tl.load(p_temperature + r, mask=m_p, other=1.0)[:, None]
+    z, slope = logits_of(x, scale, softcap, temperature, HAS_SOFTCAP)
+
+    peak = tl.load(p_peak + r, mask=m_p, other=0.0)
+    log_sum = tl.load(p_log_sum + r, mask=m_p, other=0.0)
+    logprob = tl.load(p_logprob + r, mask=m_p, other=0.0)
+    target = tl.load(p_target + r, mask=m_p, other=-1)
+    c = tl.load(p_c + r, mask=m_p, other=0.0)
+    g, entropy = c, logprob
+    if HAS_G:
+        g = tl.load(p_g + r, mask=m_p, other=0.0)
+        entropy = tl.load(p_entropy + r, mask=m_p, other=0.0)
+    log_p = (z - peak[:, None]) - log_sum[:, None]
+    taken = o_v[None, :] == target[:, None]
+    dz = logits_gradient(log_p, taken, logprob, entropy, c, g, HAS_G, LOWEST)
+    dz = tl.where(m_p[:, None] & m_v[None, :], dz * slope * scale / temperature, 0.0)
+
+    o_dz = (i_t * BM + tl.arange(0, BM))[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    tl.store(p_dz + o_dz, dz.to(p_dz.dtype.element_ty))
+
+
+@triton.jit
+def dh_kernel(
+    p_weight,
+    p_rows,
+    p_starts,
+    p_tiles,
+    p_tile_block,
+    p_dz,
+    p_dh,
+    D,
+    V,
+    first_block,
+    stride_w,
+    stride_dh,
+    BM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BD: tl.constexpr,
+):
+    i_t = tl.program_id(0).to(tl.int64)
+    o_d = tl.program_id(1) * BD + tl.arange(0, BD)  # [BD]
+    i_b = tl.load(p_tile_block + i_t)
+    o_p = tl.load(p_starts + i_b) + (i_t - tl.load(p_tiles + i_b)) * BM + tl.arange(0, BM)
+    m_p = o_p < tl.load(p_starts + i_b + 1)
+    o_v = (first_block + i_b) * BLOCK + tl.arange(0, BLOCK)
+    m_d = o_d < D
+
+    r = tl.load(p_rows + o_p, mask=m_p, other=0).to(tl.int64)  # [BM]
+    o_dz = (i_t * BM + tl.arange(0, BM))[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    dz = tl.load(p_dz + o_dz)  # [BM, BLOCK]
+    w = tl.load(
+        p_weight + o_v[:, None] * stride_w + o_d[None, :],
+        mask=(o_v < V)[:, None] & m_d[None, :],
+        other=0.0,
+    )  # [BLOCK, BD]
+
+    dh = tl.dot(dz, w, input_precision="ieee")  # [BM, BD]
+
+    tl.atomic_add(
+        p_dh + r[:, None] * stride_dh + o_d[None, :],
+        dh,
+        mask=m_p[:, None] & m_d[None, :],
+        sem="relaxed",
+    )
+
+
+@triton.jit
+def dw_kernel(
+    p_hidden,
+    p_index,
+    p_rows,
+    p_starts,
+    p_tiles,
+    p_dz,
+    p_dw,
+    p_db,
+    p_unit,
+    D,
+    V,
+    first_block,
+    stride_h,
+    stride_dw,
+    HAS_DB: tl.constexpr,
+    HAS_UNIT: tl.constexpr,
+    ADD: tl.constexpr,
+    BM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BD: tl.constexpr,
+):
+    i_b = tl.program_id(0).to(tl.int64)
+    i_d = tl.program_id(1)
+    o_d = i_d * BD + tl.arange(0, BD)  # [BD]
+    o_v = (first_block + i_b) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    m_d, m_v = o_d < D, o_v < V
+    start, end = tl.load(p_starts + i_b), tl.load(p_starts + i_b + 1)
+    tile, n = tl.load(p_tiles + i_b), end - start
+    if n == 0:
+        return  # nobody gives this block a gradient
+
+    dw = tl.full((BLOCK, BD), 0.0, tl.float32)
+    db = tl.full((BLOCK,), 0.0, tl.float32)
+    for i in range(0, n, BM):
+        o_p = start + i + tl.arange(0, BM)
+        m_p = o_p < end
+        r = tl.load(p_rows + o_p, mask=m_p, other=0).to(tl.int64)
+        r = tl.load(p_index + r, mask=m_p, other=0)
+        o_dz = ((tile + i // BM) * BM + tl.arange(0, BM))[:, None] * BLOCK
+        dz = tl.load(p_dz + o_dz + tl.arange(0, BLOCK)[None, :])  # [BM, BLOCK]
+        h = tl.load(
+            p_hidden + r[:, None] * stride_h + o_d[None, :],
+            mask=m_p[:, None] & m_d[None, :],
+            other=0.0,
+        )  # [BM, BD]
+        dw = tl.dot(tl.trans(dz), h, dw, input_precision="ieee")
+        if HAS_DB:
+            db += tl.sum(dz.to(tl.float32), 0)
+
+    p_out = p_dw + o_v[:, None] * stride_dw + o_d[None, :]
+    m_out = m_v[:, None] & m_d[None, :]
+    if ADD:
+        dw += tl.load(p_out, mask=m_out, other=0.0)
+    if HAS_UNIT:
+        dw *= tl.load(p_unit)
+    tl.store(p_out, dw.to(p_dw.dtype.element_ty), mask=m_out)
+    if HAS_DB:
+        if i_d == 0:
+            db += tl.load(p_db + o_v, mask=m_v, other=0.0)
+            tl.store(p_db + o_v, db, mask=m_v)
+
+
+def compile_configurations() -> list[Configuration]:
+    """Everything that can be launched: see kernels/__init__.py."""
+    configurations = []
+    for dtype in ("bf16", "fp16"):
+        for bias, softcap, per_row, g in itertools.product(*((False, True),) * 4):
+            flags: dict[str, Any] = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "HAS_G": g}
+            flags |= {"HAS_TEMPERATURE": per_row, "BK": BK, "BM": tile_rows(softcap)}
+            given = {"p_bias": bias, "p_temperature": per_row, "p_g": g, "p_entropy": g}
+            name = f"dz-dot {dtype} bias={bias:d} softcap={softcap:d} rows={per_row:d} g={g:d}"
+            configurations.append(_configuration(name, dz_kernel, dtype, "fp32", given, flags))
+        for rows in (BM, BM // 2):
+            name, flags = f"dh-dot {dtype} BM={rows}", {"BD": BD, "BM": rows}
+            configurations.append(_configuration(name, dh_kernel, dtype, "fp32", {}, flags))
+        # into fp32 sums; into the gradient itself; likewise, with fp16's common unit
+        ways = [("fp32", True, False), (dtype, False, False), (dtype, False, True)]
+        for rows, db, (out, add, unit) in itertools.product((BM, BM // 2), (False, True), ways):
+            if unit and dtype != "fp16":
+                continue
+            flags = {"HAS_DB": db, "HAS_UNIT": unit, "ADD": add, "BD": BD_W, "BM": rows}
+            given = {"p_db": db, "p_unit": unit}
+            name = f"dw-dot {dtype}->{out} db={db:d} unit={unit:d} add={add:d} BM={rows}"
+            configurations.append(_configuration(name, dw_kernel, dtype, out, given, flags))
+    return configurations
+
+
+def _configuration(
+    name: str, kernel: Any, dtype: str, out: str, given: dict[str, bool], flags: dict[str, Any]
+) -> Configuration:
+    types = {"p_hidden": dtype, "p_weight": dtype, "p_dz": dtype, "p_dw": out, "p_rows": "i32"}
+    types |= dict.fromkeys(("p_index", "p_starts", "p_tiles", "p_tile_block", "p_target"), "i64")
+    constexprs: dict[str, Any] = flags | {"BLOCK": BLOCK}
+    signature = {}
+    for argument in kernel.arg_names:
+        if argument in constexprs:
+            signature[argument] = "constexpr"
+        elif not given.get(argument, True):
+            signature[argument], constexprs[argument] = "constexpr", None
+        elif argument.startswith("p_"):
+            signature[argument] = "*" + types.get(argument, "fp32")
+        else:
+            floats = ("scale", "softcap", "temperature")
+            signature[argument] = "fp32" if argument in floats else "i32"
+    return name, kernel, signature, constexprs, WARPS, STAGES, {}

@@ -1,0 +1,207 @@
+"""Lists active pairs block by block and launches the three products of kernels/sparse_blocks.py.
+
+As many blocks at a time as fit in memory_mib: their lists, and dz of all their pairs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from riskpo_kernels.block_selection import ActiveBlocks
+from riskpo_kernels.head_tiles import Gradients, Head, Options, Upstream, products_of
+from riskpo_kernels.kernels.sparse_blocks import (
+    BD,
+    BD_W,
+    BK,
+    STAGES,
+    WARPS,
+    dh_kernel,
+    dw_kernel,
+    dz_kernel,
+    tile_rows,
+)
+from riskpo_kernels.softmax_rows import BLOCK
+
+
+def _block_groups(
+    counts: list[int], n: int, rows: int, bytes_per_pair: int, budget: int
+) -> list[slice]:
+    """Consecutive blocks whose lists (n bytes a block to make them) and dz fit in the budget."""
+    groups, first, used = [], 0, 0
+    for block, count in enumerate(counts):
+        need = 2 * n + -(-count // rows) * rows * bytes_per_pair
+        if used and used + need > budget:
+            groups.append(slice(first, block))
+            first, used = block, 0
+        used += need
+    return [*groups, slice(first, len(counts))]
+
+
+def sparse_backward(
+    head: Head, up: Upstream, active: ActiveBlocks, o: Options, into: Gradients
+) -> None:
+    """Add the active pairs of the rows to the gradients; same contract as
+    riskpo_kernels.sparse_blocks.sparse_backward. One host synchronisation: the number of pairs of
+    each block is the shape of the products."""
+    products = products_of(head)
+    counts = active.counts(head.vocab).tolist()
+    # hidden states or weights of another dtype than the products' are cast whole: only the mixed
+    # 16-bit / float32 case, where tail_eps is 0 unless it was asked for
+    head = _cast(head, products.dtype)
+    if up.c is None:
+        up = replace(up, c=torch.zeros_like(up.stats.logprob))
+    budget = int(o.memory_mib * 2**20)
+    bm = tile_rows(head.map.softcap is not None)
+    pair_bytes = BLOCK * products.dtype.itemsize + 4
+    with torch.cuda.device_of(head.hidden):
+        for blocks in _block_groups(counts, head.n, bm, pair_bytes, budget):
+            if sum(counts[blocks]):
+                _one_group(head, up, active, counts, blocks, into, products.dtype)
+
+
+def _cast(head: Head, dtype: torch.dtype) -> Head:
+    rows = torch.arange(head.n, device=head.target.device) if head.rows is None else head.rows
+    bias = None if head.bias is None else head.bias.float()
+    hidden, weight = head.hidden.to(dtype), head.weight.to(dtype)
+    return replace(head, hidden=hidden, weight=weight, bias=bias, rows=rows)
+
+
+def _one_group(
+    head: Head,
+    up: Upstream,
+    active: ActiveBlocks,
+    counts: list[int],
+    blocks: slice,
+    into: Gradients,
+    dtype: torch.dtype,
+) -> None:
+    device = head.hidden.device
+    here = torch.tensor(counts[blocks])
+    bm = tile_rows(head.map.softcap is not None)
+    tiles_each = (here + bm - 1) // bm
+    starts, tiles = (torch.cat([x.new_zeros(1), x.cumsum(0)]) for x in (here, tiles_each))
+    n_tiles, n_blocks = int(tiles[-1]), here.numel()
+    tile_block = torch.repeat_interleave(torch.arange(n_blocks), tiles_each)
+    starts, tiles, tile_block = (
+        x.to(device, non_blocking=True) for x in (starts, tiles, tile_block)
+    )
+    rows = active.pair_rows(blocks, int(here.sum()))
+    dz = torch.empty(n_tiles, bm, BLOCK, dtype=dtype, device=device)
+    lists = dict(p_rows=rows, p_starts=starts, p_tiles=tiles)
+    sizes = dict(D=head.hidden.shape[1], V=head.vocab, first_block=blocks.start)
+    _launch_dz(head, up, dz, tile_block, lists, sizes)
+    if into.dh is not None:
+        _launch_dh(head, into.dh.open(slice(0, head.n)), dz, tile_block, lists, sizes)
+    if into.dw is not None or into.db is not None:
+        _launch_dw(head, into, dz, n_blocks, lists, sizes)
+
+
+def _launch_dz(
+    head: Head,
+    up: Upstream,
+    dz: torch.Tensor,
+    tile_block: torch.Tensor,
+    lists: dict[str, torch.Tensor],
+    sizes: dict[str, int],
+) -> None:
+    stats, map = up.stats, head.map
+    per_row = map.temperature if isinstance(map.temperature, torch.Tensor) else None
+    dz_kernel[(dz.shape[0],)](
+        p_hidden=head.hidden,
+        p_weight=head.weight,
+        p_bias=head.bias,
+        p_index=head.rows,
+        p_tile_block=tile_block,
+        p_target=head.target,
+        p_temperature=per_row,
+        p_logprob=stats.logprob,
+        p_entropy=stats.entropy,
+        p_peak=stats.peak,
+        p_log_sum=stats.log_sum,
+        p_c=up.c,
+        p_g=up.g,
+        p_dz=dz,
+        stride_h=head.hidden.stride(0),
+        stride_w=head.weight.stride(0),
+        scale=map.scale,
+        softcap=map.softcap or 1.0,
+        temperature=1.0 if per_row is not None else map.temperature,
+        HAS_BIAS=head.bias is not None,
+        HAS_SOFTCAP=map.softcap is not None,
+        HAS_TEMPERATURE=per_row is not None,
+        HAS_G=up.g is not None and stats.entropy is not None,
+        BM=dz.shape[1],
+        BLOCK=BLOCK,
+        BK=BK,
+        num_warps=WARPS,
+        num_stages=STAGES,
+        **lists,
+        **sizes,
+    )
+
+
+def _launch_dh(
+    head: Head,
+    dh: torch.Tensor,
+    dz: torch.Tensor,
+    tile_block: torch.Tensor,
+    lists: dict[str, torch.Tensor],
+    sizes: dict[str, int],
+) -> None:
+    dh_kernel[(dz.shape[0], -(-sizes["D"] // BD))](
+        p_weight=head.weight,
+        p_tile_block=tile_block,
+        p_dz=dz,
+        p_dh=dh,
+        stride_w=head.weight.stride(0),
+        stride_dh=dh.stride(0),
+        BM=dz.shape[1],
+        BLOCK=BLOCK,
+        BD=BD,
+        num_warps=WARPS,
+        num_stages=STAGES,
+        **lists,
+        **sizes,
+    )
+
+
+def _launch_dw(
+    head: Head,
+    into: Gradients,
+    dz: torch.Tensor,
+    n_blocks: int,
+    lists: dict[str, torch.Tensor],
+    sizes: dict[str, int],
+) -> None:
+    """dW (and dbias) of the group's blocks: each is written by one program, or added to the sums
+    where rows come in several pieces."""
+    add, unit, dw = True, None, into.dw
+    if dw is None:  # dbias alone: one column of a head nobody asked for
+        out = torch.zeros(head.vocab, 1, dtype=torch.float32, device=dz.device)
+        sizes = sizes | {"D": 1}
+    elif dw.buffer is not None or dw.direct:
+        out = dw.grad if dw.buffer is None else dw.buffer
+    else:
+        add, unit, out = False, dw.unit, dw.grad
+    dw_kernel[(n_blocks, -(-sizes["D"] // BD_W))](
+        p_hidden=head.hidden,
+        p_index=head.rows,
+        p_dz=dz,
+        p_dw=out,
+        p_db=into.db,
+        p_unit=unit,
+        stride_h=head.hidden.stride(0),
+        stride_dw=out.stride(0),
+        HAS_DB=into.db is not None,
+        HAS_UNIT=unit is not None,
+        ADD=add,
+        BM=dz.shape[1],
+        BLOCK=BLOCK,
+        BD=BD_W,
+        num_warps=WARPS,
+        num_stages=STAGES,
+        **lists,
+        **sizes,
+    )

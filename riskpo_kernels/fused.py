@@ -42,14 +42,15 @@ def _loss(
     op: Callable[..., Any],
     inputs: tuple[torch.Tensor, ...],
     target: torch.Tensor,
-    old_logprob: torch.Tensor,
+    old_logprob: torch.Tensor | None,
     advantage: torch.Tensor,
     cu_seqlens: torch.Tensor | None,
     mask: torch.Tensor | None,
     options: dict[str, Any],
 ) -> SurrogateLoss:
     ours, theirs = _split(name, options, op)
-    check_shape(name, "old_logprob", old_logprob, tuple(target.shape), "one per target")
+    if old_logprob is not None:
+        check_shape(name, "old_logprob", old_logprob, tuple(target.shape), "one per target")
     counted = target != ours.get("ignore_index", -100)
     if mask is not None:
         check_shape(name, "mask", mask, tuple(target.shape), "one per target")
@@ -59,7 +60,7 @@ def _loss(
     token = op(*inputs, target, return_entropy=wants, **ours)
     return clipped_surrogate(
         token.logprob,
-        old_logprob,
+        token.logprob.detach() if old_logprob is None else old_logprob,
         advantage,
         cu_seqlens=cu_seqlens,
         mask=counted,
@@ -72,7 +73,7 @@ def riskpo_loss(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     target: torch.Tensor,
-    old_logprob: torch.Tensor,
+    old_logprob: torch.Tensor | None,
     advantage: torch.Tensor,
     *,
     cu_seqlens: torch.Tensor | None = None,
@@ -86,6 +87,7 @@ def riskpo_loss(
         weight: [V, D] head.
         target: [N] or [B, T] ids of the tokens taken, already shifted.
         old_logprob: like target, float; log-probs of the behaviour policy at the same temperature.
+            None: on-policy, they are the new ones and every ratio is exactly 1.
         advantage: [S] or [B] per sequence, or like target for ratio="token"; detached.
         mask: like target; a token counts where mask and target != ignore_index both hold. Others
             cost nothing and are never read.
@@ -129,7 +131,7 @@ def riskpo_loss(
 def riskpo_loss_from_logits(
     logits: torch.Tensor,
     target: torch.Tensor,
-    old_logprob: torch.Tensor,
+    old_logprob: torch.Tensor | None,
     advantage: torch.Tensor,
     *,
     cu_seqlens: torch.Tensor | None = None,

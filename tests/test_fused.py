@@ -157,6 +157,22 @@ def test_equals_the_two_ops_in_sequence(device):
     assert torch.equal(one.loss, two.loss)
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_on_policy_without_old_logprobs(backend, device):
+    """old_logprob=None: ratio exactly 1, and the gradient is the policy gradient."""
+    h, w, target, _, advantage, cu = batch(device)
+    leaf = w.clone().requires_grad_()
+    out = riskpo_loss(h, leaf, target, None, advantage, cu_seqlens=cu, backend=backend)
+    out.loss.backward()
+    assert out.stats["ratio_max"] == 1 and out.stats["clip_fraction"] == 0
+    other = w.clone().requires_grad_()
+    logprob = reference.linear_logprob(h, other, target).logprob
+    lengths = torch.tensor(LENGTHS, device=device).clamp(min=1)
+    per_token = (advantage / lengths).repeat_interleave(torch.tensor(LENGTHS, device=device))
+    (-(per_token * logprob).sum() / len(LENGTHS)).backward()
+    assert torch.allclose(leaf.grad, other.grad, atol=1e-6)
+
+
 def test_rejects(device):
     h, w, target, old, advantage, cu = batch(device)
     args = (h, w, target, old, advantage)

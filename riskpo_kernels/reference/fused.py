@@ -16,7 +16,7 @@ def riskpo_loss(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     target: torch.Tensor,
-    old_logprob: torch.Tensor,
+    old_logprob: torch.Tensor | None,
     advantage: torch.Tensor,
     *,
     cu_seqlens: torch.Tensor | None = None,
@@ -34,7 +34,7 @@ def riskpo_loss(
 def riskpo_loss_from_logits(
     logits: torch.Tensor,
     target: torch.Tensor,
-    old_logprob: torch.Tensor,
+    old_logprob: torch.Tensor | None,
     advantage: torch.Tensor,
     *,
     cu_seqlens: torch.Tensor | None = None,
@@ -68,7 +68,7 @@ def _those_of(op: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]
 
 def _surrogate(
     token: TokenLogProbs,
-    old_logprob: torch.Tensor,
+    old_logprob: torch.Tensor | None,
     advantage: torch.Tensor,
     cu_seqlens: torch.Tensor | None,
     counted: torch.Tensor,
@@ -78,7 +78,7 @@ def _surrogate(
     theirs = {k: v for k, v in options.items() if k in names}
     return clipped_surrogate(
         token.logprob,
-        old_logprob,
+        token.logprob.detach() if old_logprob is None else old_logprob,
         advantage,
         cu_seqlens=cu_seqlens,
         mask=counted,

@@ -73,8 +73,14 @@ def train_command(given: list[str]) -> None:
         print(to_toml(effective), end="")
         return
     _quiet_loading_bars()
-    from riskpo.train import train  # torch and transformers take seconds to import
+    import torch  # this and transformers take seconds to import
 
+    from riskpo.train import train
+
+    if config.model is None and not torch.cuda.is_available():
+        # The embedded model is too small to share: a second thread gains little on idle cores,
+        # waits at every barrier on busy ones, and changes the last bits of the sums.
+        torch.set_num_threads(1)
     train(config)
 
 

@@ -10,6 +10,7 @@ import torch
 from benchmarks import peers, regimes, truth
 from benchmarks.provider import Provider, auto_backend, device_of, too_large
 from riskpo_kernels import linear_logprob, reference
+from riskpo_kernels.block_selection import DEFAULT_EPS, DENSE_SHARE
 
 PHASES = ("forward", "forward+backward", "forward+backward with entropy")
 CASES: dict[str, dict[str, Any]] = {
@@ -146,15 +147,6 @@ def _ours(**options: Any) -> Provider:
     )
 
 
-def default_tail_eps(dtype: torch.dtype) -> float:
-    """What tail_eps=None means."""
-    return {torch.bfloat16: 2.0**-14, torch.float16: 2.0**-18}.get(dtype, 0.0)
-
-
-# above this share of active pairs the backward takes the dense way
-DENSE_SHARE = 0.4
-
-
 def expected_units(
     sizes: dict[str, Any], facts: dict[str, Any], tail_eps: float | None = None
 ) -> float:
@@ -163,9 +155,10 @@ def expected_units(
     if sizes.get("phase") == "forward":
         return 2.0
     if tail_eps is None:
-        tail_eps = default_tail_eps(getattr(torch, sizes["dtype"]))
+        tail_eps = DEFAULT_EPS.get(getattr(torch, sizes["dtype"]), 0.0)
     share = facts["active_share"] if tail_eps > 0 else 1.0
-    share = share if share < DENSE_SHARE else 1.0
+    dense = DENSE_SHARE["cuda" if torch.cuda.is_available() else "cpu"]
+    share = share if share <= dense else 1.0
     return 2.0 + 6.0 * (1.0 - sizes["zero_fraction"]) * share
 
 

@@ -28,8 +28,9 @@ from riskpo_kernels.softmax_rows import BLOCK, RowStats
 CAP = 32.0  # thresholds of mass that a row may lose in all
 HALVINGS = 12
 DEFAULT_EPS = {torch.bfloat16: 2.0**-14, torch.float16: 2.0**-18}  # 0 elsewhere: exact
-# Above this share of active pairs a dense pass is faster than gathered rows.
-DENSE_SHARE = 0.4
+# Above this share of active pairs the dense pass is taken. CPU: measured, gathered rows are as fast
+# up to here. CUDA: a guess until it is measured, gathered products run below cuBLAS's rate.
+DENSE_SHARE = {"cuda": 0.4, "cpu": 0.8}
 
 
 def n_blocks(vocab: int) -> int:
@@ -90,7 +91,7 @@ class ActiveBlocks(NamedTuple):
         count = keep.sum(1, dtype=torch.int32)
         self.pairs[rows] = count
         share = (count if by_row else count.float().mean()) / b
-        self.dense[rows] = share > DENSE_SHARE
+        self.dense[rows] = share > DENSE_SHARE["cuda" if keep.is_cuda else "cpu"]
 
     def of(self, rows: torch.Tensor) -> ActiveBlocks:
         return ActiveBlocks(self.bits[:, rows], self.dense[rows], self.pairs[rows])

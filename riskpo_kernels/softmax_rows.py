@@ -165,6 +165,8 @@ def gradient(
     """The gradient of a tile's raw logits [R, C] (overwritten), into `out` (which may be raw)."""
     cols = raw.shape[1]
     z, slope = _logits(raw, bias, map, slope=True)
+    # dz is linear in c and g: the chain rule of scale and temperature costs no pass over the tile
+    c, g = (None if x is None else x * (map.scale / map.temperature) for x in (c, g))
     log_p = z.sub_(stats.peak[:, None]).sub_(stats.log_sum[:, None])
     logprob = stats.logprob.clamp(min=FLOOR)
     at_target = torch.zeros_like(logprob)
@@ -184,7 +186,6 @@ def gradient(
     dz.scatter_(1, at, torch.where(here[:, None], at_target[:, None], dz.gather(1, at)))
     if slope is not None:
         dz.mul_(slope)
-    dz.mul_(map.scale / map.column())
     return dz if out is dz else out.copy_(dz)
 
 

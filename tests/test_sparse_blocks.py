@@ -78,7 +78,7 @@ def test_dropped_gradient_is_bounded_in_every_row(entropy):
 
 @pytest.fixture
 def always_sparse(monkeypatch):
-    monkeypatch.setattr(block_selection, "DENSE_SHARE", 2.0)
+    monkeypatch.setattr(block_selection, "DENSE_SHARE", {"cuda": 2.0, "cpu": 2.0})
 
 
 BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.skipif(not has_triton(), reason=""))]

@@ -147,6 +147,11 @@ def _ours(**options: Any) -> Provider:
     )
 
 
+def default_tail_eps(dtype: torch.dtype) -> float:
+    """What tail_eps=None means."""
+    return DEFAULT_EPS.get(dtype, 0.0)
+
+
 def expected_units(
     sizes: dict[str, Any], facts: dict[str, Any], tail_eps: float | None = None
 ) -> float:
@@ -155,7 +160,7 @@ def expected_units(
     if sizes.get("phase") == "forward":
         return 2.0
     if tail_eps is None:
-        tail_eps = DEFAULT_EPS.get(getattr(torch, sizes["dtype"]), 0.0)
+        tail_eps = default_tail_eps(getattr(torch, sizes["dtype"]))
     share = facts["active_share"] if tail_eps > 0 else 1.0
     dense = DENSE_SHARE["cuda" if torch.cuda.is_available() else "cpu"]
     share = share if share <= dense else 1.0

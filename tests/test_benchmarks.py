@@ -166,7 +166,7 @@ def test_a_wrong_gradient_shows_in_the_errors():
 def test_units_follow_the_cost_formula():
     from benchmarks.bench_linear_logprob import expected_units
 
-    sparse, flat = {"active_share": 0.05}, {"active_share": 0.8}
+    sparse, flat = {"active_share": 0.05}, {"active_share": 0.95}
     assert expected_units(TINY, sparse) == 5.0  # float32 drops nothing; half of the rows are zero
     assert expected_units(TINY, sparse, 2.0**-14) == pytest.approx(2 + 6 * 0.5 * 0.05)
     assert expected_units(TINY | {"dtype": "bfloat16"}, sparse) == pytest.approx(2.15)

@@ -197,7 +197,8 @@ def surrogate(
             **loss_options,
         )
         return result, None
-    # The same composition, spelt out because on-policy the old log-probs are the new ones.
+    # On-policy: the same composition, spelt out to get at the log-probs, which are compared with
+    # the sampler's.
     token = linear_logprob(hidden, head.weight, batch.target, bias=head.bias, **head_options)
     result = clipped_surrogate(
         token.logprob,

@@ -1,4 +1,4 @@
-"""The embedded default of `riskpo train`: a tiny Qwen2, thirteen characters, additions to verify.
+"""The embedded default of `riskpo train`: a tiny Qwen2, twelve characters, additions to verify.
 
 The answer is written least significant digit first, so that a small causal model can carry as it
 goes. Difficulty is mixed on purpose: after the warm start sums of one-digit numbers are mostly
@@ -39,7 +39,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM:
-    """Random weights, about half a million of them; the same seed gives the same bits."""
+    """Random weights, a third of a million of them; the same seed gives the same bits."""
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=128,

@@ -137,11 +137,12 @@ def forward_rows(head: Head, o: Options) -> tuple[RowState, ActiveBlocks | None]
     fold = tile_functions(o.backend).fold
     for r in spans(head.n, plan.rows):
         h, map, part = head.take(r, products.dtype), head.map.of(r), state.of(r)
-        blocks = h.new_empty(h.shape[0], n_blocks(head.vocab), dtype=products.wide)
+        n_here = n_blocks(head.vocab) if active is not None else 0
+        blocks = h.new_empty(h.shape[0], n_here, dtype=products.wide)
         for v in spans(head.vocab, plan.cols):
             raw = tile[: h.shape[0] * (v.stop - v.start)].view(h.shape[0], -1)
             products.into(raw, h, head.weight[v].to(products.dtype).T)
-            here = blocks[:, v.start // BLOCK : n_blocks(v.stop)] if active else None
+            here = blocks[:, v.start // BLOCK : n_blocks(v.stop)] if n_here else None
             bias = head.bias_of(v, products.wide)
             fold(raw, head.target[r] - v.start, bias, part, map, here)
         if active is not None:

@@ -21,7 +21,7 @@ from riskpo.head import Head
 from riskpo.optimizer import Optimizer
 from riskpo.records import Rollouts
 from riskpo.strategies import LossOptions
-from riskpo_kernels import SurrogateLoss, clipped_surrogate, linear_logprob, riskpo_loss
+from riskpo_kernels import SurrogateLoss, linear_logprob, riskpo_loss
 
 IGNORE = -100
 log = logging.getLogger("riskpo")
@@ -144,14 +144,10 @@ def update(
         for part in micro_batches(rollouts, rows, plan.micro_batch_tokens):
             batch = pack(rollouts, part, device)
             old_logprob = None if old is None else torch.cat([old[row] for row in part])
-            result, logprob = surrogate(
-                model, head, batch, old_logprob, advantage[part], loss, plan, share
-            )
+            result = surrogate(model, head, batch, old_logprob, advantage[part], loss, plan, share)
             result.loss.backward()
             total += result.loss.detach()
             tally.add(result.stats, len(part) if loss.ratio == "sequence" else None)
-            if logprob is not None:
-                tally.compare(logprob, batch)
         norm, taken = optimizer.step(total)
         if not taken:
             log.warning(
@@ -174,43 +170,30 @@ def surrogate(
     loss: LossOptions,
     plan: UpdatePlan,
     share: float,
-) -> tuple[SurrogateLoss, torch.Tensor | None]:
-    """The micro-batch's part of the loss, and its log-probs [T] where they are at hand."""
-    hidden = hidden_states(model, batch)
-    head_options = asdict(head.options) | {
-        "temperature": plan.temperature,
-        "return_entropy": True,
-        "memory_mib": plan.memory_mib,
-        "backend": plan.backend,
-    }
-    loss_options = asdict(loss) | {"entropy_coef": plan.entropy_coef, "denominator": share}
-    if old_logprob is not None:
-        result = riskpo_loss(
-            hidden,
-            head.weight,
-            batch.target,
-            old_logprob,
-            advantage,
-            cu_seqlens=batch.cu_seqlens,
-            bias=head.bias,
-            **head_options,
-            **loss_options,
-        )
-        return result, None
-    # On-policy: the same composition, spelt out to get at the log-probs, which are compared with
-    # the sampler's.
-    token = linear_logprob(hidden, head.weight, batch.target, bias=head.bias, **head_options)
-    result = clipped_surrogate(
-        token.logprob,
-        token.logprob.detach(),
+) -> SurrogateLoss:
+    """The micro-batch's part of the loss; without old log-probs it is on-policy.
+
+    The sampler's log-probs stand in as a reference without weight: its "kl" is the mismatch
+    between sampler and trainer.
+    """
+    return riskpo_loss(
+        hidden_states(model, batch),
+        head.weight,
+        batch.target,
+        old_logprob,
         advantage,
         cu_seqlens=batch.cu_seqlens,
-        mask=batch.target != IGNORE,
-        entropy=token.entropy,
+        bias=head.bias,
+        temperature=plan.temperature,
+        return_entropy=True,
+        memory_mib=plan.memory_mib,
         backend=plan.backend,
-        **loss_options,
+        entropy_coef=plan.entropy_coef,
+        denominator=share,
+        ref_logprob=batch.sampled,
+        **asdict(head.options),
+        **asdict(loss),
     )
-    return result, token.logprob.detach()
 
 
 @torch.no_grad()
@@ -253,7 +236,7 @@ class _Tally:
     def __init__(self) -> None:
         self.sums: dict[str, float] = {}
         self.units = self.tokens = 0.0
-        self.ratio_max = self.sampler_gap = 0.0
+        self.ratio_max = 0.0
         self.steps: list[tuple[float, float]] = []
 
     def add(self, stats: dict[str, torch.Tensor], sequences: int | None) -> None:
@@ -262,15 +245,10 @@ class _Tally:
         units = tokens if sequences is None else sequences
         self.units += units
         self.tokens += tokens
-        for name in (*self.MEANS_OF_UNITS, "zero_coefficient_fraction", "entropy"):
+        for name in (*self.MEANS_OF_UNITS, "zero_coefficient_fraction", "entropy", "kl"):
             weight = units if name in self.MEANS_OF_UNITS else tokens
             self.sums[name] = self.sums.get(name, 0.0) + weight * float(stats[name])
         self.ratio_max = max(self.ratio_max, float(stats["ratio_max"]))
-
-    def compare(self, logprob: torch.Tensor, batch: Packed) -> None:
-        """How far the sampler's log-probs are from the trainer's, in nats."""
-        gap = (logprob - batch.sampled)[batch.target != IGNORE].abs().max()
-        self.sampler_gap = max(self.sampler_gap, float(gap))
 
     def step(self, loss: float, norm: float) -> None:
         self.steps.append((loss, norm))
@@ -283,9 +261,9 @@ class _Tally:
         }
         loss, norm = (sum(x) / len(self.steps) for x in zip(*self.steps, strict=True))
         return means | {
+            "sampler_kl": means.pop("kl"),
             "loss": loss,
             "grad_norm": norm,
             "ratio_max": self.ratio_max,
-            "sampler_gap": self.sampler_gap,
             "tokens": self.tokens,
         }

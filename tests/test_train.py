@@ -39,7 +39,7 @@ def test_ten_steps_of_the_embedded_task(tmp_path, cold_start, capsys):
     assert [r["step"] for r in evaluations] == [0, 5, 10]
     for name in ("reward_mean", "rvar_lower", "q_alpha", "q_beta", "entropy", "grad_norm"):
         assert all(isinstance(r[name], float) for r in steps), name
-    assert all(r["sampler_gap"] < 1e-4 and r["skipped_updates"] == 0 for r in steps)
+    assert all(r["sampler_kl"] < 1e-8 and r["skipped_updates"] == 0 for r in steps)
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "with baseline='leave-one-out'" in printed
@@ -87,7 +87,7 @@ def test_two_steps_on_real_questions(source, shared_data, tmp_path):
     )
     assert main(arguments.split()) == 0
     steps = read_records(tmp_path / "run", "step")
-    assert len(steps) == 2 and all(r["sampler_gap"] < 1e-3 for r in steps)
+    assert len(steps) == 2 and all(r["sampler_kl"] < 1e-6 for r in steps)
     outcomes = {k: v for k, v in steps[0].items() if k.startswith("outcome_")}
     assert sum(outcomes.values()) == 10 and outcomes["outcome_crash"] == 0
     arguments = (

@@ -107,9 +107,10 @@ def exact_products(device: torch.device) -> Iterator[None]:
         if device.type != "cuda":
             yield
             return
-        before = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = False
+        # not allow_tf32: reading that raises once anyone has used fp32_precision
+        matmul = torch.backends.cuda.matmul
+        before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
         try:
             yield
         finally:
-            torch.backends.cuda.matmul.allow_tf32 = before
+            matmul.fp32_precision = before

@@ -1,12 +1,12 @@
 """The backward of a head: each row goes the dense way or the sparse one, into the same gradients.
 
-At most one float32 buffer of a whole gradient is made, and none for float32 inputs: of dH when all
-rows are sparse and no more than the vocabulary, else of dW (or of the smaller one when all rows are
-dense). Rows that are many go through in pieces, whose dH is summed apart.
+At most one float32 buffer of a whole gradient is made, and none for a float32 weight: of dH or dW,
+whichever is smaller, or of dW where dense and sparse rows meet. Rows that are many go through in
+pieces, whose dH is summed apart.
 
 Host synchronisations on a GPU, each because a number is the shape of products: the rows that carry
 a coefficient (linear_logprob.py), the rows of each way (here), the pairs of each block
-(sparse_launch.py).
+(sparse_launch.py; sparse_blocks.py, for float32 and deterministic=True, has one a block).
 """
 
 from __future__ import annotations
@@ -45,8 +45,10 @@ def backward_rows(
         c, g = (None if x is None else x / unit for x in (up.c, up.g))
         up = Upstream(up.stats, c, g)
     dense, sparse = _ways(head, active)
-    rows_outer = sparse is not None or not needs[1] or (needs[0] and head.vocab <= head.n)
-    dw_pieces = rows_outer if dense is not None else head.n > head.vocab
+    free = head.weight.dtype == products.wide  # dW is as wide as its sums: it needs no buffer
+    both = sparse is not None and dense is not None
+    rows_outer = both or free or not needs[1] or (needs[0] and head.vocab <= head.n)
+    dw_pieces = rows_outer if dense is not None else free or head.n > head.vocab
     dw = Accumulator(head.weight, products.wide, whole=dw_pieces) if needs[1] else None
     db = torch.zeros(head.vocab, dtype=products.wide, device=head.hidden.device)
     into = Gradients(None, dw, db if needs[2] else None)
@@ -130,7 +132,7 @@ def _set_unit(into: Gradients, unit: torch.Tensor | None) -> None:
 def _unit(up: Upstream, products: Products) -> torch.Tensor | None:
     """Coefficients of a mean over many tokens vanish in fp16's range: they are divided by their
     largest before they are rounded, and the sums are multiplied by it."""
-    if not products.mixed or products.dtype != torch.float16:
+    if not products.mixed or products.dtype != torch.float16 or not up.stats.logprob.numel():
         return None
     parts = [x.abs().amax() for x in (up.c, up.g) if x is not None]
     return torch.stack(parts).amax().clamp(min=torch.finfo(torch.float32).tiny)

@@ -123,7 +123,7 @@ def plan_for(head: Head, o: Options, products: Products, *, back: bool) -> Plan:
         most_cols=cols,
         tile_bytes=tiles * wide + (2 if products.mixed and back else 0),
         edge_bytes=(3 if back else 1) * wide,
-        row_bytes=0 if back or o.tail_eps == 0 else 4 * wide * n_blocks(head.vocab),
+        row_bytes=0 if back or o.tail_eps == 0 else (4 + o.entropy) * wide * n_blocks(head.vocab),
     )
 
 

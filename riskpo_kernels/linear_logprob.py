@@ -121,7 +121,8 @@ def linear_logprob(
             Default: 2^-14 for bf16, 2^-18 for fp16, 0 for fp32 and fp64.
         vocab_group: not available yet: ValueError.
         memory_mib: workspace in MiB beside results, gradients and, for 16-bit inputs, one float32
-            accumulator of the smaller of [N, D] and [V, D].
+            accumulator: of the smaller of [N, D] and [V, D], or of [V, D] where rows of both ways,
+            dense and sparse, meet.
         deterministic: choose between the dense and the sparse backward row by row, so that no
             row's treatment depends on its company; results repeat bitwise run to run.
         backend: "auto", "triton", "torch" or "reference"; see backend_report().

@@ -221,6 +221,14 @@ def logits_logprob(
             "logits computed by the model",
             "A leaf keeps its value: leave inplace_backward off.",
         )
+    shared = any(n > 1 and step == 0 for n, step in zip(logits.shape, logits.stride(), strict=True))
+    if inplace_backward and shared:
+        reject(
+            OP,
+            "inplace_backward=True for expanded logits, whose rows share memory",
+            "logits with memory of their own",
+            "Leave inplace_backward off, or clone the logits.",
+        )
     chosen = choose(OP, backend, logits.device, logits.dtype)
     flat = target.reshape(-1)
     live_rows(OP, flat, logits.shape[-1], ignore_index, temperature)

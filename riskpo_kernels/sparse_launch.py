@@ -47,25 +47,29 @@ def sparse_backward(
     each block is the shape of the products."""
     products = products_of(head)
     counts = active.counts(head.vocab).tolist()
-    # hidden states or weights of another dtype than the products' are cast whole: only the mixed
-    # 16-bit / float32 case, where tail_eps is 0 unless it was asked for
-    head = _cast(head, products.dtype)
+    head = _plain(head, products.dtype)
     if up.c is None:
         up = replace(up, c=torch.zeros_like(up.stats.logprob))
-    budget = int(o.memory_mib * 2**20)
+    budget = int(o.memory_mib * 2**19)  # the other half may hold a float32 piece of dH
     bm = tile_rows(head.map.softcap is not None)
-    pair_bytes = BLOCK * products.dtype.itemsize + 4
+    pair_bytes = BLOCK * products.dtype.itemsize + 20  # dz; and the pair's place in the lists
     with torch.cuda.device_of(head.hidden):
         for blocks in _block_groups(counts, head.n, bm, pair_bytes, budget):
             if sum(counts[blocks]):
                 _one_group(head, up, active, counts, blocks, into, products.dtype)
 
 
-def _cast(head: Head, dtype: torch.dtype) -> Head:
+def _plain(head: Head, dtype: torch.dtype) -> Head:
+    """The head as the kernels read it: columns next to each other, of the products' dtype (only
+    16-bit hidden with a float32 weight differs), and an index for the rows."""
+
+    def plain(x: torch.Tensor) -> torch.Tensor:
+        x = x.to(dtype)
+        return x if x.stride(-1) == 1 else x.contiguous()
+
     rows = torch.arange(head.n, device=head.target.device) if head.rows is None else head.rows
     bias = None if head.bias is None else head.bias.float()
-    hidden, weight = head.hidden.to(dtype), head.weight.to(dtype)
-    return replace(head, hidden=hidden, weight=weight, bias=bias, rows=rows)
+    return replace(head, hidden=plain(head.hidden), weight=plain(head.weight), bias=bias, rows=rows)
 
 
 def _one_group(

@@ -103,6 +103,9 @@ def test_inplace_backward(backend, device):
     assert_all_close_as_plain(*({k: x[k] for k in names} for x in (got, truth, plain)))
     with pytest.raises(RuntimeError, match="inplace_backward=False"):
         torch.autograd.grad(loss, logits)
+    shared = (leaf[:1] * 1).expand(12, 90)
+    with pytest.raises(ValueError, match="share memory"):
+        logits_logprob(shared, target, inplace_backward=True, backend=backend)
     with pytest.raises(ValueError, match="leaf"):
         logits_logprob(leaf, target, inplace_backward=True, backend=backend)
 

@@ -138,6 +138,42 @@ def test_both_backends_choose_the_same_blocks(device):
     assert errors(grads[0][1], exact.grad)[0] > 1e-6, "nothing was dropped"
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_inputs(backend, device):
+    """Column-major and sliced hidden states and weights give the gradients of contiguous ones."""
+    h, w, target = (x.to(device) for x in peaked(40, 700, 64))
+    grads = []
+    for layout in (
+        lambda x: x,
+        lambda x: x.T.contiguous().T,
+        lambda x: torch.stack([x, x], -1).flatten(-2)[:, ::2],
+    ):
+        hh, ww = h.clone().requires_grad_(), w.clone().requires_grad_()
+        a, b = layout(hh), layout(ww)
+        out = linear_logprob(a, b, target, tail_eps=2.0**-14, backend=backend)
+        out.logprob.sum().backward()
+        grads.append((hh.grad, ww.grad))
+    for dh, dw in grads[1:]:
+        assert errors(dh, grads[0][0])[0] < 1e-5 and errors(dw, grads[0][1])[0] < 1e-5
+
+
+def test_no_row_with_a_coefficient_in_half_precision():
+    """fp16 on a tensor core divides by the largest coefficient: there may be none."""
+    from riskpo_kernels import head_backward
+    from riskpo_kernels.chunks import Products
+    from riskpo_kernels.head_tiles import Upstream
+    from riskpo_kernels.softmax_rows import RowStats
+
+    products = Products(torch.device("cpu"), torch.float16, torch.float16)
+    products.mixed, products.dtype = True, torch.float16
+    empty = torch.empty(0)
+    up = Upstream(RowStats(empty, None, empty, empty), empty, None)
+    assert head_backward._unit(up, products) is None
+    some = torch.tensor([0.0, -3e-6])
+    up = Upstream(RowStats(some, None, some, some), some, None)
+    assert head_backward._unit(up, products).item() == pytest.approx(3e-6)
+
+
 def test_frozen_sides(always_sparse):
     h, w, b, target = head(30, 300, 8, torch.float32, "cpu")
     both_h, both_w = h.clone().requires_grad_(), w.clone().requires_grad_()

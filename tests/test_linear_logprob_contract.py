@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from riskpo_kernels import linear_logprob, reference
+from riskpo_kernels.chunks import Products
 from riskpo_kernels.head_tiles import Head
 from tests.conftest import has_triton
 from tests.head_inputs import head, upstream
@@ -238,6 +239,18 @@ def test_inputs_are_left_alone_and_runs_repeat(backend, device):
     assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
     assert all(torch.equal(x, y) for x, y in zip(tensors, before, strict=True))
     assert [x._version for x in tensors] == versions
+
+
+def test_sixteen_bit_products_only_where_they_exist(monkeypatch):
+    """Trap 18: below compute capability 8.0, and on a CPU, operands are widened."""
+    for device, capability, mixed in (("cpu", None, False), ("cuda", (7, 5), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        products = Products(torch.device(device), torch.bfloat16, torch.bfloat16)
+        assert products.mixed == mixed and products.dtype == torch.float32
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    assert Products(torch.device("cuda"), torch.float16, torch.float16).dtype == torch.float16
+    wide = Products(torch.device("cuda"), torch.float16, torch.float32)
+    assert not wide.mixed and wide.dtype == torch.float32, "a float32 head was rounded"
 
 
 def test_packing_and_order_do_not_matter(device):

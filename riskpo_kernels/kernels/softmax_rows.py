@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 
 from riskpo_kernels import softmax_rows
-from riskpo_kernels.kernels import Configuration
+from riskpo_kernels.kernels import Configuration, signature_of
 from riskpo_kernels.kernels.tl_math import logits_gradient, logits_of
 from riskpo_kernels.softmax_rows import LogitMap, RowState, RowStats
 
@@ -328,16 +328,5 @@ def compile_configurations() -> list[Configuration]:
 def _configuration(
     name: str, kernel: Any, types: dict[str, str], given: dict[str, bool], flags: dict[str, Any]
 ) -> Configuration:
-    constexprs: dict[str, Any] = flags | {"BN": BN, "BV": BV}
-    signature = {}
-    for argument in kernel.arg_names:
-        if argument in constexprs:
-            signature[argument] = "constexpr"
-        elif not given.get(argument, True):
-            signature[argument], constexprs[argument] = "constexpr", None
-        elif argument.startswith("p_"):
-            signature[argument] = "*" + types.get(argument, "fp32")
-        else:
-            scalars = ("R", "C", "stride_raw", "stride_out", "stride_blocks")
-            signature[argument] = "i32" if argument in scalars else "fp32"
+    signature, constexprs = signature_of(kernel, types, given, flags | {"BN": BN, "BV": BV})
     return name, kernel, signature, constexprs, WARPS, 3, {"maxnreg": MAX_REGISTERS}

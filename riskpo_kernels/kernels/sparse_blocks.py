@@ -25,7 +25,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from riskpo_kernels.kernels import Configuration
+from riskpo_kernels.kernels import Configuration, signature_of
 from riskpo_kernels.kernels.tl_math import logits_gradient, logits_of
 from riskpo_kernels.softmax_rows import BLOCK, FLOOR
 
@@ -264,16 +264,5 @@ def _configuration(
 ) -> Configuration:
     types = {"p_hidden": dtype, "p_weight": dtype, "p_dz": dtype, "p_dw": out, "p_rows": "i32"}
     types |= dict.fromkeys(("p_index", "p_starts", "p_tiles", "p_tile_block", "p_target"), "i64")
-    constexprs: dict[str, Any] = flags | {"BLOCK": BLOCK}
-    signature = {}
-    for argument in kernel.arg_names:
-        if argument in constexprs:
-            signature[argument] = "constexpr"
-        elif not given.get(argument, True):
-            signature[argument], constexprs[argument] = "constexpr", None
-        elif argument.startswith("p_"):
-            signature[argument] = "*" + types.get(argument, "fp32")
-        else:
-            floats = ("scale", "softcap", "temperature")
-            signature[argument] = "fp32" if argument in floats else "i32"
+    signature, constexprs = signature_of(kernel, types, given, flags | {"BLOCK": BLOCK})
     return name, kernel, signature, constexprs, WARPS, STAGES, {}

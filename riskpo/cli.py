@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import os
 import sys
@@ -22,6 +23,14 @@ USAGE = """riskpo: risk-averse policy optimisation of language models
   riskpo plot  RUN_DIR
 
 `riskpo COMMAND --help` lists the settings."""
+
+# A command's module is imported when the command is run: most of them load torch. Each takes the
+# arguments after its name; ValueError and ConnectionError become one line and exit status 2.
+COMMANDS = {
+    "train": "riskpo.cli:train_command",
+    "eval": "riskpo.cli:eval_command",
+    "plot": "riskpo.cli:plot_command",
+}
 
 
 @dataclass(frozen=True)
@@ -47,13 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is 2 for a mistake of the caller's."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    commands = {"train": train_command, "eval": eval_command, "plot": plot_command}
-    if not given or given[0] not in commands:
+    if not given or given[0] not in COMMANDS:
         print(USAGE)
         return 0 if given and given[0] in ("-h", "--help") else 2
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        commands[given[0]](given[1:])
+        module, name = COMMANDS[given[0]].split(":")
+        getattr(importlib.import_module(module), name)(given[1:])
     except (ValueError, ConnectionError) as error:
         print(f"riskpo: {error}", file=sys.stderr)
         return 2

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,23 @@ else:
 
 
 @dataclass(frozen=True)
+class MemoryConfig:
+    """What is spent on activations, optimiser and head; every switch trades time for memory."""
+
+    checkpointing: bool = False  # recompute each layer's activations in the backward
+    head_mib: int = 300  # workspace of the fused head
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """Who samples the responses, and how."""
+
+    sequences: int = 512  # responses that are sampled at once
+
+
+@dataclass(frozen=True)
 class TrainConfig:
-    """Settings of `riskpo train`."""
+    """Settings of `riskpo train`; a group is a table in TOML and `--group.name` on the line."""
 
     run_dir: str = "runs/demo"  # everything a run writes goes here; the same folder resumes
     algorithm: str = "riskpo-paper"  # a row of riskpo/strategies.py
@@ -39,7 +54,6 @@ class TrainConfig:
     responses_per_question: int = 8
     updates_per_step: int = 1  # mini-batches per batch of rollouts; above 1 is off-policy
     micro_batch_tokens: int | None = None  # packed tokens that go through the model at once
-    sample_sequences: int = 512  # responses that are sampled at once
 
     max_prompt_tokens: int = 512
     max_response_tokens: int | None = None
@@ -62,9 +76,9 @@ class TrainConfig:
     clip_high: float | None = None
 
     backend: str = "auto"  # of the fused loss: auto, triton, torch, reference
-    memory_mib: int = 300  # workspace of the fused head
     dtype: str = "float32"  # of the weights: float32, or bfloat16 with float32 master weights
-    gradient_checkpointing: bool = False
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
 
     eval_every_steps: int = 100
     eval_questions: int = 200
@@ -89,7 +103,7 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, dict[str, Any]]:
     An override given by the user wins over the demo's.
     """
     demo = config.model is None
-    given = {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
+    given = {k: v for k, v in vars(config).items() if v is not None}
     overrides = DEMO_OVERRIDES.get(config.algorithm, {}) if demo else {}
     overrides = {k: v for k, v in overrides.items() if k not in given}
     filled = {**(DEMO if demo else REAL), **overrides, **given}
@@ -108,14 +122,27 @@ def validate(config: TrainConfig) -> None:
     _choice("dtype", c.dtype, ("float32", "bfloat16"))
     for name in c.log_with:
         _choice("log_with", name, ("tensorboard", "wandb", "trackio"))
-    for field in dataclasses.fields(c):
-        _check_number(field.name, getattr(c, field.name))
+    for name, value in flat(c).items():
+        _check_number(name, value)
     if c.questions_per_step % c.updates_per_step:
         _reject(
             f"questions_per_step={c.questions_per_step} with updates_per_step={c.updates_per_step}",
             "a multiple, since mini-batches are made of whole questions",
             "Change one of them.",
         )
+
+
+def flat(config: TrainConfig) -> dict[str, Any]:
+    """Every setting by its full name, `memory.checkpointing` for one of a group."""
+    return _flattened(dataclasses.asdict(config))
+
+
+def _flattened(given: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in given.items():
+        inner = value if isinstance(value, dict) else {}
+        found |= {f"{name}.{k}": v for k, v in inner.items()} or {name: value}
+    return found
 
 
 _MAY_BE_ZERO = (
@@ -145,14 +172,25 @@ def read_toml(path: str | Path, base: TrainConfig | None = None) -> TrainConfig:
     """`base` with the settings of a TOML file; an unknown key names the nearest known one."""
     with open(path, "rb") as file:
         given = tomllib.load(file)
-    known = {field.name: field for field in dataclasses.fields(TrainConfig)}
-    for key in given:
+    config: TrainConfig = _replaced(base or TrainConfig(), given, str(path))
+    return config
+
+
+def _replaced(base: Any, given: dict[str, Any], path: str) -> Any:
+    """`base`, a config or a group of one, with the `given` fields."""
+    known = {f.name: f for f in dataclasses.fields(base)}
+    found = {}
+    for key, value in given.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
             hint = f"Did you mean {near[0]!r}?" if near else "See `riskpo train --help`."
-            _reject(f"unknown key {key!r} in {path}", "a field of TrainConfig", hint)
-        given[key] = _typed(key, str(known[key].type), given[key])
-    return dataclasses.replace(base or TrainConfig(), **given)
+            _reject(f"unknown key {key!r} in {path}", f"a field of {type(base).__name__}", hint)
+        inner = getattr(base, key)
+        if dataclasses.is_dataclass(inner) and isinstance(value, dict):
+            found[key] = _replaced(inner, value, path)
+        else:
+            found[key] = _typed(key, str(known[key].type), value)
+    return dataclasses.replace(base, **found)
 
 
 def _typed(key: str, annotation: str, value: object) -> object:
@@ -170,17 +208,22 @@ def _typed(key: str, annotation: str, value: object) -> object:
 
 def to_toml(config: TrainConfig) -> str:
     """The effective settings as TOML; a None has no line, since TOML has no word for it."""
-    given = {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
-    return tomli_w.dumps(given)
+    return tomli_w.dumps(_without_none(dataclasses.asdict(config)))
+
+
+def _without_none(given: dict[str, Any]) -> dict[str, Any]:
+    return {
+        k: _without_none(v) if isinstance(v, dict) else v for k, v in given.items() if v is not None
+    }
 
 
 def changed_fields(saved: dict[str, Any], config: TrainConfig) -> list[str]:
     """`name: saved -> now` for every setting that a resumed run may not change."""
-    now = dataclasses.asdict(config)
+    before = _flattened(saved)
     return [
-        f"{name}: {saved.get(name)!r} -> {value!r}"
-        for name, value in now.items()
-        if name not in (*FREE_ON_RESUME, "run_dir") and _plain(saved.get(name)) != _plain(value)
+        f"{name}: {before.get(name)!r} -> {value!r}"
+        for name, value in flat(config).items()
+        if name not in (*FREE_ON_RESUME, "run_dir") and _plain(before.get(name)) != _plain(value)
     ]
 
 

@@ -158,7 +158,7 @@ def warmed_up(
 
 
 def build_optimizer(policy: Policy, config: TrainConfig) -> Optimizer:
-    if config.gradient_checkpointing:
+    if config.memory.checkpointing:
         policy.model.gradient_checkpointing_enable()
     assert config.learning_rate is not None  # resolve has seen to it
     return Optimizer(
@@ -178,7 +178,7 @@ def build_plan(config: TrainConfig) -> UpdatePlan:
         temperature=config.temperature,
         entropy_coef=config.entropy_coef,
         backend=config.backend,
-        memory_mib=config.memory_mib,
+        memory_mib=config.memory.head_mib,
     )
 
 
@@ -197,7 +197,7 @@ def sampler(policy: Policy, config: TrainConfig, responses: int) -> Sample:
         max_prompt_tokens=config.max_prompt_tokens,
         max_response_tokens=config.max_response_tokens,
         temperature=config.temperature,
-        batch_sequences=config.sample_sequences,
+        batch_sequences=config.sampler.sequences,
     )
 
 

@@ -1,9 +1,6 @@
 """From rollouts and advantages to new weights.
 
-Sequences are packed end to end without padding: one row of at most `micro_batch_tokens` tokens,
-position ids restarting at 0 with every sequence, from which transformers builds the block-diagonal
-mask. The decoder's last hidden states go straight into the fused head; no [tokens, V] tensor is
-made. The loss of a mini-batch has one denominator, whatever number of micro-batches it takes.
+The loss of a mini-batch has one denominator, whatever number of micro-batches it takes.
 
 R rollouts, T tokens of a micro-batch, S its sequences, D hidden width, V vocabulary.
 """
@@ -11,7 +8,6 @@ R rollouts, T tokens of a micro-batch, S its sequences, D hidden width, V vocabu
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,11 +15,18 @@ import torch
 
 from riskpo.head import Head
 from riskpo.optimizer import Optimizer
+from riskpo.packing import (
+    Packed,
+    denominator,
+    hidden_states,
+    micro_batches,
+    mini_batches,
+    pack,
+)
 from riskpo.records import Rollouts
 from riskpo.strategies import LossOptions
 from riskpo_kernels import SurrogateLoss, linear_logprob, riskpo_loss
 
-IGNORE = -100
 log = logging.getLogger("riskpo")
 
 
@@ -37,84 +40,6 @@ class UpdatePlan:
     entropy_coef: float = 0.0
     backend: str = "auto"
     memory_mib: int = 300
-
-
-@dataclass(frozen=True)
-class Packed:
-    """Sequences end to end. A sequence of n tokens gives n - 1 inputs, each with its successor."""
-
-    rows: list[int]  # [S] which rollouts these are
-    input_ids: torch.Tensor  # [1, T]
-    position_ids: torch.Tensor  # [1, T], restarting at 0
-    target: torch.Tensor  # [T], the next token, or IGNORE where that is part of the prompt
-    sampled: torch.Tensor  # [T] float32, the sampler's log-prob of target, 0 where ignored
-    cu_seqlens: torch.Tensor  # [S + 1] int32
-
-
-def micro_batches(rollouts: Rollouts, rows: Sequence[int], budget: int) -> list[list[int]]:
-    """`rows` cut, in order, into runs of at most `budget` input tokens; a longer one stands alone.
-
-    Whole sequences stay together: a sequence ratio needs all of its tokens.
-    """
-    cuts: list[list[int]] = []
-    room = 0
-    for row in rows:
-        size = len(rollouts.tokens[row]) - 1
-        if not cuts or size > room:
-            cuts.append([])
-            room = budget
-        cuts[-1].append(row)
-        room -= size
-    return cuts
-
-
-def pack(rollouts: Rollouts, rows: Sequence[int], device: torch.device) -> Packed:
-    """The chosen rollouts as one row without padding."""
-    inputs, positions, targets, sampled, lengths = [], [], [], [], [0]
-    for row in rows:
-        tokens, prompt = rollouts.tokens[row], rollouts.prompt_len[row]
-        target = tokens[1:].clone()
-        target[: prompt - 1] = IGNORE
-        inputs.append(tokens[:-1])
-        positions.append(torch.arange(len(tokens) - 1))
-        targets.append(target)
-        sampled.append(torch.cat([torch.zeros(prompt - 1), rollouts.logprob[row]]))
-        lengths.append(lengths[-1] + len(tokens) - 1)
-    return Packed(
-        list(rows),
-        torch.cat(inputs)[None].to(device),
-        torch.cat(positions)[None].to(device),
-        torch.cat(targets).to(device),
-        torch.cat(sampled).to(device),
-        torch.tensor(lengths, dtype=torch.int32, device=device),
-    )
-
-
-def hidden_states(model: Any, batch: Packed) -> torch.Tensor:
-    """Last hidden states [T, D]. An attention mask or a cache would undo the packing in silence."""
-    output = model.get_decoder()(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        attention_mask=None,
-        use_cache=False,
-    )
-    return output.last_hidden_state[0]
-
-
-def denominator(
-    rollouts: Rollouts, rows: Sequence[int], aggregate: str, constant: float | None
-) -> float:
-    """What the mini-batch's summed terms are divided by, over all of its micro-batches."""
-    if aggregate == "token-mean":
-        return float(sum(len(rollouts.logprob[row]) for row in rows))
-    if aggregate == "sequence-sum-norm":
-        if constant is None:
-            raise ValueError(
-                "denominator: got constant=None; expected a number of tokens for "
-                "aggregate='sequence-sum-norm'. Set LossOptions.constant."
-            )
-        return len(rows) * constant
-    return float(len(rows))
 
 
 def update(
@@ -215,17 +140,6 @@ def recompute(model: Any, head: Head, rollouts: Rollouts, plan: UpdatePlan) -> l
         )
         found += token.logprob.split(batch.cu_seqlens.diff().tolist())
     return found
-
-
-def mini_batches(rollouts: Rollouts, count: int) -> list[list[int]]:
-    """Rows of `count` mini-batches (fewer when there are fewer questions), whole questions each."""
-    rows_of: dict[str, list[int]] = {}
-    for row, question in enumerate(rollouts.question_id):
-        rows_of.setdefault(question, []).append(row)
-    groups = list(rows_of.values())
-    count = min(count, len(groups))
-    bounds = [i * len(groups) // count for i in range(count + 1)]
-    return [sum(groups[a:b], []) for a, b in zip(bounds, bounds[1:], strict=False)]
 
 
 class _Tally:

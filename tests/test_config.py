@@ -7,7 +7,15 @@ import dataclasses
 import pytest
 
 from riskpo.cli import main
-from riskpo.config import TrainConfig, changed_fields, read_toml, resolve, to_toml, validate
+from riskpo.config import (
+    MemoryConfig,
+    TrainConfig,
+    changed_fields,
+    read_toml,
+    resolve,
+    to_toml,
+    validate,
+)
 
 
 def toml(tmp_path, text):
@@ -21,13 +29,23 @@ def test_forty_fields_and_units():
 
 
 def test_round_trip_through_toml(tmp_path):
-    config = TrainConfig(steps=7, learning_rate=1e-5, log_with=("tensorboard",), beta=0.9)
+    config = TrainConfig(
+        steps=7,
+        learning_rate=1e-5,
+        log_with=("tensorboard",),
+        beta=0.9,
+        memory=MemoryConfig(checkpointing=True, head_mib=64),
+    )
     assert read_toml(toml(tmp_path, to_toml(config))) == config
 
 
 def test_unknown_key_names_the_nearest(tmp_path):
     with pytest.raises(ValueError, match="'lerning_rate'.*Did you mean 'learning_rate'"):
         read_toml(toml(tmp_path, "lerning_rate = 1e-6\n"))
+    with pytest.raises(ValueError, match="'head_mb'.*MemoryConfig.*Did you mean 'head_mib'"):
+        read_toml(toml(tmp_path, "[memory]\nhead_mb = 6\n"))
+    with pytest.raises(ValueError, match="memory=6"):
+        read_toml(toml(tmp_path, "memory = 6\n"))
 
 
 def test_wrong_type_names_the_key(tmp_path):
@@ -64,6 +82,7 @@ def test_demo_overrides_only_the_demo_and_only_the_silent():
         ({"log_with": ("tensorbord",)}, "log_with='tensorbord'"),
         ({"temperature": 0.0}, "temperature=0.0"),
         ({"steps": -1}, "steps=-1"),
+        ({"memory": MemoryConfig(head_mib=0)}, "memory.head_mib=0"),
         ({"max_grad_norm": float("inf")}, "max_grad_norm=inf"),
         ({"updates_per_step": 3}, "questions_per_step=40 with updates_per_step=3"),
     ],
@@ -83,7 +102,9 @@ def test_changed_fields_are_named_and_steps_may_grow():
     saved = dataclasses.asdict(TrainConfig())
     saved["log_with"] = []
     assert changed_fields(saved, TrainConfig(steps=900, save_every_steps=1)) == []
-    assert changed_fields(saved, TrainConfig(beta=0.9, seed=2)) == [
+    changed = TrainConfig(beta=0.9, seed=2, memory=MemoryConfig(head_mib=64))
+    assert changed_fields(saved, changed) == [
         "seed: 0 -> 2",
         "beta: None -> 0.9",
+        "memory.head_mib: 300 -> 64",
     ]

@@ -19,17 +19,9 @@ from transformers import (
 
 from riskpo.head import find_head
 from riskpo.optimizer import Optimizer
+from riskpo.packing import denominator, hidden_states, micro_batches, mini_batches, pack
 from riskpo.strategies import LossOptions
-from riskpo.update import (
-    UpdatePlan,
-    denominator,
-    hidden_states,
-    micro_batches,
-    mini_batches,
-    pack,
-    recompute,
-    update,
-)
+from riskpo.update import UpdatePlan, recompute, update
 from tests.toy import random_rollouts, tiny_policy
 
 CPU = torch.device("cpu")

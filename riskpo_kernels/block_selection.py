@@ -38,9 +38,15 @@ def n_blocks(vocab: int) -> int:
 
 
 def select(
-    block_lse: torch.Tensor, target: torch.Tensor, stats: RowStats, eps: float, entropy: bool
+    block_lse: torch.Tensor,
+    target: torch.Tensor,
+    stats: RowStats,
+    eps: float,
+    entropy: bool,
+    cap: float = CAP,
 ) -> torch.Tensor:
-    """The active pairs [R, B] (bool) of rows with block log-sum-exps [R, B] (target left out)."""
+    """The active pairs [R, B] (bool) of rows with block log-sum-exps [R, B] (target left out).
+    A target may lie outside these blocks; a row loses at most cap thetas of its mass here."""
     log_s = (block_lse - stats.peak[:, None]).sub_(stats.log_sum[:, None]).clamp_(max=0.0)
     mass = torch.exp(log_s)
     doubt = (-torch.expm1(stats.logprob)).clamp(min=2.0**-16)
@@ -52,16 +58,18 @@ def select(
     threshold = theta.clone()
     for _ in range(HALVINGS):
         dropped = mass.masked_fill(mass >= threshold[:, None], 0.0).sum(1)
-        over = dropped > CAP * theta
+        over = dropped > cap * theta
         if over.device.type == "cpu" and not over.any():  # elsewhere asking would synchronise
             break
         threshold = torch.where(over, threshold / 2, threshold)
     else:
         dropped = mass.masked_fill(mass >= threshold[:, None], 0.0).sum(1)
-        threshold = torch.where(dropped > CAP * theta, 0.0, threshold)
+        threshold = torch.where(dropped > cap * theta, 0.0, threshold)
     # a row with a NaN has no threshold to be below: it is kept whole, and the NaN stays visible
     keep = ~(mass < threshold[:, None])
-    return keep.scatter_(1, target.div(BLOCK, rounding_mode="floor")[:, None], True)
+    block = target.div(BLOCK, rounding_mode="floor")
+    at = block.clamp(0, keep.shape[1] - 1)
+    return keep.scatter_(1, at[:, None], keep.gather(1, at[:, None]) | (block == at)[:, None])
 
 
 class ActiveBlocks(NamedTuple):

@@ -100,10 +100,17 @@ class Products:
             out.addmm_(a, b)
 
 
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Autocast off, on a device that has it."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def exact_products(device: torch.device) -> Iterator[None]:
     """Neither autocast nor TF32 may touch the products inside: an op's precision is its own."""
-    with torch.autocast(device.type, enabled=False):
+    with no_autocast(device):
         if device.type != "cuda":
             yield
             return

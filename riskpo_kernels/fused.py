@@ -51,11 +51,13 @@ def _loss(
     ours, theirs = _split(name, options, op)
     if old_logprob is not None:
         check_shape(name, "old_logprob", old_logprob, tuple(target.shape), "one per target")
-    counted = target != ours.get("ignore_index", -100)
     if mask is not None:
         check_shape(name, "mask", mask, tuple(target.shape), "one per target")
-        counted &= mask != 0
-        target = target.masked_fill(~counted, ours.get("ignore_index", -100))
+    ignore = ours.get("ignore_index", -100)
+    counted = torch.ones_like(target, dtype=torch.bool) if mask is None else mask != 0
+    if ignore is not None:
+        counted = counted & (target != ignore)
+        target = target.masked_fill(~counted, ignore)
     wants = ours.pop("return_entropy", False) or theirs.get("entropy_coef", 0.0) != 0
     token = op(*inputs, target, return_entropy=wants, **ours)
     return clipped_surrogate(
@@ -90,7 +92,8 @@ def riskpo_loss(
             None: on-policy, they are the new ones and every ratio is exactly 1.
         advantage: [S] or [B] per sequence, or like target for ratio="token"; detached.
         mask: like target; a token counts where mask and target != ignore_index both hold. Others
-            cost nothing and are never read.
+            cost nothing and are never read (with ignore_index=None a masked token costs its
+            forward).
         options: every keyword of linear_logprob (bias, temperature, softcap, memory_mib, ...) and
             of clipped_surrogate (ratio, clip_low, clip_high, aggregate, kl_coef, ...). The
             defaults are the paper's: sequence ratio, sequence mean (arXiv 2510.00911, objective).

@@ -120,18 +120,19 @@ def live_rows(
     op: str,
     target: torch.Tensor,
     vocab: int,
-    ignore_index: int,
+    ignore_index: int | None,
     temperature: float | torch.Tensor = 1.0,
 ) -> LiveRows:
     """Check flat targets [N] and find the rows to compute.
 
     On a GPU this is the forward's one host synchronisation: the number of live rows is the shape
-    of the products, and the same transfer brings the verdict on the values.
+    of the products, and the same transfer brings the verdict on the values. ignore_index=None
+    says that every row lives: nothing is looked at, and nothing is waited for.
     """
     if target.is_floating_point() or target.dtype == torch.bool or target.is_complex():
         reject(op, f"target = {describe(target)}", "integer token ids", "Convert with .long().")
     target = target.long()
-    if target.numel() == 0:
+    if target.numel() == 0 or ignore_index is None:
         return LiveRows(None, target)
     live = target != ignore_index
     bad = live & ((target < 0) | (target >= vocab))

@@ -95,7 +95,7 @@ def linear_logprob(
     scale: float = 1.0,
     softcap: float | None = None,
     return_entropy: bool = False,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     tail_eps: float | None = None,
     vocab_group: Any = None,
     memory_mib: float = 300,
@@ -110,6 +110,9 @@ def linear_logprob(
             float32. A frozen weight costs no dW work.
         target: [...] integer ids, already shifted; `ignore_index` rows give 0 for every result and
             zero gradient, and their hidden states are never read.
+        ignore_index: None where no row is to be ignored: then the forward does not wait for the
+            device and a CUDA graph can hold it. It does not look at the ids either: one outside
+            the vocabulary gives log-prob -inf.
         bias: [V], weight's dtype or float32.
         temperature: above 0, a float or one per target; constant.
         scale, softcap: logits are softcap(scale * (h W^T + bias)) / temperature.

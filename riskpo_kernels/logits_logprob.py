@@ -41,6 +41,7 @@ class Options:
     entropy: bool
     inplace_backward: bool
     backend: str
+    all_live: bool
 
     def map(self, per_row: torch.Tensor | None) -> LogitMap:
         return LogitMap(1.0, self.softcap, self.temperature if per_row is None else per_row)
@@ -60,13 +61,17 @@ def _matrices(x: torch.Tensor, start: int = 0) -> Iterator[tuple[slice, torch.Te
     yield slice(start, start + flat.shape[0]), flat
 
 
-def _tile(z: torch.Tensor, rows: torch.Tensor, v: slice, wide: torch.dtype) -> torch.Tensor:
-    return z[rows, v].to(wide)  # a copy in every case: the formulas work in place
+def _tile(z: torch.Tensor, rows: torch.Tensor | slice, v: slice, wide: torch.dtype) -> torch.Tensor:
+    return z[rows, v].to(wide, copy=isinstance(rows, slice))  # the formulas work in place
 
 
-def _torch_fold(z: torch.Tensor, target: torch.Tensor, state: RowState, map: LogitMap) -> None:
+def _torch_fold(
+    z: torch.Tensor, target: torch.Tensor, state: RowState, map: LogitMap, all_live: bool
+) -> None:
     for r in spans(z.shape[0], ROWS):
-        live = (target[r] != IGNORED).nonzero()[:, 0] + r.start
+        live: torch.Tensor | slice = r
+        if not all_live:
+            live = (target[r] != IGNORED).nonzero()[:, 0] + r.start
         part = state.of(live)
         for v in spans(z.shape[1], COLS):
             tile = _tile(z, live, v, state.m.dtype)
@@ -104,7 +109,7 @@ def _fold(
     z: torch.Tensor, target: torch.Tensor, state: RowState, map: LogitMap, o: Options
 ) -> None:
     if o.backend == "torch":
-        return _torch_fold(z, target, state, map)
+        return _torch_fold(z, target, state, map, o.all_live)
     from riskpo_kernels.kernels.softmax_rows import fold  # needs Triton: only on demand
 
     return fold(z, target, None, state, map)
@@ -182,7 +187,7 @@ def logits_logprob(
     temperature: float | torch.Tensor = 1.0,
     softcap: float | None = None,
     return_entropy: bool = False,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     inplace_backward: bool = False,
     backend: str = "auto",
 ) -> TokenLogProbs:
@@ -193,6 +198,9 @@ def logits_logprob(
             logits[:, :-1] are read where they are.
         target: [...] integer ids, already shifted; `ignore_index` rows give 0 for every result and
             zero gradient, and their logits are never read.
+        ignore_index: None where no row is to be ignored: then the forward does not wait for the
+            device and a CUDA graph can hold it. It does not look at the ids either: one outside
+            the vocabulary gives log-prob -inf.
         temperature: above 0, a float or one per target; constant.
         softcap: logits become softcap * tanh(logits / softcap) before the temperature.
         return_entropy: also the entropy of that softmax.
@@ -245,12 +253,14 @@ def logits_logprob(
     if isinstance(temperature, torch.Tensor):
         wide = torch.promote_types(logits.dtype, torch.float32)
         per_row, temperature = temperature.reshape(-1).to(wide).contiguous(), 1.0
-    o = Options(softcap, float(temperature), return_entropy, inplace_backward, chosen)
+    everyone = ignore_index is None
+    o = Options(softcap, float(temperature), return_entropy, inplace_backward, chosen, everyone)
     if logits.stride(-1) != 1:
         logits = logits.contiguous()
-    ignored = flat == ignore_index
+    flat = flat.long()
+    ignored = torch.zeros_like(flat, dtype=torch.bool) if everyone else flat == ignore_index
     results = _LogitsLogProb.apply(
-        logits, flat.long().masked_fill(ignored, IGNORED).contiguous(), per_row, o
+        logits, flat.masked_fill(ignored, IGNORED).contiguous(), per_row, o
     )
     logprob, entropy, lse = (
         None if x is None else x.masked_fill(ignored, 0).view(target.shape) for x in results

@@ -51,12 +51,14 @@ def riskpo_loss_from_logits(
 def _counted(
     target: torch.Tensor, mask: torch.Tensor | None, options: dict[str, Any]
 ) -> torch.Tensor:
-    counted = target != options.get("ignore_index", -100)
-    return counted if mask is None else counted & (mask != 0)
+    counted = torch.ones_like(target, dtype=torch.bool) if mask is None else mask != 0
+    ignore = options.get("ignore_index", -100)
+    return counted if ignore is None else counted & (target != ignore)
 
 
 def _ignore(target: torch.Tensor, counted: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
-    return target.masked_fill(~counted, options.get("ignore_index", -100))
+    ignore = options.get("ignore_index", -100)
+    return target if ignore is None else target.masked_fill(~counted, ignore)
 
 
 def _those_of(op: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def linear_logprob(
     scale: float = 1.0,
     softcap: float | None = None,
     return_entropy: bool = False,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     tail_eps: float | None = None,
     vocab_group: Any = None,
     memory_mib: float = 300,
@@ -41,7 +41,7 @@ def linear_logprob(
     if vocab_group is not None:
         raise ValueError("reference.linear_logprob: the reference has no vocabulary-parallel form")
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    kept = target != ignore_index
+    kept = _kept(target, ignore_index)
     rows = hidden[kept].to(wide)  # a dropped row's NaN must not reach a product
     logits = rows @ weight.to(wide).T
     if bias is not None:
@@ -58,15 +58,20 @@ def logits_logprob(
     temperature: float | torch.Tensor = 1.0,
     softcap: float | None = None,
     return_entropy: bool = False,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     inplace_backward: bool = False,
     backend: str = "reference",
 ) -> TokenLogProbs:
     """Logits [..., V] and targets [...] to log-probs [...]; never writes into logits."""
-    kept = target != ignore_index
+    kept = _kept(target, ignore_index)
     rows = logits[kept].to(torch.promote_types(logits.dtype, torch.float32))
     per_row = temperature[kept] if isinstance(temperature, torch.Tensor) else temperature
     return _log_probs(rows, kept, target, per_row, softcap, return_entropy)
+
+
+def _kept(target: torch.Tensor, ignore_index: int | None) -> torch.Tensor:
+    everything = torch.ones_like(target, dtype=torch.bool)
+    return everything if ignore_index is None else target != ignore_index
 
 
 def _log_probs(

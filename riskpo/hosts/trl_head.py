@@ -1,0 +1,179 @@
+"""`linear_logprob` as the log-prob and entropy path of a TRL GRPOTrainer.
+
+TRL asks its model for log-probs with `model(..., labels=labels, fused_lm_head=True)`. That call is
+the seam: it passes through the DDP, FSDP and PEFT wrappers like any forward, and only there is the
+head computed differently. Generation and every other forward are the model's own.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import types
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from trl import GRPOTrainer
+from trl.trainer.utils import FusedCausalLMOutput
+
+from riskpo.head import HeadOptions, find_head, head_options
+from riskpo_kernels import linear_logprob
+
+IGNORE = -100
+OP = "use_riskpo_head"
+log = logging.getLogger("riskpo")
+
+
+@dataclass(frozen=True)
+class HeadSettings:
+    """How the head is computed; the keywords of riskpo_kernels.linear_logprob."""
+
+    temperature: float
+    backend: str = "auto"
+    memory_mib: float = 300
+    tail_eps: float | None = None
+    deterministic: bool = False
+
+
+def use_riskpo_head(
+    trainer: GRPOTrainer,
+    *,
+    backend: str = "auto",
+    memory_mib: float = 300,
+    tail_eps: float | None = None,
+    deterministic: bool = False,
+) -> None:
+    """Compute the log-probs and entropies of `trainer` with riskpo_kernels.linear_logprob.
+
+    Call it once, between building the trainer and `train()`. Policy, old and reference log-probs
+    all take the new path, at the trainer's temperature and with the scale, softcap and bias that
+    the model's config names and a probe of eight tokens confirms. Under autocast the products are
+    those of its dtype, accumulated in float32, unless `cast_lm_head_to_fp32` is set.
+
+    The keywords are those of linear_logprob. bfloat16 heads drop blocks of the vocabulary below
+    2^-14 from the gradient by default; tail_eps=0 is exact.
+
+    ValueError for what this path does not compute: an adapter on the head, a mixture of experts
+    with its auxiliary loss, images, DeepSpeed ZeRO-3, a head the formula does not describe.
+    """
+    _refuse(trainer)
+    model = _plain(trainer.model)
+    float32: bool = trainer.args.cast_lm_head_to_fp32  # type: ignore[attr-defined]
+    options = _options(model)
+    settings = HeadSettings(trainer.temperature, backend, memory_mib, tail_eps, deterministic)
+    _patch(model, options, settings, float32)
+    if trainer.ref_model is not None:  # built from the policy's own checkpoint: the same formula
+        reference = trainer.accelerator.unwrap_model(trainer.ref_model)
+        _patch(reference, options, settings, float32)
+    log.info("%s: %s with %s, %s", OP, type(model).__name__, settings, options)
+
+
+def _refuse(trainer: GRPOTrainer) -> None:
+    if not isinstance(trainer, GRPOTrainer):
+        _reject(f"a {type(trainer).__name__}", "a trl.GRPOTrainer", "Build the trainer first.")
+    if trainer._is_vlm:
+        _reject("a model that takes images", "a text model", "Keep TRL's own head for it.")
+    if trainer.aux_loss_enabled:
+        todo = "Set router_aux_loss_coef=0.0, or keep TRL's own head."
+        _reject("a router auxiliary loss", "a loss of log-probs alone", todo)
+    if is_deepspeed_zero3_enabled():
+        todo = "Use ZeRO-2 or FSDP, or keep TRL's own head."
+        _reject("DeepSpeed ZeRO-3", "a head that is whole in the backward too", todo)
+
+
+def _plain(model: Any) -> Any:
+    """The causal LM inside a PEFT wrapper, whose head must be the plain one."""
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = plain.get_output_embeddings()
+    for name in ("base_layer", "original_module"):
+        if hasattr(head, name):
+            came = f"a PEFT adapter on the head ({type(head).__name__})"
+            todo = "Take lm_head out of target_modules and modules_to_save."
+            _reject(came, "a plain head, whose weight is all there is", todo)
+    return plain
+
+
+def _options(model: Any) -> HeadOptions:
+    """Verified on the model's own logits, except where this rank holds no weights yet."""
+    if model.get_output_embeddings().weight.is_meta:
+        return head_options(model.config)
+    return find_head(model).options
+
+
+def _patch(model: Any, options: HeadOptions, settings: HeadSettings, float32: bool) -> None:
+    host_forward = model.forward
+
+    # generate() reads the signature of forward through __wrapped__
+    @functools.wraps(type(model).forward)
+    def forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+        if not fused_lm_head:
+            return host_forward(*args, **kwargs)
+        return _score(self, args, kwargs, options, settings, float32)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def _score(
+    model: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    options: HeadOptions,
+    settings: HeadSettings,
+    float32: bool,
+) -> FusedCausalLMOutput:
+    """log_probs and entropy [B, T - 1] of labels [B, T], 0 where the label is -100."""
+    labels = kwargs.pop("labels")
+    for name in ("shift_labels", "num_items_in_batch", "output_router_logits"):
+        if kwargs.pop(name, None) is not None:
+            todo = "Only GRPOTrainer's own loss takes this path."
+            _reject(f"{name} with fused_lm_head=True", "labels alone", todo)
+    hidden = model.get_decoder()(*args, **kwargs, use_cache=False).last_hidden_state
+    # The labels move, not the hidden states: a slice of those would be a copy.
+    target = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    head = model.get_output_embeddings()
+    bias = getattr(head, "bias", None)
+    bias, weight = None if bias is None else _whole(bias), _whole(head.weight)
+    hidden, weight = _as_computed(hidden.to(weight.device), weight, float32)
+    device = hidden.device.type
+    with torch.autocast(device, enabled=False) if float32 else nullcontext():
+        token = linear_logprob(
+            hidden,
+            weight,
+            target.to(hidden.device),
+            bias=None if bias is None else bias.to(weight.dtype),
+            return_entropy=True,
+            ignore_index=IGNORE,
+            **asdict(options),
+            **asdict(settings),
+        )
+    assert token.entropy is not None  # asked for
+    mask = target[:, :-1] != IGNORE
+    return FusedCausalLMOutput(
+        log_probs=token.logprob[:, :-1], entropy=token.entropy[:, :-1], label_mask=mask
+    )
+
+
+def _whole(x: torch.Tensor) -> torch.Tensor:
+    """FSDP2 leaves a DTensor where the head is no module of its own; one gather per forward."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def _as_computed(
+    hidden: torch.Tensor, weight: torch.Tensor, float32: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both in the dtype in which the model's own head would multiply them."""
+    device = hidden.device.type
+    if float32:
+        return hidden.float(), weight.float()
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        return hidden.to(dtype), weight.to(dtype)
+    return hidden, weight
+
+
+def _reject(came: str, expected: str, todo: str) -> None:
+    raise ValueError(f"{OP}: got {came}; expected {expected}. {todo}")

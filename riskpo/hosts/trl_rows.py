@@ -1,0 +1,73 @@
+"""Who is who in a generation batch: rows are known by question and answer, not by their places.
+
+TRL spreads the answers to a question over ranks and shuffles them afterwards. A row's question is
+the content of its dataset row; its draw, the number of an answer among those to its question, is
+its rank by a hash of the answer, so that no result depends on which rank held which row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+OP = "RiskPOTrainer"
+
+
+def question_key(row: dict[str, Any], column: str | None) -> str:
+    """A row's question: its `column`, or a hash of everything in it.
+
+    ValueError where the column is missing, or without one where the row holds what JSON cannot.
+    """
+    if column is not None:
+        if column not in row:
+            raise ValueError(
+                f"{OP}: got a dataset row without the column {column!r}; expected it to name the "
+                f"question. Its columns are {sorted(row)}: set riskpo_question_column to one."
+            )
+        return str(row[column])
+    try:
+        text = json.dumps(row, sort_keys=True)
+    except TypeError as error:
+        raise ValueError(
+            f"{OP}: got a dataset row whose columns {sorted(row)} are not all plain values "
+            f"({error}); expected text, numbers and lists to tell questions by. Set "
+            "riskpo_question_column to a column that names the question."
+        ) from None
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def answer_key(tokens: Sequence[int]) -> str:
+    """A hash of the sampled tokens."""
+    return hashlib.sha256(",".join(str(int(t)) for t in tokens).encode()).hexdigest()
+
+
+def question_ids(keys: Sequence[str], draws: int) -> list[str]:
+    """One id per question of `draws` rows; a question met twice in a batch is two questions.
+
+    The ids are `key`, then `key/1` and so on in order of occurrence: answers to the same question
+    are exchangeable. ValueError where the rows of a key are no multiple of `draws`.
+    """
+    seen: dict[str, int] = {}
+    ids = []
+    for key in keys:
+        copy, seen[key] = seen.get(key, 0) // draws, seen.get(key, 0) + 1
+        ids.append(f"{key}/{copy}" if copy else key)
+    for key, count in seen.items():
+        if count % draws:
+            raise ValueError(
+                f"{OP}: got {count} answers to question {key!r}; expected a multiple of "
+                f"num_generations={draws}. A sampler that splits questions cannot be bundled."
+            )
+    return ids
+
+
+def draw_numbers(questions: Sequence[str], answers: Sequence[str]) -> list[int]:
+    """[N], 0..G-1 within each question, by the answers' keys; equal answers in order of place."""
+    numbers = [0] * len(questions)
+    seen: dict[str, int] = {}
+    for row in sorted(range(len(questions)), key=lambda row: (answers[row], row)):
+        numbers[row] = seen.get(questions[row], 0)
+        seen[questions[row]] = numbers[row] + 1
+    return numbers

@@ -21,6 +21,7 @@ USAGE = """riskpo: risk-averse policy optimisation of language models
       the same command resumes a run that was interrupted
   riskpo eval  [--model DIR --data FILE] [--samples N] ...
   riskpo plot  RUN_DIR
+  riskpo doctor [--against torch|trl|liger|verl] [--report FILE.md]
 
 `riskpo COMMAND --help` lists the settings."""
 
@@ -30,6 +31,7 @@ COMMANDS = {
     "train": "riskpo.cli:train_command",
     "eval": "riskpo.cli:eval_command",
     "plot": "riskpo.cli:plot_command",
+    "doctor": "riskpo.doctor.command:doctor_command",
 }
 
 

@@ -1,0 +1,70 @@
+"""The same batch through a library's own path and through ours, beside float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from riskpo.doctor.libraries import LIBRARIES
+from riskpo.doctor.problem import Problem, Results, largest_error, make_problem, ours, plain, within
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One quantity in one dtype; all numbers are largest absolute differences."""
+
+    dtype: str
+    quantity: str
+    difference: float  # theirs - ours
+    theirs: float  # theirs - float64
+    ours: float  # ours - float64
+    plain: float  # plain PyTorch in this dtype - float64
+
+    @property
+    def verdict(self) -> str:
+        limit = {"theirs": self.theirs, "ours": self.ours}
+        off = [name for name, error in limit.items() if not within(error, self.plain)]
+        return "agree" if not off else f"beyond 2x plain PyTorch's error: {', '.join(off)}"
+
+
+def against(name: str) -> tuple[list[Row], str]:
+    """Rows for every quantity that library `name` gives, and what was called.
+
+    Raises ValueError when the library is unknown or cannot be used here.
+    """
+    if name not in LIBRARIES:
+        raise ValueError(
+            f"doctor: got --against {name}; expected one of {', '.join(LIBRARIES)}. Check the "
+            "spelling."
+        )
+    problem = make_problem()
+    truth = ours(problem.to(torch.float64), backend="reference").values
+    rows, note = [], ""
+    for dtype, kind in DTYPES.items():
+        cast = problem.to(kind)
+        theirs = LIBRARIES[name](cast)
+        note = theirs.note or note
+        rows += compare(dtype, theirs, cast, truth)
+    return rows, note
+
+
+def compare(
+    dtype: str, theirs: Results, problem: Problem, truth: dict[str, torch.Tensor]
+) -> list[Row]:
+    """One row for each quantity that `theirs` has."""
+    mine = ours(problem, backend="auto").values
+    honest = plain(problem).values
+    return [
+        Row(
+            dtype,
+            quantity,
+            largest_error(got, mine[quantity]),
+            largest_error(got, truth[quantity]),
+            largest_error(mine[quantity], truth[quantity]),
+            largest_error(honest[quantity], truth[quantity]),
+        )
+        for quantity, got in theirs.values.items()
+    ]

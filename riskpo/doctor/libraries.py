@@ -1,0 +1,207 @@
+"""How to call each library's own log-prob and loss; a missing one says so.
+
+Call signatures were read in torch 2.13, trl 1.16, liger-kernel 0.8.5 and verl 0.9.1.
+"""
+
+from __future__ import annotations
+
+import importlib
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from riskpo.doctor.problem import (
+    Problem,
+    Results,
+    clipped_mean,
+    leaves,
+    make_problem,
+    plain,
+    results,
+)
+from riskpo_kernels import linear_logprob
+
+# (hidden [..., D], weight [V, D], target [...], temperature) -> (logprob, entropy or None)
+Found = tuple[torch.Tensor, torch.Tensor | None]
+LogProb = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], Found]
+
+
+@dataclass(frozen=True)
+class Op:
+    """One log-prob function that can be put to the traps."""
+
+    name: str
+    package: str
+    call: LogProb
+    temperature: bool = True  # whether it takes one
+    entropy: bool = True
+
+
+class Missing(ValueError):
+    """A library, or the part of it that is needed, is not to be had here."""
+
+
+def attribute(module: str, name: str) -> Any:
+    """module.name; Missing, with the reason, where it cannot be had."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except Exception as error:  # a package may fail in any way at import: that is the reason
+        lines = str(error).strip().splitlines() or [""]
+        raise Missing(
+            f"doctor: {module}.{name} is not to be had here ({type(error).__name__}: "
+            f"{lines[0][:120]}). Install the package, or leave it out."
+        ) from None
+
+
+def riskpo_op(backend: str) -> LogProb:
+    def call(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor, temperature: float) -> Found:
+        token = linear_logprob(
+            h, w, t, temperature=temperature, return_entropy=True, backend=backend
+        )
+        return token.logprob, token.entropy
+
+    return call
+
+
+def plain_op(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor, temperature: float) -> Found:
+    logp = torch.log_softmax((h @ w.T).float() / temperature, -1)
+    return logp.gather(-1, t[..., None])[..., 0], -(logp.exp() * logp).sum(-1)
+
+
+def torch_op(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor, temperature: float) -> Found:
+    options = torch.nn.LinearCrossEntropyOptions()  # without them it makes all logits
+    flat = functional.linear_cross_entropy(
+        h.flatten(0, -2), w, t.flatten(), reduction="none", options=options
+    )
+    return -flat.view(t.shape), None
+
+
+def trl_op(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor, temperature: float) -> Found:
+    op = attribute("trl.kernels.chunked_logprob", "ChunkedLogProbFunction")
+    logprob, entropy, *_ = op.apply(
+        h.flatten(0, -2), w, None, t.flatten(), temperature, 32768, None, 1.0, ("entropy",)
+    )
+    return logprob.view(t.shape), entropy.view(t.shape)
+
+
+def liger_op(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor, temperature: float) -> Found:
+    op = attribute("liger_kernel.ops", "LigerFusedLinearScaledCrossEntropyFunction")
+    nll, entropy = op.apply(h.flatten(0, -2), w, t.flatten(), temperature, -100, 1, True)
+    return -nll.view(t.shape), entropy.view(t.shape)
+
+
+def verl_op(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor, temperature: float) -> Found:
+    op = attribute("verl.utils.experimental.torch_functional", "FusedLinearForPPO")
+    logprob, entropy = op(chunk_size=512)(h.flatten(0, -2)[None], w, t.flatten()[None], temperature)
+    return logprob[0].view(t.shape), entropy[0].view(t.shape)
+
+
+def ops() -> dict[str, Op]:
+    """Every log-prob function by name, in the report's order; absent packages included."""
+    triton = "triton" if torch.cuda.is_available() else "torch"
+    return {
+        "riskpo": Op(f"riskpo linear_logprob ({triton})", "riskpo", riskpo_op(triton)),
+        "plain": Op("plain PyTorch, materialised logits", "torch", plain_op),
+        "torch": Op("F.linear_cross_entropy", "torch", torch_op, temperature=False, entropy=False),
+        "trl": Op("TRL ChunkedLogProbFunction", "trl", trl_op),
+        "liger": Op("Liger fused scaled cross-entropy", "liger-kernel", liger_op),
+        "verl": Op("verl FusedLinearForPPO", "verl", verl_op),
+    }
+
+
+def with_op(name: str, problem: Problem) -> Results:
+    """A library's log-prob and entropy, with GRPO's loss in plain PyTorch on top."""
+    op = ops()[name]
+    h, w = leaves(problem)
+    logprob, entropy = op.call(h, w, problem.target, 1.0)
+    loss = clipped_mean(logprob.float(), problem)
+    loss.backward()
+    return results(
+        problem, logprob, entropy, loss, h.grad, w.grad, f"{op.name}; loss in plain PyTorch"
+    )
+
+
+def liger_loss(problem: Problem) -> Results:
+    """Liger's fused head and loss in one, beside its log-prob function."""
+    loss_of = attribute("liger_kernel.chunked_loss", "LigerFusedLinearGRPOLoss")
+    op = with_op("liger", problem).values
+    h, w = leaves(problem)
+    loss, _ = loss_of(
+        beta=0.0,
+        compiled=False,
+        use_ref_model=False,
+        epsilon_low=0.2,
+        epsilon_high=0.2,
+        loss_type="grpo",
+        temperature=1.0,
+    )(
+        h,
+        w,
+        problem.target,
+        problem.mask.to(h.dtype),
+        problem.advantage,
+        old_per_token_logps=problem.old_logprob,
+    )
+    loss.backward()
+    mine = results(problem, None, None, loss, h.grad, w.grad).values
+    return Results({**op, **mine}, "log-prob: fused scaled CE; loss: LigerFusedLinearGRPOLoss")
+
+
+def verl_loss(problem: Problem) -> Results:
+    """verl's vanilla policy loss and aggregation on its fused torch head."""
+    vanilla = attribute("verl.trainer.ppo.core_algos", "compute_policy_loss_vanilla")
+    actor_config = attribute("verl.workers.config", "FSDPActorConfig")
+    config = actor_config(
+        strategy="fsdp",
+        rollout_n=1,
+        ppo_micro_batch_size_per_gpu=1,
+        clip_ratio=0.2,
+        clip_ratio_low=0.2,
+        clip_ratio_high=0.2,
+        clip_ratio_c=1e9,
+    )
+    h, w = leaves(problem)
+    logprob, entropy = verl_op(h, w, problem.target, 1.0)
+    loss, _ = vanilla(
+        old_log_prob=problem.old_logprob,
+        log_prob=logprob,
+        advantages=problem.advantage[:, None].expand_as(logprob),
+        response_mask=problem.mask.float(),
+        loss_agg_mode="seq-mean-token-mean",
+        config=config,
+    )
+    loss.backward()
+    return results(
+        problem, logprob, entropy, loss, h.grad, w.grad, "FusedLinearForPPO; vanilla policy loss"
+    )
+
+
+def trl_loss(problem: Problem) -> Results:
+    """A real GRPOTrainer's _compute_loss on a model whose hidden states are the problem's."""
+    from riskpo.doctor.trl_path import trainer_loss
+
+    with tempfile.TemporaryDirectory() as folder:
+        return trainer_loss(problem, folder)
+
+
+LIBRARIES: dict[str, Callable[[Problem], Results]] = {
+    "torch": lambda problem: with_op("torch", problem),
+    "trl": trl_loss,
+    "liger": liger_loss,
+    "verl": verl_loss,
+    "plain": plain,
+}
+
+
+def exists(name: str) -> bool:
+    """Whether library `name` can be called here; other errors than Missing are the caller's."""
+    problem = make_problem(batch=2, tokens=4, width=16, vocab=32)
+    try:
+        LIBRARIES[name](problem)
+    except Missing:
+        return False
+    return True

@@ -1,0 +1,114 @@
+"""What this machine has, which backend runs where, and whether each computes the right numbers."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from typing import NamedTuple
+
+import torch
+
+from riskpo.doctor.problem import make_problem, ours, plain, relative_error, within
+from riskpo_kernels import backend_report
+
+PACKAGES = (
+    "riskpo", "torch", "triton", "transformers", "trl", "liger-kernel", "verl", "flash-attn",
+    "vllm", "peft", "math-verify",
+)  # fmt: skip
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+REMEDY = {
+    "torch": "Reinstall torch; if it persists, report the versions above with this line.",
+    "reference": "Reinstall torch; if it persists, report the versions above with this line.",
+    "triton": "Use backend='torch' meanwhile, clear ~/.triton/cache, match triton to torch.",
+}
+
+
+class Check(NamedTuple):
+    """One line of the report. ok None: could not be checked, and why is in the text."""
+
+    ok: bool | None
+    text: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        word = {True: "ok     ", False: "FAILED ", None: "skipped"}[self.ok]
+        return f"{word} {self.text}" + (f"\n        -> {self.remedy}" if self.remedy else "")
+
+
+def version(package: str) -> str:
+    """Installed version of a distribution, or 'not installed'."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def versions() -> dict[str, str]:
+    """Python, the machine and every package that matters here, by name."""
+    found = {"python": platform.python_version(), "machine": platform.platform()}
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    found["gpu"] = ", ".join(gpus) or "none"
+    return found | {name: version(name) for name in PACKAGES}
+
+
+def machine_checks() -> Iterator[Check]:
+    """Backends and why, then float64 checks of every backend and dtype that can run here."""
+    for row in backend_report():
+        yield Check(True, f"{row.op} on {row.device}: {row.backend} ({row.reason})")
+    cuda = torch.cuda.is_available()
+    for backend in ("reference", "torch", *(("triton",) if cuda else ())):
+        for name in DTYPES:
+            yield numerics(backend, name, "cuda" if cuda else "cpu")
+    if not cuda:
+        yield from interpreted()
+
+
+def numerics(backend: str, dtype: str, device: str) -> Check:
+    """Log-prob, entropy, loss and gradients against float64 by the rule of problem.within."""
+    problem = make_problem()
+    truth = ours(problem.to(torch.float64), backend="reference").values
+    limits = plain(problem.to(DTYPES[dtype]), logits32=True).values
+    what = f"{backend} {dtype} on {device}"
+    try:
+        moved = problem.to(DTYPES[dtype]).on(device)
+        got = {k: v.cpu() for k, v in ours(moved, backend=backend).values.items()}
+    except Exception as error:  # any failure of a backend is the finding
+        return Check(False, f"{what}: {_one_line(error)}", REMEDY[backend])
+    errors = {k: relative_error(got[k], truth[k]) for k in truth}
+    bad = [k for k in truth if not within(errors[k], relative_error(limits[k], truth[k]))]
+    line = ", ".join(f"{k} {v:.0e}" for k, v in errors.items())
+    if bad:
+        return Check(False, f"{what}: {', '.join(bad)} beyond the limit ({line})", REMEDY[backend])
+    return Check(True, f"{what}: relative errors against float64: {line}")
+
+
+def interpreted() -> Iterator[Check]:
+    """The Triton kernels by their interpreter, in a process of its own: no GPU is needed."""
+    if version("triton") == "not installed":
+        yield Check(None, "triton: not installed on this platform; the torch backend runs instead")
+        return
+    yield Check(None, "triton on a GPU: no GPU here; below the kernels run in the interpreter")
+    for dtype in ("fp32", "fp16"):
+        code = (
+            "from riskpo.doctor.machine import numerics; "
+            f"c = numerics('triton', '{dtype}', 'cpu'); print(c.text); raise SystemExit(not c.ok)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "TRITON_INTERPRET": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        last = (done.stdout.strip() or done.stderr.strip() or "no output").splitlines()[-1]
+        ok = done.returncode == 0
+        yield Check(ok, f"interpreter, {last}", "" if ok else REMEDY["triton"])
+
+
+def _one_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:160]}"

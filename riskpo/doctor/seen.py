@@ -1,0 +1,109 @@
+"""Inputs, gradients and verdicts that the traps share."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from riskpo.doctor.libraries import Found, LogProb, Op
+from riskpo.doctor.problem import FACTOR, FLOOR, relative_error
+
+
+@dataclass(frozen=True)
+class Seen:
+    """holds: None where the function does not offer it or raised; detail: the numbers or why."""
+
+    holds: bool | None
+    detail: str = ""
+
+    def __str__(self) -> str:
+        """A cell of the matrix: numbers as they are, an identity as yes or no, failures in bold."""
+        text = self.detail or ("yes" if self.holds else "no")
+        return f"**{text}**" if self.holds is False else text
+
+
+def bounded(error: float, limit: float, unit: str = "") -> Seen:
+    """`error <= limit`, written out; NaN does not hold."""
+    holds = error <= limit
+    return Seen(holds, f"{error:.1e} {'≤' if holds else '>'} {limit:.1e}{unit}")
+
+
+def rows(
+    n: int, d: int, v: int, dtype: torch.dtype = torch.float32, lean: float = 8.0, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """hidden [n, d], weight [v, d], target [n]; half of the rows peaked at the target."""
+    g = torch.Generator().manual_seed(seed)
+    weight = torch.randn(v, d, generator=g)
+    target = torch.randint(v, (n,), generator=g)
+    pull = torch.rand(n, 1, generator=g) * lean / d**0.5
+    hidden = torch.randn(n, d, generator=g) * 0.3 + pull * weight[target]
+    # values that bfloat16 holds, so that every dtype has the same truth
+    return hidden.bfloat16().to(dtype), weight.bfloat16().to(dtype), target
+
+
+def coefficients(n: int, seed: int = 1) -> torch.Tensor:
+    """[n] float32 upstream gradients of both signs."""
+    return torch.randn(n, generator=torch.Generator().manual_seed(seed))
+
+
+NAMES = ("logprob", "entropy", "dhidden", "dweight")
+
+
+def gradients(
+    call: LogProb,
+    h: torch.Tensor,
+    w: torch.Tensor,
+    t: torch.Tensor,
+    c: torch.Tensor | None,
+    e: torch.Tensor | None = None,
+    temperature: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """(logprob, entropy, dhidden, dweight) of sum(c * logprob) + sum(e * entropy)."""
+    h, w = h.detach().clone().requires_grad_(), w.detach().clone().requires_grad_()
+    logprob, entropy = call(h, w, t, temperature)
+    terms = [(c, logprob), (e, entropy)]
+    total = sum((x * k.to(x.dtype)).sum() for k, x in terms if k is not None and x is not None)
+    assert isinstance(total, torch.Tensor)
+    dh, dw = torch.autograd.grad(total, (h, w))
+    return logprob.detach(), None if entropy is None else entropy.detach(), dh, dw
+
+
+def exact_plain(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor, temperature: float) -> Found:
+    """Plain PyTorch with float32 logits: the honest error of a dtype."""
+    wide = torch.float64 if h.dtype == torch.float64 else torch.float32
+    logp = torch.log_softmax((h.to(wide) @ w.to(wide).T) / temperature, -1)
+    return logp.gather(-1, t[..., None])[..., 0], -(logp.exp() * logp).sum(-1)
+
+
+def against_plain(
+    op: Op,
+    h: torch.Tensor,
+    w: torch.Tensor,
+    t: torch.Tensor,
+    c: torch.Tensor | None,
+    e: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    only: tuple[str, ...] = (),
+) -> Seen:
+    """Log-prob, entropy and gradients of one input against float64; the worst one is reported."""
+    truth = gradients(exact_plain, h.double(), w.double(), t, c, e, temperature)
+    honest = gradients(exact_plain, h, w, t, c, e, temperature)
+    got = gradients(op.call, h, w, t, c, e, temperature)
+    seen, worst = Seen(None), -1.0
+    for name, g, x, p in zip(NAMES, got, truth, honest, strict=True):
+        if (
+            g is None
+            or x is None
+            or p is None
+            or (name == "entropy" and e is None)
+            or (only and name not in only)
+        ):
+            continue
+        error = relative_error(g.double(), x.double())
+        limit = FACTOR * relative_error(p.double(), x.double()) + FLOOR
+        share = math.inf if math.isnan(error) else error / limit
+        if share > worst:
+            worst, seen = share, bounded(error, limit, f" {name}")
+    return seen

@@ -1,0 +1,109 @@
+"""A real trl.GRPOTrainer around hidden states that are given rather than computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from riskpo.doctor.libraries import attribute
+from riskpo.doctor.problem import Problem, Results, leaves, results
+
+
+def trainer_loss(problem: Problem, folder: str) -> Results:
+    """GRPOTrainer._compute_loss and the log-probs of its fused head; files go to `folder`."""
+    hidden, weight = leaves(problem)
+    trainer = build_trainer(problem, folder)
+    model = trainer.model
+    give_hidden_states(model, hidden, weight)
+    B, T = problem.target.shape
+    inputs = {
+        "prompt_ids": torch.zeros(B, 1, dtype=torch.long),
+        "prompt_mask": torch.ones(B, 1, dtype=torch.long),
+        "completion_ids": problem.target,
+        "completion_mask": problem.mask.long(),
+        "advantages": problem.advantage,
+        "old_per_token_logps": problem.old_logprob,
+        "num_items_in_batch": problem.mask.sum(),
+    }
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+    attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+    with torch.no_grad():
+        logprob, entropy, _ = trainer._get_per_token_logps_and_entropies(
+            model, ids, attention, T, compute_entropy=True
+        )
+    loss = trainer._compute_loss(model, inputs)
+    loss.backward()
+    return results(
+        problem, logprob, entropy, loss, hidden.grad, weight.grad, "GRPOTrainer._compute_loss"
+    )
+
+
+def build_trainer(problem: Problem, folder: str) -> Any:
+    """A GRPOTrainer of a one-layer Qwen2 with the problem's width and vocabulary, on the CPU."""
+    dataset = attribute("datasets", "Dataset").from_list([{"prompt": "1"}] * 8)
+    qwen2_config = attribute("transformers", "Qwen2Config")
+    config = qwen2_config(
+        vocab_size=problem.weight.shape[0],
+        hidden_size=problem.weight.shape[1],
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    model = attribute("transformers", "Qwen2ForCausalLM")(config).to(problem.hidden.dtype)
+    arguments = attribute("trl", "GRPOConfig")(
+        output_dir=folder,
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        loss_type="grpo",
+        beta=0.0,
+        epsilon=0.2,
+        temperature=1.0,
+        per_device_train_batch_size=2,
+        num_generations=2,
+        max_completion_length=problem.target.shape[1],
+        disable_tqdm=True,
+    )
+    trainer = attribute("trl", "GRPOTrainer")(
+        model=model,
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        args=arguments,
+        train_dataset=dataset,
+        processing_class=digits(),
+    )
+    trainer.current_gradient_accumulation_steps = 1
+    return trainer
+
+
+def digits() -> Any:
+    """A tokenizer is asked for and never used: one of ten digits."""
+    tokenizers = attribute("tokenizers", "Tokenizer")
+    word_level = attribute("tokenizers.models", "WordLevel")
+    vocabulary = {"<b>": 0, "<e>": 1, "<p>": 2, "<u>": 3} | {str(i): 4 + i for i in range(10)}
+    return attribute("transformers", "PreTrainedTokenizerFast")(
+        tokenizer_object=tokenizers(word_level(vocabulary, unk_token="<u>")),
+        bos_token="<b>",
+        eos_token="<e>",
+        pad_token="<p>",
+        unk_token="<u>",
+    )
+
+
+def give_hidden_states(model: Any, hidden: torch.Tensor, weight: torch.Tensor) -> None:
+    """Let the decoder return `hidden` [B, T, D] (and a last state nobody reads) and the head use
+    `weight`, both as the leaves that they are."""
+    output = attribute("transformers.modeling_outputs", "BaseModelOutputWithPast")
+
+    def forward(*_: Any, **__: Any) -> Any:
+        last = torch.zeros_like(hidden[:, :1])
+        return output(last_hidden_state=torch.cat([hidden, last], 1))
+
+    model.model.forward = forward
+    del model.lm_head.weight
+    model.lm_head.weight = weight

@@ -1,0 +1,155 @@
+"""riskpo doctor: it finds planted faults, agrees with what is right, and writes what it saw."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from riskpo.cli import main
+from riskpo.doctor import command, machine
+from riskpo.doctor.against import Row, against
+from riskpo.doctor.libraries import Op, exists, ops, plain_op, riskpo_op
+from riskpo.doctor.loss_traps import LOSS_TRAPS, pose_loss
+from riskpo.doctor.problem import make_problem, ours, plain, within
+from riskpo.doctor.traps import TRAPS, pose
+
+OURS = Op("ours", "riskpo", riskpo_op("torch"))
+BY_NAME = {trap.name: trap for trap in TRAPS}
+
+
+def test_the_problem_fills_both_clip_branches():
+    problem = make_problem()
+    new = ours(problem, backend="torch").values["logprob"]
+    old, sign = problem.old_logprob[problem.mask], problem.advantage[:, None].expand(6, 12)
+    ratio, sign = (new - old).exp(), sign[problem.mask]
+    assert ((ratio > 1.2) & (sign > 0)).any() and ((ratio < 0.8) & (sign < 0)).any()
+    assert ((ratio < 1.2) & (ratio > 0.8)).sum() > 10
+
+
+@pytest.mark.parametrize("trap", TRAPS, ids=lambda t: t.name)
+def test_our_op_holds_in_every_trap(trap):
+    assert pose(trap, OURS).holds, str(pose(trap, OURS))
+
+
+@pytest.mark.parametrize("trap", LOSS_TRAPS, ids=lambda t: t.name)
+def test_our_loss_holds_in_every_trap(trap):
+    assert pose_loss(trap, lambda p: ours(p, backend="torch")).holds
+
+
+def faulty(change):
+    """An op that is right but for `change(logprob, entropy)`."""
+
+    def call(h, w, t, temperature):
+        logprob, entropy = riskpo_op("torch")(h, w, t, temperature)
+        return change(logprob, entropy)
+
+    return Op("faulty", "riskpo", call)
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("logprob <= 0, entropy >= 0 (bf16)", lambda x, e: (x + 1e-3, e)),
+        ("gradient of the entropy", lambda x, e: (x, e.detach() + 0 * x)),
+        ("bf16 log-prob, largest error", lambda x, e: (x.bfloat16(), e)),
+        ("V odd, not a multiple of any tile", lambda x, e: (x * 1.0001, e)),
+        ("target -100 on a NaN row", lambda x, e: (x + 1.0, e)),
+        ("rows without an upstream gradient", lambda x, e: (x + e.sum(), e)),
+        ("a row alone and in a batch", lambda x, e: (x + 1e-4 * len(x), e)),
+    ],
+)
+def test_a_planted_fault_is_seen(name, change):
+    assert pose(BY_NAME[name], faulty(change)).holds is False
+
+
+def test_plain_pytorch_cancels_near_certain_targets():
+    """The trap is real: log-softmax in float32 loses 1 - p, which the op keeps."""
+    seen = pose(BY_NAME["p(target) up to 1 - 1e-6"], Op("plain", "torch", plain_op))
+    assert seen.holds is False and ">" in seen.detail
+
+
+def test_what_is_not_offered_or_raises_is_no_failure():
+    op = Op("none", "torch", lambda *_: 1 / 0, entropy=False, temperature=False)
+    assert pose(BY_NAME["gradient of the entropy"], op).detail == "not offered"
+    seen = pose(BY_NAME["frozen head"], op)
+    assert seen.holds is None and "ZeroDivisionError" in seen.detail
+
+
+def test_a_loss_that_reads_behind_the_mask_is_seen():
+    trap = next(t for t in LOSS_TRAPS if t.name == "NaN old log-probs behind the mask")
+    assert pose_loss(trap, plain).holds is False
+
+
+@pytest.mark.parametrize("name", ["plain", "torch", "trl", "liger", "verl"])
+def test_against_an_installed_library(name):
+    if not exists(name):
+        pytest.skip(f"{name} or a part of it is not installed")
+    rows, note = against(name)
+    assert note and {r.dtype for r in rows} == {"fp32", "bf16"}
+    for row in rows:
+        assert within(row.ours, row.plain), row
+        if row.dtype == "fp32":  # another float32 program of the same mathematics
+            assert row.difference < 2e-5, row
+
+
+def test_a_verdict_names_who_is_off():
+    row = Row("fp32", "loss", 1.0, 1.0, 1e-8, 1e-7)
+    assert row.verdict.endswith("theirs")
+    assert dataclasses.replace(row, theirs=1e-7).verdict == "agree"
+    assert dataclasses.replace(row, ours=float("nan")).verdict.endswith("theirs, ours")
+
+
+def test_numerics_catches_a_broken_backend(monkeypatch):
+    good = machine.numerics("torch", "bf16", "cpu")
+    assert good.ok and "dweight" in good.text
+    right = machine.ours
+
+    def broken(problem, *, backend):
+        found = right(problem, backend=backend)
+        if backend == "torch":
+            found.values["dweight"] = found.values["dweight"] * 1.01
+        return found
+
+    monkeypatch.setattr(machine, "ours", broken)
+    bad = machine.numerics("torch", "fp32", "cpu")
+    assert bad.ok is False and "dweight beyond the limit" in bad.text and bad.remedy
+    broken_backend = machine.numerics("triton", "bf16", "cpu")
+    assert broken_backend.ok is False and "ValueError" in broken_backend.text
+
+
+def test_a_failed_check_is_exit_status_two(monkeypatch, capsys):
+    monkeypatch.setattr(
+        command, "machine_checks", lambda: [machine.Check(False, "torch fp32: off", "do this")]
+    )
+    assert main(["doctor"]) == 2
+    out = capsys.readouterr()
+    assert "FAILED" in out.out and "-> do this" in out.out and "1 of the checks" in out.err
+
+
+def test_the_report_holds_every_part(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        command, "machine_checks", lambda: [machine.numerics("torch", "fp32", "cpu")]
+    )
+    monkeypatch.setattr(command, "REPORTED", ("torch",))
+    path = tmp_path / "conformance.md"
+    assert main(["doctor", "--report", str(path)]) == 0
+    text = path.read_text(encoding="utf-8")
+    for part in (
+        torch.__version__,
+        "## Against torch",
+        "F.linear_cross_entropy",
+        "relative errors",
+    ):
+        assert part in text
+    for trap in (*TRAPS, *LOSS_TRAPS):
+        assert trap.name.replace("[", "\\[") in text
+    assert str(path) in capsys.readouterr().out
+
+
+def test_the_command_line_compares(capsys):
+    assert main(["doctor", "--against", "plain"]) == 0
+    out = capsys.readouterr().out
+    assert "theirs - fp64" in out and out.count("agree") == 10
+    assert set(ops()) == {"riskpo", "plain", "torch", "trl", "liger", "verl"}

@@ -62,4 +62,6 @@ class Accumulator:
         if self.buffer is not None:
             for s in spans(self.buffer.shape[0], step):
                 self._round(s, self.buffer[s])
+        elif self.direct and self.unit is not None:
+            self.grad *= self.unit
         return self.grad

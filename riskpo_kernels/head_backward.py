@@ -37,8 +37,11 @@ def backward_rows(
     active: ActiveBlocks | None,
     needs: tuple[bool, bool, bool],
     o: Options,
+    *,
+    wide_dh: bool = False,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """dH [N, D], dW [V, D], dbias [V] of the given rows, None where not needed."""
+    """dH [N, D], dW [V, D], dbias [V] of the given rows, None where not needed; in the dtypes of
+    what they are gradients of, dH with wide_dh as its sums are."""
     products = products_of(head)
     unit = _unit(up, products)
     if unit is not None:
@@ -52,7 +55,8 @@ def backward_rows(
     dw = Accumulator(head.weight, products.wide, whole=dw_pieces) if needs[1] else None
     db = torch.zeros(head.vocab, dtype=products.wide, device=head.hidden.device)
     into = Gradients(None, dw, db if needs[2] else None)
-    dh = torch.zeros_like(head.hidden, memory_format=torch.contiguous_format) if needs[0] else None
+    dh_dtype = products.wide if wide_dh else head.hidden.dtype
+    dh = head.hidden.new_zeros(head.hidden.shape, dtype=dh_dtype) if needs[0] else None
 
     if dense is not None:
         part, sent = (head, up) if sparse is None else (head.of(dense), up.of(dense))
@@ -115,7 +119,7 @@ def _rows_of(
 ) -> Accumulator | None:
     if dh is None:
         return None
-    return Accumulator(part.hidden, products.wide, whole=whole, index=part.rows, grad=dh)
+    return Accumulator(dh, products.wide, whole=whole, index=part.rows, grad=dh)
 
 
 def _finish(dh: Accumulator | None) -> None:

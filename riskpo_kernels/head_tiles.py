@@ -14,9 +14,10 @@ import torch
 
 from riskpo_kernels import softmax_rows
 from riskpo_kernels.accumulate import Accumulator
-from riskpo_kernels.block_selection import ActiveBlocks, n_blocks, select
+from riskpo_kernels.block_selection import CAP, ActiveBlocks, n_blocks, select
 from riskpo_kernels.chunks import Plan, Products, plan_tiles, spans
 from riskpo_kernels.softmax_rows import BLOCK, LogitMap, RowState, RowStats, finish
+from riskpo_kernels.vocab_parallel import VocabShard
 
 # (rows, cols) of the largest tile. CUDA forward: 32 MiB of fp32 logits stay in the L2 cache between
 # the product and the fold. CUDA backward: wide tiles, so that dH and dW are touched rarely.
@@ -105,8 +106,11 @@ def products_of(head: Head) -> Products:
     return Products(head.hidden.device, head.hidden.dtype, head.weight.dtype)
 
 
-def plan_for(head: Head, o: Options, products: Products, *, back: bool) -> Plan:
-    """The tile that memory_mib allows."""
+def plan_for(
+    head: Head, o: Options, products: Products, *, back: bool, vocab: int | None = None
+) -> Plan:
+    """The tile that memory_mib allows, for `vocab` columns instead of the head's own if given."""
+    vocab = head.vocab if vocab is None else vocab
     device = "cuda" if head.hidden.device.type == "cuda" else "cpu"
     rows, cols = (BACKWARD_TILE if back else FORWARD_TILE)[device]
     wide = products.wide.itemsize
@@ -116,23 +120,29 @@ def plan_for(head: Head, o: Options, products: Products, *, back: bool) -> Plan:
     return plan_tiles(
         "linear_logprob",
         head.n,
-        head.vocab,
+        vocab,
         head.hidden.shape[1],
         memory_mib=o.memory_mib,
         most_rows=rows,
         most_cols=cols,
         tile_bytes=tiles * wide + (2 if products.mixed and back else 0),
         edge_bytes=(3 if back else 1) * wide,
-        row_bytes=0 if back or o.tail_eps == 0 else (4 + o.entropy) * wide * n_blocks(head.vocab),
+        row_bytes=0 if back or o.tail_eps == 0 else (4 + o.entropy) * wide * n_blocks(vocab),
     )
 
 
-def forward_rows(head: Head, o: Options) -> tuple[RowState, ActiveBlocks | None]:
-    """The softmax state of the rows and, unless tail_eps is 0, which blocks are active."""
+def forward_rows(
+    head: Head, o: Options, shard: VocabShard | None = None
+) -> tuple[RowState, ActiveBlocks | None]:
+    """The softmax state of the rows and, unless tail_eps is 0, which blocks are active. The columns
+    may be one shard of the vocabulary; the state is always that of all of it."""
     products = products_of(head)
-    plan = plan_for(head, o, products, back=False)
+    plan = plan_for(head, o, products, back=False, vocab=shard.widest if shard else None)
+    cap = CAP / shard.ranks if shard else CAP
     state = RowState.new(head.n, o.entropy, head.hidden, products.wide)
-    active = ActiveBlocks.new(head.vocab, head.n, head.hidden.device) if o.tail_eps else None
+    active = None
+    if o.tail_eps and head.vocab:
+        active = ActiveBlocks.new(head.vocab, head.n, head.hidden.device)
     tile = torch.empty(plan.rows * plan.cols, dtype=products.wide, device=head.hidden.device)
     fold = tile_functions(o.backend).fold
     for r in spans(head.n, plan.rows):
@@ -145,8 +155,10 @@ def forward_rows(head: Head, o: Options) -> tuple[RowState, ActiveBlocks | None]
             here = blocks[:, v.start // BLOCK : n_blocks(v.stop)] if n_here else None
             bias = head.bias_of(v, products.wide)
             fold(raw, head.target[r] - v.start, bias, part, map, here)
+        if shard is not None:
+            shard.merge(part)
         if active is not None:
-            keep = select(blocks, head.target[r], finish(part), o.tail_eps, o.entropy)
+            keep = select(blocks, head.target[r], finish(part), o.tail_eps, o.entropy, cap)
             active.record(r, keep, by_row=o.deterministic)
     return state, active
 

@@ -88,12 +88,12 @@ class RiskPOTrainer(GRPOTrainer):
                 f"{OP}: got args of type {type(args).__name__}; expected a RiskPOConfig. It takes "
                 "every argument of GRPOConfig."
             )
-        super().__init__(model, reward_funcs, args, *rest, **kwargs)
-        if self.environment_factories is not None:
+        if kwargs.get("environment_factory") is not None:
             raise ValueError(
                 f"{OP}: got an environment_factory; expected a dataset of questions: bundles need "
                 "several answers to the same one. Use GRPOTrainer for environments."
             )
+        super().__init__(model, reward_funcs, args, *rest, **kwargs)
         self.riskpo = args.advantage()
         self._generation_batches = 0
         if args.riskpo_head:

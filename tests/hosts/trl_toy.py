@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datasets import Dataset
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig
 
 from riskpo.arithmetic import build_questions
 from riskpo.hosts.trl import RiskPOConfig, RiskPOTrainer
@@ -42,15 +42,18 @@ def config(folder, kind=RiskPOConfig, **changes):
     return kind(**{"output_dir": str(folder), **SETTINGS, **bundles, **changes})
 
 
-def trainer(folder, kind=RiskPOTrainer, policy=None, **changes):
+def trainer(
+    folder, kind=RiskPOTrainer, policy=None, reward=token_share, eval_dataset=None, **changes
+):
     """The same model, data and seed for either kind."""
     policy = tiny_policy() if policy is None else policy
     args = config(folder, RiskPOConfig if kind is RiskPOTrainer else GRPOConfig, **changes)
     return kind(
         model=policy.model,
-        reward_funcs=token_share,
+        reward_funcs=reward,
         args=args,
         train_dataset=questions(),
+        eval_dataset=eval_dataset,
         processing_class=policy.tokenizer,
     )
 

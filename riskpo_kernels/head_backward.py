@@ -11,7 +11,7 @@ a coefficient (linear_logprob.py), the rows of each way (here), the pairs of eac
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -35,7 +35,7 @@ def backward_rows(
     head: Head,
     up: Upstream,
     active: ActiveBlocks | None,
-    needs: tuple[bool, bool, bool],
+    needs: Sequence[bool],
     o: Options,
     *,
     wide_dh: bool = False,
@@ -55,8 +55,10 @@ def backward_rows(
     dw = Accumulator(head.weight, products.wide, whole=dw_pieces) if needs[1] else None
     db = torch.zeros(head.vocab, dtype=products.wide, device=head.hidden.device)
     into = Gradients(None, dw, db if needs[2] else None)
-    dh_dtype = products.wide if wide_dh else head.hidden.dtype
-    dh = head.hidden.new_zeros(head.hidden.shape, dtype=dh_dtype) if needs[0] else None
+    dh = None
+    if needs[0]:
+        dtype = products.wide if wide_dh else head.hidden.dtype
+        dh = torch.zeros(head.hidden.shape, dtype=dtype, device=head.hidden.device)
 
     if dense is not None:
         part, sent = (head, up) if sparse is None else (head.of(dense), up.of(dense))

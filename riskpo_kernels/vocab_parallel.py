@@ -3,14 +3,15 @@
 Every rank holds the columns [offset, offset + V_r) and all rows. A row's softmax state over its
 own columns, (m, s, u, z_t) of softmax_rows.py, becomes the state over all of them by
 
-    M = max_r m_r      s = sum_r s_r e_r      u = sum_r (u_r + s_r (m_r - M)) e_r      e_r = exp(m_r - M)
+    M   = max_r m_r                           e_r = exp(m_r - M)
+    s   = sum_r s_r e_r                       u   = sum_r (u_r + s_r (m_r - M)) e_r
     z_t = max_r z_t,r                         -inf where the target is another rank's
 
 From then on every rank knows the row as a single one would: its gradient of the logits is right
 without a further word, dW and dbias stay where they are, and dH is the sum over ranks.
 
 collective                    when                             size
-all_gather of 8 integers      once in the forward              the shards' sizes; do the ranks agree?
+all_gather of 8 integers      once in the forward              shards' sizes; do the ranks agree?
 all_reduce max (m, z_t)       once a chunk of rows             2 numbers a row
 all_reduce sum (s, u)         once a chunk of rows             1 number a row, 2 with an entropy
 all_reduce sum dH             once in the backward             [rows with a coefficient, D] float32

@@ -35,13 +35,14 @@ FLOORS = {
     "sparse_blocks": 5,
     "sparse_launch": 5,
     "head_backward": 6,
-    "linear_logprob": 7,
-    "logits_logprob": 7,
-    "surrogate": 7,
-    "risk": 7,
-    "advantage": 8,
-    "fused": 8,
-    "__init__": 9,
+    "head_op": 7,
+    "linear_logprob": 8,
+    "logits_logprob": 8,
+    "surrogate": 8,
+    "risk": 8,
+    "advantage": 9,
+    "fused": 9,
+    "__init__": 10,
 }
 # every public op: riskpo_kernels/<stem>.py, tests/test_<stem>.py, benchmarks/bench_<stem>.py
 STEMS = ("linear_logprob", "logits_logprob", "surrogate", "fused", "risk", "advantage")

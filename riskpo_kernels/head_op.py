@@ -1,0 +1,240 @@
+"""The operators behind linear_logprob: forward and backward over rows [N], one opaque node each.
+
+Their results have the caller's number of rows, whatever is ignored, so that their sizes are known
+without looking at a value (torch.compile); inside, ignored rows enter no product. What the
+backward needs of the forward, 16 to 20 bytes and V / 1024 bytes a row, is among the results.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from riskpo_kernels.backends import choose
+from riskpo_kernels.block_selection import ActiveBlocks
+from riskpo_kernels.chunks import exact_products
+from riskpo_kernels.head_backward import backward_rows
+from riskpo_kernels.head_tiles import Head, Options, Upstream, forward_rows
+from riskpo_kernels.inputs import live_rows
+from riskpo_kernels.process_groups import group_called, sum_over
+from riskpo_kernels.registration import register
+from riskpo_kernels.softmax_rows import LogitMap, RowStats, finish
+from riskpo_kernels.vocab_parallel import VocabShard
+
+OP = "linear_logprob"
+TENSORS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? row_temperature"
+# the last eight are the fields of head_tiles.Options, in their order; backend as the caller says it
+OPTIONS = (
+    "int? ignore_index, str group, float scale, float? softcap, float temperature, "
+    "bool return_entropy, str backend, float memory_mib, float tail_eps, bool deterministic"
+)
+# logprob, entropy, lse | peak, log_sum | bits, dense, pairs | the first column's global id
+RESULTS = ", ".join(["Tensor"] * 9)
+
+
+def _wide(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
+
+
+def _resolve(hidden: torch.Tensor, weight: torch.Tensor, numbers: tuple[Any, ...]) -> Options:
+    o = Options(*numbers)
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    return replace(o, backend=choose(OP, o.backend, hidden.device, dtype))
+
+
+def _map(o: Options, row_temperature: torch.Tensor | None, wide: torch.dtype) -> LogitMap:
+    if row_temperature is None:
+        return LogitMap(o.scale, o.softcap, o.temperature)
+    return LogitMap(o.scale, o.softcap, row_temperature.to(wide).contiguous())
+
+
+def _shard(
+    group: str, hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, o: Options
+) -> VocabShard | None:
+    if not group:
+        return None
+    same: dict[str, int | torch.Tensor] = {  # what the number of collectives hangs on, and more
+        "rows": target.shape[0],
+        "hidden width": hidden.shape[1],
+        "bytes of a sum": _wide(hidden, weight).itemsize,
+        "sum of the targets": target.sum(),
+        "return_entropy": o.entropy,
+        "triton": o.backend == "triton",
+        "memory_mib * 1024": int(o.memory_mib * 1024),
+    }
+    return VocabShard.find(OP, group_called(group), weight, same)
+
+
+def _among(keep: torch.Tensor | None, n: int, x: torch.Tensor) -> torch.Tensor:
+    """Live rows' numbers (along the last dimension) among all n rows; zero elsewhere."""
+    return x if keep is None else x.new_zeros(*x.shape[:-1], n).index_copy(-1, keep, x)
+
+
+def _forward(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    row_temperature: torch.Tensor | None,
+    ignore_index: int | None,
+    group: str,
+    *numbers: Any,
+) -> tuple[torch.Tensor, ...]:
+    o = _resolve(hidden, weight, numbers)
+    shard = _shard(group, hidden, weight, target, o)
+    offset, vocab = (shard.offset, shard.total) if shard else (0, weight.shape[0])
+    checked = 1.0 if row_temperature is None else row_temperature
+    keep, ids = live_rows(OP, target, vocab, ignore_index, checked)
+    bias = None if bias is None else bias.contiguous()
+    map = _map(o, row_temperature, _wide(hidden, weight))
+    map = map if keep is None else map.of(keep)
+    with exact_products(hidden.device):
+        head = Head(hidden, weight, bias, keep, ids - offset if offset else ids, map)
+        state, active = forward_rows(head, o, shard)
+        logprob, entropy, peak, log_sum = finish(state)
+        lse = peak + log_sum
+    n = target.shape[0]
+    logprob, lse, peak, log_sum = (_among(keep, n, x) for x in (logprob, lse, peak, log_sum))
+    entropy = hidden.new_empty(0, dtype=lse.dtype) if entropy is None else _among(keep, n, entropy)
+    blocks = _no_blocks(hidden) if active is None else (_among(keep, n, x) for x in active)
+    first = torch.full((), offset, dtype=torch.int64, device=hidden.device)
+    return logprob, entropy, lse, peak, log_sum, *blocks, first
+
+
+def _no_blocks(like: torch.Tensor) -> ActiveBlocks:
+    return ActiveBlocks(
+        *(like.new_empty(0, dtype=d) for d in (torch.uint8, torch.bool, torch.int32))
+    )
+
+
+def _forward_fake(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    row_temperature: torch.Tensor | None,
+    ignore_index: int | None,
+    group: str,
+    *numbers: Any,
+) -> tuple[torch.Tensor, ...]:
+    o, n = Options(*numbers), target.shape[0]
+    sizes = (n, n if o.entropy else 0, n, n, n)
+    rows = (hidden.new_empty(size, dtype=_wide(hidden, weight)) for size in sizes)
+    selects = o.tail_eps != 0 and weight.shape[0] != 0
+    blocks = ActiveBlocks.new(weight.shape[0], n, hidden.device) if selects else _no_blocks(hidden)
+    return *rows, *blocks, hidden.new_empty((), dtype=torch.int64)
+
+
+def _backward(
+    c: torch.Tensor | None,
+    g: torch.Tensor | None,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    row_temperature: torch.Tensor | None,
+    logprob: torch.Tensor,
+    entropy: torch.Tensor,
+    peak: torch.Tensor,
+    log_sum: torch.Tensor,
+    bits: torch.Tensor,
+    dense: torch.Tensor,
+    pairs: torch.Tensor,
+    offset: torch.Tensor,
+    needs: list[bool],
+    ignore_index: int | None,
+    group: str,
+    *numbers: Any,
+) -> tuple[torch.Tensor, ...]:
+    o, wide = _resolve(hidden, weight, numbers), logprob.dtype
+    g = g if o.entropy else None  # a compiled graph sends zeros instead of nothing
+    c, g = (None if x is None else x.to(wide).contiguous() for x in (c, g))
+    bias = None if bias is None else bias.contiguous()
+    head = Head(hidden, weight, bias, None, target.long() - offset, _map(o, row_temperature, wide))
+    up = Upstream(RowStats(logprob, entropy if o.entropy else None, peak, log_sum), c, g)
+    active = ActiveBlocks(bits, dense, pairs) if dense.numel() else None
+    # Rows without a coefficient enter no product. One host synchronisation: the number of the
+    # others is the shape of the products.
+    sent = sum((x != 0 for x in (c, g) if x is not None), start=torch.zeros_like(target) != 0)
+    if ignore_index is not None:
+        sent &= target != ignore_index
+    keep = sent.nonzero()[:, 0]
+    if keep.numel() < target.numel():
+        head, up = head.of(keep), up.of(keep)
+        active = None if active is None else active.of(keep)
+    with exact_products(hidden.device):
+        if group:
+            gradients = _shard_backward(head, up, active, needs, o, group)
+        else:
+            gradients = backward_rows(head, up, active, needs, o)
+    return tuple(hidden.new_empty(0) if x is None else x for x in gradients)
+
+
+def _shard_backward(
+    head: Head,
+    up: Upstream,
+    active: ActiveBlocks | None,
+    needs: list[bool],
+    o: Options,
+    group: str,
+) -> tuple[torch.Tensor | None, ...]:
+    """backward_rows on one shard of the vocabulary; dH is summed over the ranks before it is
+    rounded, in one float32 buffer of the rows with a coefficient."""
+    hidden, rows = head.hidden, head.rows
+    head = replace(head, hidden=head.take(slice(None), hidden.dtype), rows=None)
+    dh, dw, db = backward_rows(head, up, active, needs, o, wide_dh=True)
+    if dh is not None:
+        dh = sum_over(group_called(group), dh).to(hidden.dtype)
+        dh = dh if rows is None else torch.zeros_like(hidden).index_copy(0, rows, dh)
+    return dh, dw, db
+
+
+def _backward_fake(c: Any, g: Any, *rest: Any) -> tuple[torch.Tensor, ...]:
+    hidden, weight, bias, *_ = rest
+    needs = rest[13]
+    like = zip((hidden, weight, bias), needs, strict=True)
+    return tuple(
+        hidden.new_empty(x.shape, dtype=x.dtype) if n else hidden.new_empty(0) for x, n in like
+    )
+
+
+_backward_operator = register(
+    "linear_logprob_backward",
+    f"(Tensor? c, Tensor? g, {TENSORS}, Tensor logprob, Tensor entropy, Tensor peak, "
+    "Tensor log_sum, Tensor bits, Tensor dense, Tensor pairs, Tensor offset, bool[] needs, "
+    f"{OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    fake=_backward_fake,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    logprob, entropy, lse, *rest = output
+    ctx.save_for_backward(*inputs[:5], logprob, entropy, *rest)
+    ctx.options = inputs[5:]
+    ctx.set_materialize_grads(False)  # a gradient nobody sent costs nothing
+    ctx.mark_non_differentiable(lse, *rest)
+
+
+def _gradients(
+    ctx: Any, c: torch.Tensor | None, g: torch.Tensor | None, *_: None
+) -> tuple[torch.Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[:3])
+    nothing = (None,) * len(ctx.needs_input_grad)
+    if (c is None and g is None) or not any(needs):
+        return nothing
+    gradients = _backward_operator(c, g, *ctx.saved_tensors, needs, *ctx.options)
+    wanted = zip(gradients, needs, strict=True)
+    return *(x if need else None for x, need in wanted), *nothing[3:]
+
+
+head_operator = register(
+    OP,
+    f"({TENSORS}, {OPTIONS}) -> ({RESULTS})",
+    _forward,
+    fake=_forward_fake,
+    setup_context=_setup_context,
+    backward=_gradients,
+)

@@ -1,8 +1,9 @@
 """Rollouts as batches: mini-batches of questions, micro-batches of tokens, packed end to end.
 
 Sequences are packed without padding: one row of tokens, position ids restarting at 0 with every
-sequence, from which transformers builds the block-diagonal mask. The decoder's last hidden states
-go straight into the fused head; no [tokens, V] tensor is made.
+sequence. The attention of riskpo/memory/attention.py is told where sequences end; under any other
+transformers builds a [T, T] block-diagonal mask from the position ids. The decoder's last hidden
+states go straight into the fused head; no [tokens, V] tensor is made.
 
 R rollouts, T tokens of a micro-batch, S its sequences, D hidden width.
 """
@@ -11,10 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 
+from riskpo.memory.attention import packed_keywords
 from riskpo.records import Rollouts
 
 IGNORE = -100
@@ -30,6 +33,7 @@ class Packed:
     target: torch.Tensor  # [T], the next token, or IGNORE where that is part of the prompt
     sampled: torch.Tensor  # [T] float32, the sampler's log-prob of target, 0 where ignored
     cu_seqlens: torch.Tensor  # [S + 1] int32
+    lengths: list[int]  # [S] the same on the host
 
 
 def micro_batches(rollouts: Rollouts, rows: Sequence[int], budget: int) -> list[list[int]]:
@@ -51,7 +55,7 @@ def micro_batches(rollouts: Rollouts, rows: Sequence[int], budget: int) -> list[
 
 def pack(rollouts: Rollouts, rows: Sequence[int], device: torch.device) -> Packed:
     """The chosen rollouts as one row without padding."""
-    inputs, positions, targets, sampled, lengths = [], [], [], [], [0]
+    inputs, positions, targets, sampled, lengths = [], [], [], [], []
     for row in rows:
         tokens, prompt = rollouts.tokens[row], rollouts.prompt_len[row]
         target = tokens[1:].clone()
@@ -60,24 +64,27 @@ def pack(rollouts: Rollouts, rows: Sequence[int], device: torch.device) -> Packe
         positions.append(torch.arange(len(tokens) - 1))
         targets.append(target)
         sampled.append(torch.cat([torch.zeros(prompt - 1), rollouts.logprob[row]]))
-        lengths.append(lengths[-1] + len(tokens) - 1)
+        lengths.append(len(tokens) - 1)
     return Packed(
         list(rows),
         torch.cat(inputs)[None].to(device),
         torch.cat(positions)[None].to(device),
         torch.cat(targets).to(device),
         torch.cat(sampled).to(device),
-        torch.tensor(lengths, dtype=torch.int32, device=device),
+        torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device),
+        lengths,
     )
 
 
 def hidden_states(model: Any, batch: Packed) -> torch.Tensor:
     """Last hidden states [T, D]. An attention mask or a cache would undo the packing in silence."""
-    output = model.get_decoder()(
+    decoder = model.get_decoder()
+    output = decoder(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
         attention_mask=None,
         use_cache=False,
+        **packed_keywords(decoder.config._attn_implementation, batch.cu_seqlens, batch.lengths),
     )
     return output.last_hidden_state[0]
 

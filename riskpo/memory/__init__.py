@@ -1,0 +1,1 @@
+"""Long contexts on little memory: the switches, the plan of what they save, and the measurement."""

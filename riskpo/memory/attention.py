@@ -1,0 +1,198 @@
+"""Attention over packed sequences that never meets a [T, T] mask.
+
+Three implementations, chosen by `choose`, all of them seen by the model through transformers'
+attention interface:
+
+    flash_attention_2   the flash-attn package, which reads cu_seqlens itself
+    riskpo_varlen       torch.nn.attention.varlen: CUDA, 16-bit
+    riskpo_sequences    scaled_dot_product_attention, one sequence after the other: any device
+
+The row of a packed batch is [1, T]; without these, transformers builds a [T, T] mask from the
+position ids and its attention touches every pair. Sampling (a padded batch with a mask, or a
+cache) is left to transformers' own sdpa in both of ours.
+
+T tokens of the row, n of one sequence, nh and nkv heads of queries and of keys, hd their width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.utils import is_flash_attn_2_available
+
+FLASH, VARLEN, SEQUENCES, MASKED = (
+    "flash_attention_2",
+    "riskpo_varlen",
+    "riskpo_sequences",
+    "sdpa",
+)
+CHOICES = {"flash": FLASH, "varlen": VARLEN, "sequences": SEQUENCES, "masked": MASKED}
+VARLEN_WIDTH = 256  # largest head that torch's kernel takes
+
+
+def choose(requested: str, model: Any) -> str:
+    """The model's attn_implementation for MemoryConfig.attention; ValueError where it cannot run.
+
+    "auto" takes flash-attn, then torch's varlen, then sequence by sequence, whichever the device,
+    the dtype and the model's layers allow; else it leaves the model as it is.
+    """
+    reasons = {name: _hindrance(name, model) for name in ("flash", "varlen", "sequences")}
+    if requested == "auto":
+        free = (CHOICES[name] for name, reason in reasons.items() if reason is None)
+        return next(free, model.config._attn_implementation)
+    if reasons.get(requested) is not None:
+        raise ValueError(
+            f"memory.attention={requested!r}: {reasons[requested]}. Set it to 'auto', or to "
+            "'masked' for transformers' own mask."
+        )
+    return CHOICES[requested]
+
+
+def _hindrance(name: str, model: Any) -> str | None:
+    """Why an implementation cannot carry this model where it is; None: it can."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ()) - {
+        "full_attention",
+        "sliding_attention",
+    }
+    if kinds:
+        return f"got layers of {', '.join(sorted(kinds))}; expected full or sliding attention"
+    if name == "sequences":
+        known = getattr(model, "_supports_sdpa", True)
+        return None if known else f"{type(model).__name__} does not run on torch's sdpa"
+    if name == "flash" and not is_flash_attn_2_available():
+        return "the package flash-attn is not installed, or there is no CUDA device"
+    weight = next(model.parameters())
+    if weight.device.type != "cuda" or weight.dtype not in (torch.bfloat16, torch.float16):
+        return f"got {weight.dtype} on {weight.device.type}; expected 16-bit weights on CUDA"
+    if torch.cuda.get_device_capability(weight.device) < (8, 0):
+        return "the device is older than compute capability 8.0"
+    if name == "varlen" and head_width(config) > VARLEN_WIDTH:
+        return f"got heads of {head_width(config)}; expected at most {VARLEN_WIDTH}"
+    return None
+
+
+def head_width(config: Any) -> int:
+    """Width of one attention head, as the family's config spells it."""
+    return int(
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+
+
+def packed_keywords(
+    implementation: str, cu_seqlens: torch.Tensor, lengths: Sequence[int]
+) -> dict[str, Any]:
+    """What the decoder hands down to its attention with a packed row.
+
+    cu_seqlens [S + 1] int32 on the device, lengths the same on the host (no sync per layer).
+    """
+    if implementation == SEQUENCES:
+        return {"sequence_lengths": list(lengths)}
+    if implementation in (FLASH, VARLEN):
+        longest = max(lengths)
+        return {
+            "cu_seq_lens_q": cu_seqlens,
+            "cu_seq_lens_k": cu_seqlens,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }
+    return {}
+
+
+def by_sequence(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    sequence_lengths: Sequence[int] | None = None,
+    sliding_window: int | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """sdpa on each sequence of the row alone; query [1, nh, T, hd], key and value [1, nkv, T, hd].
+
+    Returns [1, T, nh, hd]. With a mask or a cache it is transformers' own sdpa.
+    """
+    if attention_mask is not None or query.shape[2] != key.shape[2]:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    total = query.shape[2]
+    if sequence_lengths is None:
+        if module.training:
+            raise RuntimeError(
+                f"attention: the lengths of the packed sequences did not reach "
+                f"{type(module).__name__}, and {total} tokens would see each other. Its model "
+                "drops keywords on the way; set memory.attention='masked'."
+            )
+        sequence_lengths = [total]
+    parts, start = [], 0
+    for n in sequence_lengths:
+        piece = slice(start, start + n)
+        mask = _window(n, sliding_window, query.device)
+        part, _ = sdpa_attention_forward(
+            module, query[:, :, piece], key[:, :, piece], value[:, :, piece], mask, **options
+        )
+        parts.append(part)
+        start += n
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)), None
+
+
+def _window(n: int, sliding_window: int | None, device: torch.device) -> torch.Tensor | None:
+    """bool [n, n], True where a query sees a key; None: the whole past."""
+    if sliding_window is None or n <= sliding_window:
+        return None
+    place = torch.arange(n, device=device)
+    back = place[:, None] - place[None]
+    return (back >= 0) & (back < sliding_window)
+
+
+def by_varlen(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    sliding_window: int | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """torch's varlen kernel on the whole row; shapes as in by_sequence. Without cu_seqlens: sdpa."""
+    if cu_seq_lens_q is None or max_length_q is None or attention_mask is not None:
+        return by_sequence(
+            module, query, key, value, attention_mask, sliding_window=sliding_window, **options
+        )
+    if options.get("dropout") or options.get("softcap") is not None:
+        raise ValueError(
+            "attention: torch's varlen kernel has neither dropout nor softcap. Set "
+            "memory.attention='masked'."
+        )
+    flat = [x[0].transpose(0, 1) for x in (query, key, value)]  # [T, heads, hd]
+    out = varlen_attn(
+        *flat,
+        cu_seq_lens_q,
+        cu_seq_lens_q,
+        max_length_q,
+        max_length_q,
+        scale=options.get("scaling"),
+        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out[None], None
+
+
+def _no_mask(**given: Any) -> torch.Tensor | None:
+    """No mask for a row without padding or cache: the attention knows its sequences."""
+    plain = given["attention_mask"] is None and given["q_length"] == given["kv_length"]
+    return None if plain and not given.get("use_vmap") else sdpa_mask(**given)
+
+
+AttentionInterface.register(SEQUENCES, by_sequence)
+AttentionInterface.register(VARLEN, by_varlen)
+AttentionMaskInterface.register(SEQUENCES, _no_mask)
+AttentionMaskInterface.register(VARLEN, _no_mask)

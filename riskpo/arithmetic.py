@@ -4,12 +4,17 @@ The answer is written least significant digit first, so that a small causal mode
 goes. Difficulty is mixed on purpose: after the warm start sums of one-digit numbers are mostly
 right and those of three digits rarely, which gives a risk-averse objective a lower tail to lift.
 Nothing is downloaded; weights are random and the tokenizer is built in memory.
+
+TASKS holds what can be asked for: "embedded", the demo, and "embedded:mixed", whose warm start
+hardly ever shows the longest sums, so that about a quarter of the questions is almost never right.
 """
 
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import count as count_up
 from itertools import product
 
@@ -25,6 +30,48 @@ PAD, EOS = "<pad>", "<eos>"
 WARM_START_BATCH = 64
 WARM_START_LEARNING_RATE = 1e-3
 WARM_START_MAX_STEPS = 3000
+
+
+@dataclass(frozen=True)
+class Task:
+    """One embedded task: its questions, and how far the supervised warm start goes.
+
+    sizes are the (at most) digits of the two operands; the pairs take turns. warm_share gives each
+    its share of the warm start; None: as often as it is among the questions.
+    """
+
+    digits: int
+    sizes: tuple[tuple[int, int], ...]
+    questions: int
+    warm_target: float  # sampled accuracy; above it there is signal, far below 1 there is room
+    warm_share: dict[str, float] | None = None
+
+
+TASKS = {
+    "embedded": Task(3, tuple(product(range(1, 4), repeat=2)), 6000, 0.4),
+    "embedded:mixed": Task(
+        4,
+        ((1, 2), (2, 2), (3, 3), (4, 4)),
+        8000,
+        0.35,
+        {"1+2": 0.40, "2+2": 0.35, "3+3": 0.20, "4+4": 0.05},
+    ),
+}
+
+
+def find_task(name: str | None) -> Task:
+    """The task of that name, None for the demo's; ValueError lists the names."""
+    if (name or "embedded") not in TASKS:
+        raise ValueError(
+            f"data: got {name!r}; expected one of {', '.join(TASKS)}, a file or a hub name. Check "
+            "the spelling."
+        )
+    return TASKS[name or "embedded"]
+
+
+def task_questions(task: Task, seed: int) -> list[Question]:
+    """All questions of the task, training and held out."""
+    return build_questions(task.questions, seed, task.digits, task.sizes)
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -58,12 +105,14 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausal
         return Qwen2ForCausalLM(config)
 
 
-def build_questions(count: int, seed: int, digits: int = 3) -> list[Question]:
+def build_questions(
+    count: int, seed: int, digits: int = 3, sizes: Sequence[tuple[int, int]] | None = None
+) -> list[Question]:
     """`count` different additions of two numbers of 1 to `digits` digits each, in random order.
 
-    The pairs of sizes take turns (the hundred smallest sums run out first). Operands are padded
-    with zeros to one width, so the same place is the same position whatever the difficulty: small
-    sums teach the model their part of the large ones.
+    The pairs of sizes, all of them by default, take turns (the smallest sums run out first).
+    Operands are padded with zeros to one width, so the same place is the same position whatever
+    the difficulty: small sums teach the model their part of the large ones.
     """
     if count > 100**digits // 4:
         raise ValueError(
@@ -71,14 +120,14 @@ def build_questions(count: int, seed: int, digits: int = 3) -> list[Question]:
             f"of the sums of {digits}-digit numbers. Ask for fewer questions or more digits."
         )
     rng = random.Random(seed)
-    sizes = list(product(range(1, digits + 1), repeat=2))
+    sizes = sizes or list(product(range(1, digits + 1), repeat=2))
     chosen: dict[str, Question] = {}
     for turn in count_up():
         size_a, size_b = sizes[turn % len(sizes)]
         a, b = rng.randrange(10**size_a), rng.randrange(10**size_b)
         prompt = f"{a:0{digits}d}+{b:0{digits}d}="
         gold = f"{a + b:0{digits + 1}d}"[::-1]
-        hardness = {"digits": size_a + size_b}
+        hardness = {"digits": size_a + size_b, "stratum": f"{size_a}+{size_b}"}
         chosen.setdefault(prompt, Question(prompt, prompt, gold, SOURCE, hardness))
         if len(chosen) == count:
             break
@@ -96,16 +145,20 @@ def warm_start(
     target: float,
     seed: int,
     check_every: int = 10,
+    share: dict[str, float] | None = None,
 ) -> tuple[int, float]:
     """Supervised steps until `accuracy()`, sampled, reaches `target`; returns (steps, accuracy).
 
-    Without it every reward is zero and no policy gradient has anything to say.
+    share, as Task.warm_share, says how often each stratum is shown. Without a warm start every
+    reward is zero and no policy gradient has anything to say.
     """
     rng = random.Random(seed)
+    weights = None if share is None else _stratum_weights(questions, share)
     optimizer = torch.optim.AdamW(model.parameters(), lr=WARM_START_LEARNING_RATE)
     reached = 0.0
     for step in range(1, WARM_START_MAX_STEPS + 1):
-        tokens, labels = _supervised_batch(tokenizer, rng.choices(questions, k=WARM_START_BATCH))
+        chosen = rng.choices(questions, weights, k=WARM_START_BATCH)
+        tokens, labels = _supervised_batch(tokenizer, chosen)
         model.train()
         loss = model(input_ids=tokens, labels=labels, use_cache=False).loss
         optimizer.zero_grad(set_to_none=True)
@@ -119,6 +172,12 @@ def warm_start(
     optimizer.zero_grad(set_to_none=True)
     model.eval()
     return step, reached
+
+
+def _stratum_weights(questions: Sequence[Question], share: dict[str, float]) -> list[float]:
+    """A weight per question, such that each stratum has its share however many it holds."""
+    size = Counter(q.meta["stratum"] for q in questions)
+    return [share[q.meta["stratum"]] / size[q.meta["stratum"]] for q in questions]
 
 
 def _supervised_batch(

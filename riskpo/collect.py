@@ -27,7 +27,8 @@ Score = Callable[[Sequence[str], Sequence[Question]], tuple[torch.Tensor, dict[s
 class Batch:
     """What a step learns from, question-major, and what it cost to get.
 
-    seen_QG holds the rewards of everything that was sampled, kept or not: its mean is the policy's.
+    seen_QG holds the rewards of everything that was sampled, kept or not: its mean is the policy's;
+    seen says which questions these were.
     """
 
     questions: list[Question] = field(default_factory=list)
@@ -35,6 +36,7 @@ class Batch:
     rewards_QG: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0))
     seen_QG: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0))
     outcomes: Counter[str] = field(default_factory=Counter)
+    seen: list[Question] = field(default_factory=list)
 
 
 def draw(
@@ -91,6 +93,7 @@ def collect(
         batch.outcomes.update(outcomes)
         rewards.append(rewards_QG[kept])
         seen.append(rewards_QG)
+        batch.seen += fresh
         if len(batch.questions) == count:
             break
     batch.rewards_QG, batch.seen_QG = torch.cat(rewards), torch.cat(seen)

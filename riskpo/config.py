@@ -27,6 +27,11 @@ class MemoryConfig:
     """What is spent on activations, optimiser and head; every switch trades time for memory."""
 
     checkpointing: bool = False  # recompute each layer's activations in the backward
+    offload_checkpoints: bool = False  # what checkpointing keeps waits in pinned host memory
+    mlp_tile_tokens: int = 0  # tokens of an MLP at a time; 0: all of them
+    optimizer: str = "device"  # where its state is: device, host, or 8bit (needs bitsandbytes)
+    attention: str = "auto"  # of packed rows: auto, flash, varlen, sequences, masked
+    skip_zero_advantage: bool = False  # such responses stay out of the update and of its stats
     head_mib: int = 300  # workspace of the fused head
 
 
@@ -44,7 +49,7 @@ class TrainConfig:
     run_dir: str = "runs/demo"  # everything a run writes goes here; the same folder resumes
     algorithm: str = "riskpo-paper"  # a row of riskpo/strategies.py
     model: str | None = None  # folder or hub name of a causal LM; None: the embedded tiny model
-    data: str | None = None  # jsonl / parquet file or hub name; None: the embedded arithmetic task
+    data: str | None = None  # file or hub name; None: the embedded arithmetic; embedded:mixed
     eval_data: str | None = None  # None: a held-out part of data
     reward: str = "auto"  # auto, math, exact, or your own "package.module:function"
     seed: int = 0
@@ -94,6 +99,7 @@ REAL = {"learning_rate": 1e-6, "micro_batch_tokens": 16384, "max_response_tokens
 # What the paper's row needs in order to learn within the demo's few minutes (docs/demo.md).
 DEMO_OVERRIDES = {"riskpo-paper": {"baseline": "leave-one-out"}}
 
+ATTENTIONS = ("auto", "flash", "varlen", "sequences", "masked")
 FREE_ON_RESUME = ("steps", "save_every_steps", "log_with")  # may differ from the saved run's
 
 
@@ -102,24 +108,37 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, dict[str, Any]]:
 
     An override given by the user wins over the demo's.
     """
-    demo = config.model is None
+    demo = config.model is None and config.data is None
     given = {k: v for k, v in vars(config).items() if v is not None}
     overrides = DEMO_OVERRIDES.get(config.algorithm, {}) if demo else {}
     overrides = {k: v for k, v in overrides.items() if k not in given}
-    filled = {**(DEMO if demo else REAL), **overrides, **given}
+    filled = {**(DEMO if is_embedded(config.data) else REAL), **overrides, **given}
     return dataclasses.replace(config, **filled), overrides
+
+
+def is_embedded(data: str | None) -> bool:
+    """Whether the questions are made here: a name of riskpo.arithmetic.TASKS, or None."""
+    return data is None or data.partition(":")[0] == "embedded"
 
 
 def validate(config: TrainConfig) -> None:
     """ValueError, with what came, what was expected and what to do, on anything that cannot run."""
     c = config
-    if (c.model is None) != (c.data is None):
+    if c.model is None and not is_embedded(c.data) or c.model is not None and c.data is None:
         missing = "model" if c.model is None else "data"
         _reject(
             f"{missing}=None beside the other", "both model and data, or neither", f"Set {missing}."
         )
     _choice("backend", c.backend, ("auto", "triton", "torch", "reference"))
     _choice("dtype", c.dtype, ("float32", "bfloat16"))
+    _choice("memory.optimizer", c.memory.optimizer, ("device", "host", "8bit"))
+    _choice("memory.attention", c.memory.attention, ATTENTIONS)
+    if c.memory.offload_checkpoints and not c.memory.checkpointing:
+        _reject(
+            "memory.offload_checkpoints without memory.checkpointing",
+            "both, since it is the checkpoints that move",
+            "Set memory.checkpointing.",
+        )
     for name in c.log_with:
         _choice("log_with", name, ("tensorboard", "wandb", "trackio"))
     for name, value in flat(c).items():
@@ -147,7 +166,7 @@ def _flattened(given: dict[str, Any]) -> dict[str, Any]:
 
 _MAY_BE_ZERO = (
     "seed", "warmup_steps", "weight_decay", "entropy_coef", "omega", "alpha", "beta", "clip_low",
-    "clip_high", "eval_every_steps", "eval_questions", "save_every_steps", "steps",
+    "clip_high", "memory.mlp_tile_tokens", "eval_every_steps", "eval_questions", "save_every_steps", "steps",
 )  # fmt: skip
 
 
@@ -172,12 +191,12 @@ def read_toml(path: str | Path, base: TrainConfig | None = None) -> TrainConfig:
     """`base` with the settings of a TOML file; an unknown key names the nearest known one."""
     with open(path, "rb") as file:
         given = tomllib.load(file)
-    config: TrainConfig = _replaced(base or TrainConfig(), given, str(path))
+    config: TrainConfig = with_settings(base or TrainConfig(), given, str(path))
     return config
 
 
-def _replaced(base: Any, given: dict[str, Any], path: str) -> Any:
-    """`base`, a config or a group of one, with the `given` fields."""
+def with_settings(base: Any, given: dict[str, Any], path: str) -> Any:
+    """`base`, a config or a group of one, with the `given` fields; `path` is where they stood."""
     known = {f.name: f for f in dataclasses.fields(base)}
     found = {}
     for key, value in given.items():
@@ -187,7 +206,7 @@ def _replaced(base: Any, given: dict[str, Any], path: str) -> Any:
             _reject(f"unknown key {key!r} in {path}", f"a field of {type(base).__name__}", hint)
         inner = getattr(base, key)
         if dataclasses.is_dataclass(inner) and isinstance(value, dict):
-            found[key] = _replaced(inner, value, path)
+            found[key] = with_settings(inner, value, path)
         else:
             found[key] = _typed(key, str(known[key].type), value)
     return dataclasses.replace(base, **found)

@@ -82,6 +82,11 @@ class EvalResult:
         os.replace(unfinished, path)
 
 
+def powers_of_two(samples: int) -> tuple[int, ...]:
+    """The k of a pass@k curve: 1, 2, 4, ... up to `samples`, which is always the last."""
+    return (*(2**i for i in range((samples - 1).bit_length())), samples)
+
+
 def evaluate(
     sample: Sampler,
     questions: Sequence[Question],

@@ -6,7 +6,9 @@ import time
 
 import torch
 
-from riskpo.evaluate import EvalSettings, evaluate
+from riskpo.evaluate import EvalResult, EvalSettings, evaluate, powers_of_two
+from riskpo.measures import by_stratum
+from riskpo.records import Question
 from riskpo.rollout import seed_everything
 from riskpo.start import Run, sampler
 
@@ -14,7 +16,7 @@ SHOWN_ANSWERS = 6
 
 
 def evaluate_and_log(run: Run) -> None:
-    """avg@k and pass@k on the held-out questions, with random numbers of their own."""
+    """avg@n, pass@k for k up to n, and both by stratum, with random numbers of their own."""
     c, began = run.config, time.perf_counter()
     if not run.held_out:
         return
@@ -32,13 +34,23 @@ def evaluate_and_log(run: Run) -> None:
             run.held_out,
             run.scorer.score,
             samples=c.eval_samples,
-            ks=(c.eval_samples,),
+            ks=powers_of_two(c.eval_samples),
             settings=settings,
         )
     name = f"avg@{c.eval_samples}"
     interval = {f"{name}_low": result.avg.low, f"{name}_high": result.avg.high}
-    numbers = {**result.row(), **interval, "time_s": time.perf_counter() - began}
-    run.log.evaluation(run.step, numbers)
+    strata = stratum_rows(run.held_out, result)
+    numbers = {**result.row(), **interval, **strata, "time_s": time.perf_counter() - began}
+    run.log.evaluation(run.step, numbers, shown=(name, f"pass@{c.eval_samples}"))
+
+
+def stratum_rows(questions: list[Question], result: EvalResult) -> dict[str, float]:
+    """"reward_S" and "solved_S", a question being solved when any response is right, by stratum."""
+    rewards_Qn = torch.tensor([result.rewards[q.id] for q in questions])
+    solved = by_stratum(questions, (rewards_Qn > 0).any(1, keepdim=True).float())
+    return by_stratum(questions, rewards_Qn) | {
+        name.replace("reward", "solved"): value for name, value in solved.items()
+    }
 
 
 def show_answers(run: Run) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,9 @@ class RunLog:
         if self._progress is not None:
             self._progress.update(self._bar, completed=step)
 
-    def evaluation(self, step: int, numbers: dict[str, float]) -> None:
-        """Held-out numbers after `step` steps (0: before training)."""
+    def evaluation(self, step: int, numbers: dict[str, float], shown: Sequence[str]) -> None:
+        """Held-out numbers after `step` steps (0: before training); `shown` is for the terminal."""
         self._write("eval", step, numbers)
-        shown = (k for k in numbers if not k.endswith(("_s", "_low", "_high")))
         text = "  ".join(f"{name} {numbers[name]:.3f}" for name in shown)
         self.note(f"held out after step {step}: {text}")
 

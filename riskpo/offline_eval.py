@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from riskpo.arithmetic import build_questions
+from riskpo.arithmetic import find_task, task_questions
 from riskpo.checkpoint import latest_checkpoint
-from riskpo.config import DEMO, REAL
+from riskpo.config import DEMO, REAL, is_embedded
 from riskpo.data import BOXED_INSTRUCTION, load_questions, split_holdout
 from riskpo.evaluate import EvalResult, EvalSettings, evaluate
 from riskpo.records import Question
 from riskpo.rewards import Scorer
 from riskpo.rollout import load_policy, sample, seed_everything
-from riskpo.start import EMBEDDED_QUESTIONS
 
 if TYPE_CHECKING:
     from riskpo.cli import EvalConfig
@@ -24,7 +23,7 @@ def evaluate_model(config: EvalConfig) -> EvalResult:
     """Load, sample, score, print; and write config.out where one is given."""
     model = str(latest_checkpoint(config.model) or config.model)
     policy = load_policy(model, dtype=config.dtype)
-    default = (DEMO if config.data is None else REAL)["max_response_tokens"]
+    default = (DEMO if is_embedded(config.data) else REAL)["max_response_tokens"]
     response_tokens = config.max_response_tokens or int(default)
 
     def answers(questions: Sequence[Question], samples: int) -> list[str]:
@@ -62,8 +61,8 @@ def evaluate_model(config: EvalConfig) -> EvalResult:
 
 def questions_of(config: EvalConfig) -> list[Question]:
     """The first `questions` of a data set, or what the demo with this seed held out."""
-    if config.data is None:
-        everything = build_questions(EMBEDDED_QUESTIONS, config.seed)
+    if config.data is None or is_embedded(config.data):
+        everything = task_questions(find_task(config.data), config.seed)
         return split_holdout(everything, config.questions, config.seed)[1]
     instruction = BOXED_INSTRUCTION if config.reward in ("auto", "math") else None
     return load_questions(config.data, limit=config.questions, instruction=instruction)

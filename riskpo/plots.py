@@ -37,7 +37,7 @@ def plot(run_dir: str | Path) -> Path:
     figure, axes = plt.subplots(2, 2, figsize=(10, 6.4), dpi=130, layout="constrained")
     for axis, (name, label, colour) in zip(axes.flat[:3], PANELS, strict=True):
         _curve(axis, [r for r in steps if name in r], name, colour)
-        _dress(axis, label)
+        dress(axis, label)
     _held_out(axes.flat[3], evaluations)
     figure.suptitle(Path(run_dir).name, color=INK, fontsize=12)
     path = Path(run_dir) / "curves.png"
@@ -67,10 +67,10 @@ def _held_out(axis: Any, records: list[dict[str, Any]]) -> None:
         high = np.array([r[f"{name}_high"] for r in records])
         axis.fill_between(x, low, high, color=HELD_OUT, alpha=0.15, linewidth=0)
         axis.plot(x, y, color=HELD_OUT, linewidth=2.0, marker="o", markersize=4)
-    _dress(axis, f"held-out {name or 'accuracy'} (95 % interval)")
+    dress(axis, f"held-out {name or 'accuracy'} (95 % interval)")
 
 
-def _dress(axis: Any, label: str) -> None:
+def dress(axis: Any, label: str) -> None:
     axis.set_xlabel("step", color=INK, fontsize=9)
     axis.set_ylabel(label, color=INK, fontsize=9)
     axis.grid(color=GRID, linewidth=0.8)

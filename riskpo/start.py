@@ -11,13 +11,20 @@ from typing import Any
 
 import torch
 
-from riskpo.arithmetic import build_model, build_questions, build_tokenizer, warm_start
+from riskpo.arithmetic import (
+    build_model,
+    build_tokenizer,
+    find_task,
+    task_questions,
+    warm_start,
+)
 from riskpo.checkpoint import latest_checkpoint, read_about, restore, set_aside, truncate_log
 from riskpo.collect import Sample
-from riskpo.config import TrainConfig, resolve, to_toml, validate
+from riskpo.config import TrainConfig, is_embedded, resolve, to_toml, validate
 from riskpo.data import BOXED_INSTRUCTION, load_questions, split_holdout
 from riskpo.head import Head, find_head
 from riskpo.logs import METRICS, RunLog
+from riskpo.memory.switches import apply_switches
 from riskpo.optimizer import Optimizer
 from riskpo.records import Question
 from riskpo.rewards import Scorer
@@ -33,8 +40,6 @@ from riskpo.rollout import (
 from riskpo.strategies import Advantage, LossOptions, Strategy, find_strategy, loss_options
 from riskpo.update import UpdatePlan
 
-EMBEDDED_QUESTIONS = 6000
-WARM_START_ACCURACY = 0.4  # sampled; above it there is signal, far below 1 there is room
 WARM_START_PROBE = 100  # training questions that are sampled to measure it
 MAX_WORKERS = 8  # verifier processes
 
@@ -101,9 +106,10 @@ def start(given: TrainConfig) -> Run:
 
 def load_data(config: TrainConfig) -> tuple[list[Question], list[Question]]:
     """(training, held out) questions, the same for every run with these settings."""
-    if config.data is None:
-        everything = build_questions(EMBEDDED_QUESTIONS, config.seed)
+    if is_embedded(config.data):
+        everything = task_questions(find_task(config.data), config.seed)
         return split_holdout(everything, config.eval_questions, config.seed)
+    assert config.data is not None  # validate has seen to it
     instruction = BOXED_INSTRUCTION if config.reward in ("auto", "math") else None
     questions = load_questions(config.data, instruction=instruction)
     if config.eval_data is None:
@@ -131,7 +137,7 @@ def warmed_up(
     config: TrainConfig, questions: Sequence[Question], note: Callable[[str], None]
 ) -> Policy:
     """The embedded model after supervised steps; weights and order are a function of the seed."""
-    tokenizer = build_tokenizer()
+    task, tokenizer = find_task(config.data), build_tokenizer()
     policy = prepare(Policy(build_model(tokenizer, config.seed), tokenizer))
     probe = list(questions[:WARM_START_PROBE])
     ask = sampler(policy, config, 2)
@@ -142,15 +148,16 @@ def warmed_up(
         right = [gold[i] == t for i, t in zip(rollouts.question_id, rollouts.text, strict=True)]
         return sum(right) / len(right)
 
-    note(f"warm start: supervised steps until {WARM_START_ACCURACY:.0%} of the answers are right")
+    note(f"warm start: supervised steps until {task.warm_target:.0%} of the answers are right")
     seed_everything(config.seed)
     steps, reached = warm_start(
         policy.model,
         tokenizer,
         questions,
         accuracy,
-        target=WARM_START_ACCURACY,
+        target=task.warm_target,
         seed=config.seed,
+        share=task.warm_share,
     )
     note(f"warm start: {steps} steps, {reached:.0%} of sampled answers right")
     policy.model.to(device=best_device(), dtype=getattr(torch, config.dtype))
@@ -158,8 +165,7 @@ def warmed_up(
 
 
 def build_optimizer(policy: Policy, config: TrainConfig) -> Optimizer:
-    if config.memory.checkpointing:
-        policy.model.gradient_checkpointing_enable()
+    apply_switches(policy.model, config.memory)
     assert config.learning_rate is not None  # resolve has seen to it
     return Optimizer(
         policy.model.parameters(),
@@ -167,6 +173,7 @@ def build_optimizer(policy: Policy, config: TrainConfig) -> Optimizer:
         warmup_steps=config.warmup_steps,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
+        state=config.memory.optimizer,
     )
 
 
@@ -179,6 +186,7 @@ def build_plan(config: TrainConfig) -> UpdatePlan:
         entropy_coef=config.entropy_coef,
         backend=config.backend,
         memory_mib=config.memory.head_mib,
+        skip_zero_advantage=config.memory.skip_zero_advantage,
     )
 
 

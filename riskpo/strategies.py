@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from riskpo.config import TrainConfig
-from riskpo_kernels import RiskPOAdvantage, bundle_scores, mvar, rvar
+from riskpo_kernels import RiskPOAdvantage
 
 RISK_SETTINGS = ("bundle_size", "omega", "alpha", "beta", "baseline", "scale", "credit")
 GROUP_STD_EPS = 1e-6
@@ -96,10 +96,10 @@ def risk(preset: str, **row: Any) -> Callable[[TrainConfig], Advantage]:
 
 
 def group(*, over_std: bool = True) -> Callable[[TrainConfig], Advantage]:
-    """A factory of GroupAdvantage. Bundle size, levels and omega still shape the risk curves."""
+    """A factory of GroupAdvantage."""
 
     def build(config: TrainConfig) -> Advantage:
-        useless = [k for k in ("baseline", "scale", "credit") if getattr(config, k) is not None]
+        useless = [k for k in RISK_SETTINGS if getattr(config, k) is not None]
         if useless:
             raise ValueError(
                 f"config: got {', '.join(useless)} with algorithm={config.algorithm!r}; expected "
@@ -129,11 +129,20 @@ OFFICIAL = LossOptions(
 DAPO = LossOptions(ratio="token", clip_low=0.2, clip_high=0.28, aggregate="token-mean")
 DR_GRPO = LossOptions(ratio="token", clip_low=0.2, clip_high=0.2, aggregate="sequence-sum-norm")
 
+# The paper's own baseline makes every advantage <= 0: each sample is pushed down, the bad ones
+# harder. The rows -loo, -batch and -none differ from riskpo-paper in nothing but the baseline. The
+# remaining controls are settings of one of these rows: --omega 0, --beta 1, --bundle-size 1.
 STRATEGIES: dict[str, Strategy] = {
     "riskpo-paper": Strategy(risk("paper"), loss=PAPER),
+    "riskpo-loo": Strategy(risk("paper", baseline="leave-one-out"), loss=PAPER),
+    "riskpo-batch": Strategy(risk("paper", baseline="batch"), loss=PAPER),
+    "riskpo-none": Strategy(risk("paper", baseline="none"), loss=PAPER),
     "riskpo-official-easy": Strategy(risk("official-easy"), loss=OFFICIAL),
     "riskpo-official-hard": Strategy(risk("official-hard"), loss=OFFICIAL),
     "riskpo-seeking": Strategy(risk("paper", form="seeking"), loss=PAPER),
+    "riskpo-seeking-loo": Strategy(
+        risk("paper", form="seeking", baseline="leave-one-out"), loss=PAPER
+    ),
     "bundle-mean": Strategy(risk("paper", form="mean"), loss=PAPER),
     "grpo": Strategy(group(), loss=TOKEN),
     "dr-grpo": Strategy(group(over_std=False), loss=DR_GRPO),
@@ -184,23 +193,3 @@ def overlong_penalty(length: int, max_tokens: int, buffer_tokens: int) -> float:
     if buffer_tokens <= 0:
         return 0.0
     return -min(max((length - (max_tokens - buffer_tokens)) / buffer_tokens, 0.0), 1.0)
-
-
-def risk_curves(rewards_QG: torch.Tensor, config: TrainConfig) -> dict[str, float]:
-    """Lower-tail RVaR and MVaR of bundle scores, for every algorithm alike, in score units.
-
-    Where the config is silent the paper's bundle size, levels and omega are used. Bundles are
-    consecutive questions; what does not fill a bundle is left out.
-    """
-    alpha = 0.2 if config.alpha is None else config.alpha
-    beta = 0.8 if config.beta is None else config.beta
-    omega = 0.5 if config.omega is None else config.omega
-    size = config.bundle_size or 5
-    full = len(rewards_QG) // size * size
-    if not full:
-        return {}
-    scores = bundle_scores(rewards_QG[:full], size).flatten()
-    return {
-        "rvar_lower": float(rvar(scores, 0.0, alpha)),
-        "mvar": float(mvar(scores, alpha, beta, omega)),
-    }

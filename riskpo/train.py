@@ -18,7 +18,7 @@ from riskpo.config import TrainConfig
 from riskpo.heldout import evaluate_and_log, show_answers
 from riskpo.plots import plot
 from riskpo.start import Run, start
-from riskpo.strategies import risk_curves
+from riskpo.measures import by_stratum, covariances, risk_curves
 from riskpo.update import update
 
 
@@ -55,7 +55,8 @@ def train_step(run: Run, step: int) -> None:
         step=step,
     )
     sampled = time.perf_counter()
-    numbers = {"reward_mean": float(batch.seen_QG.mean()), **risk_curves(batch.seen_QG, c)}
+    numbers = {"reward_mean": float(batch.seen_QG.mean()), **risk_curves(batch.seen_QG)}
+    numbers |= by_stratum(batch.seen, batch.seen_QG)
     if batch.questions:
         rewards_R = shaped_rewards(batch, run.strategy.overlong, c.max_response_tokens or 0)
         advantage_R, risk = run.advantage(rewards_R, batch.rollouts.question_id, step=step)
@@ -68,13 +69,14 @@ def train_step(run: Run, step: int) -> None:
             run.loss,
             run.plan,
         )
-        numbers = {**risk, **stats, **numbers}
+        numbers = {**risk, **stats, **numbers, **covariances(batch)}
     else:
         run.log.note(f"step {step}: no question was kept, nothing to learn from")
     run.step = step
     numbers |= {f"outcome_{name}": float(n) for name, n in batch.outcomes.items()}
     numbers |= {
         "sampled_questions": float(len(batch.seen_QG)),
+        "sampled_responses": float(batch.seen_QG.numel()),
         "learning_rate": run.optimizer.learning_rate,
         "truncated_fraction": sum(batch.rollouts.truncated) / max(len(batch.rollouts), 1),
         "sample_time_s": sampled - began,

@@ -7,6 +7,7 @@ import torch
 
 from riskpo.collect import MAX_ATTEMPTS, Batch, collect, draw, shaped_rewards
 from riskpo.config import TrainConfig
+from riskpo.measures import by_stratum, risk_curves
 from riskpo.records import Question, Rollouts
 from riskpo.strategies import (
     STRATEGIES,
@@ -16,7 +17,6 @@ from riskpo.strategies import (
     keep_mixed,
     loss_options,
     overlong_penalty,
-    risk_curves,
 )
 
 QUESTIONS = [Question(f"q{i}", f"{i}", str(i)) for i in range(50)]
@@ -102,12 +102,32 @@ def test_refusals():
         by_question(torch.zeros(5), ["a", "a", "b", "b", "b"])
 
 
-def test_risk_curves_use_the_paper_where_the_config_is_silent():
+def test_risk_curves_of_a_golden_batch():
     """Scores 0..5 once each: the golden G1 of the algorithm notes."""
     rewards_QG = (torch.arange(6)[None] > torch.arange(5)[:, None]).float()
-    curves = risk_curves(rewards_QG, TrainConfig())
+    curves = risk_curves(rewards_QG)
     assert curves["rvar_lower"] == pytest.approx(1 / 6) and curves["mvar"] == pytest.approx(1.55)
-    assert risk_curves(torch.ones(3, 4), TrainConfig()) == {}
+    assert risk_curves(torch.ones(3, 4)) == {}
+
+
+def test_rewards_by_stratum():
+    questions = [Question(str(i), "?", "1", meta={"stratum": "ab"[i % 2]}) for i in range(3)]
+    rewards_QG = torch.tensor([[1.0, 1], [0, 1], [0, 0]])
+    assert by_stratum(questions, rewards_QG) == {"reward_a": 0.5, "reward_b": 0.5}
+    assert by_stratum(QUESTIONS[:3], rewards_QG) == {}
+
+
+def test_rows_that_differ_in_their_baseline_only():
+    rewards = (torch.rand(320, generator=torch.Generator().manual_seed(1)) < 0.4).float()
+    ids = [f"q{i}" for i in range(40) for _ in range(8)]
+    found = {
+        name: find_strategy(name).advantage(TrainConfig())(rewards, ids, step=1)[0]
+        for name in ("riskpo-paper", "riskpo-none", "riskpo-batch", "riskpo-loo")
+    }
+    assert found["riskpo-paper"].max() == 0  # nothing is ever pushed up
+    assert found["riskpo-batch"].mean().abs() < 1e-6 and found["riskpo-loo"].mean().abs() < 1e-6
+    for name in ("riskpo-none", "riskpo-batch"):
+        assert (found[name] - found["riskpo-paper"]).std() < 1e-6  # a constant apart
 
 
 # One step's batch --------------------------------------------------------------------------

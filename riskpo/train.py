@@ -16,9 +16,9 @@ from riskpo.checkpoint import save_checkpoint
 from riskpo.collect import collect, shaped_rewards
 from riskpo.config import TrainConfig
 from riskpo.heldout import evaluate_and_log, show_answers
+from riskpo.measures import by_stratum, covariances, risk_curves
 from riskpo.plots import plot
 from riskpo.start import Run, start
-from riskpo.measures import by_stratum, covariances, risk_curves
 from riskpo.update import update
 
 

@@ -16,32 +16,34 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from riskpo.data_code import humaneval, livecodebench, mbpp, rllm
+from riskpo.data_files import FILE_SUFFIXES, Row, read_file, read_hub
+from riskpo.data_images import image_columns, read_images
 from riskpo.records import Question
 
 BOXED_INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
-FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
-IMAGE_FIELDS = ("images", "image", "decoded_image")
-HUB_SECONDS = 3.0
 META_CHARACTERS = 200
 
-Row = dict[str, Any]
 Prompt = str | list[dict[str, str]]
 _log = logging.getLogger(__name__)
 
 
 class Form(NamedTuple):
-    """Rows that have all of `fields` are read by `read`: row -> (prompt, gold)."""
+    """Rows that have all of `fields` are read by `read`: row -> (prompt, gold).
+
+    reward goes into meta where the gold is no text to compare with: "code" for programming tasks.
+    """
 
     name: str
     fields: tuple[str, ...]
     read: Callable[[Row], tuple[Prompt, str]]
+    reward: str = ""
 
 
 def _verl(row: Row) -> tuple[Prompt, str]:
@@ -68,7 +70,20 @@ def _chat(row: Row) -> tuple[Prompt, str]:
     return _messages(row["messages"]), gold_text(row["ground_truth"])
 
 
+def _geometry3k(row: Row) -> tuple[Prompt, str]:
+    """Multiple choice; the letter is the gold."""
+    letters = "ABCDEFGHIJ"
+    choices = [f"({a}) {text}" for a, text in zip(letters, row["choices"], strict=False)]
+    return "\n".join([str(row["problem_text"]), *choices]), gold_text(row["answer"])
+
+
 FORMS = (
+    Form("HumanEval", ("task_id", "prompt", "entry_point", "test"), humaneval, "code"),
+    Form("MBPP", ("text", "test_list"), mbpp, "code"),
+    Form("MBPP sanitized", ("prompt", "test_list"), mbpp, "code"),
+    Form("LeetCode and Codeforces of rllm", ("problem", "tests"), rllm, "code"),
+    Form("LiveCodeBench", ("question_content", "public_test_cases"), livecodebench, "code"),
+    Form("Geometry3K with choices", ("problem_text", "choices", "answer"), _geometry3k),
     Form("verl", ("prompt", "reward_model"), _verl),
     Form("OlympiadBench", ("question", "final_answer"), _pair("question", "final_answer")),
     Form("MATH", ("problem", "answer"), _pair("problem", "answer")),
@@ -94,66 +109,73 @@ def load_questions(
     instruction  sentence added to every prompt that does not mention \\boxed yet, for example
                  BOXED_INSTRUCTION
 
-    ValueError for a missing file, unknown fields or image rows; ConnectionError, within seconds,
-    when the hub cannot be reached.
+    ValueError for a missing file, unknown fields or a missing picture; ConnectionError, within
+    seconds, when the hub cannot be reached.
     """
     path = Path(source)
     rows: Iterable[Row]
     if path.suffix.lower() in FILE_SUFFIXES:
-        rows = _read_file(path)
+        rows = read_file(path)
     else:
-        rows = _read_hub(source, split)
-    found = (to_question(row, path.stem) for row in rows)
+        rows = read_hub(source, split)
+    found = (to_question(row, path, i) for i, row in enumerate(rows))
     questions = unique_ids(merge_copies(found, source))[:limit]
     if not questions:
         raise ValueError(
             f"load_questions: {source} holds no question. Check the file or the split."
         )
     if instruction:
-        questions = [replace(q, prompt=with_instruction(q.prompt, instruction)) for q in questions]
+        questions = [_instructed(q, instruction) for q in questions]
     return questions
 
 
-def to_question(row: Row, source: str) -> Question:
-    """One row as a Question; `source` names the data set where the row does not."""
-    images = [name for name in IMAGE_FIELDS if row.get(name)]
-    if images:
-        raise ValueError(
-            f"load_questions: {source} has image rows (field {images[0]!r}), which are not "
-            "supported yet. Drop these rows or choose a text data set."
-        )
+def to_question(row: Row, path: Path, number: int) -> Question:
+    """Row `number` of the data set at `path`, as a Question."""
     form = next((f for f in FORMS if all(row.get(x) is not None for x in f.fields)), None)
     if form is None:
         known = "; ".join(f"{f.name} ({', '.join(f.fields)})" for f in FORMS)
         raise ValueError(
-            f"load_questions: {source} has a row with the fields {sorted(row)}; expected one of: "
-            f"{known}. Rename the columns."
+            f"load_questions: {path} has a row with the fields {sorted(row)} (row {number}); "
+            f"expected one of: {known}. Rename the columns."
         )
     prompt, gold = form.read(row)
-    source = str(row.get("data_source") or source)
-    return Question(_row_id(row, source, prompt), prompt, gold, source, _meta(row, form))
+    source = str(row.get("data_source") or path.stem)
+    images = read_images(row, path.parent, f"{path} row {number}")
+    identity = _row_id(row, source, prompt, images)
+    return Question(identity, prompt, gold, source, _meta(row, form), images)
 
 
-def _row_id(row: Row, source: str, prompt: Prompt) -> str:
+def _row_id(row: Row, source: str, prompt: Prompt, images: Sequence[bytes | str]) -> str:
     """The row's own id where it has one, else a hash of the problem."""
     extra = row.get("extra_info") or {}
     if row.get("unique_id") is not None:
         return str(row["unique_id"])
-    for value in (extra.get("index"), row.get("id"), row.get("idx")):
+    for value in (extra.get("index"), *(row.get(n) for n in ("id", "idx", "task_id"))):
         if value is not None:
             return f"{source}/{value}"
-    return f"{source}/{_hash(prompt)}"
+    return f"{source}/{_hash(prompt, images)}"
 
 
-def _hash(prompt: Prompt) -> str:
-    return hashlib.sha256(json.dumps(prompt).encode()).hexdigest()[:16]
+def _hash(prompt: Prompt, images: Sequence[bytes | str] = ()) -> str:
+    digest = hashlib.sha256(json.dumps(prompt).encode())
+    for image in images:
+        digest.update(image if isinstance(image, bytes) else image.encode())
+    return digest.hexdigest()[:16]
+
+
+def _instructed(question: Question, instruction: str) -> Question:
+    """Programming tasks say in their own prompt what is wanted."""
+    if question.meta.get("reward"):
+        return question
+    return replace(question, prompt=with_instruction(question.prompt, instruction))
 
 
 def _meta(row: Row, form: Form) -> dict[str, Any]:
     """The small fields that are left (level, subject, ...), and all of extra_info."""
-    left = {k: v for k, v in row.items() if k not in form.fields and _is_small(v)}
+    unread = {*form.fields, *image_columns(row)}
+    left = {k: v for k, v in row.items() if k not in unread and _is_small(v)}
     extra = {k: v for k, v in (row.get("extra_info") or {}).items() if _is_small(v)}
-    return {**left, **extra}
+    return {**left, **extra, **({"reward": form.reward} if form.reward else {})}
 
 
 def _is_small(value: object) -> bool:
@@ -199,7 +221,7 @@ def merge_copies(questions: Iterable[Question], source: str) -> list[Question]:
     """Each problem once, with meta["copies"]; problems with contradicting golds are dropped."""
     groups: dict[str, list[Question]] = {}
     for question in questions:
-        groups.setdefault(json.dumps(question.prompt), []).append(question)
+        groups.setdefault(_hash(question.prompt, question.images), []).append(question)
     agreed = [g for g in groups.values() if len({q.gold for q in g}) == 1]
     if len(agreed) < len(groups):
         _log.warning(
@@ -213,7 +235,10 @@ def merge_copies(questions: Iterable[Question], source: str) -> list[Question]:
 def unique_ids(questions: Sequence[Question]) -> list[Question]:
     """Ids that clash get a hash of their problem, all of them, so that order does not matter."""
     seen = Counter(q.id for q in questions)
-    return [q if seen[q.id] == 1 else replace(q, id=f"{q.id}#{_hash(q.prompt)}") for q in questions]
+    return [
+        q if seen[q.id] == 1 else replace(q, id=f"{q.id}#{_hash(q.prompt, q.images)}")
+        for q in questions
+    ]
 
 
 def with_instruction(prompt: Prompt, instruction: str) -> Prompt:
@@ -244,69 +269,3 @@ def split_holdout(
     )
     held = set(ranked[:count])
     return [q for q in questions if q.id not in held], [q for q in questions if q.id in held]
-
-
-def _read_file(path: Path) -> list[Row]:
-    if not path.is_file():
-        raise ValueError(f"load_questions: there is no file {path}. Check the path.")
-    if path.suffix.lower() == ".parquet":
-        import pyarrow.parquet
-
-        return list(pyarrow.parquet.read_table(path).to_pylist())
-    text = path.read_text(encoding="utf-8")
-    if path.suffix.lower() == ".json":
-        rows = json.loads(text)
-        if not isinstance(rows, list):
-            raise ValueError(
-                f"load_questions: {path} holds a {type(rows).__name__}; expected a list of rows. "
-                "Write one row per line into a .jsonl file."
-            )
-        return rows
-    return [json.loads(line) for line in text.split("\n") if line.strip()]
-
-
-def _read_hub(source: str, split: str) -> Iterable[Row]:
-    import datasets
-    from huggingface_hub import constants
-
-    offline = constants.HF_HUB_OFFLINE
-    if not Path(source).exists() and not offline and not _hub_answers():
-        raise ConnectionError(
-            f"load_questions: the hub ({constants.ENDPOINT}) did not answer within "
-            f"{HUB_SECONDS:.0f} s, so {source!r} cannot be loaded. Give a local .jsonl or .parquet "
-            "file, or set HF_HUB_OFFLINE=1 to use a copy from the cache."
-        )
-    name, _, config = source.partition(":")
-    try:
-        return datasets.load_dataset(name, config or None, split=split)
-    except (OSError, ValueError) as error:
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        kind = ConnectionError if offline or isinstance(error, ConnectionError) else ValueError
-        raise kind(
-            f"load_questions: cannot load {source!r}, split {split!r}"
-            f"{' (HF_HUB_OFFLINE is set)' if offline else ''}: {reason}. Check the name, or give a "
-            "local .jsonl or .parquet file."
-        ) from None  # one line; the reason is in it
-
-
-def _hub_answers() -> bool:
-    """One request with a short limit, proxies respected; the libraries retry for 23 s and more."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
-
-    answered, done = threading.Event(), threading.Event()
-
-    def ask() -> None:
-        try:
-            get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
-            answered.set()
-        except Exception as error:  # any reason means the same: no hub
-            _log.debug("hub: %s", error)
-        finally:
-            done.set()
-
-    threading.Thread(
-        target=ask, daemon=True
-    ).start()  # name resolution has no time limit of its own
-    done.wait(HUB_SECONDS)
-    return answered.is_set()

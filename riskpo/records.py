@@ -15,7 +15,8 @@ class Question:
 
     id is stable across runs and unique in a data set; prompt is plain text or a list of chat
     messages {"role", "content"}; gold is the reference answer as text; source names the data set
-    (it picks the reward); meta carries anything else a reward may want.
+    (it picks the reward); meta carries anything else a reward may want; images are encoded
+    pictures or paths to them, see riskpo/data_images.py.
     """
 
     id: str
@@ -23,6 +24,7 @@ class Question:
     gold: str
     source: str = ""
     meta: dict[str, Any] = field(default_factory=dict)
+    images: tuple[bytes | str, ...] = ()
 
 
 @dataclass

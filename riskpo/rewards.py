@@ -1,16 +1,20 @@
 r"""Verifiable rewards, and a count of everything that is not a verdict.
 
-Three kinds of reward:
+Kinds of reward:
 
   "math"             final answer equal to the gold, math-verify in killable processes; see
                      riskpo/math_reward.py for what counts as the answer and as equal
+  "code"             the program in the response passes the tests of its question, in a sandbox; see
+                     riskpo/code_reward.py and docs/sandbox.md. "code-limits-only" accepts a machine
+                     that allows no namespaces, and with it a program that can read your files
   "exact"            the response is the gold, character for character but for surrounding space;
                      nothing is parsed, so it runs here
   "package.module:function"
                      your own (text, question) -> float, called in the same killable processes;
                      question has the fields of riskpo.records.Question; above zero counts as right
 
-"auto" takes "exact" for the embedded arithmetic task and "math" for everything else. Timeouts,
+"auto" takes "exact" for the embedded arithmetic task, "code" for programming tasks and "math" for
+everything else. Timeouts,
 crashes and unreadable golds give reward 0 and are counted under their own names, never as wrong.
 """
 
@@ -18,19 +22,24 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import TracebackType
 from typing import Any
 
 import torch
 
 from riskpo.records import Question
+from riskpo.sandbox import require
 from riskpo.verdicts import Outcome, Verdict, failed, right
 from riskpo.verifier_pool import VerifierPool
 
 __all__ = ["Outcome", "Scorer", "Verdict", "VerifierPool", "check_golds", "verify_exact"]
 
 MATH = "riskpo.math_reward:verify_math"
+CODE = "riskpo.code_reward:verify_code"
+CODE_LEVELS = {"code": "namespaces", "code-limits-only": "limits"}
+CODE_EXTRA_SECONDS = 30.0  # to start two sandboxes on a busy machine, beside the program's own time
+KINDS = ("auto", "math", "exact", *CODE_LEVELS)
 EXACT_SOURCES = ("arithmetic",)
 
 
@@ -49,10 +58,13 @@ def verify_exact(gold: str, answer: str) -> Verdict:
 class Scorer:
     """Rewards for the training loop and for evaluation; a context manager.
 
-    reward      "auto", "math", "exact" or an import path "package.module:function"
-    workers, seconds, memory_mib   see VerifierPool; the processes start when first needed
+    reward      "auto", "math", "code", "code-limits-only", "exact" or an import path
+                "package.module:function"
+    workers, seconds, memory_mib   see VerifierPool; the processes start when first needed. For
+                code, seconds is the time of a program over all its tests, without the sandbox's own
 
-    ValueError for an unknown reward; RuntimeError when a reward function cannot be imported.
+    ValueError for an unknown reward; RuntimeError when a reward function cannot be imported, or
+    (SandboxUnavailable) when programs cannot be isolated on this machine.
     """
 
     def __init__(
@@ -63,9 +75,9 @@ class Scorer:
         seconds: float = 5.0,
         memory_mib: int = 2048,
     ) -> None:
-        if reward not in ("auto", "math", "exact") and ":" not in reward:
+        if reward not in KINDS and ":" not in reward:
             raise ValueError(
-                f"Scorer: got reward={reward!r}; expected 'auto', 'math', 'exact' or an import "
+                f"Scorer: got reward={reward!r}; expected one of {', '.join(KINDS)} or an import "
                 "path 'package.module:function'. Check the spelling."
             )
         self.reward = reward
@@ -74,9 +86,9 @@ class Scorer:
             "seconds": seconds,
             "memory_mib": memory_mib,
         }
-        self._pool: VerifierPool | None = None
-        if ":" in reward:  # a misspelt import path is told now, not after the first rollouts
-            self._running_pool()
+        self._pools: dict[str, VerifierPool] = {}
+        if ":" in reward or reward in CODE_LEVELS:  # told now, not after the first rollouts
+            self._running_pool(reward if ":" in reward else CODE)
 
     def score(
         self, texts: Sequence[str], questions: Sequence[Question]
@@ -104,10 +116,13 @@ class Scorer:
             verify_exact(q.gold, t) if self._is_exact(q) else None
             for t, q in zip(texts, rows, strict=True)
         ]
-        pending = [i for i, verdict in enumerate(verdicts) if verdict is None]
-        if pending:
-            items = [self._item(texts[i], rows[i]) for i in pending]
-            for i, verdict in zip(pending, self._running_pool().run(items), strict=True):
+        pending: dict[str, list[int]] = {}
+        for i, verdict in enumerate(verdicts):
+            if verdict is None:
+                pending.setdefault(self._path(rows[i]), []).append(i)
+        for path, chosen in pending.items():
+            items = [self._item(path, texts[i], rows[i]) for i in chosen]
+            for i, verdict in zip(chosen, self._running_pool(path).run(items), strict=True):
                 verdicts[i] = verdict
         return [v for v in verdicts if v is not None]
 
@@ -118,32 +133,51 @@ class Scorer:
         """
         if ":" in self.reward:
             return []
-        exact = [(q, verify_exact(q.gold, q.gold)) for q in questions if self._is_exact(q)]
-        parsed = [q for q in questions if not self._is_exact(q)]
-        if parsed:
-            verdicts = self._running_pool().run([(q.gold, None) for q in parsed])
-            exact += zip(parsed, verdicts, strict=True)
-        return [(q, verdict) for q, verdict in exact if verdict.outcome is not Outcome.RIGHT]
+        judged = [(q, verify_exact(q.gold, q.gold)) for q in questions if self._is_exact(q)]
+        for path in (MATH, CODE):
+            chosen = [q for q in questions if not self._is_exact(q) and self._path(q) == path]
+            if chosen:
+                items = [self._item(path, None, q) for q in chosen]
+                judged += zip(chosen, self._running_pool(path).run(items), strict=True)
+        return [(q, verdict) for q, verdict in judged if verdict.outcome is not Outcome.RIGHT]
 
     def _is_exact(self, question: Question) -> bool:
         return self.reward == "exact" or (
             self.reward == "auto" and question.source in EXACT_SOURCES
         )
 
-    def _item(self, text: str, question: Question) -> tuple[Any, ...]:
-        return (text, asdict(question)) if ":" in self.reward else (question.gold, text)
+    def _path(self, question: Question) -> str:
+        """The function that judges answers to this question."""
+        if ":" in self.reward:
+            return self.reward
+        programs = self.reward == "auto" and question.meta.get("reward") == "code"
+        return CODE if programs or self.reward in CODE_LEVELS else MATH
 
-    def _running_pool(self) -> VerifierPool:
-        if self._pool is None:
-            path = self.reward if ":" in self.reward else MATH
-            self._pool = VerifierPool(path, **self._options)
-        return self._pool
+    def _item(self, path: str, text: str | None, question: Question) -> tuple[Any, ...]:
+        if path == MATH:
+            return (question.gold, text)
+        asked = asdict(replace(question, images=()))  # pictures stay in the trainer
+        if path == CODE:
+            return (text, asked, self._options["seconds"], self._level)
+        return (text, asked)
+
+    @property
+    def _level(self) -> str:
+        return CODE_LEVELS.get(self.reward, "namespaces")
+
+    def _running_pool(self, path: str) -> VerifierPool:
+        if path not in self._pools:
+            options = dict(self._options)
+            if path == CODE:
+                require(self._level)
+                options["seconds"] += CODE_EXTRA_SECONDS
+            self._pools[path] = VerifierPool(path, **options)
+        return self._pools[path]
 
     def close(self) -> None:
         """End the verifier processes. Scoring again starts new ones."""
-        if self._pool is not None:
-            self._pool.close()
-            self._pool = None
+        while self._pools:
+            self._pools.popitem()[1].close()
 
     def __enter__(self) -> Scorer:
         return self

@@ -66,11 +66,9 @@ def test_small_fields_are_kept_for_rewards_and_curves(tmp_path):
     assert question.meta == {"level": 2, "copies": 1}
 
 
-def test_unknown_fields_and_images_are_refused_with_what_is_known(tmp_path):
+def test_unknown_fields_are_refused_with_what_is_known(tmp_path):
     with pytest.raises(ValueError, match=r"\['body', 'reply'\].*GSM8K \(question, answer\)"):
         load(tmp_path, {"body": "q", "reply": "1"})
-    with pytest.raises(ValueError, match="image rows.*not supported yet"):
-        load(tmp_path, {**VERL, "images": [{"bytes": "", "path": "a.png"}]})
     with pytest.raises(ValueError, match="without a .boxed answer"):
         load(tmp_path, {"problem": "q", "solution": "it is 5"})
     with pytest.raises(ValueError, match="no question"):

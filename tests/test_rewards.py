@@ -246,7 +246,7 @@ def test_the_embedded_task_needs_no_process():
             ["21 ", "12", ""], questions("21", "21", "21", source="arithmetic")
         )
         assert rewards.tolist() == [1, 0, 0] and counts["no_answer"] == 1
-        assert scorer._pool is None
+        assert not scorer._pools
     assert verify_exact("", "x").outcome is Outcome.UNPARSABLE_GOLD
 
 

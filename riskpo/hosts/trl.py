@@ -112,9 +112,9 @@ class RiskPOTrainer(GRPOTrainer):
         return per_function
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        column = self.args.riskpo_question_column
-        # A rollout function may add columns of its own to `inputs`, so the questions come first.
-        questions = [question_key(row, column) for row in inputs]
+        column, questions = self.args.riskpo_question_column, []
+        if self.model.training:  # before a rollout function can add columns of its own to `inputs`
+            questions = [question_key(row, column) for row in inputs]
         output = super()._generate_and_score_completions(inputs)
         per_function, answers = self._scored
         rewards = (per_function * self.reward_weights.to(per_function.device)).nansum(1)

@@ -205,6 +205,16 @@ def test_a_head_that_does_more_is_refused(tmp_path):
         trainer(tmp_path, policy=policy)
 
 
+def test_images_and_zero3_are_refused(tmp_path, monkeypatch):
+    run = trainer(tmp_path, GRPOTrainer)
+    monkeypatch.setattr(trl_head, "is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ValueError, match="got DeepSpeed ZeRO-3; .*ZeRO-2 or FSDP"):
+        use_riskpo_head(run)
+    run._is_vlm = True
+    with pytest.raises(ValueError, match="a model that takes images; expected a text model"):
+        use_riskpo_head(run)
+
+
 def test_only_a_grpo_trainer():
     with pytest.raises(ValueError, match="use_riskpo_head: got a str; expected a trl.GRPOTrainer"):
         use_riskpo_head("trainer")

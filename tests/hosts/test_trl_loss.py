@@ -120,6 +120,21 @@ def test_sampler_mismatch_weights_are_native(tmp_path, monkeypatch, shape, ratio
     assert distance(gradient, expected_gradient) < ROUNDING
 
 
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
+def test_tokens_that_a_tool_wrote_do_not_count(tmp_path, loss_type):
+    options = {**PLAIN, **SEQUENCE, "loss_type": loss_type}
+    theirs, ours = native(tmp_path, **options), trainer(tmp_path, **options)
+    sampled = torch.randint(0, 2, (B, C), generator=torch.Generator().manual_seed(4))
+    inputs = batch(theirs.model.config.vocab_size, tool_mask=sampled)
+    inputs["old_per_token_logps"] = old_logprob(theirs, inputs)
+    expected, expected_gradient = loss_and_gradient(theirs, inputs)
+    loss, gradient = loss_and_gradient(ours, inputs)
+    assert loss == pytest.approx(expected, rel=ROUNDING)
+    assert distance(gradient, expected_gradient) < ROUNDING
+    inputs["tool_mask"] = torch.ones_like(sampled)
+    assert loss_and_gradient(ours, inputs)[0] != pytest.approx(loss, rel=1e-3)
+
+
 def test_kl_to_the_reference_is_native_without_bias_correction(tmp_path):
     policy = tiny_policy()
     policy.model.save_pretrained(tmp_path / "model")  # TRL loads the reference by name

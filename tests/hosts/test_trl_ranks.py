@@ -37,7 +37,7 @@ def ranks(tmp_path_factory):
             env = {**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"}
             started.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log))
     try:
-        codes = [process.wait(timeout=240) for process in started]
+        codes = [process.wait(timeout=480) for process in started]
     finally:
         for process in started:
             process.kill()

@@ -1,0 +1,150 @@
+"""The numbers of a comparison: per run, over seeds, and paired with the system compared against.
+
+Two views of the same runs. "steps": every system at its last step. "responses": every system at
+the last step up to which it had sampled no more responses than the thriftiest system did in all;
+they differ where an algorithm resamples (DAPO). Step numbers are means over the last tenth of the
+steps of the view, covariances over all of them; held-out numbers are of the last evaluation in it.
+
+Intervals are Student's t over seeds, 95 %. Seeds share questions and starting weights, so
+differences are taken seed by seed first.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from riskpo.compare import run_dir
+from riskpo.logs import read_records
+
+# 97.5 % points of Student's t for 1, 2, ... degrees of freedom; more than 30 take the last one.
+T_975 = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
+    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
+    2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+OVER_ALL_STEPS = ("cov_", "corr_")
+EVAL = "eval "  # in front of the held-out names, so that reward_4+4 of both kinds can be told apart
+GAIN = "gain "  # in front of a held-out number's rise since step 0
+
+
+@dataclass(frozen=True)
+class RunLogs:
+    """The records of one run."""
+
+    steps: list[dict[str, Any]]
+    evals: list[dict[str, Any]]
+
+    def responses(self) -> list[float]:
+        """Responses sampled up to and with each step."""
+        total, sums = 0.0, []
+        for record in self.steps:
+            total += record["sampled_responses"]
+            sums.append(total)
+        return sums
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Mean over n seeds with its 95 % t-interval; low = high = value for a single seed."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    @property
+    def excludes_zero(self) -> bool:
+        return self.n > 1 and (self.low > 0 or self.high < 0)
+
+
+def load(out: Path, systems: Sequence[str], seeds: Sequence[int]) -> dict[str, dict[int, RunLogs]]:
+    """{system: {seed: logs}}; ValueError where a run has not been made."""
+    return {
+        name: {
+            seed: RunLogs(
+                read_records(run_dir(out, name, seed), "step"),
+                read_records(run_dir(out, name, seed), "eval"),
+            )
+            for seed in seeds
+        }
+        for name in systems
+    }
+
+
+def budget(runs: dict[str, dict[int, RunLogs]]) -> float:
+    """Responses of the run that sampled fewest."""
+    return min(run.responses()[-1] for seeds in runs.values() for run in seeds.values())
+
+
+def last_step(run: RunLogs, responses: float) -> int:
+    """The last step within that many responses."""
+    within = [r["step"] for r, n in zip(run.steps, run.responses(), strict=True) if n <= responses]
+    return int(within[-1]) if within else 0
+
+
+def summary(run: RunLogs, step: int) -> dict[str, float]:
+    """The run's numbers as of `step`; see the head of this file."""
+    seen = [r for r in run.steps if r["step"] <= step]
+    recent = seen[-max(len(seen) // 10, 1) :]
+    found: dict[str, float] = {}
+    for name in numbers_of(seen):
+        over = seen if name.startswith(OVER_ALL_STEPS) else recent
+        values = [r[name] for r in over if name in r]
+        if values:
+            found[name] = statistics.fmean(values)
+    evals = [r for r in run.evals if r["step"] <= step]
+    if evals:
+        last = {k: v for k, v in evals[-1].items() if k in numbers_of(evals)}
+        found |= {EVAL + k: v for k, v in last.items()}
+        found |= {GAIN + k: v - evals[0][k] for k, v in last.items()}
+    return found
+
+
+def numbers_of(records: Sequence[dict[str, Any]]) -> list[str]:
+    """Names of the numbers in any of the records, times and bookkeeping left out."""
+    names = dict.fromkeys(k for r in records for k in r)
+    return [
+        k for k in names if k not in ("kind", "step") and not k.endswith(("_s", "_low", "_high"))
+    ]
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Mean and 95 % t-interval."""
+    n, mean = len(values), statistics.fmean(values)
+    if n < 2:
+        return Interval(mean, mean, mean, n)
+    half = T_975[min(n - 1, len(T_975)) - 1] * statistics.stdev(values) / math.sqrt(n)
+    return Interval(mean, mean - half, mean + half, n)
+
+
+Table = dict[str, dict[str, Interval]]  # system -> name -> over seeds
+
+
+def over_seeds(summaries: dict[str, dict[int, dict[str, float]]]) -> Table:
+    """Every system's numbers over the seeds that have them."""
+    table: Table = {}
+    for system, seeds in summaries.items():
+        names = dict.fromkeys(k for s in seeds.values() for k in s)
+        table[system] = {
+            name: interval([s[name] for s in seeds.values() if name in s]) for name in names
+        }
+    return table
+
+
+def paired(summaries: dict[str, dict[int, dict[str, float]]], against: str) -> Table:
+    """Every other system's numbers minus those of `against` on the same seed."""
+    reference = summaries[against]
+    differences = {
+        system: {
+            seed: {k: v - reference[seed][k] for k, v in numbers.items() if k in reference[seed]}
+            for seed, numbers in seeds.items()
+        }
+        for system, seeds in summaries.items()
+        if system != against
+    }
+    return over_seeds(differences)

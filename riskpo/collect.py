@@ -28,7 +28,7 @@ class Batch:
     """What a step learns from, question-major, and what it cost to get.
 
     seen_QG holds the rewards of everything that was sampled, kept or not: its mean is the policy's;
-    seen says which questions these were.
+    seen says which questions these were, seen_logprob holds the sampler's log-probs [tokens].
     """
 
     questions: list[Question] = field(default_factory=list)
@@ -37,6 +37,7 @@ class Batch:
     seen_QG: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0))
     outcomes: Counter[str] = field(default_factory=Counter)
     seen: list[Question] = field(default_factory=list)
+    seen_logprob: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
 
 
 def draw(
@@ -94,6 +95,7 @@ def collect(
         rewards.append(rewards_QG[kept])
         seen.append(rewards_QG)
         batch.seen += fresh
+        batch.seen_logprob = torch.cat([batch.seen_logprob, *rollouts.logprob])
         if len(batch.questions) == count:
             break
     batch.rewards_QG, batch.seen_QG = torch.cat(rewards), torch.cat(seen)

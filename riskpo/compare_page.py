@@ -30,7 +30,7 @@ LEARNING = {
     "reward_mean": "mean reward",
     "rvar_lower": "lower tail (RVaR 0-.2)",
     "mvar": "MVaR",
-    "entropy": "token entropy",
+    "sampled_entropy": "token entropy",
     "clip_fraction": "clipped",
     "zero_advantage_fraction": "advantage 0",
     "q_alpha": "q_alpha",

@@ -52,7 +52,7 @@ def draw_page(path: Path, runs: dict[str, dict[int, RunLogs]], table: Table) -> 
         ("mean reward", _by_step("reward_mean")),
         ("lower tail: RVaR 0-.2 of bundle scores", _by_step("rvar_lower")),
         ("MVaR of bundle scores", _by_step("mvar")),
-        ("token entropy (nats)", _by_step("entropy")),
+        ("token entropy (nats)", _by_step("sampled_entropy")),
         ("mean reward, by responses sampled", _by_responses),
         ("entropy at equal mean reward", _entropy_by_reward),
         ("held-out pass@k at the end (dots: start)", _pass_at_k),
@@ -108,7 +108,9 @@ def _by_responses(axis: Any, page: Page) -> None:
 def _entropy_by_reward(axis: Any, page: Page) -> None:
     for system in page.runs:
         colour, line = page.style[system]
-        reward, entropy = (page.series(system, n).mean(0) for n in ("reward_mean", "entropy"))
+        reward, entropy = (
+            page.series(system, n).mean(0) for n in ("reward_mean", "sampled_entropy")
+        )
         axis.plot(reward, entropy, color=colour, linestyle=line, linewidth=1.5)
         axis.plot(reward[-1:], entropy[-1:], color=colour, marker="o", markersize=6)
     axis.set_xlabel("mean reward (dot: last step)", color=INK, fontsize=9)

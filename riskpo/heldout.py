@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import torch
 
 from riskpo.evaluate import EvalResult, EvalSettings, evaluate, powers_of_two
-from riskpo.measures import by_stratum
+from riskpo.measures import by_stratum, sampled_entropy
 from riskpo.records import Question
 from riskpo.rollout import seed_everything
 from riskpo.start import Run, sampler
@@ -27,10 +28,17 @@ def evaluate_and_log(run: Run) -> None:
         max_response_tokens=c.max_response_tokens or 0,
         seed=c.seed,
     )
+    entropies = []
+
+    def answers(questions: Sequence[Question], samples: int) -> list[str]:
+        rollouts = sampler(run.policy, c, samples)(questions)
+        entropies.append(sampled_entropy(torch.cat(rollouts.logprob)))
+        return rollouts.text
+
     with torch.random.fork_rng():
         seed_everything(c.seed, 0, 1)
         result = evaluate(
-            lambda questions, n: sampler(run.policy, c, n)(questions).text,
+            answers,
             run.held_out,
             run.scorer.score,
             samples=c.eval_samples,
@@ -39,13 +47,13 @@ def evaluate_and_log(run: Run) -> None:
         )
     name = f"avg@{c.eval_samples}"
     interval = {f"{name}_low": result.avg.low, f"{name}_high": result.avg.high}
-    strata = stratum_rows(run.held_out, result)
+    strata = stratum_rows(run.held_out, result) | {"entropy": entropies[0]}
     numbers = {**result.row(), **interval, **strata, "time_s": time.perf_counter() - began}
     run.log.evaluation(run.step, numbers, shown=(name, f"pass@{c.eval_samples}"))
 
 
 def stratum_rows(questions: list[Question], result: EvalResult) -> dict[str, float]:
-    """"reward_S" and "solved_S", a question being solved when any response is right, by stratum."""
+    """ "reward_S" and "solved_S", a question being solved when any response is right, by stratum."""
     rewards_Qn = torch.tensor([result.rewards[q.id] for q in questions])
     solved = by_stratum(questions, (rewards_Qn > 0).any(1, keepdim=True).float())
     return by_stratum(questions, rewards_Qn) | {

@@ -34,6 +34,14 @@ def risk_curves(rewards_QG: torch.Tensor) -> dict[str, float]:
     }
 
 
+def sampled_entropy(logprob: torch.Tensor) -> float:
+    """Minus the mean log-prob of the tokens that were sampled: an unbiased estimate of the token
+    entropy, in nats, over everything that was sampled. The update's own "entropy" is exact, but
+    only sees what is learned from, which for DAPO are the questions of middle difficulty.
+    """
+    return -float(logprob.mean()) if len(logprob) else 0.0
+
+
 def by_stratum(questions: Sequence[Question], rewards_QG: torch.Tensor) -> dict[str, float]:
     """Mean reward of each meta["stratum"] as "reward_STRATUM"; {} where questions have none."""
     rows: dict[str, list[int]] = {}

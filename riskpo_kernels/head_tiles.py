@@ -7,6 +7,8 @@ multiplies that into dH and dW. sparse_blocks.py has the backward that visits ac
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from types import ModuleType
 
@@ -15,6 +17,7 @@ import torch
 from riskpo_kernels import softmax_rows
 from riskpo_kernels.accumulate import Accumulator
 from riskpo_kernels.block_selection import CAP, ActiveBlocks, n_blocks, select
+from riskpo_kernels.checks import reject
 from riskpo_kernels.chunks import Plan, Products, plan_tiles, spans
 from riskpo_kernels.softmax_rows import BLOCK, LogitMap, RowState, RowStats, finish
 from riskpo_kernels.vocab_parallel import VocabShard
@@ -23,6 +26,11 @@ from riskpo_kernels.vocab_parallel import VocabShard
 # the product and the fold. CUDA backward: wide tiles, so that dH and dW are touched rarely.
 FORWARD_TILE = {"cuda": (8192, 1024), "cpu": (2048, 2048)}
 BACKWARD_TILE = {"cuda": (8192, 8192), "cpu": (2048, 2048)}
+# How the triton backend makes the forward's statistics. "tiles": a cuBLAS product into such a tile,
+# then the fold. "gemm" and "gemm, warp-specialised": one kernel (kernels/head_forward.py). The
+# benchmarks set this to compare the two; what loses on a GPU is to be deleted.
+GEMM_ROWS = 65_536
+FORWARD: ContextVar[str] = ContextVar("forward", default="tiles")
 
 
 @dataclass(frozen=True)
@@ -93,6 +101,10 @@ class Gradients:
     db: torch.Tensor | None
 
 
+# (hidden states of rows, which rows, their state, their blocks' log-sum-exps or None)
+Fold = Callable[[torch.Tensor, slice, RowState, torch.Tensor | None], None]
+
+
 def tile_functions(backend: str) -> ModuleType:
     """The module whose `fold` and `gradient` work on a tile."""
     if backend == "torch":
@@ -127,7 +139,7 @@ def plan_for(
         most_cols=cols,
         tile_bytes=tiles * wide + (2 if products.mixed and back else 0),
         edge_bytes=(3 if back else 1) * wide,
-        row_bytes=0 if back or o.tail_eps == 0 else (4 + o.entropy) * wide * n_blocks(vocab),
+        row_bytes=0 if back else _selection_bytes(o, vocab, wide),
     )
 
 
@@ -137,30 +149,93 @@ def forward_rows(
     """The softmax state of the rows and, unless tail_eps is 0, which blocks are active. The columns
     may be one shard of the vocabulary; the state is always that of all of it."""
     products = products_of(head)
-    plan = plan_for(head, o, products, back=False, vocab=shard.widest if shard else None)
     cap = CAP / shard.ranks if shard else CAP
     state = RowState.new(head.n, o.entropy, head.hidden, products.wide)
     active = None
     if o.tail_eps and head.vocab:
         active = ActiveBlocks.new(head.vocab, head.n, head.hidden.device)
-    tile = torch.empty(plan.rows * plan.cols, dtype=products.wide, device=head.hidden.device)
-    fold = tile_functions(o.backend).fold
-    for r in spans(head.n, plan.rows):
-        h, map, part = head.take(r, products.dtype), head.map.of(r), state.of(r)
+    size, fold = _forward_way(head, o, products, shard.widest if shard else head.vocab)
+    for r in spans(head.n, size):
+        h, part = head.take(r, products.dtype), state.of(r)
         n_here = n_blocks(head.vocab) if active is not None else 0
         blocks = h.new_empty(h.shape[0], n_here, dtype=products.wide)
-        for v in spans(head.vocab, plan.cols):
-            raw = tile[: h.shape[0] * (v.stop - v.start)].view(h.shape[0], -1)
-            products.into(raw, h, head.weight[v].to(products.dtype).T)
-            here = blocks[:, v.start // BLOCK : n_blocks(v.stop)] if n_here else None
-            bias = head.bias_of(v, products.wide)
-            fold(raw, head.target[r] - v.start, bias, part, map, here)
+        fold(h, r, part, blocks if n_here else None)
         if shard is not None:
             shard.merge(part)
         if active is not None:
             keep = select(blocks, head.target[r], finish(part), o.tail_eps, o.entropy, cap)
             active.record(r, keep, by_row=o.deterministic)
     return state, active
+
+
+def _forward_way(head: Head, o: Options, products: Products, vocab: int) -> tuple[int, Fold]:
+    """Rows of a chunk, and what folds its hidden states h of rows r into their state `part`."""
+    way = FORWARD.get()
+    if o.backend == "triton" and way != "tiles":
+        return _gemm_way(head, o, products, vocab, way)
+    plan = plan_for(head, o, products, back=False, vocab=vocab)
+    tile = torch.empty(plan.rows * plan.cols, dtype=products.wide, device=head.hidden.device)
+    fold = tile_functions(o.backend).fold
+
+    def tiles(h: torch.Tensor, r: slice, part: RowState, blocks: torch.Tensor | None) -> None:
+        map = head.map.of(r)
+        for v in spans(head.vocab, plan.cols):
+            raw = tile[: h.shape[0] * (v.stop - v.start)].view(h.shape[0], -1)
+            products.into(raw, h, head.weight[v].to(products.dtype).T)
+            here = None if blocks is None else blocks[:, v.start // BLOCK : n_blocks(v.stop)]
+            fold(raw, head.target[r] - v.start, head.bias_of(v, products.wide), part, map, here)
+
+    return plan.rows, tiles
+
+
+def _gemm_way(head: Head, o: Options, products: Products, vocab: int, way: str) -> tuple[int, Fold]:
+    """_forward_way by one kernel: there is no tile of logits."""
+    from riskpo_kernels.kernels.head_forward import SHAPES, SPAN, statistics  # needs Triton
+
+    if way not in SHAPES:
+        reject("linear_logprob", f"forward {way!r}", f"tiles, {', '.join(SHAPES)}", "Choose one.")
+    if head.hidden.device.type == "cuda" and not products.mixed:
+        todo = "Float32 products of its tiles do not fit in registers: choose tiles."
+        reject("linear_logprob", f"forward {way!r} for {products.dtype}", "16-bit inputs", todo)
+    parts = 8 * -(-vocab // SPAN)  # of a row's statistics, and temporaries of their sum
+    chunk = _row_chunk(head, o, products, vocab, parts)
+    weight = head.weight.to(products.dtype)
+    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+
+    def gemm(h: torch.Tensor, r: slice, part: RowState, blocks: torch.Tensor | None) -> None:
+        if not head.vocab:
+            return
+        rows = (h if h.stride(1) == 1 else h.contiguous(), weight, head.target[r], head.bias)
+        entropy = part.u is not None
+        state = statistics(*rows, head.map.of(r), blocks, entropy=entropy, shape=way)
+        for into, x in zip(part, state, strict=True):
+            if into is not None and x is not None:
+                into.copy_(x)
+
+    return chunk, gemm
+
+
+def _row_chunk(head: Head, o: Options, products: Products, vocab: int, numbers: int) -> int:
+    """Rows that fit in memory_mib with their hidden states, `numbers` and the selection's."""
+    wide = products.wide.itemsize
+    plan = plan_tiles(
+        "linear_logprob",
+        head.n,
+        1,
+        head.hidden.shape[1],
+        memory_mib=o.memory_mib,
+        most_rows=GEMM_ROWS,
+        most_cols=1,
+        tile_bytes=0,
+        edge_bytes=products.dtype.itemsize,
+        row_bytes=numbers * wide + _selection_bytes(o, vocab, wide),
+    )
+    return plan.rows
+
+
+def _selection_bytes(o: Options, vocab: int, wide: int) -> int:
+    """Of a row while its active blocks are chosen."""
+    return 0 if o.tail_eps == 0 else (4 + o.entropy) * wide * n_blocks(vocab)
 
 
 def dense_backward(head: Head, up: Upstream, o: Options, into: Gradients, rows_outer: bool) -> None:

@@ -143,6 +143,16 @@ def fold(
     state.m.copy_(m)
 
 
+def combine(parts: RowState) -> RowState:
+    """The states [S, R] of S pieces of every row as one [R]."""
+    m = parts.m.amax(0)
+    anchor = torch.where(m == -torch.inf, 0.0, m)
+    shift = (parts.m - anchor).clamp_(min=FLOOR)
+    keep = torch.exp(shift)
+    u = None if parts.u is None else (keep * (parts.u + parts.s * shift)).sum(0)
+    return RowState(m, (parts.s * keep).sum(0), u, parts.zt.amax(0))
+
+
 def _block_sums(e: torch.Tensor) -> torch.Tensor:
     """Sums [R, ceil(C / 128)] over runs of 128 columns."""
     whole = e.shape[1] // BLOCK * BLOCK

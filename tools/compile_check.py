@@ -1,8 +1,10 @@
 """Compile every kernel configuration ahead of time: `python -m tools.compile_check`.
 
 For sm_80, sm_90 and sm_100, without a GPU. Fails on a register spill, on shared memory over the
-limit, on an unreadable compiler log, and (sm_90, 16-bit inputs) on a tl.dot without HGMMA. Prints
-one line per kernel and architecture, `--verbose` one per configuration.
+limit, on an unreadable compiler log, and (16-bit inputs) on a tl.dot that does not use the tensor
+cores as sm_90 and sm_100 have them, or a kernel named for TMA without a bulk copy. Prints one line
+per kernel and architecture, `--verbose` one per configuration: most registers and spills, shared
+memory, and how many matrix (HMMA, HGMMA, UTCHMMA) and bulk-copy (UTMALDG) instructions there are.
 """
 
 from __future__ import annotations
@@ -19,10 +21,12 @@ import tempfile
 from collections import defaultdict
 from typing import NamedTuple
 
-MODULES = ("softmax_rows", "sparse_blocks", "surrogate")
+MODULES = ("softmax_rows", "head_forward", "sparse_blocks", "surrogate")
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}  # bytes per block
 LOG = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 REGISTERS = re.compile(r"Used (\d+) registers")
+MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}  # what a 16-bit tl.dot should become
+BULK_COPY = "UTMALDG"
 
 
 class Compiled(NamedTuple):
@@ -31,6 +35,8 @@ class Compiled(NamedTuple):
     registers: int
     spill_bytes: int
     shared_bytes: int
+    matrix: int
+    bulk_copies: int
     fault: str
 
 
@@ -45,13 +51,13 @@ def compile_one(job: tuple[str, int, int]) -> Compiled:
     from triton.compiler import ASTSource
 
     module, index, arch = job
-    name, function, signature, constexprs, warps, stages, *rest = configurations(module)[index]
+    name, function, signature, constexprs, warps, stages, options, _ = configurations(module)[index]
     names = function.arg_names
-    # pointers and row strides are multiples of 16 in practice: without this loads stay scalar
+    # pointers, strides and the width are multiples of 16 in practice: without this loads are scalar
     aligned = {
         (names.index(a),): [["tt.divisibility", 16]]
         for a, kind in signature.items()
-        if (kind.startswith("*") or a.startswith("stride"))
+        if (kind.startswith("*") or a.startswith("stride") or a == "D")
         and not function.params[names.index(a)].do_not_specialize_on_alignment
     }
     source = ASTSource(
@@ -66,7 +72,7 @@ def compile_one(job: tuple[str, int, int]) -> Compiled:
             kernel = triton.compile(
                 source,
                 target=GPUTarget("cuda", arch, 32),
-                options={"num_warps": warps, "num_stages": stages} | (rest[0] if rest else {}),
+                options={"num_warps": warps, "num_stages": stages} | options,
             )
             sys.stdout.flush()
         finally:
@@ -76,18 +82,24 @@ def compile_one(job: tuple[str, int, int]) -> Compiled:
         text = log.read()
     spills, registers = LOG.search(text), REGISTERS.search(text)
     if spills is None or registers is None:
-        return Compiled(name, arch, 0, 0, 0, "the compiler's log could not be read")
+        return Compiled(name, arch, *[0] * 5, "the compiler's log could not be read")
     spilled = int(spills[1]) + int(spills[2])
+    code = machine_code(kernel)
+    matrix, copies = code.count(MATRIX[arch]), code.count(BULK_COPY)
     fault = f"{spilled} bytes of register spills" if spilled else ""
     if kernel.metadata.shared > SHARED_LIMIT[arch]:
         fault = f"{kernel.metadata.shared} bytes of shared memory"
-    if arch == 90 and "dot" in name and ("bf16" in name or "fp16" in name) and not hgmma(kernel):
-        fault = "no HGMMA in the machine code"
-    return Compiled(name, arch, int(registers[1]), spilled, kernel.metadata.shared, fault)
+    sixteen_bit = "bf16" in name or "fp16" in name
+    if "dot" in name and sixteen_bit and not matrix:
+        fault = f"no {MATRIX[arch]} in the machine code"
+    if "tma" in name and not copies:
+        fault = f"no {BULK_COPY} in the machine code"
+    measures = (int(registers[1]), spilled, kernel.metadata.shared, matrix, copies)
+    return Compiled(name, arch, *measures, fault)
 
 
-def hgmma(kernel) -> bool:
-    """Whether the machine code multiplies on Hopper's tensor cores."""
+def machine_code(kernel) -> str:
+    """The SASS of a compiled kernel."""
     import triton
 
     tool = triton.knobs.nvidia.nvdisasm.path
@@ -95,12 +107,13 @@ def hgmma(kernel) -> bool:
         file.write(kernel.asm["cubin"])
         file.flush()
         sass = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True)
-    return "HGMMA" in sass.stdout
+    return sass.stdout
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--arch", type=int, nargs="*", default=sorted(SHARED_LIMIT))
+    parser.add_argument("--kernel", default="", help="only names that contain this")
     parser.add_argument("--verbose", action="store_true", help="one line per configuration")
     options = parser.parse_args()
     if importlib.util.find_spec("triton") is None:
@@ -111,18 +124,21 @@ def main() -> int:
     jobs = [
         (module, index, arch)
         for module in MODULES
-        for index in range(len(configurations(module)))
+        for index, configuration in enumerate(configurations(module))
         for arch in options.arch
+        if options.kernel in configuration.name
+        and (not configuration.archs or arch in configuration.archs)
     ]
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
         rows = pool.map(compile_one, jobs, chunksize=4)
     groups = defaultdict(list)
     for row in rows:
         groups[row.name if options.verbose else row.name.split()[0], row.arch].append(row)
-    line = "{:<52} {:>6} {:>8} {:>10} {:>9} {:>9}"
-    print(line.format("kernel", "arch", "configs", "registers", "spills B", "shared B"))
+    line = "{:<62} {:>6} {:>8} {:>10} {:>9} {:>9} {:>7} {:>8}"
+    heads = ("kernel", "arch", "configs", "registers", "spills B", "shared B", "matrix", "UTMALDG")
+    print(line.format(*heads))
     for (name, arch), members in groups.items():
-        most = [max(getattr(m, key) for m in members) for key in Compiled._fields[2:5]]
+        most = [max(getattr(m, key) for m in members) for key in Compiled._fields[2:7]]
         print(line.format(name, f"sm_{arch}", len(members), *most))
     faults = [row for row in rows if row.fault]
     for row in faults:

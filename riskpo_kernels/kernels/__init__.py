@@ -1,21 +1,35 @@
 """The Triton kernels. Importing this package's modules needs Triton; nothing else here does.
 
-Every module lists what it can launch in `compile_configurations()`, as tuples (name, function,
-signature, constexprs, num_warps, num_stages, further launch options): tools/compile_check.py
-compiles each ahead of time.
+Every module lists what it can launch in `compile_configurations()`: tools/compile_check.py compiles
+each ahead of time.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
-Configuration = tuple[str, Any, dict[str, str], dict[str, Any], int, int, dict[str, Any]]
+
+class Configuration(NamedTuple):
+    """One launch. options: further ones beside warps and stages; archs: where it can be launched,
+    as 10 x compute capability (empty: wherever there is Triton)."""
+
+    name: str
+    function: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    warps: int
+    stages: int
+    options: dict[str, Any]
+    archs: tuple[int, ...] = ()
+
+
 FLOAT_SCALARS = ("scale", "softcap", "temperature")
 
 
 def signature_of(
     kernel: Any, types: dict[str, str], given: dict[str, bool], constexprs: dict[str, Any]
 ) -> tuple[dict[str, str], dict[str, Any]]:
-    """(signature, constexprs) of a launch: pointers (p_...) are fp32 unless `types` says otherwise
-    and None where `given` says so; other arguments are sizes, or one of FLOAT_SCALARS."""
+    """(signature, constexprs) of a launch: pointers (p_...) are fp32 unless `types` says otherwise,
+    descriptors (d_...) what `types` says, both None where `given` says so; other arguments are
+    sizes, or one of FLOAT_SCALARS."""
     signature, constexprs = {}, dict(constexprs)
     for argument in kernel.arg_names:
         if argument in constexprs:
@@ -24,6 +38,8 @@ def signature_of(
             signature[argument], constexprs[argument] = "constexpr", None
         elif argument.startswith("p_"):
             signature[argument] = "*" + types.get(argument, "fp32")
+        elif argument.startswith("d_"):
+            signature[argument] = types[argument]
         else:
             signature[argument] = "fp32" if argument in FLOAT_SCALARS else "i32"
     return signature, constexprs

@@ -31,7 +31,7 @@ import triton.language as tl
 
 from riskpo_kernels import softmax_rows
 from riskpo_kernels.kernels import Configuration, signature_of
-from riskpo_kernels.kernels.tl_math import logits_gradient, logits_of
+from riskpo_kernels.kernels.tl_math import logits_gradient, logits_of, online_softmax
 from riskpo_kernels.softmax_rows import LogitMap, RowState, RowStats
 
 # One program holds BN rows x BV columns, 16 fp32 values a thread; rows are read in runs of 2 KB.
@@ -95,19 +95,10 @@ def _fold_kernel(
             x += tl.load(p_bias + o_v, mask=m_v, other=0.0).to(tl.float32)[None, :]
         z, _ = logits_of(x, scale, softcap, temperature, HAS_SOFTCAP)
 
+        z = tl.where(m_v[None, :], z, float("-inf"))
         taken = o_v[None, :] == target[:, None]
-        found = tl.max(tl.where(taken, z, float("-inf")), 1)
-        zt = tl.where((target >= v) & (target < v + BV) & (target < C), found, zt)
-        z = tl.where(taken | ~m_v[None, :], float("-inf"), z)
-
-        new_m = tl.maximum(m, tl.max(z, 1))
-        anchor = tl.where(new_m == float("-inf"), 0.0, new_m)  # -inf - -inf is NaN
-        shift = tl.maximum(m - anchor, FLOOR)  # exp(FLOOR) = 0, and 0 * FLOOR is not NaN
-        keep = tl.exp(shift)
-        z = tl.maximum(z - anchor[:, None], FLOOR)
-        e = tl.exp(z)
-        if ENTROPY:
-            u = keep * (u + s * shift) + tl.sum(e * z, 1)
+        here = (target >= v) & (target < v + BV) & (target < C)
+        m, s, u, zt, e, anchor = online_softmax(z, taken, here, m, s, u, zt, ENTROPY, FLOOR)
         if HAS_BLOCKS:
             sums = tl.sum(tl.reshape(e, (BN, BV // BLOCK, BLOCK)), 2)  # [BN, BV / BLOCK]
             o_b = v // BLOCK + tl.arange(0, BV // BLOCK)
@@ -116,8 +107,6 @@ def _fold_kernel(
                 anchor[:, None] + tl.log(sums),
                 mask=m_n[:, None] & (o_b * BLOCK < C)[None, :],
             )
-        s = s * keep + tl.sum(e, 1)
-        m = new_m
 
     tl.store(p_m + o_n, m, mask=m_n)
     tl.store(p_s + o_n, s, mask=m_n)
@@ -329,4 +318,5 @@ def _configuration(
     name: str, kernel: Any, types: dict[str, str], given: dict[str, bool], flags: dict[str, Any]
 ) -> Configuration:
     signature, constexprs = signature_of(kernel, types, given, flags | {"BN": BN, "BV": BV})
-    return name, kernel, signature, constexprs, WARPS, 3, {"maxnreg": MAX_REGISTERS}
+    launch = (WARPS, 3, {"maxnreg": MAX_REGISTERS})
+    return Configuration(name, kernel, signature, constexprs, *launch)

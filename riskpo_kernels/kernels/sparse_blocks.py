@@ -265,4 +265,4 @@ def _configuration(
     types = {"p_hidden": dtype, "p_weight": dtype, "p_dz": dtype, "p_dw": out, "p_rows": "i32"}
     types |= dict.fromkeys(("p_index", "p_starts", "p_tiles", "p_tile_block", "p_target"), "i64")
     signature, constexprs = signature_of(kernel, types, given, flags | {"BLOCK": BLOCK})
-    return name, kernel, signature, constexprs, WARPS, STAGES, {}
+    return Configuration(name, kernel, signature, constexprs, WARPS, STAGES, {})

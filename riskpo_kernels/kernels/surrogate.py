@@ -281,5 +281,5 @@ def compile_configurations() -> list[Configuration]:
         values = (ratio == "sequence", KL_KINDS[kl], entropy, mask, BLOCK)
         constexprs = dict(zip(flags, values, strict=True))
         launch = (NUM_WARPS, NUM_STAGES, {"maxnreg": MAX_REGISTERS})
-        configurations.append((name, surrogate_kernel, signature, constexprs, *launch))
+        configurations.append(Configuration(name, surrogate_kernel, signature, constexprs, *launch))
     return configurations

@@ -48,3 +48,21 @@ def logits_gradient(log_p, taken, logprob, h, c, g, HAS_G: tl.constexpr, FLOOR: 
         dz -= p * g[:, None] * (log_p + h[:, None])
         at_target -= tl.exp(logprob) * g * (logprob + h)
     return tl.where(taken, at_target[:, None], dz)
+
+
+@triton.jit
+def online_softmax(z, taken, here, m, s, u, zt, ENTROPY: tl.constexpr, FLOOR: tl.constexpr):
+    # tile z [R, C] into m, s, u, z_t [R], the target kept out of the sums (softmax_rows.py); taken
+    # marks the target, here the rows that have it in this tile. Also e^(z - anchor) and the anchor
+    zt = tl.where(here, tl.max(tl.where(taken, z, float("-inf")), 1), zt)
+    z = tl.where(taken, float("-inf"), z)
+    new_m = tl.maximum(m, tl.max(z, 1))
+    anchor = tl.where(new_m == float("-inf"), 0.0, new_m)  # -inf - -inf is NaN
+    shift = tl.maximum(m - anchor, FLOOR)  # exp(FLOOR) = 0, and 0 * FLOOR is not NaN
+    keep = tl.exp(shift)
+    z = tl.maximum(z - anchor[:, None], FLOOR)
+    e = tl.exp(z)
+    if ENTROPY:
+        u = keep * (u + s * shift) + tl.sum(e * z, 1)
+    s = s * keep + tl.sum(e, 1)
+    return new_m, s, u, zt, e, anchor

@@ -27,7 +27,9 @@ extras = {
     ],
     "flash": ["flash-attn>=2.7"],
     "vllm": ["vllm>=0.11"],
+    "eightbit": ["bitsandbytes>=0.48"],
     "trl": ["trl>=1.16,<1.17"],
+    "verl": ["verl>=0.9.1,<0.10"],
     "bench": ["pytest-benchmark>=5.0", "matplotlib>=3.8", "psutil>=5.9", "liger-kernel>=0.8"],
     "test": [
         "pytest>=8.0",
@@ -52,5 +54,8 @@ setup(
     packages=find_packages(include=["riskpo", "riskpo.*", "riskpo_kernels", "riskpo_kernels.*"]),
     install_requires=["torch>=2.11", "triton>=3.6; platform_system=='Linux'"],
     extras_require=extras,
-    entry_points={"console_scripts": ["riskpo = riskpo.cli:main"]},
+    entry_points={
+        "console_scripts": ["riskpo = riskpo.cli:main"],
+        "verl.plugins": ["riskpo = riskpo.hosts.verl"],
+    },
 )

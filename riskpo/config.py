@@ -166,7 +166,8 @@ def _flattened(given: dict[str, Any]) -> dict[str, Any]:
 
 _MAY_BE_ZERO = (
     "seed", "warmup_steps", "weight_decay", "entropy_coef", "omega", "alpha", "beta", "clip_low",
-    "clip_high", "memory.mlp_tile_tokens", "eval_every_steps", "eval_questions", "save_every_steps", "steps",
+    "clip_high", "eval_every_steps", "eval_questions", "save_every_steps", "steps",
+    "memory.mlp_tile_tokens",
 )  # fmt: skip
 
 

@@ -40,6 +40,7 @@ class UpdatePlan:
     entropy_coef: float = 0.0
     backend: str = "auto"
     memory_mib: int = 300
+    skip_zero_advantage: bool = False
 
 
 def update(
@@ -66,6 +67,9 @@ def update(
     for rows in mini_batches(rollouts, plan.updates):
         share = denominator(rollouts, rows, loss.aggregate, loss.constant)
         total = torch.zeros((), device=device)
+        if plan.skip_zero_advantage and not plan.entropy_coef:
+            counts = advantage.ne(0).tolist()
+            rows = [row for row in rows if counts[row]] or rows[:1]
         for part in micro_batches(rollouts, rows, plan.micro_batch_tokens):
             batch = pack(rollouts, part, device)
             old_logprob = None if old is None else torch.cat([old[row] for row in part])

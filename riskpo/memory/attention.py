@@ -162,7 +162,10 @@ def by_varlen(
     sliding_window: int | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """torch's varlen kernel on the whole row; shapes as in by_sequence. Without cu_seqlens: sdpa."""
+    """torch's varlen kernel on the whole row; shapes as in by_sequence.
+
+    Without cu_seqlens, or with a mask, it is by_sequence.
+    """
     if cu_seq_lens_q is None or max_length_q is None or attention_mask is not None:
         return by_sequence(
             module, query, key, value, attention_mask, sliding_window=sliding_window, **options
@@ -172,9 +175,10 @@ def by_varlen(
             "attention: torch's varlen kernel has neither dropout nor softcap. Set "
             "memory.attention='masked'."
         )
-    flat = [x[0].transpose(0, 1) for x in (query, key, value)]  # [T, heads, hd]
-    out = varlen_attn(
-        *flat,
+    out: Any = varlen_attn(
+        query[0].transpose(0, 1),  # [T, heads, hd]
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
         cu_seq_lens_q,
         cu_seq_lens_q,
         max_length_q,

@@ -1,0 +1,108 @@
+"""Gradient checkpointing whose layer inputs wait on the host between forward and backward.
+
+torch's checkpoint saves one tensor per layer, its input [1, T, D]. Here that tensor is copied to
+pinned host memory on a stream of its own while the layer computes, and copied back while the layer
+above it goes backward. At most IN_FLIGHT inputs are on their way out at a time: the device holds
+that many plus two on the way back, whatever the number of layers.
+
+Pinned buffers come from torch's caching host allocator, which rounds each up to a power of two.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+IN_FLIGHT = 2
+
+
+class Transfers(Protocol):
+    """Copies between a device and its host that run beside the computation."""
+
+    def out(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        """(host copy, ticket); the copy may be read, and `tensor` freed, after wait(ticket)."""
+
+    def back(self, host: torch.Tensor, sent: Any) -> tuple[torch.Tensor, Any]:
+        """(device copy, ticket) of a host copy whose own ticket was `sent`."""
+
+    def wait(self, ticket: Any) -> None:
+        """Let the computation that is queued from now on wait for a copy."""
+
+
+class CudaTransfers:
+    """Transfers on two CUDA streams, one for each direction. Tickets are events."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.outward, self.homeward = torch.cuda.Stream(device), torch.cuda.Stream(device)
+
+    def out(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self.outward.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.outward):
+            host.copy_(tensor, non_blocking=True)
+            return host, self.outward.record_event()
+
+    def back(self, host: torch.Tensor, sent: Any) -> tuple[torch.Tensor, Any]:
+        # Allocated on the computing stream, which may still be reading what was there before.
+        tensor = torch.empty(host.shape, dtype=host.dtype, device=self.device)
+        self.homeward.wait_stream(torch.cuda.current_stream(self.device))
+        self.homeward.wait_event(sent)
+        with torch.cuda.stream(self.homeward):
+            tensor.copy_(host, non_blocking=True)
+            # The computing stream waits only when it gets there; until then nothing may free it.
+            tensor.record_stream(self.homeward)
+            return tensor, self.homeward.record_event()
+
+    def wait(self, ticket: Any) -> None:
+        torch.cuda.current_stream(self.device).wait_event(ticket)
+
+
+class _Parked:
+    """One layer's input on the host, and the copy that is on its way back, if any."""
+
+    def __init__(self, host: torch.Tensor, sent: Any, below: _Parked | None) -> None:
+        self.host, self.sent = host, sent
+        self.below = None if below is None else weakref.ref(below)
+        self.arriving: tuple[torch.Tensor, Any] | None = None
+
+
+class HostCheckpoints:
+    """The checkpoint function of every layer of one model; its graph owns what is parked."""
+
+    def __init__(self, transfers: Transfers) -> None:
+        self.transfers = transfers
+        self._leaving: deque[tuple[torch.Tensor, Any]] = deque()
+        self._last: weakref.ref[_Parked] | None = None
+
+    def __call__(self, function: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+        """As torch.utils.checkpoint.checkpoint, non-reentrant."""
+        with saved_tensors_hooks(self._park, self._fetch):
+            return checkpoint(function, *inputs, use_reentrant=False, **options)
+
+    def _park(self, tensor: torch.Tensor) -> _Parked:
+        while len(self._leaving) >= IN_FLIGHT:
+            self.transfers.wait(self._leaving.popleft()[1])
+        host, ticket = self.transfers.out(tensor)
+        self._leaving.append((tensor, ticket))  # kept alive until its copy is done
+        parked = _Parked(host, ticket, self._last() if self._last else None)
+        self._last = weakref.ref(parked)
+        return parked
+
+    def _fetch(self, parked: _Parked) -> torch.Tensor:
+        while self._leaving:
+            self.transfers.wait(self._leaving.popleft()[1])
+        self._last = None  # a forward that comes after this backward is another graph
+        tensor, ticket = parked.arriving or self.transfers.back(parked.host, parked.sent)
+        parked.arriving = None
+        below = parked.below() if parked.below else None
+        if below is not None and below.arriving is None:
+            below.arriving = self.transfers.back(below.host, below.sent)
+        self.transfers.wait(ticket)
+        return tensor

@@ -1,0 +1,33 @@
+"""Turn MemoryConfig's switches on a loaded model; numbers stay, memory goes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from riskpo.config import MemoryConfig
+from riskpo.memory.attention import choose
+from riskpo.memory.host_checkpoints import CudaTransfers, HostCheckpoints
+from riskpo.memory.tiled_mlp import tile_mlps
+
+
+def apply_switches(model: Any, memory: MemoryConfig) -> None:
+    """Attention, checkpointing, offloading and tiles, in place; ValueError where one cannot be.
+
+    Offloading is nothing to do for a model that is on the host itself.
+    """
+    model.set_attn_implementation(choose(memory.attention, model))
+    if memory.mlp_tile_tokens:
+        tile_mlps(model, memory.mlp_tile_tokens)
+    if memory.checkpointing:
+        # transformers renamed it in 5.23; both take the options of torch's checkpoint
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+        if memory.offload_checkpoints and model.device.type == "cuda":
+            park_checkpoints(model, HostCheckpoints(CudaTransfers(model.device)))
+
+
+def park_checkpoints(model: Any, checkpoints: HostCheckpoints) -> None:
+    """Let every checkpointed layer of the model keep its input by `checkpoints`."""
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module._gradient_checkpointing_func = checkpoints

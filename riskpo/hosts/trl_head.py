@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import GRPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
@@ -152,14 +152,24 @@ def _score(
         )
     assert token.entropy is not None  # asked for
     mask = target[:, :-1] != IGNORE
-    return FusedCausalLMOutput(
-        log_probs=token.logprob[:, :-1], entropy=token.entropy[:, :-1], label_mask=mask
-    )
+    # copies of [B, T - 1]: FSDP cannot hook a view
+    logprob, entropy = (x[:, :-1].contiguous() for x in (token.logprob, token.entropy))
+    return FusedCausalLMOutput(log_probs=logprob, entropy=entropy, label_mask=mask)
 
 
 def _whole(x: torch.Tensor) -> torch.Tensor:
-    """FSDP2 leaves a DTensor where the head is no module of its own; one gather per forward."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
+    """A head that FSDP2 shards as a module of its own, gathered once per forward.
+
+    Its hooks do not see this use of the weight, so the mean of the gradients over the ranks, which
+    they would take, is taken here. A head sharded with the model as a whole comes as it is.
+    """
+    if not isinstance(x, DTensor):
+        return x
+    ranks = x.device_mesh.size()
+    whole = x.full_tensor(grad_placements=[Partial()] * x.device_mesh.ndim)
+    if whole.requires_grad:
+        whole.register_hook(lambda gradient: gradient / ranks)
+    return whole
 
 
 def _as_computed(

@@ -84,3 +84,14 @@ def test_ranks_and_micro_batches_give_one_gradient(ranks, tmp_path, loss_type):
     expected = torch.cat([p.grad.flatten() for p in whole.model.parameters()])
     for rank in ranks:
         assert distance(torch.tensor(rank[loss_type]), expected) < ROUNDING
+
+
+@pytest.mark.parametrize("units", ["model", "head"])
+def test_a_head_sharded_by_fsdp2_gets_the_mean_gradient(ranks, units):
+    """Alone, it comes as a DTensor whose gradient nobody else would reduce."""
+    for rank in ranks:
+        expected = rank["unsharded"]
+        assert rank[f"sharded-{units}"].keys() == expected.keys()
+        for name, gradient in rank[f"sharded-{units}"].items():
+            gap = distance(torch.tensor(gradient), torch.tensor(expected[name]))
+            assert gap < ROUNDING, (name, gap)

@@ -12,10 +12,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
+from riskpo.hosts import trl_head
 from riskpo.hosts.trl_rows import answer_key
 from tests.hosts.test_trl_loss import batch, old_logprob
 from tests.hosts.trl_toy import trainer
+from tests.toy import tiny_policy
 
 BATCH = {
     "per_device_train_batch_size": 3,
@@ -84,6 +88,27 @@ def gradient(folder: Path, rank: int, loss_type: str) -> list[float]:
     return (flat / 2).tolist()
 
 
+def log_prob_gradients(units: str, rows_of: list[int]) -> dict[str, list[float]]:
+    """Of the mean over `rows_of` ranks' rows; FSDP2 shards the model, or its head apart, or not."""
+    model = tiny_policy().model
+    settings = trl_head.HeadSettings(temperature=1.0)
+    trl_head._patch(model, trl_head.HeadOptions(), settings, float32=False)
+    if units == "head":
+        fully_shard(model.lm_head)
+    if units != "none":
+        fully_shard(model)
+    for rank in rows_of:
+        g = torch.Generator().manual_seed(rank)
+        ids = torch.randint(2, model.config.vocab_size, (3, 9), generator=g)
+        out = model(input_ids=ids, labels=ids, fused_lm_head=True)
+        ((out.log_probs.sum() + out.entropy.sum()) / len(rows_of)).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    return {
+        name: (x.full_tensor() if isinstance(x, DTensor) else x).flatten().tolist()
+        for name, x in gradients.items()
+    }
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     found = trained(folder)
@@ -92,6 +117,9 @@ def main() -> None:
     found["arranged"] = [arranged(folder, rank, rows) for rows in (list(range(12)), order)]
     for loss_type in ("grpo", "dapo"):
         found[loss_type] = gradient(folder, rank, loss_type)
+    found["unsharded"] = log_prob_gradients("none", [0, 1])
+    for units in ("model", "head"):
+        found[f"sharded-{units}"] = log_prob_gradients(units, [rank])
     (folder / f"rank-{rank}.json").write_text(json.dumps(found), encoding="utf-8")
     dist.destroy_process_group()
 

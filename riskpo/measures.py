@@ -20,9 +20,10 @@ BUNDLE, ALPHA, BETA, OMEGA = 5, 0.2, 0.8, 0.5  # arXiv 2510.00911
 
 
 def risk_curves(rewards_QG: torch.Tensor) -> dict[str, float]:
-    """Lower-tail RVaR and MVaR of bundle scores, in score units (0 to BUNDLE).
+    """Lower-tail RVaR, MVaR and the two quantiles of bundle scores, in score units (0 to BUNDLE).
 
-    Bundles are consecutive questions; what does not fill a bundle is left out.
+    Bundles are consecutive questions; what does not fill a bundle is left out. The quantiles are
+    interpolated linearly, as the first value of a tracker is.
     """
     full = len(rewards_QG) // BUNDLE * BUNDLE
     if not full:
@@ -31,6 +32,17 @@ def risk_curves(rewards_QG: torch.Tensor) -> dict[str, float]:
     return {
         "rvar_lower": float(rvar(scores, 0.0, ALPHA)),
         "mvar": float(mvar(scores, ALPHA, BETA, OMEGA)),
+        "batch_q_alpha": float(torch.quantile(scores, ALPHA)),
+        "batch_q_beta": float(torch.quantile(scores, BETA)),
+    }
+
+
+def all_equal(rewards_QG: torch.Tensor) -> dict[str, float]:
+    """Shares of the questions whose responses are all wrong (reward 0 or less), or all right."""
+    right = rewards_QG > 0
+    return {
+        "all_wrong_fraction": float((~right).all(1).float().mean()),
+        "all_right_fraction": float(right.all(1).float().mean()),
     }
 
 

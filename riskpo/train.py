@@ -16,7 +16,7 @@ from riskpo.checkpoint import save_checkpoint
 from riskpo.collect import collect, shaped_rewards
 from riskpo.config import TrainConfig
 from riskpo.heldout import evaluate_and_log, show_answers
-from riskpo.measures import by_stratum, covariances, risk_curves, sampled_entropy
+from riskpo.measures import all_equal, by_stratum, covariances, risk_curves, sampled_entropy
 from riskpo.plots import plot
 from riskpo.start import Run, start
 from riskpo.update import update
@@ -56,7 +56,7 @@ def train_step(run: Run, step: int) -> None:
     )
     sampled = time.perf_counter()
     numbers = {"reward_mean": float(batch.seen_QG.mean()), **risk_curves(batch.seen_QG)}
-    numbers |= by_stratum(batch.seen, batch.seen_QG)
+    numbers |= by_stratum(batch.seen, batch.seen_QG) | all_equal(batch.seen_QG)
     numbers["sampled_entropy"] = sampled_entropy(batch.seen_logprob)
     if batch.questions:
         rewards_R = shaped_rewards(batch, run.strategy.overlong, c.max_response_tokens or 0)

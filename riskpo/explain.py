@@ -1,0 +1,330 @@
+"""`riskpo explain RUN`: why a run learns or does not, in sentences with the numbers behind them.
+
+Everything comes from the run's own log and settings; nothing is loaded or trained. "Early" and
+"late" are the first and the last tenth of the steps. A sentence that starts with "!" names
+something to look at; the others say that a usual suspect is innocent, or what a number means. A
+number that the log does not have gives no sentence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from riskpo.config import TrainConfig, read_toml
+from riskpo.logs import read_records
+from riskpo.measures import ALPHA, BETA, BUNDLE
+
+NO_SIGNAL = 0.5  # share of responses with advantage 0 from which on it is worth a word
+SMALL_LOSS = 0.02  # of the order of the noise of a mean advantage
+LITTLE_GRADIENT = 1e-6
+LOST_VERDICTS = 0.01  # share of verdicts that were a timeout, a crash or an unreadable gold
+TRUNCATED = 0.2
+MISMATCH_KL = 1e-3  # nats per token between sampler and trainer
+COLLAPSED = 0.2  # of the early entropy
+LAGGING = 0.5  # score units between a tracked quantile and the batch's own
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One sentence; `notable` where something should be looked at."""
+
+    topic: str
+    text: str
+    notable: bool = False
+
+
+@dataclass(frozen=True)
+class Log:
+    """The records of a run and its settings."""
+
+    steps: list[dict[str, Any]]
+    evals: list[dict[str, Any]]
+    config: TrainConfig
+
+    @cached_property
+    def tenth(self) -> int:
+        return max(len(self.steps) // 10, 1)
+
+    def early(self, name: str) -> float | None:
+        return _mean(self.steps[: self.tenth], name)
+
+    def late(self, name: str) -> float | None:
+        return _mean(self.steps[-self.tenth :], name)
+
+    def mean(self, name: str) -> float | None:
+        return _mean(self.steps, name)
+
+    def total(self, name: str) -> float:
+        return sum(r.get(name, 0.0) for r in self.steps)
+
+
+def _mean(records: Iterable[dict[str, Any]], name: str) -> float | None:
+    values = [r[name] for r in records if name in r]
+    return statistics.fmean(values) if values else None
+
+
+def explain_command(given: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="riskpo explain")
+    parser.add_argument("run_dir", help="folder of a `riskpo train` run")
+    print(report(explain(parser.parse_args(given).run_dir)))
+
+
+def explain(run_dir: str | Path) -> list[Finding]:
+    """What the log of `run_dir` says; ValueError where there is no log or no step in it."""
+    steps = read_records(run_dir, "step")
+    if not steps:
+        raise ValueError(
+            f"explain: {run_dir} has no finished step. Train it for at least one step first."
+        )
+    log = Log(steps, read_records(run_dir, "eval"), read_toml(Path(run_dir) / "config.toml"))
+    return [finding for question in QUESTIONS for finding in question(log)]
+
+
+def report(findings: Iterable[Finding]) -> str:
+    """One sentence per line under its topic, notable ones marked with "!"."""
+    lines: list[str] = []
+    topic = ""
+    for finding in findings:
+        if finding.topic != topic:
+            topic = finding.topic
+            lines.append(f"{topic}:")
+        lines.append(f"  {'!' if finding.notable else ' '} {finding.text}")
+    return "\n".join(lines)
+
+
+def progress(log: Log) -> Iterable[Finding]:
+    topic = "What happened"
+    first, last = log.early("reward_mean"), log.late("reward_mean")
+    if first is not None and last is not None:
+        yield Finding(
+            topic,
+            f"{log.config.algorithm}, {len(log.steps)} steps: mean reward {first:.3f} early, "
+            f"{last:.3f} late.",
+            last < first,
+        )
+    name = next((k for r in log.evals for k in r if k.startswith("avg@") and k[4:].isdigit()), None)
+    if name is not None and len(log.evals) > 1:
+        before, after = log.evals[0][name], log.evals[-1][name]
+        yield Finding(topic, f"Held-out {name} went from {before:.3f} to {after:.3f}.")
+
+
+def signal(log: Log) -> Iterable[Finding]:
+    """Which responses can teach anything at all."""
+    topic = "Is there a signal"
+    wrong, right = log.mean("all_wrong_fraction"), log.mean("all_right_fraction")
+    if wrong is not None and right is not None:
+        yield Finding(
+            topic,
+            f"Of the sampled questions {wrong:.0%} had only wrong responses and {right:.0%} only "
+            f"right ones: {wrong + right:.0%} of the groups are all-equal, and comparing their "
+            "responses with each other says nothing.",
+            wrong + right > NO_SIGNAL,
+        )
+    zero = log.mean("zero_advantage_fraction")
+    if zero is not None:
+        cure = " Easier or more mixed questions, or more responses each, would help."
+        yield Finding(
+            topic,
+            f"{zero:.0%} of the responses that were learned from had advantage 0 and no gradient."
+            + (cure if zero > NO_SIGNAL else ""),
+            zero > NO_SIGNAL,
+        )
+    highest = [r["advantage_max"] for r in log.steps if "advantage_max" in r]
+    if highest and max(highest) <= 0:
+        lowest = min(r["advantage_min"] for r in log.steps if "advantage_min" in r)
+        yield Finding(
+            topic,
+            f"Every advantage lay in [{lowest:.2f}, 0]: responses are pushed down or left alone, "
+            "never up, as the natural baseline has it; the probability they lose goes anywhere. A "
+            "centring baseline, such as 'leave-one-out', keeps the differences and drops the push.",
+            True,
+        )
+    q_beta = log.late("q_beta")
+    if q_beta is not None and q_beta <= 1e-9 and log.config.questions_per_step > 0:
+        yield Finding(
+            topic,
+            f"The upper quantile of the bundle scores stands at {q_beta:.2f}: at or above it the "
+            "averse advantage is constant, so that right answers count for nothing. Larger "
+            "bundles or easier questions lift it.",
+            True,
+        )
+    yield from _resampling(log, topic)
+
+
+def _resampling(log: Log, topic: str) -> Iterable[Finding]:
+    sampled = log.mean("sampled_questions")
+    if sampled is not None and sampled > 1.01 * log.config.questions_per_step:
+        yield Finding(
+            topic,
+            f"Dynamic sampling drew {sampled:.0f} questions a step to learn from at most "
+            f"{log.config.questions_per_step}: compare at equal responses, not at equal steps.",
+        )
+
+
+def loss(log: Log) -> Iterable[Finding]:
+    """A loss near zero is what it should be, and no sign of a missing gradient."""
+    topic = "Is the loss near zero, and why"
+    size, norm = _mean_size(log, "loss"), log.mean("grad_norm")
+    if size is None or norm is None:
+        return
+    if norm < LITTLE_GRADIENT:
+        text = f"The gradient norm is {norm:.1e} on average: nothing is learned. See the signal."
+        yield Finding(topic, text, True)
+    elif size < SMALL_LOSS:
+        ratio = (
+            "With one update per batch every ratio is exactly 1"
+            if log.config.updates_per_step == 1
+            else f"Ratios stay near 1 (mean {log.mean('ratio_mean') or 1.0:.4f})"
+        )
+        yield Finding(
+            topic,
+            f"|loss| is {size:.4f} on average, and that is no fault. {ratio}, so the loss is minus "
+            f"the mean of the advantages, and these are centred; its gradient is not zero (norm "
+            f"{norm:.2g}).",
+        )
+    else:
+        yield Finding(
+            topic,
+            f"|loss| is {size:.3f} on average: the advantages do not have mean zero, or ratios "
+            f"have moved away from 1. The gradient norm is {norm:.2g}.",
+        )
+    above = [r["grad_norm"] > log.config.max_grad_norm for r in log.steps if "grad_norm" in r]
+    if above and sum(above) > len(above) / 2:
+        yield Finding(
+            topic,
+            f"The gradient was shortened to max_grad_norm = {log.config.max_grad_norm:g} in "
+            f"{sum(above) / len(above):.0%} of the steps: only its direction counts there.",
+        )
+
+
+def _mean_size(log: Log, name: str) -> float | None:
+    return _mean([{name: abs(r[name])} for r in log.steps if name in r], name)
+
+
+def clipping(log: Log) -> Iterable[Finding]:
+    topic = "Does clipping act"
+    clipped = log.mean("clip_fraction")
+    if clipped is None:
+        return
+    low, high = log.mean("clip_low_fraction") or 0.0, log.mean("clip_high_fraction") or 0.0
+    if log.config.updates_per_step == 1:
+        yield Finding(
+            topic,
+            f"It cannot: with updates_per_step = 1 every ratio is 1 (clipped: {clipped:.1%}).",
+        )
+        return
+    text = f"{clipped:.1%} of the ratios were clipped ({low:.1%} at the lower, {high:.1%} at the "
+    if clipped > 0.3:
+        text += "upper bound): most of the off-policy updates are thrown away. Widen the bounds, "
+        text += "lower the learning rate or take fewer updates per batch."
+    else:
+        text += "upper bound)."
+    yield Finding(topic, text, clipped > 0.3)
+
+
+def entropy(log: Log) -> Iterable[Finding]:
+    topic = "Does the policy still explore"
+    name = "sampled_entropy" if log.mean("sampled_entropy") is not None else "entropy"
+    first, last = log.early(name), log.late(name)
+    if first is None or last is None:
+        return
+    collapsed = last < COLLAPSED * first
+    text = f"Token entropy went from {first:.3f} to {last:.3f} nats"
+    text += ": it has collapsed, and few new answers are tried." if collapsed else "."
+    yield Finding(topic, text, collapsed)
+
+
+def tracker(log: Log) -> Iterable[Finding]:
+    """How far the tracked quantiles are from the batch's own, at the paper's levels."""
+    c = log.config
+    if (c.bundle_size or BUNDLE, c.alpha or ALPHA, c.beta or BETA) != (BUNDLE, ALPHA, BETA):
+        return
+    for name in ("q_alpha", "q_beta"):
+        tracked, own = log.late(f"{name}_tracked"), log.late(f"batch_{name}")
+        if tracked is None or own is None:
+            continue
+        lag = tracked - own
+        yield Finding(
+            "Does the quantile tracker keep up",
+            f"{name}: tracked {tracked:.2f}, the late batches' own {own:.2f}"
+            + (
+                f"; it lags by {abs(lag):.2f} score units. Raise tracker_step or change the policy "
+                "more slowly."
+                if abs(lag) > LAGGING
+                else "."
+            ),
+            abs(lag) > LAGGING,
+        )
+
+
+def verdicts(log: Log) -> Iterable[Finding]:
+    topic = "Did the verifier answer"
+    lost = {n: log.total(f"outcome_{n}") for n in ("timeout", "crash", "unparsable_gold")}
+    every = sum(log.total(k) for k in {k for r in log.steps for k in r if k.startswith("outcome_")})
+    if not every:
+        return
+    share = sum(lost.values()) / every
+    named = ", ".join(f"{int(n)} {name.replace('_', ' ')}" for name, n in lost.items() if n)
+    text = f"{every:.0f} verdicts; " + (
+        f"{named}: {share:.1%} of the rewards are 0 for a reason that is not the answer."
+        if named
+        else "no timeout, no crash, no unreadable gold."
+    )
+    yield Finding(topic, text, share > LOST_VERDICTS)
+    silent = log.total("outcome_no_answer") / every
+    if silent > TRUNCATED:
+        yield Finding(topic, f"{silent:.0%} of the responses held no answer at all.", True)
+
+
+def sampler(log: Log) -> Iterable[Finding]:
+    topic = "Are the samples sound"
+    cut = log.late("truncated_fraction")
+    if cut is not None:
+        limit = log.config.max_response_tokens
+        more = " Raise it, or the reward measures length." if cut > TRUNCATED else ""
+        yield Finding(
+            topic,
+            f"{cut:.1%} of the late responses were cut at max_response_tokens = {limit}.{more}",
+            cut > TRUNCATED,
+        )
+    kl = log.mean("sampler_kl")
+    if kl is not None and log.config.updates_per_step == 1:
+        off = kl > MISMATCH_KL
+        yield Finding(
+            topic,
+            f"Sampler and trainer differ by a KL of {kl:.1e} nats per token"
+            + (": they are not the same policy." if off else ": rounding."),
+            off,
+        )
+
+
+def updates(log: Log) -> Iterable[Finding]:
+    topic = "Were updates lost"
+    skipped = [r["skipped_updates"] for r in log.steps if "skipped_updates" in r]
+    if skipped:
+        count = max(skipped)
+        why = "loss or gradient were not finite; look for the warning in the output."
+        yield Finding(
+            topic,
+            f"{count:.0f} were skipped: {why}" if count else "None was skipped.",
+            count > 0,
+        )
+    empty = sum("loss" not in r for r in log.steps)
+    if empty:
+        yield Finding(topic, f"{empty} steps kept no question and made no update.", True)
+    odd = sum(not math.isfinite(r.get("reward_mean", 0.0)) for r in log.steps)
+    if odd:
+        yield Finding(topic, f"{odd} steps have a mean reward that is not a number.", True)
+
+
+Question = Callable[[Log], Iterable[Finding]]
+QUESTIONS: tuple[Question, ...] = (
+    progress, signal, loss, clipping, entropy, tracker, verdicts, sampler, updates,
+)  # fmt: skip

@@ -1,6 +1,6 @@
 """The numbers of a comparison: per run, over seeds, and paired with the system compared against.
 
-Two views of the same runs. "steps": every system at its last step. "responses": every system at
+Two views of the same runs. "steps": every system at the last step that all of them have. "responses": every system at
 the last step up to which it had sampled no more responses than the thriftiest system did in all;
 they differ where an algorithm resamples (DAPO). Step numbers are means over the last tenth of the
 steps of the view, covariances over all of them; held-out numbers are of the last evaluation in it.
@@ -39,6 +39,13 @@ class RunLogs:
     steps: list[dict[str, Any]]
     evals: list[dict[str, Any]]
 
+    @property
+    def last_step(self) -> int:
+        return max((int(r["step"]) for r in self.steps), default=0)
+
+    def until(self, step: int) -> RunLogs:
+        return RunLogs(*([r for r in x if r["step"] <= step] for x in (self.steps, self.evals)))
+
     def responses(self) -> list[float]:
         """Responses sampled up to and with each step."""
         total, sums = 0.0, []
@@ -63,8 +70,11 @@ class Interval:
 
 
 def load(out: Path, systems: Sequence[str], seeds: Sequence[int]) -> dict[str, dict[int, RunLogs]]:
-    """{system: {seed: logs}}; ValueError where a run has not been made."""
-    return {
+    """{system: {seed: logs}}, up to the last step that every run has.
+
+    ValueError where a run has not been made.
+    """
+    runs = {
         name: {
             seed: RunLogs(
                 read_records(run_dir(out, name, seed), "step"),
@@ -73,6 +83,10 @@ def load(out: Path, systems: Sequence[str], seeds: Sequence[int]) -> dict[str, d
             for seed in seeds
         }
         for name in systems
+    }
+    common = min(run.last_step for each in runs.values() for run in each.values())
+    return {
+        name: {seed: run.until(common) for seed, run in each.items()} for name, each in runs.items()
     }
 
 

@@ -53,7 +53,7 @@ def write_page(
     runs = load(out, systems, seeds)
     limit = budget(runs)
     views = {
-        "steps": _summaries(runs, lambda run: int(run.steps[-1]["step"])),
+        "steps": _summaries(runs, lambda run: run.last_step),
         "responses": _summaries(runs, lambda run: last_step(run, limit)),
     }
     tables = {name: over_seeds(view) for name, view in views.items()}
@@ -91,7 +91,7 @@ def _about(
     return {
         "seeds": list(seeds),
         "against": against,
-        "steps": max(int(run.steps[-1]["step"]) for run in logs),
+        "steps": logs[0].last_step,
         "responses": limit,
         "sampled": {
             name: sum(run.responses()[-1] for run in each.values()) / len(each)

@@ -21,6 +21,10 @@ USAGE = """riskpo: risk-averse policy optimisation of language models
       the same command resumes a run that was interrupted
   riskpo eval  [--model DIR --data FILE] [--samples N] ...
   riskpo plot  RUN_DIR
+  riskpo compare [CONFIG.toml] --algorithms A,B+SETTING=VALUE --seeds 0-4 [--jobs 2]
+      systems side by side on equal starts and budgets: a table and a picture
+  riskpo explain RUN_DIR
+      what the log says about why the run learns or does not
   riskpo doctor [--against torch|trl|liger|verl] [--report FILE.md]
 
 `riskpo COMMAND --help` lists the settings."""
@@ -31,6 +35,8 @@ COMMANDS = {
     "train": "riskpo.cli:train_command",
     "eval": "riskpo.cli:eval_command",
     "plot": "riskpo.cli:plot_command",
+    "compare": "riskpo.compare:compare_command",
+    "explain": "riskpo.explain:explain_command",
     "doctor": "riskpo.doctor.command:doctor_command",
 }
 

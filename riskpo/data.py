@@ -218,11 +218,18 @@ def last_boxed(solution: str) -> str:
 
 
 def merge_copies(questions: Iterable[Question], source: str) -> list[Question]:
-    """Each problem once, with meta["copies"]; problems with contradicting golds are dropped."""
+    """Each problem once, with meta["copies"]; problems with contradicting golds are dropped.
+
+    Two sets of tests for one program do not contradict each other: the first row's are kept.
+    """
     groups: dict[str, list[Question]] = {}
     for question in questions:
         groups.setdefault(_hash(question.prompt, question.images), []).append(question)
-    agreed = [g for g in groups.values() if len({q.gold for q in g}) == 1]
+    agreed = [
+        g
+        for g in groups.values()
+        if len({q.gold for q in g}) == 1 or g[0].meta.get("reward") == "code"
+    ]
     if len(agreed) < len(groups):
         _log.warning(
             "%s: dropped %d problems whose copies have different answers",

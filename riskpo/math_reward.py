@@ -24,6 +24,7 @@ Nothing here has a time limit: the pool kills.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import product
 from typing import Any
@@ -79,7 +80,7 @@ def verify_math(gold: str, answer: str | None) -> Verdict:
     found = next((a for a in answers if isinstance(a, str)), found)
     if not _expressions(answers) and not (answers and _is_words(final(gold))):
         return failed(Outcome.NO_ANSWER, f"nothing to compare in {found[-80:]!r}")
-    if any(_equal(g, a) for g, a in product(golds, answers)):
+    if _any_equal(golds, answers):
         return right(found[:80])
     if not _expressions(list(golds)):
         return failed(Outcome.UNPARSABLE_GOLD, f"gold {gold[:80]!r} is not an expression")
@@ -142,7 +143,14 @@ def parsed_gold(gold: str) -> tuple[Any, ...]:
     Prose is no gold: math-verify would read "think it over" as a product of letters.
     """
     text = final(gold)
-    return () if _is_prose(text) and not _is_words(text) else tuple(_parse_boxed(text))
+    if _is_prose(text) and not _is_words(text):
+        return ()
+    try:
+        return tuple(_parse_boxed(text))
+    except (MemoryError, RecursionError):
+        raise
+    except Exception:  # whatever the parser stumbled over, the gold cannot be read
+        return ()
 
 
 def parse_answer(found: str, marked: bool) -> list[Any]:
@@ -150,15 +158,15 @@ def parse_answer(found: str, marked: bool) -> list[Any]:
     if not found or (marked and len(found) > LONGEST_ANSWER):
         return []
     if not marked:
-        return parse(found, [_LATEX, _EXPR], parsing_timeout=None)
+        return _parse(found, _LATEX, _EXPR)
     sentence = _sentence(found)
     if not _is_prose(sentence):
         return _parse_boxed(sentence)
-    return parse(f"answer: {sentence}", [_LATEX, _EXPR], parsing_timeout=None)
+    return _parse(f"answer: {sentence}", _LATEX, _EXPR)
 
 
 def _parse_boxed(text: str) -> list[Any]:
-    return parse(f"\\boxed{{{_tidy(text)}}}", [_LATEX], parsing_timeout=None) if text else []
+    return _parse(f"\\boxed{{{_tidy(text)}}}", _LATEX) if text else []
 
 
 def _tidy(text: str) -> str:
@@ -206,22 +214,37 @@ def _expressions(values: list[Any]) -> list[Any]:
     return [v for v in values if not isinstance(v, str)]
 
 
+def _any_equal(golds: Sequence[Any], answers: Sequence[Any]) -> bool:
+    """Whether one of the pairs is equal. When none is and a comparison raised, that is raised: an
+    answer that could not be compared is a crash with a name, not a wrong answer."""
+    problem: Exception | None = None
+    for gold, answer in product(golds, answers):
+        try:
+            if _equal(gold, answer):
+                return True
+        except (MemoryError, RecursionError):
+            raise
+        except Exception as error:
+            problem = error
+    if problem is not None:
+        raise problem
+    return False
+
+
 def _equal(gold: Any, answer: Any) -> bool:
-    """One comparison; what sympy cannot compare is not equal; no memory is a crash."""
-    try:
-        return bool(
-            verify(
-                gold,
-                answer,
-                timeout_seconds=None,
-                raise_on_error=True,
-                allow_set_relation_comp=True,
-            )
+    return bool(
+        verify(
+            gold,
+            answer,
+            timeout_seconds=None,
+            raise_on_error=True,
+            allow_set_relation_comp=True,
         )
-    except (MemoryError, RecursionError):
-        raise
-    except Exception:
-        return False
+    )
+
+
+def _parse(text: str, *configs: Any) -> list[Any]:
+    return list(parse(text, configs, parsing_timeout=None, raise_on_error=True))
 
 
 def _judge(equal: bool, gold: str, found: str) -> Verdict:

@@ -146,6 +146,35 @@ def test_a_hub_out_of_reach_is_one_clear_line_at_once(monkeypatch, offline):
     assert time.monotonic() - start < 10  # without the check 23 s of retries
 
 
+ROWS = {  # file -> questions, one gold
+    "problems/gsm8k_train.jsonl": (2000, "72"),
+    "problems/gsm8k_test.jsonl": (300, None),
+    "problems/math500.jsonl": (250, "\\left( 3, \\frac{\\pi}{2} \\right)"),
+    "problems/aime24.jsonl": (15, "204"),
+    "problems/aime25.jsonl": (15, "70"),
+    "problems/amc23.jsonl": (20, "45"),
+    "problems/minerva_math.jsonl": (136, None),
+    "problems/olympiadbench_oe_maths_en.jsonl": (338, "2"),
+    "verl/dapo_math_17k_svs_first200.jsonl": (196, "34"),
+    "verl/dapo_math_17k_svs.parquet": (1170, "34"),
+    "verl/math_train_lighteval.parquet": (1500, "0"),
+    "code/humaneval.jsonl": (82, None),
+    "code/mbpp.jsonl": (250, None),
+    "code/leetcode_functional.jsonl": (60, None),
+    "code/codeforces_stdin.jsonl": (100, None),
+}
+
+
+def test_every_adapter_reads_its_real_file(shared_data):
+    for name, (count, gold) in ROWS.items():
+        questions = load_questions(str(shared_data / name))
+        assert len(questions) == count, name
+        assert gold is None or gold in {questions[0].gold}, (name, questions[0].gold)
+        assert all(q.gold and q.prompt for q in questions), name
+        is_code = name.startswith("code/")
+        assert all((q.meta.get("reward") == "code") == is_code for q in questions), name
+
+
 BAD_GOLDS = {"deepmath_roll": 0, "minerva_math": 3, "olympiadbench_oe_maths_en": 2}
 
 

@@ -1,8 +1,14 @@
-"""Agreement of the math reward with labelled model answers: python -m tools.agreement FOLDER
+"""Agreement of the rewards with labelled data, file by file: python -m tools.agreement FOLDER
 
-FOLDER holds *.jsonl files with rows {id, problem, gold, response, label, label_review}; label is
-true, false or null (unknown). Rows with a label_review are left out. --half keeps the problems
-whose sha256 is even or odd: rules are worked out on one half and checked on the other.
+FOLDER may hold three folders; each gives one table.
+
+  labelled_outputs/*.jsonl  {id, problem, gold, response, label, label_review}; rows whose label is
+                            null (unknown) or under review are counted apart
+  answer_pairs/*.jsonl      {id, gold, pred, equal}
+  problems/, verl/          questions, each gold judged against itself
+
+Every file is split in two by the sha256 of the problem: rules are worked out on the even half and
+checked on the odd one. --list shows the disagreements of one half; programs: tools/programs.py.
 """
 
 from __future__ import annotations
@@ -10,24 +16,39 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from riskpo.data import load_questions
+from riskpo.rewards import MATH
 from riskpo.verdicts import Outcome
 from riskpo.verifier_pool import VerifierPool
 
-VERIFY = "riskpo.math_reward:verify_math"
+HALVES = ("even", "odd")
+_RESPONSE = re.compile(r"\$|\\boxed|\\[(\[]|nswer|[a-z]{2,} [a-z]{2,}")  # more than an answer
+SIDES = ("right", "wrong", "no_answer", "unparsable_gold", "timeout", "crash")
 
 
-def read_rows(path: Path, half: str = "all") -> list[dict[str, Any]]:
-    """Rows with a usable label, of the chosen half of the problems."""
+def read_rows(path: Path, half: str = "all") -> tuple[list[dict[str, Any]], int]:
+    """Rows of the chosen half of the problems with a usable label, and how many have none."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [
-        row
-        for row in rows
-        if row["label"] is not None and not row["label_review"] and in_half(row["problem"], half)
-    ]
+    rows = [row for row in map(_as_labelled, rows) if in_half(row["problem"], half)]
+    usable = [row for row in rows if row["label"] is not None and not row["label_review"]]
+    return usable, len(rows) - len(usable)
+
+
+def _as_labelled(row: dict[str, Any]) -> dict[str, Any]:
+    """A pair of answers as a labelled output: its gold takes the problem's place in the hash."""
+    if "equal" not in row:
+        return row
+    pred = row["pred"]
+    if not _RESPONSE.search(pred):
+        pred = f"\\boxed{{{pred}}}"  # an answer, where a response is expected
+    pair = {"problem": str(row["gold"]), "response": pred, "label": row["equal"]}
+    return {**row, **pair, "label_review": None}
 
 
 def in_half(problem: str, half: str) -> bool:
@@ -38,37 +59,77 @@ def in_half(problem: str, half: str) -> bool:
 def compare(
     pool: VerifierPool, rows: list[dict[str, Any]]
 ) -> tuple[Counter[str], list[dict[str, Any]]]:
-    """Counts (agree, false_right, false_wrong, every outcome) and the rows that disagree."""
+    """Counts (rows, agree, every outcome) and the rows that disagree, each with its verdict."""
     verdicts = pool.run([(str(row["gold"]), row["response"]) for row in rows])
     counts: Counter[str] = Counter(rows=len(rows))
     disagree = []
     for row, verdict in zip(rows, verdicts, strict=True):
         said = verdict.outcome is Outcome.RIGHT
         counts[verdict.outcome.value] += 1
-        counts["agree" if said == row["label"] else "false_right" if said else "false_wrong"] += 1
+        counts["agree"] += said == row["label"]
         if said != row["label"]:
             disagree.append({**row, "verdict": verdict})
     return counts, disagree
 
 
+def heading(*columns: str) -> None:
+    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+
+
+def line(*cells: object) -> None:
+    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+
+
+def answers(pool: VerifierPool, files: list[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Prints the table; yields (half, row) for every disagreement."""
+    heading("file", "half", "agree / rows", "%", "left out", *SIDES)
+    for path in files:
+        for half in HALVES:
+            rows, left_out = read_rows(path, half)
+            counts, disagree = compare(pool, rows)
+            share = f"{100 * counts['agree'] / max(1, counts['rows']):.1f}"
+            line(path.stem, half, f"{counts['agree']} / {counts['rows']}", share, left_out,
+                 *(counts[side] for side in SIDES))  # fmt: skip
+            yield from ((half, row) for row in disagree)
+
+
+def golds(pool: VerifierPool, files: list[Path]) -> None:
+    """Prints how many golds of each file verify against themselves."""
+    heading("file", "questions", *SIDES)
+    for path in files:
+        questions = load_questions(str(path))
+        verdicts = pool.run([(q.gold, None) for q in questions])
+        seen = Counter(verdict.outcome.value for verdict in verdicts)
+        line(path.stem, len(questions), *(seen[side] for side in SIDES))
+
+
+def show(row: dict[str, Any]) -> None:
+    verdict, response = row["verdict"], row["response"]
+    print(f"* {row['id']}: label {row['label']}, gold {row['gold']!r}: {verdict.outcome.value}, ")
+    print(f"  {verdict.detail}; ends in {response[-120:]!r}")
+
+
 def main() -> None:
-    """Print one line per file, and the disagreements on request."""
+    """Print the tables, and the disagreements of one half on request."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--half", choices=("all", "even", "odd"), default="all")
+    parser.add_argument("--list", choices=HALVES, help="show the disagreements of this half")
+    parser.add_argument("--only", default="", help="files whose name holds this")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=10.0)
-    parser.add_argument("--show", type=int, default=0, help="disagreements to print per file")
     options = parser.parse_args()
-    columns = ["rows", "agree", "false_right", "false_wrong", *(o.value for o in Outcome)]
-    print(f"{'file':34s}" + "".join(f"{c:>16s}" for c in columns))
-    with VerifierPool(VERIFY, workers=options.workers, seconds=options.seconds) as pool:
-        for path in sorted(options.folder.glob("*.jsonl")):
-            counts, disagree = compare(pool, read_rows(path, options.half))
-            print(f"{path.stem:34s}" + "".join(f"{counts[c]:16d}" for c in columns))
-            for row in disagree[: options.show]:
-                print(f"  {row['id']} label={row['label']} gold={row['gold']!r}")
-                print(f"    {row['verdict']} ...{row['response'][-160:]!r}")
+
+    def files(*folders: str) -> list[Path]:
+        found = [p for folder in folders for p in sorted((options.folder / folder).glob("*"))]
+        return [p for p in found if options.only in p.name and p.suffix in (".jsonl", ".parquet")]
+
+    with VerifierPool(MATH, workers=options.workers, seconds=options.seconds) as pool:
+        found = [*answers(pool, files("labelled_outputs"))]
+        found += answers(pool, files("answer_pairs"))
+        golds(pool, files("problems", "verl"))
+    for half, row in found:
+        if half == options.list:
+            show(row)
 
 
 if __name__ == "__main__":

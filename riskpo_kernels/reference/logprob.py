@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from riskpo_kernels.reference.ranks import whole
+
 
 class TokenLogProbs(NamedTuple):
     """Per-token results in nats; entropy is None unless asked for; lse carries no gradient."""
@@ -39,7 +41,8 @@ def linear_logprob(
     """Hidden states [..., D], head [V, D] and targets [...] to log-probs [...]; computes in at
     least float32. tail_eps, memory_mib, deterministic and backend have nothing to act on here."""
     if vocab_group is not None:
-        raise ValueError("reference.linear_logprob: the reference has no vocabulary-parallel form")
+        weight = whole(weight, vocab_group)
+        bias = None if bias is None else whole(bias, vocab_group)
     wide = torch.promote_types(hidden.dtype, torch.float32)
     kept = _kept(target, ignore_index)
     rows = hidden[kept].to(wide)  # a dropped row's NaN must not reach a product

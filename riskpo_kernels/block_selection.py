@@ -104,14 +104,11 @@ class ActiveBlocks(NamedTuple):
     def of(self, rows: torch.Tensor) -> ActiveBlocks:
         return ActiveBlocks(self.bits[:, rows], self.dense[rows], self.pairs[rows])
 
-    def rows_of(self, block: int) -> torch.Tensor:
-        """Index of the rows in which this block is active."""
-        return ((self.bits[block // 8] >> (block % 8)) & 1).nonzero()[:, 0]
-
-    def counts(self, vocab: int) -> torch.Tensor:
-        """Rows in which each block is active, int64 [B]."""
-        shifts = torch.arange(8, dtype=torch.uint8, device=self.bits.device)
-        each = [((self.bits >> s) & 1).sum(1, dtype=torch.int64) for s in shifts]
+    def counts(self, vocab: int, among: torch.Tensor, rows: slice) -> torch.Tensor:
+        """Rows in which each block is active, of `rows` and `among` (bool [n]), int64 [B]."""
+        bits = self.bits[:, rows] * among[rows]
+        shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
+        each = [((bits >> s) & 1).sum(1, dtype=torch.int64) for s in shifts]
         return torch.stack(each, 1).reshape(-1)[: n_blocks(vocab)]
 
     def pair_rows(self, blocks: slice, pairs: int) -> torch.Tensor:
@@ -122,3 +119,17 @@ class ActiveBlocks(NamedTuple):
         flags = ((part[:, None] >> shifts[:, None]) & 1).flatten(0, 1)
         flags = flags[blocks.start - 8 * first : blocks.stop - 8 * first]
         return torch.nonzero_static(flags, size=pairs)[:, 1].int()
+
+
+def block_groups(
+    counts: list[int], n: int, rows: int, bytes_per_pair: int, budget: int
+) -> list[slice]:
+    """Consecutive blocks whose lists (n bytes a block to make them) and dz fit in the budget."""
+    groups, first, used = [], 0, 0
+    for block, count in enumerate(counts):
+        need = 2 * n + -(-count // rows) * rows * bytes_per_pair
+        if used and used + need > budget:
+            groups.append(slice(first, block))
+            first, used = block, 0
+        used += need
+    return [*groups, slice(first, len(counts))]

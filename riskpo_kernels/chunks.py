@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from riskpo_kernels.checks import reject
+from riskpo_kernels.work import executed
 
 MIN_ROWS, MIN_COLS = 16, 128
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
@@ -88,12 +89,14 @@ class Products:
 
     def into(self, out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """out = a @ b"""
+        executed(*a.shape, b.shape[1])
         if self.mixed:
             return torch.mm(a, b, out_dtype=self.wide, out=out)  # type: ignore[call-overload]
         return torch.mm(a, b, out=out)
 
     def add(self, out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         """out += a @ b"""
+        executed(*a.shape, b.shape[1])
         if self.mixed:
             out.add_(torch.mm(a, b, out_dtype=self.wide))  # type: ignore[call-overload]
         else:

@@ -4,9 +4,7 @@ At most one float32 buffer of a whole gradient is made, and none for a float32 w
 whichever is smaller, or of dW where dense and sparse rows meet. Rows that are many go through in
 pieces, whose dH is summed apart.
 
-Host synchronisations on a GPU, each because a number is the shape of products: the rows that carry
-a coefficient (linear_logprob.py), the rows of each way (here), the pairs of each block
-(sparse_launch.py; sparse_blocks.py, for float32 and deterministic=True, has one a block).
+One host synchronisation on a GPU, before anything else: row_ways.py.
 """
 
 from __future__ import annotations
@@ -26,6 +24,7 @@ from riskpo_kernels.head_tiles import (
     dense_backward,
     products_of,
 )
+from riskpo_kernels.row_ways import Ways, find_ways
 from riskpo_kernels.sparse_blocks import sparse_backward
 
 ROUNDING_STEP = 4096  # rows of a float32 buffer that are rounded at a time
@@ -35,21 +34,21 @@ def backward_rows(
     head: Head,
     up: Upstream,
     active: ActiveBlocks | None,
+    ways: Ways,
     needs: Sequence[bool],
     o: Options,
     *,
     wide_dh: bool = False,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """dH [N, D], dW [V, D], dbias [V] of the given rows, None where not needed; in the dtypes of
-    what they are gradients of, dH with wide_dh as its sums are."""
+    """dH [N, D], dW [V, D], dbias [V] of the rows that `ways` keeps, None where not needed; in the
+    dtypes of what they are gradients of, dH with wide_dh as its sums are."""
     products = products_of(head)
     unit = _unit(up, products)
     if unit is not None:
         c, g = (None if x is None else x / unit for x in (up.c, up.g))
         up = Upstream(up.stats, c, g)
-    dense, sparse = _ways(head, active)
     free = head.weight.dtype == products.wide  # dW is as wide as its sums: it needs no buffer
-    both = sparse is not None and dense is not None
+    dense, both = ways.dense, ways.dense is not None and bool(ways.sparse)
     rows_outer = both or free or not needs[1] or (needs[0] and head.vocab <= head.n)
     dw_pieces = rows_outer if dense is not None else free or head.n > head.vocab
     dw = Accumulator(head.weight, products.wide, whole=dw_pieces) if needs[1] else None
@@ -61,19 +60,18 @@ def backward_rows(
         dh = torch.zeros(head.hidden.shape, dtype=dtype, device=head.hidden.device)
 
     if dense is not None:
-        part, sent = (head, up) if sparse is None else (head.of(dense), up.of(dense))
+        part, sent = (head.of(dense), up.of(dense)) if ways.sparse else (head, up)
         into.dh = _rows_of(dh, part, products, unit, whole=not rows_outer)
         _set_unit(into, unit)
         dense_backward(part, sent, o, into, rows_outer)
         _finish(into.dh)
-    if sparse is not None and active is not None:
-        size = _piece(head, products, o) if dw_pieces else max(head.n, 1)
-        for s in sparse.split(size):
-            part, sent = head.of(s), up.of(s)
-            into.dh = _rows_of(dh, part, products, unit, whole=True)
-            _set_unit(into, unit)
-            _sparse(head, o)(part, sent, active.of(s), o, into)
-            _finish(into.dh)
+    for s, counts in (ways if dw_pieces else ways.whole()).sparse:
+        assert active is not None
+        part, sent = head.of(s), up.of(s)
+        into.dh = _rows_of(dh, part, products, unit, whole=True)
+        _set_unit(into, unit)
+        _sparse(head, o)(part, sent, active.of(s), counts, o, into)
+        _finish(into.dh)
     if dw is not None:
         dw.finish(ROUNDING_STEP)
     if unit is not None:
@@ -96,14 +94,9 @@ def _sparse(head: Head, o: Options) -> Callable[..., None]:
     return sparse_launch.sparse_backward
 
 
-def _ways(
-    head: Head, active: ActiveBlocks | None
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Index of the dense and of the sparse rows; None for none of them."""
-    if active is None:
-        return torch.arange(head.n, device=head.target.device), None
-    dense, sparse = active.dense.nonzero()[:, 0], (~active.dense).nonzero()[:, 0]
-    return (dense if dense.numel() else None), (sparse if sparse.numel() else None)
+def ways_of(head: Head, active: ActiveBlocks | None, sent: torch.Tensor, o: Options) -> Ways:
+    """The way of each row, given which have a coefficient (bool [n])."""
+    return find_ways(sent, active, head.vocab, _piece(head, products_of(head), o))
 
 
 def _piece(head: Head, products: Products, o: Options) -> int:

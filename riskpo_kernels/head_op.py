@@ -15,11 +15,12 @@ import torch
 from riskpo_kernels.backends import choose
 from riskpo_kernels.block_selection import ActiveBlocks
 from riskpo_kernels.chunks import exact_products
-from riskpo_kernels.head_backward import backward_rows
+from riskpo_kernels.head_backward import backward_rows, ways_of
 from riskpo_kernels.head_tiles import Head, Options, Upstream, forward_rows
 from riskpo_kernels.inputs import live_rows
 from riskpo_kernels.process_groups import group_called, sum_over
 from riskpo_kernels.registration import register
+from riskpo_kernels.row_ways import Ways
 from riskpo_kernels.softmax_rows import LogitMap, RowStats, finish
 from riskpo_kernels.vocab_parallel import VocabShard
 
@@ -155,20 +156,19 @@ def _backward(
     head = Head(hidden, weight, bias, None, target.long() - offset, _map(o, row_temperature, wide))
     up = Upstream(RowStats(logprob, entropy if o.entropy else None, peak, log_sum), c, g)
     active = ActiveBlocks(bits, dense, pairs) if dense.numel() else None
-    # Rows without a coefficient enter no product. One host synchronisation: the number of the
-    # others is the shape of the products.
+    # Rows without a coefficient enter no product.
     sent = sum((x != 0 for x in (c, g) if x is not None), start=torch.zeros_like(target) != 0)
     if ignore_index is not None:
         sent &= target != ignore_index
-    keep = sent.nonzero()[:, 0]
-    if keep.numel() < target.numel():
-        head, up = head.of(keep), up.of(keep)
-        active = None if active is None else active.of(keep)
+    ways = ways_of(head, active, sent, o)
+    if ways.keep is not None:
+        head, up = head.of(ways.keep), up.of(ways.keep)
+        active = None if active is None else active.of(ways.keep)
     with exact_products(hidden.device):
         if group:
-            gradients = _shard_backward(head, up, active, needs, o, group)
+            gradients = _shard_backward(head, up, active, ways, needs, o, group)
         else:
-            gradients = backward_rows(head, up, active, needs, o)
+            gradients = backward_rows(head, up, active, ways, needs, o)
     return tuple(hidden.new_empty(0) if x is None else x for x in gradients)
 
 
@@ -176,6 +176,7 @@ def _shard_backward(
     head: Head,
     up: Upstream,
     active: ActiveBlocks | None,
+    ways: Ways,
     needs: list[bool],
     o: Options,
     group: str,
@@ -184,7 +185,7 @@ def _shard_backward(
     rounded, in one float32 buffer of the rows with a coefficient."""
     hidden, rows = head.hidden, head.rows
     head = replace(head, hidden=head.take(slice(None), hidden.dtype), rows=None)
-    dh, dw, db = backward_rows(head, up, active, needs, o, wide_dh=True)
+    dh, dw, db = backward_rows(head, up, active, ways, needs, o, wide_dh=True)
     if dh is not None:
         dh = sum_over(group_called(group), dh).to(hidden.dtype)
         dh = dh if rows is None else torch.zeros_like(hidden).index_copy(0, rows, dh)

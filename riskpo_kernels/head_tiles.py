@@ -253,13 +253,17 @@ def dense_backward(head: Head, up: Upstream, o: Options, into: Gradients, rows_o
         products.into(raw, h, w.T)
         bias, part = head.bias_of(v, products.wide), up.of(r)
         target = head.target[r] - v.start
-        gradient(raw, target, bias, part.stats, part.c, part.g, head.map.of(r), dz)
+        # dbias is summed before the rounding; where there is none dz is raw under another name
+        out = dz if products.mixed and into.db is None else raw
+        gradient(raw, target, bias, part.stats, part.c, part.g, head.map.of(r), out)
+        if into.db is not None:
+            into.db[v] += raw.sum(0)
+            if products.mixed:
+                dz.copy_(raw)
         if dh is not None:
             products.add(dh, dz, w)
         if dw is not None:
             products.add(dw, dz.T, h)
-        if into.db is not None:
-            into.db[v] += dz.sum(0, dtype=products.wide)
 
     rows, cols = (head.n, plan.rows, into.dh), (head.vocab, plan.cols, into.dw)
     outer, inner = (rows, cols) if rows_outer else (cols, rows)

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from riskpo_kernels.block_selection import ActiveBlocks
+from riskpo_kernels.block_selection import ActiveBlocks, block_groups
 from riskpo_kernels.head_tiles import Gradients, Head, Options, Upstream, products_of
 from riskpo_kernels.kernels.sparse_blocks import (
     BD,
@@ -23,30 +23,20 @@ from riskpo_kernels.kernels.sparse_blocks import (
     tile_rows,
 )
 from riskpo_kernels.softmax_rows import BLOCK
-
-
-def _block_groups(
-    counts: list[int], n: int, rows: int, bytes_per_pair: int, budget: int
-) -> list[slice]:
-    """Consecutive blocks whose lists (n bytes a block to make them) and dz fit in the budget."""
-    groups, first, used = [], 0, 0
-    for block, count in enumerate(counts):
-        need = 2 * n + -(-count // rows) * rows * bytes_per_pair
-        if used and used + need > budget:
-            groups.append(slice(first, block))
-            first, used = block, 0
-        used += need
-    return [*groups, slice(first, len(counts))]
+from riskpo_kernels.work import executed
 
 
 def sparse_backward(
-    head: Head, up: Upstream, active: ActiveBlocks, o: Options, into: Gradients
+    head: Head,
+    up: Upstream,
+    active: ActiveBlocks,
+    counts: list[int],
+    o: Options,
+    into: Gradients,
 ) -> None:
     """Add the active pairs of the rows to the gradients; same contract as
-    riskpo_kernels.sparse_blocks.sparse_backward. One host synchronisation: the number of pairs of
-    each block is the shape of the products."""
+    riskpo_kernels.sparse_blocks.sparse_backward."""
     products = products_of(head)
-    counts = active.counts(head.vocab).tolist()
     head = _plain(head, products.dtype)
     if up.c is None:
         up = replace(up, c=torch.zeros_like(up.stats.logprob))
@@ -54,7 +44,7 @@ def sparse_backward(
     bm = tile_rows(head.map.softcap is not None)
     pair_bytes = BLOCK * products.dtype.itemsize + 20  # dz; and the pair's place in the lists
     with torch.cuda.device_of(head.hidden):
-        for blocks in _block_groups(counts, head.n, bm, pair_bytes, budget):
+        for blocks in block_groups(counts, head.n, bm, pair_bytes, budget):
             if sum(counts[blocks]):
                 _one_group(head, up, active, counts, blocks, into, products.dtype)
 
@@ -93,23 +83,28 @@ def _one_group(
     )
     rows = active.pair_rows(blocks, int(here.sum()))
     dz = torch.empty(n_tiles, bm, BLOCK, dtype=dtype, device=device)
+    sums = None  # of the columns of each tile, before dz is rounded
+    if into.db is not None:
+        sums = torch.empty(n_tiles, BLOCK, dtype=torch.float32, device=device)
     lists = dict(p_rows=rows, p_starts=starts, p_tiles=tiles)
     sizes = dict(D=head.hidden.shape[1], V=head.vocab, first_block=blocks.start)
-    _launch_dz(head, up, dz, tile_block, lists, sizes)
+    _launch_dz(head, up, dz, sums, tile_block, lists, sizes)
     if into.dh is not None:
         _launch_dh(head, into.dh.open(slice(0, head.n)), dz, tile_block, lists, sizes)
     if into.dw is not None or into.db is not None:
-        _launch_dw(head, into, dz, n_blocks, lists, sizes)
+        _launch_dw(head, into, dz, sums, n_blocks, lists, sizes)
 
 
 def _launch_dz(
     head: Head,
     up: Upstream,
     dz: torch.Tensor,
+    sums: torch.Tensor | None,
     tile_block: torch.Tensor,
     lists: dict[str, torch.Tensor],
     sizes: dict[str, int],
 ) -> None:
+    executed(dz.numel(), sizes["D"])
     stats, map = up.stats, head.map
     per_row = map.temperature if isinstance(map.temperature, torch.Tensor) else None
     dz_kernel[(dz.shape[0],)](
@@ -127,6 +122,7 @@ def _launch_dz(
         p_c=up.c,
         p_g=up.g,
         p_dz=dz,
+        p_sums=sums,
         stride_h=head.hidden.stride(0),
         stride_w=head.weight.stride(0),
         scale=map.scale,
@@ -136,6 +132,7 @@ def _launch_dz(
         HAS_SOFTCAP=map.softcap is not None,
         HAS_TEMPERATURE=per_row is not None,
         HAS_G=up.g is not None and stats.entropy is not None,
+        HAS_DB=sums is not None,
         BM=dz.shape[1],
         BLOCK=BLOCK,
         BK=BK,
@@ -154,6 +151,7 @@ def _launch_dh(
     lists: dict[str, torch.Tensor],
     sizes: dict[str, int],
 ) -> None:
+    executed(dz.numel(), sizes["D"])
     dh_kernel[(dz.shape[0], -(-sizes["D"] // BD))](
         p_weight=head.weight,
         p_tile_block=tile_block,
@@ -175,6 +173,7 @@ def _launch_dw(
     head: Head,
     into: Gradients,
     dz: torch.Tensor,
+    sums: torch.Tensor | None,
     n_blocks: int,
     lists: dict[str, torch.Tensor],
     sizes: dict[str, int],
@@ -189,10 +188,12 @@ def _launch_dw(
         out = dw.grad if dw.buffer is None else dw.buffer
     else:
         add, unit, out = False, dw.unit, dw.grad
+    executed(dz.numel(), sizes["D"])
     dw_kernel[(n_blocks, -(-sizes["D"] // BD_W))](
         p_hidden=head.hidden,
         p_index=head.rows,
         p_dz=dz,
+        p_sums=sums,
         p_dw=out,
         p_db=into.db,
         p_unit=unit,

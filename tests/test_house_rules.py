@@ -15,6 +15,7 @@ MAX_FILE, MAX_FUNCTION, MAX_KERNEL = 350, 60, 90
 FLOORS = {
     "checks": 0,
     "reference": 0,
+    "work": 0,
     "backends": 1,
     "chunks": 1,
     "inputs": 1,
@@ -28,16 +29,20 @@ FLOORS = {
     "presets": 2,
     "process_groups": 1,
     "registration": 1,
+    "sharding": 1,
     "vocab_parallel": 2,
     "surrogate_torch": 2,
     "kernels": 3,
     "head_tiles": 4,
     "sparse_blocks": 5,
     "sparse_launch": 5,
+    "row_ways": 5,
     "head_backward": 6,
     "head_op": 7,
     "linear_logprob": 8,
     "logits_logprob": 8,
+    "surrogate_op": 7,
+    "logits_op": 7,
     "surrogate": 8,
     "risk": 8,
     "advantage": 9,
@@ -46,7 +51,7 @@ FLOORS = {
 }
 # every public op: riskpo_kernels/<stem>.py, tests/test_<stem>.py, benchmarks/bench_<stem>.py
 STEMS = ("linear_logprob", "logits_logprob", "surrogate", "fused", "risk", "advantage")
-NO_REFERENCE = {"backend_report"}  # says what runs; computes nothing
+NO_REFERENCE = {"backend_report", "full_weight", "gathered_weight"}  # they compute nothing
 
 
 def sources(folder):

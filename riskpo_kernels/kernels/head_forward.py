@@ -33,6 +33,7 @@ from riskpo_kernels import softmax_rows
 from riskpo_kernels.kernels import Configuration, signature_of
 from riskpo_kernels.kernels.tl_math import logits_of, online_softmax
 from riskpo_kernels.softmax_rows import BLOCK, LogitMap, RowState
+from riskpo_kernels.work import executed
 
 SPAN = 8 * BLOCK  # never a function of R: the order of a row's sums must not depend on its company
 GROUP = 16
@@ -190,12 +191,15 @@ def _launch(
     tma = _tma(hidden) and _tma(weight)
     tile = shape_on(shape, _capability(hidden.device), tma)
     per_row = map.temperature if isinstance(map.temperature, torch.Tensor) else None
-    jobs = triton.cdiv(hidden.shape[0], tile.rows) * parts.m.shape[0]
+    row_tiles = triton.cdiv(hidden.shape[0], tile.rows)
+    jobs = row_tiles * parts.m.shape[0]
     descriptors = (
         TensorDescriptor.from_tensor(x, [n, tile.depth]) if tma else None
         for x, n in ((hidden, tile.rows), (weight, BLOCK))
     )
     d_hidden, d_weight = descriptors
+    columns = triton.cdiv(weight.shape[0], BLOCK) * BLOCK
+    executed(row_tiles * tile.rows, columns, hidden.shape[1])
     statistics_kernel[(min(jobs, _programs(hidden.device)),)](
         d_hidden=d_hidden,
         d_weight=d_weight,

@@ -4,6 +4,7 @@ Pairs are listed block by block; a tile is up to BM pairs of one block b, the ro
 
     1. z = H[r] W_b^T            gathered logits, recomputed        [BM, 128]
        dz = gradient of z        rounded once, stored               [BM, 128]
+       its column sums           before the rounding, for dbias     [128]
     2. dH[r] += dz W_b           fp32 atomics: a row has pairs in several blocks
     3. dW_b = sum dz^T H[r]      over the tiles of b, by one program: no atomics; dbias too
 
@@ -60,6 +61,7 @@ def dz_kernel(
     p_c,
     p_g,
     p_dz,
+    p_sums,
     D,
     V,
     first_block,
@@ -72,6 +74,7 @@ def dz_kernel(
     HAS_SOFTCAP: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
     HAS_G: tl.constexpr,
+    HAS_DB: tl.constexpr,
     BM: tl.constexpr,
     BLOCK: tl.constexpr,
     BK: tl.constexpr,
@@ -123,6 +126,8 @@ def dz_kernel(
 
     o_dz = (i_t * BM + tl.arange(0, BM))[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     tl.store(p_dz + o_dz, dz.to(p_dz.dtype.element_ty))
+    if HAS_DB:
+        tl.store(p_sums + i_t * BLOCK + tl.arange(0, BLOCK), tl.sum(dz, 0))
 
 
 @triton.jit
@@ -178,6 +183,7 @@ def dw_kernel(
     p_starts,
     p_tiles,
     p_dz,
+    p_sums,
     p_dw,
     p_db,
     p_unit,
@@ -219,7 +225,7 @@ def dw_kernel(
         )  # [BM, BD]
         dw = tl.dot(tl.trans(dz), h, dw, input_precision="ieee")
         if HAS_DB:
-            db += tl.sum(dz.to(tl.float32), 0)
+            db += tl.load(p_sums + (tile + i // BM) * BLOCK + tl.arange(0, BLOCK))
 
     p_out = p_dw + o_v[:, None] * stride_dw + o_d[None, :]
     m_out = m_v[:, None] & m_d[None, :]
@@ -238,11 +244,17 @@ def compile_configurations() -> list[Configuration]:
     """Everything that can be launched: see kernels/__init__.py."""
     configurations = []
     for dtype in ("bf16", "fp16"):
-        for bias, softcap, per_row, g in itertools.product(*((False, True),) * 4):
+        # dbias is wanted of a head with a bias only
+        biases = ((False, False), (True, False), (True, True))
+        others = itertools.product(*((False, True),) * 3)
+        for (bias, db), (softcap, per_row, g) in itertools.product(biases, others):
             flags: dict[str, Any] = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "HAS_G": g}
-            flags |= {"HAS_TEMPERATURE": per_row, "BK": BK, "BM": tile_rows(softcap)}
+            flags |= {"HAS_TEMPERATURE": per_row, "HAS_DB": db}
+            flags |= {"BK": BK, "BM": tile_rows(softcap)}
             given = {"p_bias": bias, "p_temperature": per_row, "p_g": g, "p_entropy": g}
-            name = f"dz-dot {dtype} bias={bias:d} softcap={softcap:d} rows={per_row:d} g={g:d}"
+            given |= {"p_sums": db}
+            name = f"dz-dot {dtype} bias={bias:d} softcap={softcap:d} rows={per_row:d} g={g:d} "
+            name += f"db={db:d}"
             configurations.append(_configuration(name, dz_kernel, dtype, "fp32", given, flags))
         for rows in (BM, BM // 2):
             name, flags = f"dh-dot {dtype} BM={rows}", {"BD": BD, "BM": rows}
@@ -253,7 +265,7 @@ def compile_configurations() -> list[Configuration]:
             if unit and dtype != "fp16":
                 continue
             flags = {"HAS_DB": db, "HAS_UNIT": unit, "ADD": add, "BD": BD_W, "BM": rows}
-            given = {"p_db": db, "p_unit": unit}
+            given = {"p_db": db, "p_sums": db, "p_unit": unit}
             name = f"dw-dot {dtype}->{out} db={db:d} unit={unit:d} add={add:d} BM={rows}"
             configurations.append(_configuration(name, dw_kernel, dtype, out, given, flags))
     return configurations

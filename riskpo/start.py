@@ -22,6 +22,7 @@ from riskpo.checkpoint import latest_checkpoint, read_about, restore, set_aside,
 from riskpo.collect import Sample
 from riskpo.config import TrainConfig, is_embedded, resolve, to_toml, validate
 from riskpo.data import BOXED_INSTRUCTION, load_questions, split_holdout
+from riskpo.data_images import require_processor
 from riskpo.head import Head, find_head
 from riskpo.logs import METRICS, RunLog
 from riskpo.memory.switches import apply_switches
@@ -81,6 +82,7 @@ def start(given: TrainConfig) -> Run:
     log = RunLog(config, first_step=step)
     announce(config, overrides, checkpoint, log)
     policy = load(config, checkpoint, questions, log.note)
+    require_processor([*questions, *held_out], policy.tokenizer)
     head = find_head(policy.model)
     optimizer = build_optimizer(policy, config)
     if checkpoint is not None:

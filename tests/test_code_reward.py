@@ -347,8 +347,27 @@ def test_the_last_block_is_what_a_public_grader_took(shared_data):
     assert seen[False] == 0, seen
 
 
-def test_real_stream_rows_have_readable_tests(shared_data):
+TIMUR = """
+from bisect import bisect_right
+for _ in range(int(input())):
+    n, k, q = map(int, input().split())
+    a, b = ([0, *map(int, input().split())] for _ in range(2))
+    answers = []
+    for _ in range(q):
+        d = int(input())
+        i = min(bisect_right(a, d) - 1, k - 1)
+        answers.append(b[i] + (d - a[i]) * (b[i + 1] - b[i]) // (a[i + 1] - a[i]))
+    print(*answers)
+"""
+
+
+@needs_sandbox
+def test_real_stream_rows(shared_data):
     questions = load_questions(str(shared_data / "code" / "codeforces_stdin.jsonl"))
     assert len(questions) == 100
-    for question in questions:
+    for question in questions:  # the rows bring no solutions
         assert verify_code(None, question).outcome is Outcome.RIGHT
+    assert "Timur is in a car" in questions[0].prompt
+    assert outcome(questions[0].gold, TIMUR) == "right"
+    assert outcome(questions[0].gold, TIMUR.replace("// (", "/ (")) == "wrong"
+    assert outcome(questions[1].gold, TIMUR) == "wrong"

@@ -1,4 +1,4 @@
-"""Image rows load and reach a processor, every picture in its place; without one they are refused."""
+"""Image rows reach a processor, every picture in its place; without one they are refused."""
 
 import base64
 import io

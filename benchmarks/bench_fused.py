@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from benchmarks import peers, regimes
-from benchmarks.bench_linear_logprob import default_tail_eps, expected_units
+from benchmarks.bench_linear_logprob import default_tail_eps
 from benchmarks.provider import Provider, auto_backend, device_of, too_large
 from benchmarks.truth import relative_error
 from riskpo_kernels import linear_logprob, reference, riskpo_loss, riskpo_loss_from_logits
@@ -59,17 +59,17 @@ def inputs(
 
 
 def providers() -> dict[str, Provider]:
-    """Liger's loss is GRPO with a token-level ratio: near the same work, another loss."""
+    """Liger's losses are GRPO with a token-level ratio: near the same work, another loss. Its Triton
+    one works on logits that exist."""
     ours: dict[str, Any] = {"kind": "ours", "per_token": True}
     backend = auto_backend("linear_logprob")
     return {
-        "riskpo_loss": Provider(_fused, **ours, backend=backend, units=expected_units),
+        "riskpo_loss": Provider(_fused, **ours, backend=backend),
         "riskpo_loss, tail_eps=2^-14": Provider(
             _tail,
             **ours,
             why_not=_default_tail,
             backend=backend,
-            units=lambda sizes, facts: expected_units(sizes, facts, TAIL),
         ),
         "logits + riskpo_loss_from_logits": Provider(
             _from_logits,
@@ -81,6 +81,13 @@ def providers() -> dict[str, Provider]:
         "plain": Provider(_plain, kind="plain", why_not=_fits, units=lambda sizes, facts: 6),
         "Liger chunked GRPO": Provider(
             _liger, per_token=False, why_not=_no_liger, units=lambda sizes, facts: 8
+        ),
+        "Liger Triton GRPO": Provider(
+            _liger_triton,
+            per_token=False,
+            why_not=_no_liger_triton,
+            backend=lambda given: "triton",
+            units=lambda sizes, facts: 6,
         ),
     }
 
@@ -197,6 +204,42 @@ def _liger(
         torch.ones_like(ids),
         advantage,
         old_per_token_logps=old_logprob.view(shape),
+    )
+    loss.backward()
+    return loss
+
+
+LIGER_TRITON = ("liger_kernel.transformers.grpo_loss", "triton_grpo_loss")
+
+
+def _no_liger_triton(given: dict[str, Any]) -> str | None:
+    if device_of(given).type != "cuda":
+        return "needs a CUDA device"
+    return peers.find(*LIGER_TRITON)[1] or _fits(given)
+
+
+def _liger_triton(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    old_logprob: torch.Tensor,
+    advantage: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+) -> torch.Tensor:
+    shape = (SEQUENCES, -1)
+    # it leaves the last position of every sequence out: [S, L + 1, V] logits
+    rows = torch.nn.functional.pad(hidden.view(*shape, hidden.shape[-1]), (0, 0, 0, 1))
+    ids = target.view(shape)
+    loss, *_ = peers.find(*LIGER_TRITON)[0](
+        rows @ weight.T,
+        old_logprob.view(shape),
+        None,
+        ids,
+        advantage,
+        torch.ones_like(ids),
+        temperature=1.0,
+        beta=0.0,
+        reduce=True,
     )
     loss.backward()
     return loss

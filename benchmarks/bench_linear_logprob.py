@@ -10,7 +10,8 @@ import torch
 from benchmarks import peers, regimes, truth
 from benchmarks.provider import Provider, auto_backend, device_of, too_large
 from riskpo_kernels import linear_logprob, reference
-from riskpo_kernels.block_selection import DEFAULT_EPS, DENSE_SHARE
+from riskpo_kernels.block_selection import DEFAULT_EPS
+from riskpo_kernels.head_tiles import FORWARD
 
 PHASES = ("forward", "forward+backward", "forward+backward with entropy")
 CASES: dict[str, dict[str, Any]] = {
@@ -66,6 +67,8 @@ def providers() -> dict[str, Provider]:
         "riskpo_kernels, tail_eps=0": _ours(tail_eps=0.0),
         "riskpo_kernels, tail_eps=2^-14": _ours(tail_eps=2.0**-14),
         "riskpo_kernels, 1536 MiB": _ours(memory_mib=1536),
+        "riskpo_kernels, one-kernel forward": _one_kernel("gemm"),
+        "riskpo_kernels, one-kernel forward, specialised": _one_kernel("gemm, warp-specialised"),
     }
     exact = Provider(
         _run(lambda h, w, t, e: reference.linear_logprob(h, w, t, return_entropy=e)[:2]),
@@ -143,28 +146,36 @@ def _ours(**options: Any) -> Provider:
         kind="ours",
         why_not=why_not,
         backend=auto_backend("linear_logprob"),
-        units=lambda sizes, facts: expected_units(sizes, facts, options.get("tail_eps")),
     )
+
+
+def _one_kernel(way: str) -> Provider:
+    """Our forward with its product and statistics in one kernel, beside the one with two."""
+    usual = _ours()
+
+    def run(**given: Any) -> Any:
+        token = FORWARD.set(way)
+        try:
+            return usual.run(**given)
+        finally:
+            FORWARD.reset(token)
+
+    def why_not(given: dict[str, Any]) -> str | None:
+        device = device_of(given)
+        if device.type != "cuda" or given["hidden"].dtype == torch.float32:
+            return "needs a CUDA device and 16-bit inputs"
+        if given["c"] is not None:
+            return "differs in the forward only"
+        if "specialised" in way and torch.cuda.get_device_capability(device)[0] != 9:
+            return "is made for compute capability 9"
+        return None
+
+    return Provider(run, kind="ours", why_not=why_not, backend=usual.backend)
 
 
 def default_tail_eps(dtype: torch.dtype) -> float:
     """What tail_eps=None means."""
     return DEFAULT_EPS.get(dtype, 0.0)
-
-
-def expected_units(
-    sizes: dict[str, Any], facts: dict[str, Any], tail_eps: float | None = None
-) -> float:
-    """The cost formula: forward 2; backward 6 times the rows with a coefficient, times the share
-    of active (row, block) pairs of the timed rows where blocks may be dropped."""
-    if sizes.get("phase") == "forward":
-        return 2.0
-    if tail_eps is None:
-        tail_eps = default_tail_eps(getattr(torch, sizes["dtype"]))
-    share = facts["active_share"] if tail_eps > 0 else 1.0
-    dense = DENSE_SHARE["cuda" if torch.cuda.is_available() else "cpu"]
-    share = share if share <= dense else 1.0
-    return 2.0 + 6.0 * (1.0 - sizes["zero_fraction"]) * share
 
 
 def _peer(name: str, head: peers.Head) -> Provider:

@@ -10,7 +10,8 @@ harness time the bare logits GEMM in the same run; multiples of it are the unit 
     peak_mib              peak memory minus inputs and gradients of the inputs. CUDA: allocator
                           peak. CPU: high-water mark of the process (peak_how says which way)
     tflops                flops of the dense products any method needs, over the median
-    units                 products of N D V that were executed, by the provider's cost formula
+    units                 products of N D V that were executed (a dense one is 2): ours count their
+                          launches, padding included; of others it is the cost formula
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import torch
 
 from benchmarks import memory
 from benchmarks.provider import Provider
+from riskpo_kernels.work import counting
 
 FIELDS = (
     "op",
@@ -173,7 +175,15 @@ def _measure(
     if exact is not None:
         row |= module.errors(provider, given, exact)
     _release()
-    peak, how = memory.peak_of(lambda: provider(**given), given, s.device)  # also the warm-up
+    executed: list[int] = []
+
+    def counted() -> Any:
+        with counting() as work:
+            result = provider(**given)
+        executed.append(work.multiply_adds)
+        return result
+
+    peak, how = memory.peak_of(counted, given, s.device)  # also the warm-up
     row |= {"peak_mib": peak, "peak_how": how}
     results: list[Any] = []
     times = time_ms(lambda: results.append(provider(**given)), given, s, results.clear)
@@ -188,6 +198,8 @@ def _measure(
         row |= {"gemm_ms": gemm, "gemm_multiple": row["median_ms"] / gemm}
     if provider.units is not None:
         row["units"] = provider.units(sizes, facts)
+    elif executed[-1]:
+        row["units"] = 2 * executed[-1] / (sizes["n"] * sizes["d"] * sizes["v"])
     return row
 
 

@@ -24,7 +24,8 @@ class Provider:
     per_token: returns per-token log-probs; the others are listed in a table of their own.
     why_not: inputs -> the reason why it cannot run on them, or None.
     backend: inputs -> which implementation really runs.
-    units: (sizes, facts) -> products of N D V that it executes, by its cost formula; facts are
+    units: (sizes, facts) -> products of N D V that it executes, by its cost formula (None for
+        ours, whose launches are counted); facts are
         those of the timed rows (active_share).
     """
 

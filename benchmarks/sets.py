@@ -72,6 +72,7 @@ def gpu() -> list[Case]:
     cases = [_head(*llama(16384), "rl"), _head(*qwen(16384), "rl")]
     cases += [_head(*s(16384), "flat", only=RIVALS) for s in both]
     cases += [_head(*s(16384), "rl", phase="forward", only=RIVALS) for s in both]
+    cases += [_head(*s(2048), "rl", phase="forward", only=FAMILY[:2]) for s in both]
     cases += [
         _head(*qwen(16384), "rl", zero=0.5, only=FAMILY),
         _head(*qwen(16384), "sft", only=RIVALS),

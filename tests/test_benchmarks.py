@@ -163,15 +163,21 @@ def test_a_wrong_gradient_shows_in_the_errors():
     assert found["gradient_error"] > 1e-3 and found["logprob_error_nats"] > 5e-3
 
 
-def test_units_follow_the_cost_formula():
-    from benchmarks.bench_linear_logprob import expected_units
+@pytest.mark.parametrize("zero_fraction", [0.0, 0.5])
+def test_units_are_what_was_launched(zero_fraction):
+    """Exact: forward 2 and backward 6 of the rows with a coefficient. Sparse: 6 per active pair,
+    and the rows that a nearly full block adds."""
+    from benchmarks import bench_linear_logprob as module
 
-    sparse, flat = {"active_share": 0.05}, {"active_share": 0.95}
-    assert expected_units(TINY, sparse) == 5.0  # float32 drops nothing; half of the rows are zero
-    assert expected_units(TINY, sparse, 2.0**-14) == pytest.approx(2 + 6 * 0.5 * 0.05)
-    assert expected_units(TINY | {"dtype": "bfloat16"}, sparse) == pytest.approx(2.15)
-    assert expected_units(TINY, flat, 2.0**-14) == 5.0
-    assert expected_units(TINY | {"phase": "forward"}, sparse) == 2.0
+    sizes = TINY | {"zero_fraction": zero_fraction, "regime": "rl-late"}
+    settings = harness.Settings(seconds_per_row=0, accuracy=False, only=("riskpo",))
+    rows = {r["provider"]: r for r in harness.run_case(module, "one", sizes, settings)}
+    exact = 2 + 6 * (1 - zero_fraction)
+    assert rows["riskpo_kernels"]["units"] == pytest.approx(exact)
+    sparse = rows["riskpo_kernels, tail_eps=2^-14"]
+    assert 2 < sparse["units"] < exact - 1
+    assert sparse["units"] == pytest.approx(2 + (exact - 2) * sparse["active_share"], rel=0.5)
+    assert "CUDA" in rows["riskpo_kernels, one-kernel forward"]["reason"]
 
 
 def fake(providers):

@@ -70,7 +70,7 @@ def require_processor(questions: Iterable[Question], processor: Any) -> None:
     if shown is not None:
         raise ValueError(
             f"data: question {shown.id!r} of {shown.source!r} has {len(shown.images)} pictures "
-            f"(column 'images'), but prompts are read by a {type(processor).__name__}, which has no "
+            f"(column 'images'), but a {type(processor).__name__} reads the prompts, which has no "
             "image processor. Read them with a vision-language model's, or drop these rows."
         )
 

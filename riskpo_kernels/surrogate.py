@@ -1,8 +1,8 @@
 """clipped_surrogate: from per-token log-probs to the policy loss; sequence_logprob: their sums.
 
-One pass makes the loss and its slopes with respect to logprob and entropy; backward multiplies
-them by the upstream scalar. Memory beside the inputs: 8 bytes per token with an entropy bonus,
-else 4 (Triton), or a few such buffers (torch).
+The operator that PyTorch sees is in surrogate_op.py: one pass makes the loss and its slopes with
+respect to logprob and entropy; backward multiplies them by the upstream scalar. Memory beside the
+inputs: 8 bytes per token with an entropy bonus, else 4 (Triton), or a few such buffers (torch).
 """
 
 from __future__ import annotations
@@ -10,185 +10,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from riskpo_kernels.backends import choose
+from riskpo_kernels.backends import BACKENDS
 from riskpo_kernels.checks import check_choice, reject
+from riskpo_kernels.chunks import no_autocast
+from riskpo_kernels.process_groups import name_of
 from riskpo_kernels.reference import surrogate as reference
-from riskpo_kernels.reference.surrogate import (
-    Sequences,
-    SurrogateLoss,
-    clip_bounds,
+from riskpo_kernels.reference.surrogate import SurrogateLoss
+from riskpo_kernels.surrogate_checks import (
+    Options,
+    check_bounds,
+    check_layout,
+    check_options,
+    check_tensors,
 )
-from riskpo_kernels.surrogate_checks import Options, check_layout, check_options, check_tensors
-from riskpo_kernels.surrogate_torch import PassResult, Problem, Sums, torch_pass
-
-OP = "clipped_surrogate"
-CHUNK = 1024  # tokens per program where the sequences do not matter
-STATS = (
-    "clip_fraction",
-    "clip_low_fraction",
-    "clip_high_fraction",
-    "ratio_mean",
-    "ratio_max",
-    "zero_coefficient_fraction",
-    "kl",
-    "entropy",
-)
-
-
-class _Surrogate(torch.autograd.Function):
-    """logprob [N], entropy [N] or None -> loss, stats [8], tokens; only loss is differentiable."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logprob: torch.Tensor,
-        entropy: torch.Tensor | None,
-        problem: Problem,
-        denominator: torch.Tensor | float | None,
-        backend: str,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        wide = torch.promote_types(logprob.dtype, torch.float32)
-        one_pass = torch_pass if backend == "torch" else _triton_pass
-        h = None if entropy is None else entropy.to(wide)
-        slopes = one_pass(logprob.to(wide), h, problem)
-        sums = slopes.sums
-        share = reference.nonzero(sums.tokens if denominator is None else denominator)
-        if not isinstance(share, torch.Tensor):
-            share = torch.full((), share, dtype=wide, device=logprob.device)
-        share = share.to(wide)
-        wanted = zip(ctx.needs_input_grad, (slopes.dlogprob, slopes.dentropy), strict=False)
-        ctx.save_for_backward(*(slope if need else None for need, slope in wanted), share)
-        ctx.dtypes = logprob.dtype, None if entropy is None else entropy.dtype
-        loss, stats, tokens = sums.loss.to(wide) / share, _stats(sums, wide), sums.tokens.long()
-        ctx.mark_non_differentiable(stats, tokens)
-        return loss, stats, tokens
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dloss: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-        dlogprob, dentropy, share = ctx.saved_tensors
-        scale = dloss / share
-        wanted = zip(ctx.needs_input_grad, (dlogprob, dentropy), ctx.dtypes, strict=False)
-        gradients = [(scale * slope).to(dtype) if need else None for need, slope, dtype in wanted]
-        return *gradients, None, None, None
-
-
-def _stats(sums: Sums, dtype: torch.dtype) -> torch.Tensor:
-    units, tokens = sums.units.clamp(min=1), sums.tokens.clamp(min=1)
-    per_unit = [x / units for x in (sums.cut, sums.low, sums.high, sums.ratio)]
-    per_token = [x / tokens for x in (sums.zero, sums.kl, sums.entropy)]
-    return torch.stack([x.to(dtype) for x in (*per_unit, sums.ratio_max, *per_token)])
-
-
-def _triton_pass(logprob: torch.Tensor, entropy: torch.Tensor | None, p: Problem) -> PassResult:
-    from riskpo_kernels.kernels.surrogate import surrogate_pass  # Triton may be missing
-
-    o = p.options
-    dlogprob, dentropy, columns = surrogate_pass(
-        logprob,
-        p.old,
-        p.advantage,
-        p.ref,
-        entropy,
-        p.mask,
-        p.cu_seqlens,
-        advantage_per_token=p.advantage_per_token,
-        clip=p.clip,
-        kl=o.kl,
-        kl_coef=o.kl_coef,
-        entropy_coef=o.entropy_coef,
-        sequence_ratio=o.ratio == "sequence",
-        sequence_mean=o.aggregate == "sequence-mean",
-    )
-    of_tokens, of_units, ratio_max = columns[:, :5], columns[:, 5:9], columns[:, 9]
-    lengths = of_tokens[:, 1]
-    if o.ratio == "sequence":  # a sequence is one unit, not as many as it has tokens
-        units = (lengths > 0).sum()
-        of_units = of_units.double() / lengths.clamp(min=1)[:, None]
-    else:
-        units = lengths.sum(dtype=torch.float64)
-    tokens = of_tokens.sum(0, dtype=torch.float64).unbind()
-    rest = of_units.sum(0, dtype=torch.float64).unbind()
-    return PassResult(dlogprob, dentropy, Sums._make((*tokens, units, *rest, ratio_max.amax())))
-
-
-def _weigh(
-    advantage: torch.Tensor, correction: torch.Tensor, layout: Sequences, ratio: str
-) -> tuple[torch.Tensor, bool]:
-    """advantage times correction, [S] or flat [N], and whether it is per token.
-
-    f is positively homogeneous in the advantage, so a weight of f is a weight of the advantage.
-    """
-    per_sequence = (layout.count,)
-    if ratio == "sequence" and correction.shape != per_sequence:
-        correction = layout.mean(layout.tokens(correction, advantage.dtype))
-    if advantage.shape == correction.shape == per_sequence:
-        return advantage * correction, False
-    dtype = advantage.dtype
-    return layout.spread(advantage, dtype) * layout.spread(correction, dtype), True
-
-
-def _bounds(logprob: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
-    """[S + 1] int64, bounds of the sequences in the flat tokens; chunks where there are none."""
-    if cu_seqlens is not None:
-        return cu_seqlens.long().contiguous()
-    n = logprob.numel()
-    step = logprob.shape[1] if logprob.dim() == 2 else CHUNK
-    return torch.arange(0, n + step, step, device=logprob.device).clamp_(max=n)
-
-
-def _problem(
-    options: Options,
-    sequences: int | None,
-    logprob: torch.Tensor,
-    old: torch.Tensor,
-    advantage: torch.Tensor,
-    correction: torch.Tensor | None,
-    ref: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    mask: torch.Tensor | None,
-) -> Problem:
-    """The callers' tensors as flat constants."""
-    wide = torch.promote_types(logprob.dtype, torch.float32)
-    weighted, per_token = advantage.detach().to(wide), advantage.shape != (sequences,)
-    if correction is not None:
-        layout = Sequences.of(logprob, cu_seqlens, mask)
-        weighted, per_token = _weigh(weighted, correction.detach(), layout, options.ratio)
-    return Problem(
-        old=old.detach().reshape(-1),
-        advantage=weighted.reshape(-1),
-        advantage_per_token=per_token,
-        ref=None if ref is None else ref.detach().reshape(-1),
-        mask=None if mask is None else mask.reshape(-1) != 0,
-        cu_seqlens=_bounds(logprob, cu_seqlens),
-        clip=clip_bounds(options.ratio, options.clip_low, options.clip_high, options.dual_clip),
-        options=options,
-    )
-
-
-def _run(
-    p: Problem,
-    logprob: torch.Tensor,
-    entropy: torch.Tensor | None,
-    sequences: int | None,
-    backend: str,
-) -> SurrogateLoss:
-    o = p.options
-    share = o.denominator
-    if share is None and o.aggregate != "token-mean":  # that count comes from the pass
-        assert sequences is not None  # check_tensors has seen to it
-        norm = o.constant if o.aggregate == "sequence-sum-norm" else 1.0
-        share = sequences * (norm or 1.0)
-    h = None
-    if entropy is not None:
-        h = (entropy if o.entropy_coef else entropy.detach()).reshape(-1)
-    loss, values, tokens = _Surrogate.apply(logprob.reshape(-1), h, p, share, backend)
-    stats = dict(zip(STATS, values.unbind(), strict=True))
-    absent = {"kl": p.ref is None, "entropy": entropy is None}
-    stats = {name: x for name, x in stats.items() if not absent.get(name, False)}
-    return SurrogateLoss(loss, stats | {"tokens": tokens})
+from riskpo_kernels.surrogate_op import OP, STATS, surrogate_operator
 
 
 def sequence_logprob(
@@ -213,6 +49,8 @@ def sequence_logprob(
     check_choice(op, "reduce", reduce, ("sum", "mean"))
     if check_layout(op, logprob, cu_seqlens, mask) is None:
         reject(op, "flat tokens without cu_seqlens", "cu_seqlens [S + 1]", "Say where they end.")
+    if cu_seqlens is not None and not torch.compiler.is_compiling():  # a graph cannot look
+        check_bounds(op, cu_seqlens, logprob.numel())
     return reference.sequence_logprob(logprob, cu_seqlens=cu_seqlens, mask=mask, reduce=reduce)
 
 
@@ -236,6 +74,7 @@ def clipped_surrogate(
     aggregate: str = "sequence-mean",
     constant: float | None = None,
     denominator: float | torch.Tensor | None = None,
+    sequence_group: Any = None,
     backend: str = "auto",
 ) -> SurrogateLoss:
     """Clipped policy loss to minimise: surrogate + kl_coef * KL - entropy_coef * entropy.
@@ -248,7 +87,7 @@ def clipped_surrogate(
     advantage               [S] (padded: [B]) per sequence, read so where S == N; or per token for
                             ratio="token"; floating, without grad.
     cu_seqlens              int32 or int64 [S + 1] from 0 to N, non-decreasing; flat tokens only.
-                            Its check is the only wait for the device.
+                            Its check is the only wait for the device (sequence_group: one more).
     mask                    shape of logprob, bool, int or float; nonzero counts.
     ratio                   "sequence": exp of the mean log-ratio over the sequence's counted
                             tokens, clamped to +-10 (arXiv 2510.00911 sec. 4; GSPO, arXiv
@@ -278,6 +117,13 @@ def clipped_surrogate(
                             denominator, a number or a detached 0-d tensor, replaces it: give the
                             global one when a batch is split over micro-batches or ranks. A
                             denominator of 0 counts as 1.
+    sequence_group          process group whose ranks hold different tokens of the same sequences
+                            (sequence or context parallelism): cu_seqlens, or the rows of a padded
+                            batch, are this rank's parts of the same S sequences in the same order,
+                            some perhaps empty; advantage [S] is whole. Lengths, log-ratio means,
+                            token counts and stats are those of all ranks; loss is this rank's
+                            share: the shares add up to the unsharded loss, and each rank's
+                            gradients are that loss's. Backends torch and reference.
     backend                 see riskpo_kernels.backends.
 
     Returns (loss, stats): loss 0-d; stats detached 0-d tensors, made without waiting for the
@@ -305,28 +151,42 @@ def clipped_surrogate(
     per_token = {"old_logprob": old_logprob, "ref_logprob": ref_logprob, "entropy": entropy}
     check_options(OP, options)
     check_tensors(OP, options, logprob, sequences, advantage, correction, **per_token)
-    chosen = choose(OP, backend, logprob.device, logprob.dtype)
-    if chosen == "reference" or logprob.numel() == 0:
-        return reference.clipped_surrogate(
-            logprob,
-            old_logprob,
-            advantage,
-            cu_seqlens=cu_seqlens,
-            mask=mask,
-            correction=correction,
-            ref_logprob=ref_logprob,
-            entropy=entropy,
-            **vars(options),
-        )
-    problem = _problem(
-        options,
-        sequences,
+    check_choice(OP, "backend", backend, BACKENDS)
+    group = name_of(OP, "sequence_group", sequence_group)
+    if backend == "reference" or (logprob.numel() == 0 and not group):
+        if cu_seqlens is not None:
+            check_bounds(OP, cu_seqlens, logprob.numel())
+        with no_autocast(logprob.device):
+            return reference.clipped_surrogate(
+                logprob,
+                old_logprob,
+                advantage,
+                cu_seqlens=cu_seqlens,
+                mask=mask,
+                correction=correction,
+                ref_logprob=ref_logprob,
+                entropy=entropy,
+                sequence_group=sequence_group,
+                **vars(options),
+            )
+    is_tensor = isinstance(denominator, torch.Tensor)
+    words = [value for name, value in vars(options).items() if name != "denominator"]
+    loss, values, tokens, *_ = surrogate_operator(
         logprob,
+        entropy.detach() if entropy is not None and entropy_coef == 0 else entropy,
         old_logprob,
         advantage,
         correction,
         ref_logprob,
-        cu_seqlens,
         mask,
+        cu_seqlens,
+        denominator if is_tensor else None,
+        group,
+        backend,
+        *words,
+        None if is_tensor else denominator,
     )
-    return _run(problem, logprob, entropy, sequences, chosen)
+    stats = dict(zip(STATS, values.unbind(), strict=True))
+    absent = {"kl": ref_logprob is None, "entropy": entropy is None}
+    stats = {name: x for name, x in stats.items() if not absent.get(name, False)}
+    return SurrogateLoss(loss, stats | {"tokens": tokens})

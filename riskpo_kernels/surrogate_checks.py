@@ -57,7 +57,10 @@ def check_layout(
         return logprob.shape[0]
     if cu_seqlens is None:
         return None
-    _check_cu_seqlens(op, cu_seqlens, len(logprob))
+    integer = cu_seqlens.dtype in (torch.int32, torch.int64)
+    if not integer or cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
+        came = f"cu_seqlens = {describe(cu_seqlens)}"
+        reject(op, came, "int32 or int64 [S + 1]", "Build it with torch.cumsum over the lengths.")
     return len(cu_seqlens) - 1
 
 
@@ -70,11 +73,8 @@ def _check_padded(op: str, cu_seqlens: torch.Tensor | None, mask: torch.Tensor |
         reject(op, "padded [B, T] log-probs without a mask", "a mask [B, T]", todo)
 
 
-def _check_cu_seqlens(op: str, cu_seqlens: torch.Tensor, n: int) -> None:
-    integer = cu_seqlens.dtype in (torch.int32, torch.int64)
-    if not integer or cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
-        came = f"cu_seqlens = {describe(cu_seqlens)}"
-        reject(op, came, "int32 or int64 [S + 1]", "Build it with torch.cumsum over the lengths.")
+def check_bounds(op: str, cu_seqlens: torch.Tensor, n: int) -> None:
+    """The values of cu_seqlens [S + 1] for n tokens."""
     bounds = cu_seqlens.tolist()  # the one transfer from the device
     todo = "Put 0 before the cumulative lengths of all sequences."
     if bounds[0] != 0:

@@ -8,7 +8,7 @@ cancels against the length terms that x enters.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,6 +27,8 @@ class Problem:
     ref: torch.Tensor | None  # [N]
     mask: torch.Tensor | None  # [N]
     cu_seqlens: torch.Tensor  # [S + 1]
+    sequences: int  # the caller's, where cu_seqlens may hold chunks
+    group: Any  # process group whose ranks hold parts of the same sequences, or None
     clip: tuple[float, float, float]  # lower, upper, dual: bounds of the ratio
     options: Options
 
@@ -59,7 +61,7 @@ class PassResult(NamedTuple):
 def torch_pass(logprob: torch.Tensor, entropy: torch.Tensor | None, p: Problem) -> PassResult:
     """logprob and entropy [N], in the dtype to compute in."""
     o, wide = p.options, logprob.dtype
-    sequences = Sequences.of(logprob, p.cu_seqlens, p.mask)
+    sequences = Sequences.of(logprob, p.cu_seqlens, p.mask, p.group)
     new = sequences.tokens(logprob, wide)
     a = p.advantage if p.advantage_per_token else p.advantage[sequences.segment]
     a = sequences.tokens(a, wide)
@@ -89,7 +91,7 @@ def torch_pass(logprob: torch.Tensor, entropy: torch.Tensor | None, p: Problem) 
     counted = sequences.counted
     tokens = ((weight * term).sum(), counted.sum(), kl.sum(), h.sum(), (counted & zero).sum())
     units = (unit.sum(), *((unit * y).sum() for y in (low, high, cut, r)))
-    ratio_max = torch.where(counted, r, 0.0).amax()
+    ratio_max = torch.where(counted, r, 0.0).amax() if len(r) else r.sum()
     return PassResult(dlogprob, dentropy, Sums._make((*tokens, *units, ratio_max)))
 
 

@@ -115,6 +115,7 @@ STANDARD = (
     "__future__",
     "collections",
     "dataclasses",
+    "functools",
     "hashlib",
     "inspect",
     "math",

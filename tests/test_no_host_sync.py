@@ -5,7 +5,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from riskpo_kernels import head_op, linear_logprob, logits_logprob, reference, riskpo_loss
+from riskpo_kernels import (
+    head_op,
+    linear_logprob,
+    logits_logprob,
+    logits_op,
+    reference,
+    riskpo_loss,
+)
 from tests.conftest import has_triton
 from tests.head_inputs import head
 
@@ -17,9 +24,10 @@ class NoWait(TorchDispatchMode):
     """Raises at every operator that would make the host wait for a GPU."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is head_op.head_operator:  # opaque: what it calls is what matters
-            with self:
-                return head_op._forward(*args)
+        for op in (head_op, logits_op):
+            if func.name() == f"riskpo_kernels::{op.OP}":  # opaque: what it calls is what matters
+                with self:
+                    return op._forward(*args)
         name = func._schema.name.removeprefix("aten::")
         assert name not in WAITS, f"{name} waits for the device"
         return func(*args, **(kwargs or {}))

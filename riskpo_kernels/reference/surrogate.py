@@ -10,12 +10,14 @@ loss = sum_t weight_t term_t / denominator      over the counted tokens; weight_
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from riskpo_kernels.reference import formulas
+from riskpo_kernels.reference.ranks import largest, summed
 
 BOUND = {"token": formulas.TOKEN_BOUND, "sequence": formulas.SEQUENCE_BOUND}
 CLIP = {"token": (0.2, 0.2), "sequence": (3e-4, 4e-4)}
@@ -32,15 +34,21 @@ class SurrogateLoss(NamedTuple):
 
 @dataclass(frozen=True)
 class Sequences:
-    """Which of the `count` sequences each of the N flat tokens is in, and whether it counts."""
+    """Which of the `count` sequences each of the N flat tokens is in, and whether it counts. With
+    a group every rank holds some of the tokens of the same sequences."""
 
     segment: torch.Tensor  # [N] int64
     counted: torch.Tensor  # [N] bool
     count: int
+    group: Any = None  # process group
 
     @classmethod
     def of(
-        cls, x: torch.Tensor, cu_seqlens: torch.Tensor | None, mask: torch.Tensor | None
+        cls,
+        x: torch.Tensor,
+        cu_seqlens: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        group: Any = None,
     ) -> Sequences:
         """From flat [N] (one sequence when there is no cu_seqlens) or padded [B, T] tokens."""
         if cu_seqlens is not None:
@@ -52,7 +60,8 @@ class Sequences:
         index = torch.arange(len(lengths), device=x.device)
         segment = index.repeat_interleave(lengths, output_size=x.numel())  # told: no sync
         everything = torch.ones(x.numel(), dtype=torch.bool, device=x.device)
-        return cls(segment, everything if mask is None else mask.reshape(-1) != 0, len(lengths))
+        counted = everything if mask is None else mask.reshape(-1) != 0
+        return cls(segment, counted, len(lengths), group)
 
     def tokens(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Tokens as flat [N]; 0 where they do not count, whatever stood there."""
@@ -64,21 +73,26 @@ class Sequences:
         return self.tokens(x[self.segment] if per_sequence else x, dtype)
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
-        """Flat [N] to [S]."""
-        return x.new_zeros(self.count).index_add(0, self.segment, x)
+        """Flat [N] to [S], over all ranks."""
+        return self.over_ranks(x.new_zeros(self.count).index_add(0, self.segment, x))
 
-    def lengths(self, dtype: torch.dtype) -> torch.Tensor:
-        """[S], counted tokens of each sequence."""
-        return self.sum(self.counted.to(dtype))
+    def over_ranks(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of the ranks' x."""
+        return summed(x, self.group)
+
+    @functools.cached_property
+    def lengths(self) -> torch.Tensor:
+        """[S] int64, counted tokens of each sequence."""
+        return self.sum(self.counted.long())
 
     def weight(self, *, mean: bool, dtype: torch.dtype) -> torch.Tensor:
         """Flat [N], 0 where not counted, else 1 or (`mean`) 1 / length of the token's sequence."""
         weight = self.counted.to(dtype)
-        return weight / self.lengths(dtype).clamp(min=1)[self.segment] if mean else weight
+        return weight / self.lengths.clamp(min=1).to(dtype)[self.segment] if mean else weight
 
     def mean(self, x: torch.Tensor) -> torch.Tensor:
         """Flat [N] to [S]; 0 for a sequence without counted tokens."""
-        return self.sum(x) / self.lengths(x.dtype).clamp(min=1)
+        return self.sum(x) / self.lengths.clamp(min=1).to(x.dtype)
 
 
 def sequence_logprob(
@@ -99,7 +113,7 @@ def default_denominator(
 ) -> torch.Tensor | float:
     """What the weighted sum of the terms is divided by."""
     if aggregate == "token-mean":
-        return sequences.counted.sum()
+        return sequences.lengths.sum()
     if aggregate == "sequence-sum-norm" and constant is not None:
         return sequences.count * constant
     return sequences.count
@@ -142,11 +156,12 @@ def clipped_surrogate(
     aggregate: str = "sequence-mean",
     constant: float | None = None,
     denominator: float | torch.Tensor | None = None,
+    sequence_group: Any = None,
     backend: str = "reference",
 ) -> SurrogateLoss:
     """The equations above; riskpo_kernels.clipped_surrogate says what the arguments mean."""
     wide = torch.promote_types(logprob.dtype, torch.float32)
-    sequences = Sequences.of(logprob, cu_seqlens, mask)
+    sequences = Sequences.of(logprob, cu_seqlens, mask, sequence_group)
     old = sequences.tokens(old_logprob.detach(), wide)
     clip = clip_bounds(ratio, clip_low, clip_high, dual_clip)
     ref = None if ref_logprob is None else sequences.tokens(ref_logprob.detach(), wide)
@@ -166,37 +181,47 @@ def clipped_surrogate(
 
     term, r, divergence = policy_terms(sequences.tokens(logprob, wide))
     unit = sequences.weight(mean=ratio == "sequence", dtype=wide)
-    stats = _ratio_stats(r.detach(), formulas.cuts(r, a, *clip), unit)
+    stats = _ratio_stats(r.detach(), formulas.cuts(r, a, *clip), unit, sequences)
     with torch.enable_grad():
         leaf = sequences.tokens(logprob.detach(), wide).requires_grad_()
         (slope,) = torch.autograd.grad((weight * policy_terms(leaf)[0]).sum(), leaf)
     zero = (slope == 0) & ((weight * entropy_coef == 0) | (entropy is None))
-    stats["zero_coefficient_fraction"] = _mean(zero.to(wide), sequences.counted)
+    stats["zero_coefficient_fraction"] = _mean(zero.to(wide), sequences)
     if ref is not None:
-        stats["kl"] = _mean(divergence, sequences.counted)
+        stats["kl"] = _mean(divergence, sequences)
     if entropy is not None:
         h = sequences.tokens(entropy, wide)
-        stats["entropy"] = _mean(h, sequences.counted)
+        stats["entropy"] = _mean(h, sequences)
         term = term - entropy_coef * h if entropy_coef else term
     share = default_denominator(aggregate, sequences, constant)
     loss = (weight * term).sum() / nonzero(share if denominator is None else denominator)
     return SurrogateLoss(loss, stats)
 
 
-def _mean(x: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
-    return torch.where(counted, x.detach(), 0.0).sum() / counted.sum().clamp(min=1)
+def _mean(x: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+    total = sequences.over_ranks(torch.where(sequences.counted, x.detach(), 0.0).sum())
+    return total / sequences.lengths.sum().clamp(min=1)
 
 
 def _ratio_stats(
-    r: torch.Tensor, cut: tuple[torch.Tensor, torch.Tensor, torch.Tensor], unit: torch.Tensor
+    r: torch.Tensor,
+    cut: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    unit: torch.Tensor,
+    sequences: Sequences,
 ) -> dict[str, torch.Tensor]:
     low, high, dual = cut
-    units = unit.sum().clamp(min=1)
+    units = sequences.over_ranks(unit.sum()).clamp(min=1)
+
+    def mean(x: torch.Tensor) -> torch.Tensor:
+        return sequences.over_ranks((unit * x).sum()) / units
+
     return {
-        "clip_fraction": (unit * (low | high | dual)).sum() / units,
-        "clip_low_fraction": (unit * low).sum() / units,
-        "clip_high_fraction": (unit * high).sum() / units,
-        "ratio_mean": (unit * r).sum() / units,
-        "ratio_max": torch.where(unit > 0, r, 0.0).amax() if len(r) else r.sum(),
-        "tokens": (unit > 0).sum(),
+        "clip_fraction": mean(low | high | dual),
+        "clip_low_fraction": mean(low),
+        "clip_high_fraction": mean(high),
+        "ratio_mean": mean(r),
+        "ratio_max": largest(
+            torch.where(unit > 0, r, 0.0).amax() if len(r) else r.sum(), sequences.group
+        ),
+        "tokens": sequences.lengths.sum(),
     }

@@ -21,6 +21,8 @@ USAGE = """riskpo: risk-averse policy optimisation of language models
       the same command resumes a run that was interrupted
   riskpo eval  [--model DIR --data FILE] [--samples N] ...
   riskpo plot  RUN_DIR
+  riskpo plan  --model NAME_OR_FOLDER [--context N] [--gpu 24 80 H200]
+      memory by term before any weight is loaded, and what each switch buys
   riskpo compare [CONFIG.toml] --algorithms A,B+SETTING=VALUE --seeds 0-4 [--jobs 2]
       systems side by side on equal starts and budgets: a table and a picture
   riskpo explain RUN_DIR
@@ -35,6 +37,7 @@ COMMANDS = {
     "train": "riskpo.cli:train_command",
     "eval": "riskpo.cli:eval_command",
     "plot": "riskpo.cli:plot_command",
+    "plan": "riskpo.memory.plan:plan_command",
     "compare": "riskpo.compare:compare_command",
     "explain": "riskpo.explain:explain_command",
     "doctor": "riskpo.doctor.command:doctor_command",
@@ -43,20 +46,22 @@ COMMANDS = {
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Settings of `riskpo eval`: avg@k and pass@k of a model or of a checkpoint folder."""
+    """Settings of `riskpo eval`: avg@k, pass@k and maj@k of a model or of a checkpoint folder."""
 
-    model: str = "runs/demo"  # folder or hub name; a run_dir stands for its newest checkpoint
-    data: str | None = None  # None: the embedded arithmetic task's held-out questions
+    # folder or hub name; a run_dir stands for its newest checkpoint; {seed} for each of the seeds
+    model: str = "runs/demo"
+    data: str | None = None  # None: the embedded task's held-out questions; embedded:mixed
     reward: str = "auto"
     questions: int = 200
     samples: int = 8
-    ks: tuple[int, ...] = (1, 8)  # of pass@k
+    ks: tuple[int, ...] = (1, 8)  # of pass@k and maj@k
     temperature: float = 1.0
     max_prompt_tokens: int = 512
     max_response_tokens: int | None = None  # None: 8 for the embedded task, else 1024
     sample_sequences: int = 512
     dtype: str = "float32"
     seed: int = 0
+    seeds: tuple[int, ...] = ()  # repeat with these, and give an interval over them too
     out: str | None = None  # write the result, with every question's rewards, as JSON
 
 

@@ -1,9 +1,10 @@
 """The numbers of a comparison: per run, over seeds, and paired with the system compared against.
 
-Two views of the same runs. "steps": every system at the last step that all of them have. "responses": every system at
-the last step up to which it had sampled no more responses than the thriftiest system did in all;
-they differ where an algorithm resamples (DAPO). Step numbers are means over the last tenth of the
-steps of the view, covariances over all of them; held-out numbers are of the last evaluation in it.
+Two views of the same runs. "steps": every system at the last step that all of them have.
+"responses": every system at the last step up to which it had sampled no more responses than the
+thriftiest system did in all; they differ where an algorithm resamples (DAPO). Step numbers are
+means over the last tenth of the steps of the view, covariances over all of them; held-out numbers
+are of the last evaluation in it.
 
 Intervals are Student's t over seeds, 95 %. Seeds share questions and starting weights, so
 differences are taken seed by seed first.
@@ -11,7 +12,6 @@ differences are taken seed by seed first.
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,14 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from riskpo.compare import run_dir
+from riskpo.intervals import Interval, t_interval
 from riskpo.logs import read_records
 
-# 97.5 % points of Student's t for 1, 2, ... degrees of freedom; more than 30 take the last one.
-T_975 = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
-    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
-    2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
 OVER_ALL_STEPS = ("cov_", "corr_")
 EVAL = "eval "  # in front of the held-out names, so that reward_4+4 of both kinds can be told apart
 GAIN = "gain "  # in front of a held-out number's rise since step 0
@@ -53,20 +48,6 @@ class RunLogs:
             total += record["sampled_responses"]
             sums.append(total)
         return sums
-
-
-@dataclass(frozen=True)
-class Interval:
-    """Mean over n seeds with its 95 % t-interval; low = high = value for a single seed."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-    @property
-    def excludes_zero(self) -> bool:
-        return self.n > 1 and (self.low > 0 or self.high < 0)
 
 
 def load(out: Path, systems: Sequence[str], seeds: Sequence[int]) -> dict[str, dict[int, RunLogs]]:
@@ -127,15 +108,6 @@ def numbers_of(records: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
-def interval(values: Sequence[float]) -> Interval:
-    """Mean and 95 % t-interval."""
-    n, mean = len(values), statistics.fmean(values)
-    if n < 2:
-        return Interval(mean, mean, mean, n)
-    half = T_975[min(n - 1, len(T_975)) - 1] * statistics.stdev(values) / math.sqrt(n)
-    return Interval(mean, mean - half, mean + half, n)
-
-
 Table = dict[str, dict[str, Interval]]  # system -> name -> over seeds
 
 
@@ -145,7 +117,7 @@ def over_seeds(summaries: dict[str, dict[int, dict[str, float]]]) -> Table:
     for system, seeds in summaries.items():
         names = dict.fromkeys(k for s in seeds.values() for k in s)
         table[system] = {
-            name: interval([s[name] for s in seeds.values() if name in s]) for name in names
+            name: t_interval([s[name] for s in seeds.values() if name in s]) for name in names
         }
     return table
 

@@ -14,7 +14,6 @@ from typing import Any
 from riskpo.compare_numbers import (
     EVAL,
     GAIN,
-    Interval,
     RunLogs,
     Table,
     budget,
@@ -25,6 +24,7 @@ from riskpo.compare_numbers import (
     summary,
 )
 from riskpo.compare_plot import draw_page
+from riskpo.intervals import Interval
 
 LEARNING = {
     "reward_mean": "mean reward",

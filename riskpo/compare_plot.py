@@ -9,7 +9,8 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from riskpo.compare_numbers import EVAL, GAIN, T_975, RunLogs, Table
+from riskpo.compare_numbers import EVAL, GAIN, RunLogs, Table
+from riskpo.intervals import t_points
 from riskpo.plots import INK, PAPER, dress, smooth
 
 matplotlib.use("Agg")
@@ -92,7 +93,7 @@ def _band(axis: Any, x: np.ndarray, y: np.ndarray, style: tuple[str, str]) -> No
     mean, seeds = y.mean(0), len(y)
     axis.plot(x, mean, color=colour, linestyle=line, linewidth=1.8)
     if seeds > 1:
-        half = T_975[min(seeds - 1, len(T_975)) - 1] * y.std(0, ddof=1) / np.sqrt(seeds)
+        half = t_points(seeds) * y.std(0, ddof=1) / np.sqrt(seeds)
         axis.fill_between(x, mean - half, mean + half, color=colour, alpha=0.10, linewidth=0)
 
 

@@ -1,12 +1,15 @@
-"""avg@k and pass@k of a policy on a set of questions. Q questions, n samples each.
+"""avg@k, pass@k and maj@k of a policy on a set of questions. Q questions, n samples each.
 
     avg@n    mean reward over all Q * n responses
     pass@k   mean over questions of 1 - C(n - c, k) / C(n, k), c of the n responses being right
              (reward above zero): the chance that k responses hold a right one, unbiased for n > k
+    maj@k    mean over questions of the chance that a vote among k of the n responses elects the
+             right answer, over all draws of k; see riskpo/majority.py
 
 The intervals are percentile bootstraps over questions: they say how far the numbers would move on
-other questions of the kind, given these responses. Numbers are only comparable at equal decoding
-settings, so the result carries them.
+other questions of the kind, given these responses. `over_seeds` adds Student's t over repetitions,
+which says how far they move with the sampling, or the training, alone. Numbers are only comparable
+at equal decoding settings, so the result carries them.
 """
 
 from __future__ import annotations
@@ -19,11 +22,14 @@ from pathlib import Path
 
 import torch
 
+from riskpo.intervals import Interval, t_interval
+from riskpo.majority import group_sizes, maj_at_k
 from riskpo.records import Question
 from riskpo_kernels import pass_at_k
 
 Sampler = Callable[[Sequence[Question], int], Sequence[str]]
 ScoreFunction = Callable[[Sequence[str], Sequence[Question]], tuple[torch.Tensor, dict[str, int]]]
+Vote = Callable[[str, Question], str | None]  # a response's answer, None where it has none
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
@@ -56,30 +62,35 @@ class EvalResult:
 
     avg       mean reward, avg@samples
     pass_at   {k: Estimate}
+    maj_at    the same; empty where responses have no answer to vote for
     counts    responses per outcome: right, wrong, no_answer, unparsable_gold, timeout, crash
     rewards   {question id: its `samples` rewards}, for tails and paired comparisons
+    values    {"avg@8": one number per question, ...}, in the order of rewards: what is averaged
     """
 
     avg: Estimate
     pass_at: dict[int, Estimate]
+    maj_at: dict[int, Estimate]
     samples: int
     questions: int
     counts: dict[str, int]
     rewards: dict[str, list[float]]
+    values: dict[str, list[float]]
     settings: EvalSettings
+
+    def estimates(self) -> dict[str, Estimate]:
+        """All of them by name: avg@n, then pass@k, then maj@k."""
+        named = {f"avg@{self.samples}": self.avg}
+        named |= {f"pass@{k}": estimate for k, estimate in self.pass_at.items()}
+        return named | {f"maj@{k}": estimate for k, estimate in self.maj_at.items()}
 
     def row(self) -> dict[str, float]:
         """The headline numbers, for a log line: {"avg@8": ..., "pass@1": ...}."""
-        passes = {f"pass@{k}": estimate.value for k, estimate in self.pass_at.items()}
-        return {f"avg@{self.samples}": self.avg.value, **passes}
+        return {name: estimate.value for name, estimate in self.estimates().items()}
 
     def write(self, path: str | Path) -> None:
         """As JSON, replaced in one step so that a reader never sees half a file."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(path.name + ".tmp")
-        unfinished.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-        os.replace(unfinished, path)
+        write_json(path, asdict(self))
 
 
 def powers_of_two(samples: int) -> tuple[int, ...]:
@@ -95,14 +106,16 @@ def evaluate(
     samples: int,
     ks: Sequence[int],
     settings: EvalSettings,
+    vote: Vote | None = None,
 ) -> EvalResult:
     """Sample, score and summarise.
 
     sample    (questions, n) -> Q * n texts, question-major
     score     (texts, questions) -> (rewards [Q * n], counts), such as riskpo.rewards.Scorer.score
     samples   n, responses per question
-    ks        the k of pass@k, each at most `samples`
+    ks        the k of pass@k and maj@k, each at most `samples`
     settings  carried into the result; its seed also seeds the bootstrap
+    vote      (text, question) -> the answer that maj@k counts; without it there is no maj@k
 
     ValueError for no questions, repeated ids, a k out of range, or a wrong number of texts.
     """
@@ -125,19 +138,62 @@ def evaluate(
         )
     rewards, counts = score(texts, questions)
     table = rewards.detach().double().cpu().reshape(len(ids), samples)  # [Q, n]
-    right = (table > 0).sum(1)  # [Q]
-    passes = {
-        k: _estimate(torch.as_tensor(pass_at_k(samples, right, k)), settings.seed) for k in ks
-    }
+    right = table > 0
+    values = {f"avg@{samples}": table.mean(1)}
+    values |= {f"pass@{k}": torch.as_tensor(pass_at_k(samples, right.sum(1), k)) for k in ks}
+    if vote is not None:
+        votes = [vote(text, questions[i // samples]) for i, text in enumerate(texts)]
+        values |= _majorities(votes, right, ks)
+    estimates = {name: _estimate(v, settings.seed) for name, v in values.items()}
     return EvalResult(
-        avg=_estimate(table.mean(1), settings.seed),
-        pass_at=passes,
+        avg=estimates[f"avg@{samples}"],
+        pass_at={k: estimates[f"pass@{k}"] for k in ks},
+        maj_at={k: estimates[f"maj@{k}"] for k in ks if f"maj@{k}" in estimates},
         samples=samples,
         questions=len(ids),
         counts=counts,
         rewards=dict(zip(ids, table.tolist(), strict=True)),
+        values={name: v.tolist() for name, v in values.items()},
         settings=settings,
     )
+
+
+def _majorities(
+    votes: Sequence[str | None], right: torch.Tensor, ks: Sequence[int]
+) -> dict[str, torch.Tensor]:
+    """{"maj@k": [Q]} from Q * n votes, question-major, and right [Q, n]."""
+    samples = right.shape[1]
+    sizes = [
+        group_sizes(votes[i * samples : (i + 1) * samples], row)
+        for i, row in enumerate(right.tolist())
+    ]
+    return {
+        f"maj@{k}": torch.tensor([maj_at_k(*s, k) for s in sizes], dtype=torch.float64) for k in ks
+    }
+
+
+def over_seeds(results: Sequence[EvalResult]) -> dict[str, tuple[Estimate, Interval]]:
+    """{name: (interval over questions, interval over seeds)}; both are around the same mean.
+
+    Where the seeds share their questions, the bootstrap redraws questions whose numbers are means
+    over the seeds; where each has its own, it redraws from all of them.
+    """
+    shared = all(r.rewards.keys() == results[0].rewards.keys() for r in results)
+    found = {}
+    for name in results[0].values:
+        each = torch.tensor([r.values[name] for r in results], dtype=torch.float64)  # [seeds, Q]
+        questions = _estimate(each.mean(0) if shared else each.flatten(), results[0].settings.seed)
+        found[name] = questions, t_interval(each.mean(1).tolist())
+    return found
+
+
+def write_json(path: str | Path, content: object) -> None:
+    """Replaced in one step, so that a reader never sees half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
 
 
 def _estimate(per_question: torch.Tensor, seed: int) -> Estimate:

@@ -1,26 +1,53 @@
-"""`riskpo eval`: avg@k and pass@k of a saved model, with intervals over questions."""
+"""`riskpo eval`: avg@k, pass@k and maj@k of a saved model, with intervals.
+
+With several seeds everything is repeated: a model path with "{seed}" in it names one training run
+for each (and the embedded questions that this run held out), any other path is the same model,
+sampled again on the same questions.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from riskpo.arithmetic import find_task, task_questions
 from riskpo.checkpoint import latest_checkpoint
 from riskpo.config import DEMO, REAL, is_embedded
 from riskpo.data import BOXED_INSTRUCTION, load_questions, split_holdout
-from riskpo.evaluate import EvalResult, EvalSettings, evaluate
+from riskpo.evaluate import EvalResult, EvalSettings, evaluate, over_seeds, write_json
+from riskpo.math_reward import extract
 from riskpo.records import Question
-from riskpo.rewards import Scorer
+from riskpo.rewards import EXACT_SOURCES, Scorer
 from riskpo.rollout import load_policy, sample, seed_everything
 
 if TYPE_CHECKING:
     from riskpo.cli import EvalConfig
 
+RUN_PER_SEED = "{seed}"  # in a model's path
 
-def evaluate_model(config: EvalConfig) -> EvalResult:
-    """Load, sample, score, print; and write config.out where one is given."""
+
+def evaluate_model(config: EvalConfig) -> list[EvalResult]:
+    """Load, sample, score, print; and write config.out where one is given. A result per seed."""
+    if not config.seeds:
+        result = evaluate_once(config, questions_of(config))
+        print(report(result))
+        if config.out is not None:
+            result.write(config.out)
+        return [result]
+    own = RUN_PER_SEED in config.model
+    results = []
+    for seed in config.seeds:
+        one = replace(config, model=config.model.replace(RUN_PER_SEED, str(seed)), seed=seed)
+        results.append(evaluate_once(one, questions_of(one if own else config)))
+    print(report_seeds(results))
+    if config.out is not None:
+        write_json(config.out, seeds_as_json(results))
+    return results
+
+
+def evaluate_once(config: EvalConfig, questions: Sequence[Question]) -> EvalResult:
+    """One model, sampled with one seed."""
     model = str(latest_checkpoint(config.model) or config.model)
     policy = load_policy(model, dtype=config.dtype)
     default = (DEMO if is_embedded(config.data) else REAL)["max_response_tokens"]
@@ -37,11 +64,19 @@ def evaluate_model(config: EvalConfig) -> EvalResult:
             batch_sequences=config.sample_sequences,
         ).text
 
+    def vote(text: str, question: Question) -> str | None:
+        exact = config.reward == "exact" or question.source in EXACT_SOURCES
+        return (text.strip() if exact else extract(text)[0]) or None
+
+    # Two programs that do the same are not the same text: no vote among programs.
+    programs = config.reward.startswith("code") or any(
+        question.meta.get("reward") == "code" for question in questions
+    )
     seed_everything(config.seed)
     with Scorer(config.reward) as scorer:
-        result = evaluate(
+        return evaluate(
             answers,
-            questions_of(config),
+            questions,
             scorer.score,
             samples=config.samples,
             ks=[k for k in config.ks if k <= config.samples],
@@ -52,11 +87,8 @@ def evaluate_model(config: EvalConfig) -> EvalResult:
                 max_response_tokens=response_tokens,
                 seed=config.seed,
             ),
+            vote=None if programs else vote,
         )
-    print(report(result))
-    if config.out is not None:
-        result.write(Path(config.out))
-    return result
 
 
 def questions_of(config: EvalConfig) -> list[Question]:
@@ -69,9 +101,32 @@ def questions_of(config: EvalConfig) -> list[Question]:
 
 
 def report(result: EvalResult) -> str:
-    """Numbers with their 95 % intervals, one per line, and the outcomes."""
-    rows = [(f"avg@{result.samples}", result.avg)]
-    rows += [(f"pass@{k}", estimate) for k, estimate in result.pass_at.items()]
-    lines = [f"{name:<8} {e.value:.3f}  [{e.low:.3f}, {e.high:.3f}]" for name, e in rows]
-    outcomes = "  ".join(f"{name} {count}" for name, count in result.counts.items() if count)
-    return "\n".join([*lines, f"{result.questions} questions: {outcomes}"])
+    """Numbers with their 95 % intervals over questions, one per line, and the outcomes."""
+    lines = [
+        f"{name:<8} {e.value:.3f}  [{e.low:.3f}, {e.high:.3f}]"
+        for name, e in result.estimates().items()
+    ]
+    return "\n".join([*lines, f"{result.questions} questions: {_outcomes([result])}"])
+
+
+def report_seeds(results: Sequence[EvalResult]) -> str:
+    """The same over several seeds: both intervals side by side."""
+    lines = [f"{'':<8} {'':5}  {'over questions':<15}  over {len(results)} seeds"]
+    for name, (e, s) in over_seeds(results).items():
+        both = f"[{e.low:.3f}, {e.high:.3f}]   [{s.low:.3f}, {s.high:.3f}]"
+        lines.append(f"{name:<8} {e.value:.3f}  {both}")
+    return "\n".join([*lines, f"{results[0].questions} questions each: {_outcomes(results)}"])
+
+
+def seeds_as_json(results: Sequence[EvalResult]) -> dict[str, object]:
+    """Both intervals of every number, and every seed's whole result."""
+    table = {
+        name: {"over_questions": asdict(e), "over_seeds": asdict(s)}
+        for name, (e, s) in over_seeds(results).items()
+    }
+    return {"numbers": table, "seeds": [asdict(r) for r in results]}
+
+
+def _outcomes(results: Sequence[EvalResult]) -> str:
+    totals = {name: sum(r.counts.get(name, 0) for r in results) for name in results[0].counts}
+    return "  ".join(f"{name} {count}" for name, count in totals.items() if count)

@@ -2,13 +2,17 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
 
-from riskpo.evaluate import EvalSettings, evaluate
+from riskpo.cli import main
+from riskpo.evaluate import EvalSettings, evaluate, over_seeds
+from riskpo.intervals import t_interval, t_points
 from riskpo.records import Question
 from riskpo.rewards import Scorer
+from tests.toy import save_arithmetic
 
 SETTINGS = EvalSettings("tiny", "sums", temperature=1.0, max_response_tokens=8, seed=3)
 QUESTIONS = [Question(f"q{i}", "?", "7", "arithmetic") for i in range(3)]
@@ -91,3 +95,82 @@ def test_misuse_is_explained():
         evaluate(fake_sample, [], None, samples=1, ks=(1,), settings=SETTINGS)
     with pytest.raises(ValueError, match="returned 1 texts; expected 3 questions x 4"):
         evaluate(lambda q, n: ["7"], QUESTIONS, None, samples=4, ks=(1,), settings=SETTINGS)
+
+
+# maj@k and seeds -----------------------------------------------------------------------------
+
+
+def voting(texts, seed=0):
+    """Three samples of two questions whose gold is 7."""
+    with Scorer() as scorer:
+        return evaluate(
+            lambda q, n: texts, QUESTIONS[:2], scorer.score, samples=3, ks=(1, 3),
+            settings=EvalSettings("m", "d", 1.0, 8, seed=seed),
+            vote=lambda text, question: text.strip() or None,
+        )  # fmt: skip
+
+
+def test_majority_by_hand():
+    result = voting(["7", "7", "8", "8", "8", "7"])
+    assert result.maj_at[1].value == pytest.approx(0.5)  # avg@3
+    assert result.maj_at[3].value == pytest.approx((1 + 0) / 2)
+    assert list(result.row()) == ["avg@3", "pass@1", "pass@3", "maj@1", "maj@3"]
+    assert voting(["7", "8", "9", "7", "", ""]).values["maj@3"] == pytest.approx([1 / 3, 1.0])
+    assert run().maj_at == {}
+
+
+def test_two_intervals_around_one_mean():
+    results = [voting(["7", "7", "8"] + ["8"] * 3), voting(["7"] * 3 + ["7", "8", "8"])]
+    questions, seeds = over_seeds(results)["avg@3"]
+    assert questions.value == pytest.approx(0.5) == seeds.value
+    assert (seeds.low, seeds.high) == pytest.approx((0.5 - 12.706 / 6, 0.5 + 12.706 / 6))
+    each = [(2 / 3 + 1) / 2, 1 / 6]  # of the two questions, over the seeds
+    assert (questions.low, questions.high) == pytest.approx((each[1], each[0]))
+
+
+def test_seeds_with_questions_of_their_own():
+    settings = EvalSettings("m", "d", 1.0, 8)
+    results = [
+        evaluate(
+            lambda q, n, c=right: ["7"] * c + ["8"] * (4 - c), [Question(f"own{right}", "?", "7")],
+            Scorer("exact").score, samples=4, ks=(1,), settings=settings,
+        )
+        for right in (0, 4)
+    ]  # fmt: skip
+    questions, _ = over_seeds(results)["pass@1"]
+    assert (questions.low, questions.value, questions.high) == (0.0, 0.5, 1.0)
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 9, 31])
+def test_t_points_against_the_density(n):
+    """The density of Student's t, integrated over the interval, holds 95 %."""
+    df = n - 1
+    x = torch.linspace(-t_points(n), t_points(n), 200_001, dtype=torch.float64)
+    scale = math.gamma((df + 1) / 2) / (math.sqrt(df * math.pi) * math.gamma(df / 2))
+    inside = torch.trapezoid(scale * (1 + x**2 / df) ** (-(df + 1) / 2), x)
+    assert float(inside) == pytest.approx(0.95, abs=1e-4)
+
+
+def test_one_value_has_no_interval():
+    only = t_interval([0.3])
+    assert (only.low, only.value, only.high) == (0.3, 0.3, 0.3) and not only.excludes_zero
+    assert t_interval([0.3, 0.31, 0.32]).excludes_zero
+
+
+def test_eval_command_over_seeds(tmp_path, capsys):
+    """One run per seed by its path, on the questions that this run held out."""
+    model, _ = save_arithmetic(tmp_path)
+    for seed in (0, 1):
+        shutil.copytree(model, tmp_path / f"seed-{seed}")
+    out = tmp_path / "seeds.json"
+    given = (
+        f"eval --model {tmp_path}/seed-{{seed}} --data embedded:mixed --questions 3 --samples 2 "
+        f"--ks 1 2 --seeds 0 1 --out {out}"
+    )
+    assert main(given.split()) == 0
+    printed = capsys.readouterr().out
+    assert "over 2 seeds" in printed and "maj@2" in printed
+    written = json.loads(out.read_text())
+    assert [r["settings"]["seed"] for r in written["seeds"]] == [0, 1]
+    assert written["seeds"][0]["rewards"].keys() != written["seeds"][1]["rewards"].keys()
+    assert set(written["numbers"]) == {"avg@2", "pass@1", "pass@2", "maj@1", "maj@2"}

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test lint bench bench-gpu clean
+.PHONY: demo test test-hosts lint bench bench-gpu clean
 
 demo: $(VENV)/ready
 	$(VENV)/bin/riskpo train $(ARGS)
@@ -11,6 +11,21 @@ demo: $(VENV)/ready
 test: $(VENV)/ready lint
 	$(PY) -m pytest --benchmark-disable $(ARGS)
 	$(PY) -m tools.compile_check
+
+# Contract tests of hosts whose pins differ from ours, in an environment of their own
+VENV_HOSTS ?= .venv-hosts
+HOSTS := $(VENV_HOSTS)/bin/python
+
+test-hosts: $(VENV_HOSTS)/ready
+	$(HOSTS) -m pytest --benchmark-disable tests/hosts/test_verl*.py $(ARGS)
+
+$(VENV_HOSTS)/ready: setup.py constraints.txt constraints-hosts.txt
+	$(PYTHON) -m venv $(VENV_HOSTS)
+	$(HOSTS) -m pip install --quiet --upgrade pip setuptools wheel
+	$(HOSTS) -m pip install --quiet -c constraints.txt torch
+	$(HOSTS) -m pip install --quiet -c constraints.txt -e ".[test]"
+	$(HOSTS) -m pip install --quiet --no-deps -r constraints-hosts.txt
+	touch $@
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .

@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# RiskPO on DAPO-Math-17k with DeepSeek-R1-Distill-Qwen-1.5B: the paper's hard run (arXiv 2510.00911)
+# in verl, on one node of eight GPUs (Ray, FSDP2, vLLM). Never run here: no GPU was at hand.
+#
+#   pip install riskpo "verl[vllm]==0.9.1"
+#   DATA=/data/dapo examples/verl/dapo_math_r1_distill.sh [more overrides]
+#
+# $DATA holds train.parquet (BytedTsinghua-SIA/DAPO-Math-17k) and test.parquet (BytedTsinghua-SIA/
+# AIME-2024); both already have verl's columns. Sizes, lengths, learning rate and sampling are those
+# of the released script. Three things are not: 480 questions for its 512, so that bundles of five
+# and four updates come out even; the paper's sequence ratio and aggregation for its token-level
+# PPO; rewards in {0, 1} for {-1, 1}. The paper's clip bounds are not known; these are GSPO's.
+set -euo pipefail
+: "${DATA:?folder with train.parquet and test.parquet}"
+
+python3 -m verl.trainer.main_ppo \
+    algorithm.adv_estimator=riskpo \
+    actor_rollout_ref.actor.policy_loss.loss_mode=riskpo \
+    trainer.checkpoint_callback_class=riskpo.hosts.verl.RiskPOCheckpoint \
+    +algorithm.riskpo.preset=paper \
+    +algorithm.riskpo.bundle_size=5 \
+    reward.custom_reward_function.path=pkg://riskpo.hosts.verl_reward \
+    reward.custom_reward_function.name=zero_one \
+    data.train_files="$DATA/train.parquet" \
+    data.val_files="$DATA/test.parquet" \
+    data.train_batch_size=480 \
+    data.max_prompt_length=1024 \
+    data.max_response_length=3072 \
+    data.filter_overlong_prompts=True \
+    actor_rollout_ref.model.path="${MODEL:-deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B}" \
+    actor_rollout_ref.model.use_remove_padding=True \
+    actor_rollout_ref.model.enable_gradient_checkpointing=True \
+    actor_rollout_ref.actor.strategy=fsdp2 \
+    actor_rollout_ref.actor.optim.lr=1e-6 \
+    actor_rollout_ref.actor.optim.weight_decay=0.01 \
+    actor_rollout_ref.actor.ppo_mini_batch_size=120 \
+    actor_rollout_ref.actor.use_dynamic_bsz=True \
+    actor_rollout_ref.actor.ppo_max_token_len_per_gpu=32768 \
+    actor_rollout_ref.actor.clip_ratio_low=3e-4 \
+    actor_rollout_ref.actor.clip_ratio_high=4e-4 \
+    actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean \
+    actor_rollout_ref.actor.entropy_coeff=0 \
+    actor_rollout_ref.actor.use_kl_loss=False \
+    actor_rollout_ref.rollout.name=vllm \
+    actor_rollout_ref.rollout.n=10 \
+    actor_rollout_ref.rollout.temperature=1.0 \
+    actor_rollout_ref.rollout.top_p=1.0 \
+    actor_rollout_ref.rollout.tensor_model_parallel_size=1 \
+    actor_rollout_ref.rollout.gpu_memory_utilization=0.6 \
+    actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=True \
+    trainer.n_gpus_per_node="${GPUS:-8}" \
+    trainer.nnodes="${NODES:-1}" \
+    trainer.total_training_steps=500 \
+    trainer.total_epochs=30 \
+    trainer.test_freq=5 \
+    trainer.save_freq=10 \
+    trainer.project_name=riskpo \
+    trainer.experiment_name=dapo_math_r1_distill \
+    trainer.logger='["console","tensorboard"]' \
+    "$@"

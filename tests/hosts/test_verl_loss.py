@@ -1,0 +1,142 @@
+"""verl's policy losses riskpo and riskpo_token against the reference and verl's own vanilla."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from riskpo_kernels import reference
+
+core = pytest.importorskip(
+    "verl.trainer.ppo.core_algos", reason="verl does not import here: run make test-hosts"
+)
+from verl.utils.metric import AggregationType, Metric  # noqa: E402
+from verl.workers.config import ActorConfig  # noqa: E402
+
+from riskpo.hosts import verl_loss  # noqa: E402
+
+B, T = 8, 10
+MODES = list(verl_loss.AGGREGATES)
+
+
+def config(low=3e-4, high=4e-4, **info):
+    made = ActorConfig(
+        strategy="fsdp",
+        rollout_n=4,
+        ppo_micro_batch_size_per_gpu=2,
+        clip_ratio_low=low,
+        clip_ratio_high=high,
+    )
+    made.global_batch_info.update(info)
+    return made
+
+
+def inputs(seed: int = 0, spread: float = 0.05):
+    g = torch.Generator().manual_seed(seed)
+    mask = torch.arange(T) < torch.randint(1, T + 1, (B, 1), generator=g)
+    old = -torch.rand(B, T, generator=g)
+    new = old + spread * torch.randn(B, T, generator=g)
+    return {
+        "old_log_prob": old,
+        "log_prob": new.requires_grad_(),
+        "advantages": torch.randn(B, 1, generator=g) * mask,
+        "response_mask": mask,
+    }
+
+
+def gradient(name, given, **options):
+    given = dict(given, log_prob=given["log_prob"].detach().clone().requires_grad_())
+    loss, metrics = core.get_policy_loss_fn(name)(**given, **options)
+    loss.backward()
+    return loss.detach(), given["log_prob"].grad, metrics
+
+
+@pytest.mark.parametrize("mode, aggregate", verl_loss.AGGREGATES.items())
+def test_the_loss_is_the_references(mode, aggregate):
+    given = inputs(spread=1e-3)
+    c = config(dp_size=2, batch_num_tokens=90, global_batch_size=32, loss_scale_factor=20)
+    loss, slope, metrics = gradient("riskpo", given, loss_agg_mode=mode, config=c)
+    total = {"token-mean": 90, "token-sum": 1, "seq-mean-token-sum-norm": 32 * 20}.get(mode, 32)
+    new = given["log_prob"].detach().double().requires_grad_()
+    expected = reference.clipped_surrogate(
+        new, given["old_log_prob"].double(), given["advantages"][:, 0].double(),
+        mask=given["response_mask"], ratio="sequence", clip_low=3e-4, clip_high=4e-4, dual_clip=3.0,
+        aggregate=aggregate, constant=1.0, denominator=total / 2,
+    )  # fmt: skip
+    expected.loss.backward()
+    torch.testing.assert_close(loss.double(), expected.loss.detach(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(slope.double(), new.grad, rtol=1e-5, atol=1e-8)
+    assert 0 < metrics["actor/pg_clipfrac"] < 1
+    Metric.from_dict(metrics, aggregation=AggregationType.MEAN)  # as verl's ppo_loss does
+
+
+def grpo(given):
+    uid = [i // 4 for i in range(B)]
+    rewards = torch.zeros(B, T)
+    rewards[:, 0] = torch.tensor([1.0, 0, 0, 1, 1, 1, 0, 1])
+    return core.get_adv_estimator_fn("grpo")(rewards, given["response_mask"].long(), uid)[0]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_with_token_ratios_and_grpo_it_is_vanilla(mode, weighted):
+    given = inputs(spread=1.5)  # wide enough for both bounds and the dual clip
+    given["advantages"] = grpo(given)
+    given["response_mask"] = given["response_mask"].long()
+    if weighted:
+        given["rollout_is_weights"] = torch.rand(B, T) * given["response_mask"]
+    options = {
+        "loss_agg_mode": mode,
+        "config": config(0.2, 0.3, dp_size=2, batch_num_tokens=77, global_batch_size=16),
+    }
+    ours, theirs = (gradient(name, given, **options) for name in ("riskpo_token", "vanilla"))
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(ours[1], theirs[1], rtol=1e-5, atol=1e-7)
+    for name, value in theirs[2].items():
+        assert ours[2][name] == pytest.approx(value, abs=1e-5)
+    assert theirs[2]["actor/pg_clipfrac"] > 0 and theirs[2]["actor/pg_clipfrac_lower"] > 0
+
+
+@pytest.mark.parametrize("name", ["riskpo", "riskpo_token"])
+@pytest.mark.parametrize("mode", MODES)
+def test_uneven_micro_batches_on_two_ranks_give_the_whole_batch(name, mode):
+    """Ranks' gradients are averaged, so the mean over ranks of sums over micro-batches counts."""
+    given = inputs()
+    info = {"batch_num_tokens": given["response_mask"].sum(), "global_batch_size": B,
+            "loss_scale_factor": 7}  # fmt: skip
+    whole = gradient(name, given, loss_agg_mode=mode, config=config(**info, dp_size=1))
+    parts = config(**info, dp_size=2)
+    loss, slopes = 0.0, []
+    for rows in (slice(0, 1), slice(1, 4), slice(4, 6), slice(6, 8)):
+        piece = {key: value[rows] for key, value in given.items()}
+        one = gradient(name, piece, loss_agg_mode=mode, config=parts)
+        loss, slopes = loss + one[0] / 2, [*slopes, one[1] / 2]
+    torch.testing.assert_close(loss, whole[0], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(torch.cat(slopes), whole[1], rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["riskpo", "riskpo_token"])
+def test_masked_values_are_never_read(name):
+    given = inputs()
+    expected = gradient(name, given, config=config())
+    hole = ~given["response_mask"]
+    poisoned = {
+        key: value.detach().masked_fill(hole, float("nan")) if key != "response_mask" else value
+        for key, value in given.items()
+    }
+    got = gradient(name, poisoned, config=config())
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+    assert got[2] == expected[2]
+
+
+def test_what_does_not_fit_is_named():
+    given = inputs()
+    with pytest.raises(ValueError, match="got loss_agg_mode='mean'"):
+        verl_loss.riskpo_policy_loss(**given, loss_agg_mode="mean", config=config())
+    with pytest.raises(ValueError, match="dp_size=2 without global_batch_size"):
+        verl_loss.riskpo_policy_loss(**given, config=config(dp_size=2))
+    with pytest.warns(UserWarning, match="suit token ratios"):
+        verl_loss.riskpo_policy_loss(**given, config=config(0.2, 0.2))
+    given["advantages"] = torch.rand(B, T)
+    with pytest.raises(ValueError, match="differ within a sequence"):
+        verl_loss.riskpo_policy_loss(**given, config=config())

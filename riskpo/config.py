@@ -51,7 +51,7 @@ class TrainConfig:
     model: str | None = None  # folder or hub name of a causal LM; None: the embedded tiny model
     data: str | None = None  # file or hub name; None: the embedded arithmetic; embedded:mixed
     eval_data: str | None = None  # None: a held-out part of data
-    reward: str = "auto"  # auto, math, exact, or your own "package.module:function"
+    reward: str = "auto"  # auto, math, code, exact, or your own "package.module:function"
     seed: int = 0
     steps: int = 300
 

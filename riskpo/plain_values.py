@@ -14,7 +14,9 @@ from typing import Any
 MAX_DEPTH = 200
 
 _GROUPS: dict[str, Any] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
-_TYPES: dict[str, type] = {t.__name__: t for t in (bool, int, float, complex, str, bytes, dict, *_GROUPS.values())}
+_TYPES: dict[str, type] = {
+    t.__name__: t for t in (bool, int, float, complex, str, bytes, dict, *_GROUPS.values())
+}
 
 
 def encode(value: Any, refer: Callable[[Any], int], depth: int = 0) -> list[Any]:

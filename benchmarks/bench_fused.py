@@ -59,8 +59,8 @@ def inputs(
 
 
 def providers() -> dict[str, Provider]:
-    """Liger's losses are GRPO with a token-level ratio: near the same work, another loss. Its Triton
-    one works on logits that exist."""
+    """Liger's losses are GRPO with a token-level ratio: near the same work, another loss; one takes
+    logits."""
     ours: dict[str, Any] = {"kind": "ours", "per_token": True}
     backend = auto_backend("linear_logprob")
     return {

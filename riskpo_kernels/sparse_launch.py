@@ -5,6 +5,7 @@ As many blocks at a time as fit in memory_mib: their lists, and dz of all their 
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import torch
@@ -72,16 +73,15 @@ def _one_group(
     dtype: torch.dtype,
 ) -> None:
     device = head.hidden.device
-    here = torch.tensor(counts[blocks])
-    bm = tile_rows(head.map.softcap is not None)
-    tiles_each = (here + bm - 1) // bm
-    starts, tiles = (torch.cat([x.new_zeros(1), x.cumsum(0)]) for x in (here, tiles_each))
-    n_tiles, n_blocks = int(tiles[-1]), here.numel()
-    tile_block = torch.repeat_interleave(torch.arange(n_blocks), tiles_each)
+    here, bm = counts[blocks], tile_rows(head.map.softcap is not None)
+    tiles_each = [-(-n // bm) for n in here]
+    n_blocks, n_tiles = len(here), sum(tiles_each)
+    starts, tiles = (torch.tensor([0, *itertools.accumulate(x)]) for x in (here, tiles_each))
+    tile_block = torch.repeat_interleave(torch.arange(n_blocks), torch.tensor(tiles_each))
     starts, tiles, tile_block = (
         x.to(device, non_blocking=True) for x in (starts, tiles, tile_block)
     )
-    rows = active.pair_rows(blocks, int(here.sum()))
+    rows = active.pair_rows(blocks, sum(here))
     dz = torch.empty(n_tiles, bm, BLOCK, dtype=dtype, device=device)
     sums = None  # of the columns of each tile, before dz is rounded
     if into.db is not None:

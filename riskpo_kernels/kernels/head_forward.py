@@ -60,7 +60,10 @@ SHAPES = {
 NARROW, POINTERS = Shape(64, 64, 8, 3), Shape(64, 32, 8, 4)
 
 
-@triton.jit(do_not_specialize=["R"])
+@triton.jit(
+    do_not_specialize=["R"],
+    do_not_specialize_on_alignment=["p_target", "p_temperature", "p_blocks"],
+)
 def statistics_kernel(
     d_hidden,
     d_weight,

@@ -41,7 +41,13 @@ IGNORED = tl.constexpr(softmax_rows.IGNORED)
 FLOOR = tl.constexpr(softmax_rows.FLOOR)
 
 
-@triton.jit
+# Pieces of rows begin anywhere: without these lists every alignment of a piece, and every other
+# remainder of its length, would compile the kernels again.
+PER_ROW = "target temperature m s u zt blocks logprob entropy peak log_sum c g"
+ROW_POINTERS = [f"p_{name}" for name in PER_ROW.split()]
+
+
+@triton.jit(do_not_specialize=["R"], do_not_specialize_on_alignment=ROW_POINTERS)
 def _fold_kernel(
     p_raw,
     p_bias,
@@ -115,7 +121,7 @@ def _fold_kernel(
         tl.store(p_u + o_n, u, mask=m_n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"], do_not_specialize_on_alignment=ROW_POINTERS)
 def _gradient_kernel(
     p_raw,
     p_bias,

@@ -42,7 +42,7 @@ def tile_rows(softcap: bool) -> int:
     return BM // 2 if softcap else BM
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_block"])
 def dz_kernel(
     p_hidden,
     p_weight,
@@ -130,7 +130,7 @@ def dz_kernel(
         tl.store(p_sums + i_t * BLOCK + tl.arange(0, BLOCK), tl.sum(dz, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_block"])
 def dh_kernel(
     p_weight,
     p_rows,
@@ -175,7 +175,7 @@ def dh_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_block"])
 def dw_kernel(
     p_hidden,
     p_index,

@@ -25,6 +25,7 @@ from riskpo.data import BOXED_INSTRUCTION, load_questions, split_holdout
 from riskpo.data_images import require_processor
 from riskpo.head import Head, find_head
 from riskpo.logs import METRICS, RunLog
+from riskpo.memory.run_plan import RunPlan, plan_run
 from riskpo.memory.switches import apply_switches
 from riskpo.optimizer import Optimizer
 from riskpo.records import Question
@@ -57,6 +58,7 @@ class Run:
     advantage: Advantage
     loss: LossOptions
     plan: UpdatePlan
+    memory: RunPlan
     questions: list[Question]
     held_out: list[Question]
     scorer: Scorer
@@ -83,6 +85,9 @@ def start(given: TrainConfig) -> Run:
     announce(config, overrides, checkpoint, log)
     policy = load(config, checkpoint, questions, log.note)
     require_processor([*questions, *held_out], policy.tokenizer)
+    memory = plan_run(config, policy.model)
+    for line in memory.lines():
+        log.note(line)
     head = find_head(policy.model)
     optimizer = build_optimizer(policy, config)
     if checkpoint is not None:
@@ -97,6 +102,7 @@ def start(given: TrainConfig) -> Run:
         advantage=advantage,
         loss=loss_options(strategy, config),
         plan=build_plan(config),
+        memory=memory,
         questions=usable(policy, scorer, config, questions, log.note),
         held_out=fitting(policy, config, held_out, log.note),
         scorer=scorer,

@@ -35,6 +35,7 @@ def train(config: TrainConfig) -> Path:
             if due(step, run.config.save_every_steps, run.config.steps):
                 save(run)
         show_answers(run)
+        run.log.note(run.memory.outcome())
         run.log.note(f"curves: {plot(run.config.run_dir)}")
     finally:
         run.log.close()

@@ -92,7 +92,7 @@ def tile_mlps(model: Any, rows: int) -> None:
     more than its output (experts), or one that draws random numbers.
     """
     layers = getattr(model.get_decoder(), "layers", None)
-    mlps = [getattr(layer, "mlp", None) for layer in layers or ()]
+    mlps: list[Any] = [getattr(layer, "mlp", None) for layer in layers or ()]
     if not mlps or None in mlps:
         raise ValueError(
             f"memory.mlp_tile_tokens={rows}: got a {type(model).__name__} without `mlp` in each of "

@@ -1,0 +1,189 @@
+"""`riskpo plan`: what a model needs at a context, what each switch buys, what fits on which card.
+
+Made from a config alone, before any weight is loaded. The terms and their derivation are in
+riskpo/memory/budget.py, how far they are off in docs/long-context.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from riskpo.config import MemoryConfig
+from riskpo.memory.budget import (
+    ENOUGH,
+    GIB,
+    MOMENTS,
+    Budget,
+    Workload,
+    attention_flop,
+    budget,
+    gib,
+    longest,
+)
+from riskpo.memory.shapes import ModelShape, find_shape
+
+# name -> GB of memory; TFLOP/s that flash attention may reach in bf16, forward and backward: a
+# rough half of the card's peak, only good for an order of magnitude
+GPUS = {
+    "4090": (24, 80),
+    "3090": (24, 35),
+    "L4": (24, 50),
+    "A100": (80, 150),
+    "H100": (80, 400),
+    "H200": (141, 400),
+}
+BY_SIZE = {24: 80, 80: 400, 141: 400}  # TFLOP/s where only the memory is given
+USABLE = 0.98  # of the nominal size, read as GiB, that the driver leaves
+RESERVE_GIB = 1.5  # CUDA context, cuBLAS workspaces, fragmentation: an assumption
+TILE = 4096
+
+CHECKPOINTS = MemoryConfig(checkpointing=True)
+ON_HOST = replace(CHECKPOINTS, offload_checkpoints=True)
+TILED = replace(ON_HOST, mlp_tile_tokens=TILE)
+# What `riskpo plan` compares: one switch more in every column, the optimiser's two in turn.
+LADDER = (
+    ("logits", CHECKPOINTS, True),
+    ("fused head", CHECKPOINTS, False),
+    ("+ offload", ON_HOST, False),
+    ("+ tiles", TILED, False),
+    ("+ 8-bit", replace(TILED, optimizer="8bit"), False),
+    ("or host", replace(TILED, optimizer="host"), False),
+)
+LEGEND = (
+    "all columns: memory.checkpointing, attention without a [T, T] mask. logits: a head that keeps "
+    "[T, V] logits. offload: memory.offload_checkpoints. tiles: memory.mlp_tile_tokens="
+    f"{TILE}. 8-bit, host: memory.optimizer."
+)
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """Settings of `riskpo plan`."""
+
+    model: str  # a folder with a config.json, a name in the hub cache, or one of the built-in ones
+    context: int = 32768  # tokens of one sequence, prompt included; also of a micro-batch
+    gpu: tuple[str, ...] = ("24", "80", "141")  # GB, or a name: 4090, 3090, L4, A100, H100, H200
+    dtype: str = "bfloat16"  # or float32
+    sequences: int = 8  # responses that are sampled at once
+    head_mib: int = 300
+    tflops: float | None = None  # of attention; None: a rough figure for the card
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU by what the plan needs of it."""
+
+    name: str
+    bytes: float
+    tflops: float
+
+
+def find_card(text: str) -> Card:
+    """A size in GB or a name of GPUS; ValueError lists them."""
+    size = text.upper().removesuffix("GB")
+    if text.upper() in GPUS:
+        gb, tflops = GPUS[text.upper()]
+        return Card(text.upper(), _usable(gb), tflops)
+    if size.isdigit() and int(size) > 0:
+        return Card(f"{size} GB", _usable(int(size)), BY_SIZE.get(int(size), 100))
+    raise ValueError(
+        f"plan: got --gpu {text!r}; expected a size in GB or one of {', '.join(GPUS)}. Give its "
+        "size."
+    )
+
+
+def _usable(gb: int) -> float:
+    return (gb * USABLE - RESERVE_GIB) * GIB
+
+
+def plan_command(given: list[str]) -> None:
+    """Print the plan of the command line."""
+    config = tyro.cli(PlanConfig, prog="riskpo plan", args=given)
+    for name in ("context", "sequences", "head_mib"):
+        if getattr(config, name) < 1:
+            raise ValueError(
+                f"plan: got --{name} {getattr(config, name)}; expected at least 1. Raise it."
+            )
+    if config.dtype not in ("bfloat16", "float32"):
+        raise ValueError(
+            f"plan: got --dtype {config.dtype}; expected bfloat16 or float32. Check the spelling."
+        )
+    show(config, find_shape(config.model), Console(width=110, highlight=False))
+
+
+def show(config: PlanConfig, shape: ModelShape, console: Console) -> None:
+    """The two tables and the notes."""
+    cards = [find_card(text) for text in config.gpu]
+    work = Workload(
+        config.context, 2 if config.dtype == "bfloat16" else 4, sequences=config.sequences
+    )
+    settings = [
+        (label, replace(memory, head_mib=config.head_mib), replace(work, plain_head=plain))
+        for label, memory, plain in LADDER
+    ]
+    console.print(
+        f"{shape.name}: {shape.parameters / 1e9:.2f}e9 parameters, all trained, {config.dtype}; "
+        f"{config.context:,} tokens in a micro-batch; {config.sequences} sequences of that length "
+        "sampled at once"
+    )
+    console.print(_terms([(label, budget(shape, m, w)) for label, m, w in settings]))
+    console.print(LEGEND + "\n")
+    table = _table("longest context, tokens", [label for label, *_ in settings])
+    for card in cards:
+        for sampled in dict.fromkeys((config.sequences, 1)):
+            found = [
+                longest(shape, memory, replace(w, sequences=sampled), card.bytes)
+                for _, memory, w in settings
+            ]
+            table.add_row(f"{card.name}, {sampled} sampled at once", *map(_tokens, found))
+    console.print(table)
+    flop = attention_flop(shape, CHECKPOINTS, config.context)
+    for card in cards:
+        tflops = config.tflops or card.tflops
+        console.print(
+            f"attention of one sequence on {card.name}, forward twice and backward: "
+            f"{flop / 1e12:,.0f} TFLOP, about {_time(flop / tflops / 1e12)} at {tflops:.0f} TFLOP/s"
+        )
+    console.print(
+        f"A card counts {USABLE:.0%} of its size less {RESERVE_GIB} GiB (context, workspaces, "
+        "fragmentation). How far the plan is off: docs/long-context.md."
+    )
+
+
+def _terms(columns: list[tuple[str, Budget]]) -> Table:
+    table = _table("GiB at the peak", [label for label, _ in columns])
+    for part in ("fixed", "update", "step", "sampling"):
+        names = dict.fromkeys(n for _, b in columns for n in getattr(b, part))
+        for name in names:
+            sizes = [getattr(b, part).get(name, 0.0) for _, b in columns]
+            if any(sizes):
+                table.add_row(f"{part}: {name}", *map(gib, sizes))
+        table.add_section()
+    for moment in ("update", "step", "sampling"):
+        table.add_row(
+            f"all while {MOMENTS[moment]}",
+            *(gib(sum(b.fixed.values()) + b.moments[moment]) for _, b in columns),
+        )
+    table.add_row("peak", *(gib(b.peak) for _, b in columns))
+    table.add_row("memory of the host", *(gib(sum(b.host.values())) for _, b in columns))
+    return table
+
+
+def _table(title: str, columns: list[str]) -> Table:
+    table = Table(pad_edge=False, show_edge=False)
+    table.add_column(title, no_wrap=True, min_width=36)
+    for label in columns:
+        table.add_column(label, justify="right")
+    return table
+
+
+def _tokens(n: int) -> str:
+    return "-" if not n else "any" if n >= ENOUGH else f"{n:,}"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

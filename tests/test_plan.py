@@ -1,0 +1,151 @@
+"""The plan from configs alone, its terms by hand, and a small update measured beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from riskpo.config import TrainConfig, resolve
+from riskpo.memory.budget import GIB, Workload, attention_flop, budget, longest
+from riskpo.memory.plan import CHECKPOINTS, LADDER, find_card, plan_command
+from riskpo.memory.run_plan import plan_run
+from riskpo.memory.shapes import find_shape
+from tests.toy import tiny_config, tiny_policy
+
+# parameters as published on the models' cards
+PUBLISHED = {
+    "Qwen/Qwen2.5-1.5B": 1_543_714_304,
+    "Qwen2.5-7B-Instruct": 7_615_616_512,
+    "meta-llama/Llama-3.1-8B": 8_030_261_248,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_known_models_have_their_published_size(name):
+    assert find_shape(name).parameters == PUBLISHED[name]
+
+
+def test_a_folder_s_config_is_enough(tmp_path):
+    tiny_config(50).save_pretrained(tmp_path)
+    shape = find_shape(str(tmp_path))
+    assert shape.parameters == sum(p.numel() for p in tiny_policy(vocab_size=50).model.parameters())
+    with pytest.raises(ValueError, match="Qwen2.5-1.5B, Qwen2.5-7B, Llama-3.1-8B"):
+        find_shape("no/such-model")
+
+
+def test_terms_by_hand():
+    """Llama-3.1-8B in bfloat16: 16 bytes a parameter, 262 kB of checkpoints a token, 131 kB of
+    keys and values a token."""
+    shape, work = find_shape("Llama-3.1-8B"), Workload(1000, sequences=3)
+    found = budget(shape, CHECKPOINTS, work)
+    assert sum(found.fixed.values()) == 16 * shape.parameters
+    assert found.update["checkpoints"] == 1000 * 32 * 4096 * 2
+    assert found.sampling["keys and values"] == 3000 * 131072
+    assert found.step["gradients in float32"] == 4 * shape.parameters
+    host = budget(shape, replace(CHECKPOINTS, optimizer="host"), work)
+    assert sum(host.fixed.values()) == 2 * shape.parameters
+    assert attention_flop(shape, CHECKPOINTS, 1000) == 9 * 1e6 * 4096 * 32
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_switch_buys_something(name):
+    """In the order of the ladder no peak grows, and no longest context shrinks."""
+    shape, work = find_shape(name), Workload(65536, sequences=1)
+    columns = [(m, replace(work, plain_head=plain)) for _, m, plain in LADDER]
+    updates = [sum(budget(shape, m, w).update.values()) for m, w in columns]
+    assert updates == sorted(updates, reverse=True) and updates[3] < updates[2] < updates[1]
+    reach = [longest(shape, m, w, 139 * GIB) for m, w in columns]
+    assert reach == sorted(reach) and reach[-1] > 4 * reach[0]
+
+
+def test_longest_context_is_the_last_that_fits():
+    shape, work, room = find_shape("Qwen2.5-1.5B"), Workload(1), 70 * GIB
+    tokens = longest(shape, CHECKPOINTS, work, room)
+    peaks = [
+        budget(shape, CHECKPOINTS, replace(work, tokens=n, context=n)).peak
+        for n in (tokens, tokens + 128)
+    ]
+    assert peaks[0] <= room < peaks[1]
+    assert longest(shape, CHECKPOINTS, work, 1 * GIB) == 0
+
+
+def test_the_command_prints_the_plan(capsys):
+    plan_command(["--model", "Qwen2.5-7B", "--context", "65536", "--gpu", "80", "H200"])
+    shown = capsys.readouterr().out
+    for word in (
+        "7.62e9 parameters",
+        "checkpoints",
+        "keys and values",
+        "80 GB, 8",
+        "H200",
+        "TFLOP",
+    ):
+        assert word in shown, word
+
+
+@pytest.mark.parametrize(
+    "arguments, why",
+    [
+        (["--model", "Qwen2.5-7B", "--gpu", "big"], "expected a size in GB"),
+        (["--model", "Qwen2.5-7B", "--context", "0"], "at least 1"),
+        (["--model", "Qwen2.5-7B", "--dtype", "int8"], "bfloat16 or float32"),
+    ],
+)
+def test_bad_input_is_refused(arguments, why):
+    with pytest.raises(ValueError, match=why):
+        plan_command(arguments)
+
+
+def test_cards():
+    assert find_card("24gb").bytes == find_card("24").bytes < 24 * GIB
+    assert find_card("h200").name == "H200"
+
+
+def test_a_run_s_plan_and_its_outcome():
+    config, _ = resolve(TrainConfig())
+    plan = plan_run(config, tiny_policy().model)
+    assert plan.predicted is not None and plan.predicted.fixed["master copies"] == 0
+    assert "checkpoints" not in plan.predicted.update
+    assert "memory plan, GiB on cpu: updating" in plan.lines()[0] and len(plan.lines()) == 1
+    assert "predicted" in plan.outcome() and "measured" in plan.outcome()
+    plan.capacity = 1.0
+    assert "hardly fit" in plan.lines()[1]
+
+
+def test_frozen_weights_have_no_state():
+    model = tiny_policy().model
+    model.model.requires_grad_(False)
+    predicted = plan_run(resolve(TrainConfig())[0], model).predicted
+    assert predicted.fixed["gradients"] == 4 * model.lm_head.weight.numel()
+
+
+PROGRAM = """
+import json
+from tools.memory_ladder import Case, measure
+found = measure(Case("", 2048, False, {switches}))
+print(json.dumps([found["measured"], found["predicted"]]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_predicted_peak_is_the_measured_one():
+    """One update of 2048 tokens in a process of its own; at least 500 MiB, within 15 %."""
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(switches={"checkpointing": True})],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+
+    measured, predicted = json.loads(done.stdout.strip().rpartition("\n")[2])
+    print(f"measured {measured / 2**20:.0f} MiB, predicted {predicted / 2**20:.0f} MiB")
+    assert measured >= 500 * 2**20
+    assert predicted == pytest.approx(measured, rel=0.15)

@@ -212,4 +212,4 @@ def test_dbias_is_summed_before_the_rounding(device, monkeypatch):
         out = linear_logprob(*tensors, target, bias=bias, tail_eps=1e-30, **options)
         out.logprob.sum().backward()
         grads.append(bias.grad)
-    assert errors(grads[1], grads[0])[0] < 2e-6  # of dz in fp16: 5e-5
+    assert errors(grads[1], grads[0])[0] < 2e-6  # of rounded dz: 1e-4

@@ -17,6 +17,7 @@ from riskpo_kernels.risk import (
     pass_at_k,
     rvar,
 )
+from riskpo_kernels.sharding import full_weight, gathered_weight
 from riskpo_kernels.surrogate import clipped_surrogate, sequence_logprob
 
 __version__ = "0.1.0"
@@ -30,6 +31,8 @@ __all__ = [
     "bundle_scores",
     "clipped_surrogate",
     "cvar",
+    "full_weight",
+    "gathered_weight",
     "linear_logprob",
     "logits_logprob",
     "mvar",

@@ -22,10 +22,14 @@ def _keywords(op: Callable[..., Any]) -> frozenset[str]:
     return frozenset(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
 
 
+# looked up once, at import: torch.compile cannot follow a look at a signature
+OPTIONS = {op: _keywords(op) for op in (linear_logprob, logits_logprob)}
+SURROGATE_OPTIONS = _keywords(clipped_surrogate) - {"cu_seqlens", "mask", "entropy"}
+
+
 def _split(name: str, options: dict[str, Any], op: Callable[..., Any]) -> tuple[dict, dict]:
     """Options of the log-prob op and of clipped_surrogate; backend goes to both."""
-    first = _keywords(op)
-    second = _keywords(clipped_surrogate) - {"cu_seqlens", "mask", "entropy"}
+    first, second = OPTIONS[op], SURROGATE_OPTIONS
     for key in options:
         if key not in first | second:
             near = difflib.get_close_matches(key, first | second, n=1)

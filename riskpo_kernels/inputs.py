@@ -33,19 +33,21 @@ def check_weight(op: str, weight: torch.Tensor, *, sharded_ok: bool) -> None:
             op,
             "weight as a DTensor",
             "this rank's plain tensor",
-            "Gather it once per step with weight.full_tensor(), call the op inside the module's "
-            "forward (where FSDP has gathered it), or pass weight.to_local() and vocab_group.",
+            "Pass riskpo_kernels.full_weight(weight), which is weight.full_tensor() with the right "
+            "gradient, once per step; or call the op inside the module's forward, where FSDP has "
+            "gathered it; or pass weight.to_local() and vocab_group.",
         )
-    if weight.dim() != 2:
-        reject(op, f"weight = {describe(weight)}", "[V, D]", "Pass the head's weight matrix.")
     if weight.numel() == 0 and not sharded_ok:
         reject(
             op,
             f"an empty weight {list(weight.shape)}",
             "the whole [V, D] head",
-            "A sharded parameter is empty outside its gather: use FSDP's forward, "
-            "deepspeed.zero.GatheredParameters, or pass vocab_group for a vocabulary shard.",
+            "A sharded parameter is empty outside its gather: use FSDP's forward, or "
+            "riskpo_kernels.gathered_weight (for ZeRO-3, deepspeed.zero.GatheredParameters), or "
+            "pass vocab_group for a vocabulary shard.",
         )
+    if weight.dim() != 2:
+        reject(op, f"weight = {describe(weight)}", "[V, D]", "Pass the head's weight matrix.")
 
 
 def check_head(

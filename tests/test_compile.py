@@ -1,0 +1,105 @@
+"""torch.compile(fullgraph=True) around the ops: no graph break, the eager numbers and gradients,
+other lengths without another graph (trap 25); and what PyTorch demands of an operator."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from riskpo_kernels import (
+    linear_logprob,
+    riskpo_loss,
+    riskpo_loss_from_logits,
+)
+from riskpo_kernels.head_op import head_operator
+from riskpo_kernels.logits_op import logits_operator
+from riskpo_kernels.surrogate_op import surrogate_operator
+from tests.head_inputs import head
+
+N, V, D = 40, 300, 16
+
+
+def inputs(n=N, device="cpu"):
+    h, w, b, target = head(n, V, D, torch.float32, device)
+    target[3] = -100
+    cu = torch.tensor([0, 9, 9, n - 5, n], dtype=torch.int32, device=device)
+    advantage = torch.tensor([1.0, -1.0, 0.5, -2.0], device=device)
+    return h, w, b, target, cu, advantage
+
+
+@pytest.fixture(autouse=True)
+def no_leftover_graphs():
+    torch._dynamo.reset()
+
+
+def both(f, leaves, *args, compiled):
+    """Loss and gradients of f, as is or compiled."""
+    leaves = [x.detach().clone().requires_grad_() for x in leaves]
+    loss = (compiled if compiled else f)(*leaves, *args)
+    loss.backward()
+    return [loss.detach(), *(x.grad for x in leaves)]
+
+
+def same(f, cases, graphs, backend="aot_eager"):
+    """f(leaves..., args...) compiled once for all cases; how many graphs that took."""
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(f, fullgraph=True, backend=counter)
+    for leaves, args in cases:
+        want, got = both(f, leaves, *args, compiled=None), both(f, leaves, *args, compiled=compiled)
+        for x, y in zip(got, want, strict=True):
+            assert torch.allclose(x, y, rtol=1e-5, atol=1e-6), (x - y).abs().max()
+    assert counter.frame_count <= graphs, f"{counter.frame_count} graphs"
+
+
+def test_riskpo_loss():
+    def f(h, w, b, target, cu, advantage):
+        options = dict(bias=b, cu_seqlens=cu, temperature=0.7, entropy_coef=0.01)
+        return riskpo_loss(h, w, target, None, advantage, **options).loss
+
+    cases = [(x[:3], x[3:]) for x in (inputs(n) for n in (40, 33, 50, 61))]
+    same(f, cases, graphs=2)  # the first length, then any
+
+
+def test_riskpo_loss_from_logits():
+    def f(z, target, mask, advantage):
+        options = dict(mask=mask, ratio="token", aggregate="token-mean", clip_high=0.28)
+        return riskpo_loss_from_logits(z * 1.0, target, None, advantage, **options).loss
+
+    z, target = torch.randn(4, 9, V), torch.randint(V, (4, 9))
+    mask, advantage = torch.rand(4, 9) > 0.3, torch.randn(4)
+    same(f, [((z,), (target, mask, advantage))], graphs=1)
+
+
+def test_wrong_values_are_still_refused():
+    """What only values show is checked when the graph runs."""
+    compiled = torch.compile(linear_logprob, fullgraph=True, backend="aot_eager")
+    h, w, _, target, *_ = inputs()
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        compiled(h, w, target + V)
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-3])
+@pytest.mark.parametrize("entropy", [False, True])
+def test_head_operator_is_sound(eps, entropy):
+    h, w, b, target, *_ = inputs()
+    leaves = [x.requires_grad_() for x in (h, w, b)]
+    numbers = (1.0, None, 0.7, entropy, "torch", 300.0, eps, False)
+    torch.library.opcheck(head_operator, (*leaves, target, None, -100, "", *numbers))
+
+
+def test_logits_and_surrogate_operators_are_sound():
+    z, target = torch.randn(N, V, requires_grad=True), torch.randint(V, (N,))
+    numbers = (5.0, 1.0, True, False, "torch", -100)
+    torch.library.opcheck(logits_operator, (z, target, torch.rand(N) + 0.5, *numbers))
+    new, entropy = (torch.randn(N, requires_grad=True) for _ in range(2))
+    cu, advantage = inputs()[4:]
+    tensors = (new, entropy, torch.randn(N), advantage, None, None, None, cu, None)
+    numbers = ("sequence", None, None, None, 0.0, "k3", 0.1, "sequence-mean", None, None)
+    torch.library.opcheck(surrogate_operator, (*tensors, "", "torch", *numbers))
+
+
+def test_a_second_derivative_is_refused():
+    h, w, _, target, *_ = inputs()
+    h.requires_grad_()
+    (dh,) = torch.autograd.grad(linear_logprob(h, w, target).logprob.sum(), h, create_graph=True)
+    with pytest.raises(RuntimeError, match="not differentiable: its op is, once"):
+        dh.sum().backward()

@@ -33,8 +33,8 @@ assert torch.isfinite(h.grad).all() and torch.isfinite(w.grad).all()
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_long_context_stays_flat():
-    """Trap 40. 2^17 tokens, V = 8192, memory_mib=64: the full logits would be 4 GiB; peak memory grows by
-    less than 128 MiB over inputs and gradients."""
+    """Trap 40. 2^17 tokens, V = 8192, memory_mib=64: the full logits would be 4 GiB; peak memory
+    grows by less than 128 MiB over inputs and gradients."""
     run = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     increase = int(run.stdout) / 2**20

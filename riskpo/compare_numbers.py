@@ -6,6 +6,10 @@ thriftiest system did in all; they differ where an algorithm resamples (DAPO). S
 means over the last tenth of the steps of the view, covariances over all of them; held-out numbers
 are of the last evaluation in it.
 
+Entropy falls as reward rises, so that a system that learns less keeps more of it. "Entropy at equal
+reward" therefore compares two runs of one seed where their smoothed mean rewards first reach the
+height that both reach.
+
 Intervals are Student's t over seeds, 95 %. Seeds share questions and starting weights, so
 differences are taken seed by seed first.
 """
@@ -18,12 +22,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from riskpo.compare import run_dir
 from riskpo.intervals import Interval, t_interval
 from riskpo.logs import read_records
+from riskpo.plots import smooth
 
 OVER_ALL_STEPS = ("cov_", "corr_")
 EVAL = "eval "  # in front of the held-out names, so that reward_4+4 of both kinds can be told apart
+EQUAL_REWARD = "entropy at equal reward"  # a difference, never a level
 GAIN = "gain "  # in front of a held-out number's rise since step 0
 
 
@@ -120,6 +128,21 @@ def over_seeds(summaries: dict[str, dict[int, dict[str, float]]]) -> Table:
             name: t_interval([s[name] for s in seeds.values() if name in s]) for name in names
         }
     return table
+
+
+def entropy_at_equal_reward(run: RunLogs, other: RunLogs) -> dict[str, float]:
+    """{EQUAL_REWARD: entropy of run minus that of other}; {} where the log has no entropy."""
+    if not all("sampled_entropy" in r for r in run.steps + other.steps):
+        return {}
+    curves = [(_smoothed(r, "reward_mean"), _smoothed(r, "sampled_entropy")) for r in (run, other)]
+    height = min(reward.max() for reward, _ in curves)
+    ours, theirs = (entropy[np.argmax(reward >= height)] for reward, entropy in curves)
+    return {EQUAL_REWARD: float(ours - theirs)}
+
+
+def _smoothed(run: RunLogs, name: str) -> np.ndarray:
+    """A number by step, averaged over a fifteenth of the steps."""
+    return smooth(np.array([r[name] for r in run.steps]), max(len(run.steps) // 15, 1))
 
 
 def paired(summaries: dict[str, dict[int, dict[str, float]]], against: str) -> Table:

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from riskpo.compare_numbers import (
+    EQUAL_REWARD,
     EVAL,
     GAIN,
     RunLogs,
     Table,
     budget,
+    entropy_at_equal_reward,
     last_step,
     load,
     over_seeds,
@@ -24,7 +26,7 @@ from riskpo.compare_numbers import (
     summary,
 )
 from riskpo.compare_plot import draw_page
-from riskpo.intervals import Interval
+from riskpo.intervals import Interval, t_interval
 
 LEARNING = {
     "reward_mean": "mean reward",
@@ -58,6 +60,11 @@ def write_page(
     }
     tables = {name: over_seeds(view) for name, view in views.items()}
     differences = {name: paired(view, against) for name, view in views.items()}
+    for name in differences["steps"]:
+        pairs = [(runs[name][seed], runs[against][seed]) for seed in seeds]
+        values = [x for pair in pairs for x in entropy_at_equal_reward(*pair).values()]
+        if values:
+            differences["steps"][name][EQUAL_REWARD] = t_interval(values)
     path = out / page
     path.parent.mkdir(parents=True, exist_ok=True)
     about = _about(runs, seeds, against, limit)
@@ -70,7 +77,7 @@ def write_page(
         "per_seed": views,
     }
     _replace(path.with_name(f"{page}.json"), json.dumps(content, indent=1) + "\n")
-    picture = draw_page(path.with_name(f"{page}.png"), runs, tables["steps"])
+    picture = draw_page(path.with_name(f"{page}.png"), runs)
     return [path.with_name(f"{page}.md"), path.with_name(f"{page}.json"), picture]
 
 
@@ -117,7 +124,8 @@ def markdown(tables: dict[str, Table], differences: dict[str, Table], about: dic
         "wall clock saw them. Mean over seeds ± half of a 95 % t-interval. Differences are paired: "
         "seed by seed, from the same start; bold where the interval excludes 0 (no correction for "
         "the number of differences on the page). Step numbers: last tenth of the steps; "
-        "covariances: all steps; held-out numbers: the last evaluation.",
+        "covariances: all steps; held-out numbers: the last evaluation. Entropy at equal reward: "
+        "where the two smoothed rewards of a seed first reach the height that both reach.",
     ]
     sections = (
         ("Training, at equal steps", LEARNING),
@@ -127,6 +135,8 @@ def markdown(tables: dict[str, Table], differences: dict[str, Table], about: dic
     )
     for title, columns in sections:
         lines += ["", f"## {title}", "", *_grid(table, columns, _level)]
+        if columns is LEARNING:
+            columns = LEARNING | {EQUAL_REWARD: EQUAL_REWARD}
         lines += ["", f"Minus {against}:", "", *_grid(differences["steps"], columns, _change)]
     gains = _named([GAIN + k.removeprefix(EVAL) for k in passes], GAIN)
     lines += ["", "## Rise of pass@k since the start", "", *_grid(table, gains, _change)]

@@ -1,15 +1,20 @@
-"""The picture of a comparison: panels with a line per system and its interval over seeds."""
+"""The picture of a comparison: panels with a line per system and its interval over seeds.
+
+Seeds differ in their warm start far more than systems differ on one seed. The bands therefore show
+the spread that matters beside the other systems: each seed's mean over the systems is taken out
+before the 95 % t-interval is made (intervals "within subjects"). The lines are plain means.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 
-from riskpo.compare_numbers import EVAL, GAIN, RunLogs, Table
+from riskpo.compare_numbers import RunLogs
 from riskpo.intervals import t_points
 from riskpo.plots import INK, PAPER, dress, smooth
 
@@ -24,19 +29,30 @@ Draw = Callable[[Any, "Page"], None]
 class Page:
     """The runs of every system as arrays [seeds, steps]."""
 
-    def __init__(self, runs: dict[str, dict[int, RunLogs]], table: Table) -> None:
-        self.runs, self.table = runs, table
+    def __init__(self, runs: dict[str, dict[int, RunLogs]]) -> None:
+        self.runs = runs
         self.style = {
             name: (COLOURS[i % len(COLOURS)], "-" if i < len(COLOURS) else "--")
             for i, name in enumerate(runs)
         }
 
-    def series(self, system: str, name: str) -> np.ndarray:
-        """[seeds, steps], smoothed over a fifteenth of the steps, nan where a step lacks it."""
-        rows = [[r.get(name, np.nan) for r in run.steps] for run in self.runs[system].values()]
-        shortest = min(map(len, rows))
-        window = max(shortest // 15, 1)
-        return np.stack([smooth(filled(np.array(row[:shortest])), window) for row in rows])
+    def series(self, name: str) -> dict[str, np.ndarray]:
+        """{system: [seeds, steps]} where it has that number, smoothed over a fifteenth of them."""
+        found = {}
+        for system, runs in self.runs.items():
+            rows = [[r.get(name, np.nan) for r in run.steps] for run in runs.values()]
+            if not np.isnan(rows).all():
+                window = max(len(rows[0]) // 15, 1)
+                found[system] = np.stack([smooth(filled(np.array(row)), window) for row in rows])
+        return found
+
+    def held_out(self, prefix: str) -> tuple[list[str], dict[str, np.ndarray]]:
+        """What follows `prefix` in the names of the last evaluations, and {system: [seeds, n]}."""
+        last = {s: [run.evals[-1] for run in runs.values()] for s, runs in self.runs.items()}
+        first = next(iter(last.values()))[0]
+        names = [n for n in first if n.startswith(prefix)]
+        found = {s: np.array([[e[n] for n in names] for e in evals]) for s, evals in last.items()}
+        return [n.removeprefix(prefix) for n in names], found
 
 
 def filled(values: np.ndarray) -> np.ndarray:
@@ -46,9 +62,9 @@ def filled(values: np.ndarray) -> np.ndarray:
     return np.where(last < 0, np.nan, values[np.maximum(last, 0)])
 
 
-def draw_page(path: Path, runs: dict[str, dict[int, RunLogs]], table: Table) -> Path:
+def draw_page(path: Path, runs: dict[str, dict[int, RunLogs]]) -> Path:
     """Write the PNG; returns its path."""
-    page = Page(runs, table)
+    page = Page(runs)
     panels: tuple[tuple[str, Draw], ...] = (
         ("mean reward", _by_step("reward_mean")),
         ("lower tail: RVaR 0-.2 of bundle scores", _by_step("rvar_lower")),
@@ -56,7 +72,7 @@ def draw_page(path: Path, runs: dict[str, dict[int, RunLogs]], table: Table) -> 
         ("token entropy (nats)", _by_step("sampled_entropy")),
         ("mean reward, by responses sampled", _by_responses),
         ("entropy at equal mean reward", _entropy_by_reward),
-        ("held-out pass@k at the end (dots: start)", _pass_at_k),
+        ("held-out pass@k at the end (dotted: start)", _pass_at_k),
         ("rise of pass@k since the start", _pass_gain),
         ("clipped share", _by_step("clip_fraction")),
         ("share of responses with advantage 0", _by_step("zero_advantage_fraction")),
@@ -78,91 +94,92 @@ def draw_page(path: Path, runs: dict[str, dict[int, RunLogs]], table: Table) -> 
     return path
 
 
+def half_widths(series: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """{system: [n]} half of the 95 % t-interval of [seeds, n] without the seeds' own levels."""
+    seeds = len(next(iter(series.values())))
+    if seeds < 2:
+        return {system: np.zeros(y.shape[1]) for system, y in series.items()}
+    level = np.mean(list(series.values()), axis=0)  # [seeds, n]
+    return {
+        system: t_points(seeds) * (y - level).std(0, ddof=1) / np.sqrt(seeds)
+        for system, y in series.items()
+    }
+
+
 def _by_step(name: str) -> Draw:
     def draw(axis: Any, page: Page) -> None:
-        for system in page.runs:
-            y = page.series(system, name)
-            _band(axis, np.arange(1, y.shape[1] + 1), y, page.style[system])
+        series = page.series(name)
+        _bands(axis, page, series, lambda y: np.arange(1, y.shape[1] + 1))
 
     return draw
 
 
-def _band(axis: Any, x: np.ndarray, y: np.ndarray, style: tuple[str, str]) -> None:
-    """Mean of [seeds, n] with its 95 % t-interval."""
-    colour, line = style
-    mean, seeds = y.mean(0), len(y)
-    axis.plot(x, mean, color=colour, linestyle=line, linewidth=1.8)
-    if seeds > 1:
-        half = t_points(seeds) * y.std(0, ddof=1) / np.sqrt(seeds)
-        axis.fill_between(x, mean - half, mean + half, color=colour, alpha=0.10, linewidth=0)
+def _bands(
+    axis: Any,
+    page: Page,
+    series: dict[str, np.ndarray],
+    x_of: Callable[[np.ndarray], np.ndarray],
+    marker: str = "",
+) -> None:
+    """Means over seeds with their bands; nothing where no system has the number."""
+    half = half_widths(series) if series else {}
+    for system, y in series.items():
+        (colour, line), mean, x = page.style[system], y.mean(0), x_of(y)
+        axis.plot(x, mean, color=colour, linestyle=line, linewidth=1.8, marker=marker, markersize=3)
+        low, high = mean - half[system], mean + half[system]
+        axis.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
 
 
 def _by_responses(axis: Any, page: Page) -> None:
-    for system, seeds in page.runs.items():
-        y = page.series(system, "reward_mean").mean(0)
-        x = np.mean([run.responses()[: len(y)] for run in seeds.values()], axis=0)
+    for system, y in page.series("reward_mean").items():
+        x = np.mean([run.responses() for run in page.runs[system].values()], axis=0)
         colour, line = page.style[system]
-        axis.plot(x / 1000, y, color=colour, linestyle=line, linewidth=1.8)
+        axis.plot(x / 1000, y.mean(0), color=colour, linestyle=line, linewidth=1.8)
     axis.set_xlabel("responses sampled (thousands)", color=INK, fontsize=9)
 
 
 def _entropy_by_reward(axis: Any, page: Page) -> None:
-    for system in page.runs:
+    reward, entropy = page.series("reward_mean"), page.series("sampled_entropy")
+    for system in reward.keys() & entropy.keys():
         colour, line = page.style[system]
-        reward, entropy = (
-            page.series(system, n).mean(0) for n in ("reward_mean", "sampled_entropy")
-        )
-        axis.plot(reward, entropy, color=colour, linestyle=line, linewidth=1.5)
-        axis.plot(reward[-1:], entropy[-1:], color=colour, marker="o", markersize=6)
+        x, y = reward[system].mean(0), entropy[system].mean(0)
+        axis.plot(x, y, color=colour, linestyle=line, linewidth=1.5)
+        axis.plot(x[-1:], y[-1:], color=colour, marker="o", markersize=6)
     axis.set_xlabel("mean reward (dot: last step)", color=INK, fontsize=9)
 
 
-def _curve_over_k(axis: Any, page: Page, prefix: str) -> None:
-    for system, row in page.table.items():
-        names = [n for n in row if n.startswith(prefix)]
-        ks = [int(n.removeprefix(prefix)) for n in names]
-        mean, low, high = (
-            np.array([getattr(row[n], part) for n in names]) for part in ("value", "low", "high")
-        )
-        colour, line = page.style[system]
-        axis.plot(ks, mean, color=colour, linestyle=line, linewidth=1.8, marker="o", markersize=3)
-        axis.fill_between(ks, low, high, color=colour, alpha=0.10, linewidth=0)
+def _over_k(axis: Any, page: Page, gain: bool) -> None:
+    ks, last = page.held_out("pass@")
+    runs = next(iter(page.runs.values())).values()
+    start = np.array([[run.evals[0][f"pass@{k}"] for k in ks] for run in runs])  # [seeds, k]
+    x = np.array([int(k) for k in ks])
+    shown = {system: y - start if gain else y for system, y in last.items()}
+    _bands(axis, page, shown, lambda y: x, marker="o")
+    level = np.zeros(len(x)) if gain else start.mean(0)
+    axis.plot(x, level, color=INK, linestyle=":", linewidth=1.5)
     axis.set_xscale("log", base=2)
     axis.set_xlabel("k", color=INK, fontsize=9)
 
 
 def _pass_at_k(axis: Any, page: Page) -> None:
-    _curve_over_k(axis, page, EVAL + "pass@")
-    first = [seeds for seeds in page.runs.values()][0]
-    starts = [run.evals[0] for run in first.values() if run.evals]
-    names = [n for n in (starts[0] if starts else ()) if n.startswith("pass@")]
-    ks = [int(n.removeprefix("pass@")) for n in names]
-    axis.plot(ks, [np.mean([s[n] for s in starts]) for n in names], "o:", color=INK, markersize=3)
+    _over_k(axis, page, gain=False)
 
 
 def _pass_gain(axis: Any, page: Page) -> None:
-    _curve_over_k(axis, page, GAIN + "pass@")
-    axis.axhline(0, color=INK, linewidth=0.8)
+    _over_k(axis, page, gain=True)
 
 
 def _quantiles(axis: Any, page: Page) -> None:
-    for system, row in page.table.items():
-        for name in ("q_alpha", "q_beta"):
-            if name in row:
-                y = page.series(system, name)
-                _band(axis, np.arange(1, y.shape[1] + 1), y, page.style[system])
+    for name in ("q_alpha", "q_beta"):
+        _by_step(name)(axis, page)
 
 
 def _strata(axis: Any, page: Page) -> None:
-    prefix = EVAL + "reward_"
-    names = sorted({n for row in page.table.values() for n in row if n.startswith(prefix)})
-    width = 0.8 / max(len(page.table), 1)
-    for i, (system, row) in enumerate(page.table.items()):
-        shown: Sequence[str] = [n for n in names if n in row]
-        x = np.arange(len(shown)) + (i + 0.5) * width - 0.4
-        mean = np.array([row[n].value for n in shown])
-        high = np.array([row[n].high for n in shown])
-        axis.bar(x, mean, width, color=page.style[system][0], yerr=high - mean,
+    names, last = page.held_out("reward_")
+    half, width = half_widths(last), 0.8 / len(last)
+    for i, (system, y) in enumerate(last.items()):
+        x = np.arange(len(names)) + (i + 0.5) * width - 0.4
+        axis.bar(x, y.mean(0), width, color=page.style[system][0], yerr=half[system],
                  error_kw={"linewidth": 0.8, "ecolor": INK})  # fmt: skip
-    axis.set_xticks(range(len(names)), [n.removeprefix(prefix) for n in names])
+    axis.set_xticks(range(len(names)), names)
     axis.set_xlabel("digits of the operands", color=INK, fontsize=9)

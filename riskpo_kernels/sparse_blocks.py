@@ -17,13 +17,13 @@ from riskpo_kernels.block_selection import ActiveBlocks, block_groups
 from riskpo_kernels.head_tiles import Gradients, Head, Options, Upstream, products_of
 from riskpo_kernels.softmax_rows import BLOCK
 
-FULL = 0.7  # of a block's rows active: then gathering costs more than the others (measured, CPU)
+FULL = 0.7  # of a block's rows active: then the others cost less than gathering (kernel-notes.md)
 STRIP = 8  # blocks of a run that are computed at once
 
 
 class _Strips:
-    """The products of one call: their operands live in buffers that are made once, because fresh
-    pages for every block cost a fifth of the time."""
+    """The products of one call: their operands live in buffers that are made once, since fresh
+    pages for every block would have to be zeroed by the system."""
 
     def __init__(self, head: Head, up: Upstream, o: Options, into: Gradients):
         self.head, self.up, self.into = head, up, into

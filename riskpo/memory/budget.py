@@ -47,6 +47,7 @@ class Budget:
     step: dict[str, float]
     sampling: dict[str, float]
     host: dict[str, float]  # pinned and ordinary memory of the host
+    other: dict[str, float]  # of the update's turn, head or layer, that needs less
 
     @property
     def moments(self) -> dict[str, float]:
@@ -86,8 +87,8 @@ def budget(shape: ModelShape, memory: MemoryConfig, work: Workload) -> Budget:
     }
     kept, layer = _kept(shape, memory, work), _layer(shape, memory, work)
     head = _head(shape, memory, work)
-    # the head and a layer take turns; what is left of the head then is its float32 dW, cast
-    stage = {"head workspace": head} if head > sum(layer.values()) else layer
+    # the head and the layers take turns
+    other, stage = sorted((layer, {"head workspace": head}), key=lambda x: sum(x.values()))
     step = {"gradients in float32": masters * P}
     sampling = _sampling(shape, work)
     host = {}
@@ -95,7 +96,7 @@ def budget(shape: ModelShape, memory: MemoryConfig, work: Workload) -> Budget:
         host["masters, moments, gradients"] = 16.0 * P
     if memory.offload_checkpoints and not work.on_host:
         host["checkpoints"] = shape.layers * _power_of_two(T * shape.hidden * b)
-    return Budget(fixed, {**kept, **stage}, step, sampling, host)
+    return Budget(fixed, {**kept, **stage}, step, sampling, host, other)
 
 
 def _kept(shape: ModelShape, memory: MemoryConfig, work: Workload) -> dict[str, float]:

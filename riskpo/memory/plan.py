@@ -56,7 +56,7 @@ LADDER = (
 LEGEND = (
     "all columns: memory.checkpointing, attention without a [T, T] mask. logits: a head that keeps "
     "[T, V] logits. offload: memory.offload_checkpoints. tiles: memory.mlp_tile_tokens="
-    f"{TILE}. 8-bit, host: memory.optimizer."
+    f"{TILE}. 8-bit, host: memory.optimizer. In brackets: at another moment than the update's peak."
 )
 
 
@@ -157,11 +157,15 @@ def show(config: PlanConfig, shape: ModelShape, console: Console) -> None:
 def _terms(columns: list[tuple[str, Budget]]) -> Table:
     table = _table("GiB at the peak", [label for label, _ in columns])
     for part in ("fixed", "update", "step", "sampling"):
-        names = dict.fromkeys(n for _, b in columns for n in getattr(b, part))
-        for name in names:
-            sizes = [getattr(b, part).get(name, 0.0) for _, b in columns]
-            if any(sizes):
-                table.add_row(f"{part}: {name}", *map(gib, sizes))
+        asides = [b.other if part == "update" else {} for _, b in columns]
+        terms = [getattr(b, part) for _, b in columns]
+        for name in dict.fromkeys(n for given in (*terms, *asides) for n in given):
+            cells = [
+                f"({gib(aside[name])})" if name in aside else gib(given.get(name, 0.0))
+                for given, aside in zip(terms, asides, strict=True)
+            ]
+            if any(cell != "-" for cell in cells):
+                table.add_row(f"{part}: {name}", *cells)
         table.add_section()
     for moment in ("update", "step", "sampling"):
         table.add_row(

@@ -27,6 +27,7 @@ extras = {
     ],
     "flash": ["flash-attn>=2.7"],
     "vllm": ["vllm>=0.11"],
+    "lora": ["peft>=0.18"],
     "eightbit": ["bitsandbytes>=0.48"],
     "trl": ["trl>=1.16,<1.17"],
     "verl": ["verl>=0.9.1,<0.10"],

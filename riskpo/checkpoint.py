@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from riskpo.config import TrainConfig, changed_fields
+from riskpo.trainee import like_shard, whole_tree
 
 KEEP = 2
 
@@ -32,23 +33,31 @@ def save_checkpoint(
     run_dir: str | Path,
     *,
     step: int,
-    policy: Any,
+    trainee: Any,
+    tokenizer: Any,
     optimizer: Any,
     advantage: Any,
     config: TrainConfig,
 ) -> Path:
-    """Write step's checkpoint atomically, drop all but the last two; returns its folder."""
+    """Write step's checkpoint atomically, drop all but the last two; returns its folder.
+
+    Every process calls it, the first one writes: whole weights and states, whatever the number of
+    processes, so that any number may resume.
+    """
     folder = Path(run_dir) / "checkpoints"
     final, unfinished = folder / f"step_{step:06d}", folder / f".unfinished_{step:06d}"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    policy.model.save_pretrained(unfinished)
-    policy.tokenizer.save_pretrained(unfinished)
     state = {
-        "optimizer": optimizer.state_dict(),
+        "optimizer": whole_tree(optimizer.state_dict()),
         "advantage": advantage.state_dict(),
         "random": _random_states(),
     }
+    weights = trainee.state_dict()
+    if weights is None:
+        return final
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    trainee.model.save_pretrained(unfinished, state_dict=weights)
+    tokenizer.save_pretrained(unfinished)
     torch.save(state, unfinished / "trainer.pt")
     about = {"step": step, "config": dataclasses.asdict(config)}
     (unfinished / "trainer.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
@@ -86,9 +95,20 @@ def read_about(checkpoint: Path, config: TrainConfig) -> int:
 def restore(checkpoint: Path, *, optimizer: Any, advantage: Any) -> None:
     """Load everything but the weights, which from_pretrained has read, and the random states."""
     state = torch.load(checkpoint / "trainer.pt", weights_only=True, map_location="cpu")
-    optimizer.load_state_dict(state["optimizer"])
+    optimizer.load_state_dict(laid_out(state["optimizer"], optimizer))
     advantage.load_state_dict(state["advantage"])
     _set_random_states(state["random"])
+
+
+def laid_out(state: dict[str, Any], optimizer: Any) -> dict[str, Any]:
+    """The optimiser's whole state, each tensor sharded as the weight it belongs to is now."""
+    adamw = dict(state["adamw"])
+    adamw["state"] = {
+        i: {name: like_shard(x, optimizer.masters[i]) for name, x in moments.items()}
+        for i, moments in adamw["state"].items()
+    }
+    copies = [like_shard(x, m) for x, m in zip(state["masters"], optimizer.masters, strict=True)]
+    return state | {"adamw": adamw, "masters": copies}
 
 
 def truncate_log(path: Path, step: int) -> None:

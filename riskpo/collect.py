@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 import torch
 
 from riskpo.records import Question, Rollouts
-from riskpo.rollout import seed_everything
+from riskpo.rollout import Stream, seed_everything
 from riskpo.strategies import Strategy, keep_all, overlong_penalty
 
 MAX_ATTEMPTS = 10  # of dynamic sampling, per step
 
-Sample = Callable[[Sequence[Question]], Rollouts]
+Sample = Callable[[Sequence[Question], Stream], Rollouts]  # see riskpo.samplers.Sampler
 Score = Callable[[Sequence[str], Sequence[Question]], tuple[torch.Tensor, dict[str, int]]]
 
 
@@ -83,7 +83,7 @@ def collect(
         if not fresh:
             continue
         seed_everything(seed, step, attempt)
-        rollouts = sample(fresh)
+        rollouts = sample(fresh, (seed, step, attempt))
         scores, outcomes = score(rollouts.text, fresh)
         rewards_QG = scores.view(len(fresh), -1)
         kept = strategy.keep(rewards_QG).nonzero().flatten().tolist()

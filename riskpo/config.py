@@ -33,13 +33,29 @@ class MemoryConfig:
     attention: str = "auto"  # of packed rows: auto, flash, varlen, sequences, masked
     skip_zero_advantage: bool = False  # such responses stay out of the update and of its stats
     head_mib: int = 300  # workspace of the fused head
+    sharded: bool = False  # several processes: FSDP2, each holds its shard of all states
 
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """Who samples the responses, and how."""
+    """Who samples the responses, and what is done about its log-probs not being the trainer's."""
 
+    engine: str = "generate"  # generate (transformers), or vllm
     sequences: int = 512  # responses that are sampled at once
+    static_cache: bool = False  # of generate: fixed size; transformers compiles decoding on CUDA
+    gpu_share: float = 0.4  # of the memory, which vllm may fill while it is awake
+    correction: str = "none"  # none, tis (truncated weights) or mis (masked weights)
+    level: str = "token"  # of the weights: token or sequence
+    cap: float = 2.0  # of trainer / sampler probability
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Adapters beside frozen weights (peft); rank 0 trains all weights."""
+
+    rank: int = 0
+    alpha: float = 32.0
+    targets: tuple[str, ...] = ("all-linear",)  # names of layers; never the head
 
 
 @dataclass(frozen=True)
@@ -84,6 +100,7 @@ class TrainConfig:
     dtype: str = "float32"  # of the weights: float32, or bfloat16 with float32 master weights
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     eval_every_steps: int = 100
     eval_questions: int = 200
@@ -100,7 +117,8 @@ REAL = {"learning_rate": 1e-6, "micro_batch_tokens": 16384, "max_response_tokens
 DEMO_OVERRIDES = {"riskpo-paper": {"baseline": "leave-one-out"}}
 
 ATTENTIONS = ("auto", "flash", "varlen", "sequences", "masked")
-FREE_ON_RESUME = ("steps", "save_every_steps", "log_with")  # may differ from the saved run's
+# May differ from the saved run's.
+FREE_ON_RESUME = ("steps", "save_every_steps", "log_with", "memory.sharded")
 
 
 def resolve(config: TrainConfig) -> tuple[TrainConfig, dict[str, Any]]:
@@ -139,6 +157,13 @@ def validate(config: TrainConfig) -> None:
             "both, since it is the checkpoints that move",
             "Set memory.checkpointing.",
         )
+    _choice("sampler.engine", c.sampler.engine, ("generate", "vllm"))
+    _choice("sampler.correction", c.sampler.correction, ("none", "tis", "mis"))
+    _choice("sampler.level", c.sampler.level, ("token", "sequence"))
+    needs_files = {"sampler.engine='vllm'": c.sampler.engine == "vllm", "lora.rank": c.lora.rank}
+    for name, wanted in needs_files.items():
+        if wanted and c.model is None:
+            _reject(f"{name} with the embedded model", "a model on disk or a hub", "Set model.")
     for name in c.log_with:
         _choice("log_with", name, ("tensorboard", "wandb", "trackio"))
     for name, value in flat(c).items():
@@ -168,6 +193,7 @@ _MAY_BE_ZERO = (
     "seed", "warmup_steps", "weight_decay", "entropy_coef", "omega", "alpha", "beta", "clip_low",
     "clip_high", "eval_every_steps", "eval_questions", "save_every_steps", "steps",
     "memory.mlp_tile_tokens",
+    "lora.rank",
 )  # fmt: skip
 
 

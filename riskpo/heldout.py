@@ -10,8 +10,7 @@ import torch
 from riskpo.evaluate import EvalResult, EvalSettings, evaluate, powers_of_two
 from riskpo.measures import by_stratum, sampled_entropy
 from riskpo.records import Question
-from riskpo.rollout import seed_everything
-from riskpo.start import Run, sampler
+from riskpo.start import Run
 
 SHOWN_ANSWERS = 6
 
@@ -31,20 +30,18 @@ def evaluate_and_log(run: Run) -> None:
     entropies = []
 
     def answers(questions: Sequence[Question], samples: int) -> list[str]:
-        rollouts = sampler(run.policy, c, samples)(questions)
+        rollouts = run.sampler.sample(questions, samples, (c.seed, "held out"))
         entropies.append(sampled_entropy(torch.cat(rollouts.logprob)))
         return rollouts.text
 
-    with torch.random.fork_rng():
-        seed_everything(c.seed, 0, 1)
-        result = evaluate(
-            answers,
-            run.held_out,
-            run.scorer.score,
-            samples=c.eval_samples,
-            ks=powers_of_two(c.eval_samples),
-            settings=settings,
-        )
+    result = evaluate(
+        answers,
+        run.held_out,
+        run.score,
+        samples=c.eval_samples,
+        ks=powers_of_two(c.eval_samples),
+        settings=settings,
+    )
     name = f"avg@{c.eval_samples}"
     interval = {f"{name}_low": result.avg.low, f"{name}_high": result.avg.high}
     strata = stratum_rows(run.held_out, result) | {"entropy": entropies[0]}
@@ -53,7 +50,7 @@ def evaluate_and_log(run: Run) -> None:
 
 
 def stratum_rows(questions: list[Question], result: EvalResult) -> dict[str, float]:
-    """ "reward_S" and "solved_S", a question being solved when any response is right, by stratum."""
+    """reward_S and solved_S by stratum; a question is solved when any response is right."""
     rewards_Qn = torch.tensor([result.rewards[q.id] for q in questions])
     solved = by_stratum(questions, (rewards_Qn > 0).any(1, keepdim=True).float())
     return by_stratum(questions, rewards_Qn) | {
@@ -64,10 +61,8 @@ def stratum_rows(questions: list[Question], result: EvalResult) -> dict[str, flo
 def show_answers(run: Run) -> None:
     """A few held-out questions, what the policy says now, and whether it is right."""
     questions = (run.held_out or run.questions)[:SHOWN_ANSWERS]
-    with torch.random.fork_rng():
-        seed_everything(run.config.seed, 0, 2)
-        texts = sampler(run.policy, run.config, 1)(questions).text
-    rewards, _ = run.scorer.score(texts, questions)
+    texts = run.sampler.sample(questions, 1, (run.config.seed, "shown")).text
+    rewards, _ = run.score(texts, questions)
     for question, text, reward in zip(questions, texts, rewards.tolist(), strict=True):
         asked = (
             question.prompt if isinstance(question.prompt, str) else question.prompt[-1]["content"]

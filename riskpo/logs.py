@@ -70,6 +70,18 @@ class RunLog:
             self._accelerator.log({f"{kind}/{k}": v for k, v in numbers.items()}, step=step)
 
 
+class SilentLog:
+    """The log of every process of a run but the first: the same calls, and nothing happens."""
+
+    def step(self, step: int, numbers: dict[str, float]) -> None: ...
+
+    def evaluation(self, step: int, numbers: dict[str, float], shown: Sequence[str]) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def step_line(step: int, steps: int, numbers: dict[str, float]) -> str:
     """The step in at most 120 columns; a number that the algorithm does not have is left out."""
     shown = (

@@ -19,7 +19,7 @@ from riskpo.evaluate import EvalResult, EvalSettings, evaluate, over_seeds, writ
 from riskpo.math_reward import extract
 from riskpo.records import Question
 from riskpo.rewards import EXACT_SOURCES, Scorer
-from riskpo.rollout import load_policy, sample, seed_everything
+from riskpo.rollout import load_policy, sample
 
 if TYPE_CHECKING:
     from riskpo.cli import EvalConfig
@@ -60,6 +60,7 @@ def evaluate_once(config: EvalConfig, questions: Sequence[Question]) -> EvalResu
             responses_per_question=samples,
             max_prompt_tokens=config.max_prompt_tokens,
             max_response_tokens=response_tokens,
+            stream=(config.seed,),
             temperature=config.temperature,
             batch_sequences=config.sample_sequences,
         ).text
@@ -72,7 +73,6 @@ def evaluate_once(config: EvalConfig, questions: Sequence[Question]) -> EvalResu
     programs = config.reward.startswith("code") or any(
         question.meta.get("reward") == "code" for question in questions
     )
-    seed_everything(config.seed)
     with Scorer(config.reward) as scorer:
         return evaluate(
             answers,

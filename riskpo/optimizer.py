@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from riskpo.trainee import whole_tensor
+
 
 def _master(weight: torch.nn.Parameter, state: str) -> torch.Tensor:
     """The float32 tensor that is stepped: the weight itself where it is one, in the right place."""
@@ -93,7 +95,7 @@ class Optimizer:
         for weight, master in zip(self.weights, self.masters, strict=True):
             if master is not weight and weight.grad is not None:
                 master.grad, weight.grad = weight.grad.float(), None
-        norm = torch.nn.utils.clip_grad_norm_(self.masters, self.max_grad_norm)
+        norm = whole_tensor(torch.nn.utils.clip_grad_norm_(self.masters, self.max_grad_norm))
         taken = bool(torch.isfinite(norm) & torch.isfinite(loss.to(norm.device)))
         if taken:
             self.adamw.step()

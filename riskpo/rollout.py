@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from transformers.utils import is_flash_attn_2_available
 from riskpo.records import Question, Rollouts
 
 HUB_SECONDS = 3.0
+
+Stream = tuple[int | str, ...]  # what the random numbers of a batch of rollouts depend on
 
 
 @dataclass
@@ -115,26 +118,29 @@ def _is_local(name: str) -> bool:
     return False
 
 
-class _LogprobRecorder(LogitsProcessor):
-    """Notes the log-prob of every sampled token at the sampling temperature.
+class _Draw(LogitsProcessor):
+    """Draws every token from the softmax at the sampling temperature and notes its log-prob.
 
-    A step's choice is only seen at the next call, so one [rows, V] table is kept, never all of
-    them; `finish` collects the last step.
+    Row i's t-th token is where its cumulative probability passes uniform[i, t] (inverse transform
+    sampling): a function of that number and of the policy, whoever else is in the batch. generate
+    is left with one possible token, which its argmax finds.
     """
 
-    def __init__(self, temperature: float) -> None:
+    def __init__(self, temperature: float, uniform: torch.Tensor) -> None:
         self.temperature = temperature
+        self.uniform = uniform  # [rows, max_response_tokens] float64, in [0, 1)
         self.columns: list[torch.Tensor] = []
-        self.table: torch.Tensor | None = None
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self.finish(input_ids[:, -1])
-        self.table = torch.log_softmax(scores.float() / self.temperature, dim=-1)
-        return scores
-
-    def finish(self, chosen: torch.Tensor) -> None:
-        if self.table is not None:
-            self.columns.append(self.table.gather(1, chosen[:, None])[:, 0])
+        logprob = torch.log_softmax(scores.float() / self.temperature, dim=-1)
+        # In float64: a running sum in float32 need not grow, and would favour rare tokens.
+        below = logprob.double().exp().cumsum(-1)
+        total = below[:, -1:]
+        place = self.uniform[:, len(self.columns), None] * total
+        place = torch.minimum(place, torch.nextafter(total, torch.zeros_like(total)))
+        chosen = torch.searchsorted(below, place, right=True)
+        self.columns.append(logprob.gather(1, chosen)[:, 0])
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
 
 
 def seed_everything(*parts: int) -> None:
@@ -156,6 +162,18 @@ def prompt_tokens(tokenizer: Any, prompt: str | list[dict[str, str]]) -> list[in
     return list(tokenizer(prompt)["input_ids"])
 
 
+def stream_seed(*parts: int | str) -> int:
+    """A seed in [0, 2^62) that is a function of `parts` alone, on every machine."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 2
+
+
+def response_noise(stream: Stream, question: Question, responses: int, length: int) -> torch.Tensor:
+    """[responses, length] float64 in [0, 1): the random numbers of one question's responses."""
+    g = torch.Generator().manual_seed(stream_seed(*stream, question.id))
+    return torch.rand(responses, length, generator=g, dtype=torch.float64)
+
+
 @torch.no_grad()
 def sample(
     policy: Policy,
@@ -164,73 +182,95 @@ def sample(
     responses_per_question: int,
     max_prompt_tokens: int,
     max_response_tokens: int,
+    stream: Stream,
     temperature: float = 1.0,
     batch_sequences: int = 512,
+    static_cache: bool = False,
 ) -> Rollouts:
     """`responses_per_question` responses to every question, question-major; see Rollouts.
 
     Plain sampling from the whole distribution, so that the reported log-probs are those of the
-    policy that is trained: top_p 1, top_k 0, no penalties, whatever the model's own
-    generation_config asks for.
+    policy that is trained: no top_p, top_k or penalties, whatever the model's own
+    generation_config asks for. A question's random numbers are a function of `stream` (say seed,
+    step, attempt) and its id, not of the batch it is sampled in: cutting the batch otherwise, or
+    over several processes, changes logits by rounding and so, very rarely, a token.
+
+    static_cache: key-value cache of fixed size; on CUDA transformers then compiles the decoding.
     """
     done = Rollouts()
-    rows = [q for q in questions for _ in range(responses_per_question)]
-    prompts = {q.id: prompt_tokens(policy.tokenizer, q.prompt) for q in questions}
-    for name, ids in prompts.items():
-        if not 0 < len(ids) <= max_prompt_tokens:
-            raise ValueError(
-                f"sample: question {name!r} has {len(ids)} prompt tokens; expected 1 to "
-                f"max_prompt_tokens={max_prompt_tokens}. Raise it or drop the question."
-            )
+    prompts = question_prompts(policy.tokenizer, questions, max_prompt_tokens)
+    each = responses_per_question
+    rows = [(q, p) for q, p in zip(questions, prompts, strict=True) for _ in range(each)]
+    noise = [response_noise(stream, q, each, max_response_tokens) for q in questions]
+    uniform = torch.cat([torch.zeros(0, max_response_tokens, dtype=torch.float64), *noise])
     policy.model.eval()
     for start in range(0, len(rows), batch_sequences):
-        part = rows[start : start + batch_sequences]
-        _sample_batch(
-            policy, part, [prompts[q.id] for q in part], max_response_tokens, temperature, done
-        )
+        part = slice(start, start + batch_sequences)
+        draw = _Draw(temperature, uniform[part].to(policy.device))
+        _sample_batch(policy, rows[part], draw, static_cache, done)
     return done
+
+
+def question_prompts(
+    tokenizer: Any, questions: Sequence[Question], max_prompt_tokens: int
+) -> list[list[int]]:
+    """Token ids of every prompt; ValueError names one that is empty or too long."""
+    prompts = [prompt_tokens(tokenizer, q.prompt) for q in questions]
+    for question, ids in zip(questions, prompts, strict=True):
+        if not 0 < len(ids) <= max_prompt_tokens:
+            raise ValueError(
+                f"sample: question {question.id!r} has {len(ids)} prompt tokens; expected 1 to "
+                f"max_prompt_tokens={max_prompt_tokens}. Raise it or drop the question."
+            )
+    return prompts
 
 
 def _sample_batch(
     policy: Policy,
-    rows: Sequence[Question],
-    prompts: list[list[int]],
-    max_response_tokens: int,
-    temperature: float,
+    rows: Sequence[tuple[Question, list[int]]],
+    draw: _Draw,
+    static_cache: bool,
     done: Rollouts,
 ) -> None:
     """Left-padded prompts through generate; appends to `done`."""
-    tokenizer, width = policy.tokenizer, max(map(len, prompts))
-    pad = tokenizer.pad_token_id
-    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=policy.device)
-    mask = torch.tensor(
-        [[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=policy.device
-    )
-    recorder = _LogprobRecorder(temperature)
+    width = max(len(prompt) for _, prompt in rows)
+    pad = policy.tokenizer.pad_token_id
+    ids = torch.tensor([[pad] * (width - len(p)) + p for _, p in rows], device=policy.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for _, p in rows])
     output = policy.model.generate(
         input_ids=ids,
-        attention_mask=mask,
-        logits_processor=LogitsProcessorList([recorder]),
-        max_new_tokens=max_response_tokens,
-        do_sample=True,
-        temperature=temperature,
-        top_p=1.0,
-        top_k=0,
+        attention_mask=mask.to(policy.device),
+        logits_processor=LogitsProcessorList([draw]),
+        max_new_tokens=draw.uniform.shape[1],
+        do_sample=False,
+        cache_implementation="static" if static_cache else None,
+        synced_gpus=False,  # the processes of a run never wait for each other in here
     )
-    recorder.finish(output[:, -1])
-    response = output[:, width:].cpu()
-    logprob = torch.stack(recorder.columns, dim=1).cpu()
-    ends = torch.isin(response, torch.tensor(end_tokens(policy)))
-    for i, question in enumerate(rows):
-        hits = ends[i].nonzero()
-        length = int(hits[0]) + 1 if len(hits) else response.shape[1]
-        tokens = response[i, :length]
-        done.tokens.append(torch.cat([torch.tensor(prompts[i]), tokens]))
-        done.prompt_len.append(len(prompts[i]))
-        done.logprob.append(logprob[i, :length].clone())
-        done.text.append(tokenizer.decode(tokens, skip_special_tokens=True))
-        done.truncated.append(not len(hits))
-        done.question_id.append(question.id)
+    response, logprob = output[:, width:].cpu(), torch.stack(draw.columns, dim=1).cpu()
+    ends = end_tokens(policy)
+    for i, (question, prompt) in enumerate(rows):
+        append_response(done, policy.tokenizer, question, prompt, response[i], logprob[i], ends)
+
+
+def append_response(
+    done: Rollouts,
+    tokenizer: Any,
+    question: Question,
+    prompt: list[int],
+    response: torch.Tensor,
+    logprob: torch.Tensor,
+    ends: list[int],
+) -> None:
+    """One response, cut after its first end token; without one it counts as truncated."""
+    hits = torch.isin(response, torch.tensor(ends)).nonzero()
+    length = int(hits[0]) + 1 if len(hits) else len(response)
+    tokens = response[:length]
+    done.tokens.append(torch.cat([torch.tensor(prompt), tokens]))
+    done.prompt_len.append(len(prompt))
+    done.logprob.append(logprob[:length].clone())
+    done.text.append(tokenizer.decode(tokens, skip_special_tokens=True))
+    done.truncated.append(not len(hits))
+    done.question_id.append(question.id)
 
 
 def end_tokens(policy: Policy) -> list[int]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,17 @@ from riskpo.arithmetic import (
     warm_start,
 )
 from riskpo.checkpoint import latest_checkpoint, read_about, restore, set_aside, truncate_log
-from riskpo.collect import Sample
 from riskpo.config import TrainConfig, is_embedded, resolve, to_toml, validate
 from riskpo.data import BOXED_INSTRUCTION, load_questions, split_holdout
 from riskpo.data_images import require_processor
 from riskpo.head import Head, find_head
-from riskpo.logs import METRICS, RunLog
+from riskpo.logs import METRICS, RunLog, SilentLog
+from riskpo.lora import attach_lora, thaw_lora
 from riskpo.memory.run_plan import RunPlan, plan_run
 from riskpo.memory.switches import apply_switches
+from riskpo.mismatch import Correction
 from riskpo.optimizer import Optimizer
+from riskpo.ranks import Ranks, Score, SharedSampler, shared_score
 from riskpo.records import Question
 from riskpo.rewards import Scorer
 from riskpo.rollout import (
@@ -36,10 +37,11 @@ from riskpo.rollout import (
     load_policy,
     prepare,
     prompt_tokens,
-    sample,
     seed_everything,
 )
+from riskpo.samplers import GenerateSampler, Sampler, build_sampler, sampling_limits
 from riskpo.strategies import Advantage, LossOptions, Strategy, find_strategy, loss_options
+from riskpo.trainee import Trainee
 from riskpo.update import UpdatePlan
 
 WARM_START_PROBE = 100  # training questions that are sampled to measure it
@@ -48,10 +50,12 @@ MAX_WORKERS = 8  # verifier processes
 
 @dataclass
 class Run:
-    """A run in progress. `step` steps are done."""
+    """A run in progress, the same in every process of it. `step` steps are done."""
 
     config: TrainConfig
+    ranks: Ranks
     policy: Policy
+    trainee: Trainee
     head: Head
     optimizer: Optimizer
     strategy: Strategy
@@ -62,8 +66,9 @@ class Run:
     questions: list[Question]
     held_out: list[Question]
     scorer: Scorer
-    sample: Sample
-    log: RunLog
+    score: Score
+    sampler: Sampler
+    log: RunLog | SilentLog
     step: int
 
 
@@ -73,29 +78,32 @@ def start(given: TrainConfig) -> Run:
     validate(config)
     strategy = find_strategy(config.algorithm)
     advantage = strategy.advantage(config)
-    checkpoint = latest_checkpoint(config.run_dir)
+    ranks = Ranks.join()
+    if ranks.size > 1 and config.memory.optimizer != "device":
+        raise ValueError(
+            f"memory.optimizer: got {config.memory.optimizer!r} with {ranks.size} processes; "
+            "expected 'device'. Set memory.sharded to spread the optimiser's state over them."
+        )
+    checkpoint = ranks.first(lambda: latest_checkpoint(config.run_dir))
     step = 0 if checkpoint is None else read_about(checkpoint, config)
     questions, held_out = load_data(config)
-    metrics = Path(config.run_dir) / METRICS
-    if checkpoint is None:
-        set_aside(metrics)
-    else:
-        truncate_log(metrics, step)
-    log = RunLog(config, first_step=step)
-    announce(config, overrides, checkpoint, log)
+    log = open_log(config, overrides, checkpoint, step) if ranks.is_first else SilentLog()
     policy = load(config, checkpoint, questions, log.note)
     require_processor([*questions, *held_out], policy.tokenizer)
     memory = plan_run(config, policy.model)
     for line in memory.lines():
         log.note(line)
     head = find_head(policy.model)
+    trainee = Trainee(policy.model, ranks, sharded=config.memory.sharded)
     optimizer = build_optimizer(policy, config)
     if checkpoint is not None:
         restore(checkpoint, optimizer=optimizer, advantage=advantage)
-    scorer = build_scorer(config)
+    scorer = build_scorer(config, ranks)
     return Run(
         config=config,
+        ranks=ranks,
         policy=policy,
+        trainee=trainee,
         head=head,
         optimizer=optimizer,
         strategy=strategy,
@@ -103,10 +111,11 @@ def start(given: TrainConfig) -> Run:
         loss=loss_options(strategy, config),
         plan=build_plan(config),
         memory=memory,
-        questions=usable(policy, scorer, config, questions, log.note),
+        questions=ranks.first(lambda: usable(policy, scorer, config, questions, log.note)),
         held_out=fitting(policy, config, held_out, log.note),
         scorer=scorer,
-        sample=sampler(policy, config, config.responses_per_question),
+        score=shared_score(scorer.score, ranks),
+        sampler=SharedSampler(build_sampler(policy, config, trainee.whole), ranks),
         log=log,
         step=step,
     )
@@ -134,11 +143,14 @@ def load(
     note: Callable[[str], None],
 ) -> Policy:
     """The policy from the checkpoint, else the given model, else the embedded one, warmed up."""
-    if checkpoint is not None:
-        return load_policy(str(checkpoint), dtype=config.dtype)
-    if config.model is not None:
-        return load_policy(config.model, dtype=config.dtype)
-    return warmed_up(config, questions, note)
+    if config.model is None and checkpoint is None:
+        return warmed_up(config, questions, note)
+    policy = load_policy(str(checkpoint or config.model), dtype=config.dtype)
+    if config.lora.rank and checkpoint is None:
+        attach_lora(policy.model, config.lora, config.seed)
+    elif config.lora.rank:
+        thaw_lora(policy.model)
+    return policy
 
 
 def warmed_up(
@@ -148,11 +160,11 @@ def warmed_up(
     task, tokenizer = find_task(config.data), build_tokenizer()
     policy = prepare(Policy(build_model(tokenizer, config.seed), tokenizer))
     probe = list(questions[:WARM_START_PROBE])
-    ask = sampler(policy, config, 2)
+    ask = GenerateSampler(policy, sampling_limits(config), config.sampler.sequences)
 
     def accuracy() -> float:
         gold = {q.id: q.gold for q in probe}
-        rollouts = ask(probe)
+        rollouts = ask.sample(probe, 2, (config.seed, "warm start"))
         right = [gold[i] == t for i, t in zip(rollouts.question_id, rollouts.text, strict=True)]
         return sum(right) / len(right)
 
@@ -195,26 +207,13 @@ def build_plan(config: TrainConfig) -> UpdatePlan:
         backend=config.backend,
         memory_mib=config.memory.head_mib,
         skip_zero_advantage=config.memory.skip_zero_advantage,
+        correction=Correction(config.sampler.correction, config.sampler.level, config.sampler.cap),
     )
 
 
-def build_scorer(config: TrainConfig) -> Scorer:
-    workers = max(1, min(MAX_WORKERS, os.cpu_count() or 1))
+def build_scorer(config: TrainConfig, ranks: Ranks) -> Scorer:
+    workers = max(1, min(MAX_WORKERS, (os.cpu_count() or 1) // ranks.local_size))
     return Scorer(config.reward, workers=workers, seconds=config.verifier_seconds)
-
-
-def sampler(policy: Policy, config: TrainConfig, responses: int) -> Sample:
-    """`sample` with the config's numbers bound: questions -> Rollouts."""
-    assert config.max_response_tokens is not None  # resolve has seen to it
-    return partial(
-        sample,
-        policy,
-        responses_per_question=responses,
-        max_prompt_tokens=config.max_prompt_tokens,
-        max_response_tokens=config.max_response_tokens,
-        temperature=config.temperature,
-        batch_sequences=config.sampler.sequences,
-    )
 
 
 def usable(
@@ -258,10 +257,19 @@ def fitting(
     return kept
 
 
-def announce(
-    config: TrainConfig, overrides: dict[str, Any], checkpoint: Path | None, log: RunLog
-) -> None:
-    """Write the effective settings beside the log, and say what is not as the algorithm's row."""
+def open_log(
+    config: TrainConfig, overrides: dict[str, Any], checkpoint: Path | None, step: int
+) -> RunLog:
+    """The log as it was at `step`, with the effective settings beside it.
+
+    Says what is not as the algorithm's row has it.
+    """
+    metrics = Path(config.run_dir) / METRICS
+    if checkpoint is None:
+        set_aside(metrics)
+    else:
+        truncate_log(metrics, step)
+    log = RunLog(config, first_step=step)
     path = Path(config.run_dir) / "config.toml"
     path.write_text(to_toml(config), encoding="utf-8")
     log.note(f"riskpo: {config.algorithm}, seed {config.seed}, settings in {path}")
@@ -270,3 +278,4 @@ def announce(
         log.note(f"demo: {config.algorithm} with {changes}; why: docs/demo.md")
     if checkpoint is not None:
         log.note(f"resuming from {checkpoint}")
+    return log

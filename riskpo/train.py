@@ -1,8 +1,9 @@
 """RiskPO training, on one page: sample -> score -> advantage -> update -> log -> evaluate -> save.
 
-Not here: a value network, a reference model and its KL, a replay buffer, an asynchronous sampler,
-several machines. Algorithms differ only in riskpo/strategies.py; what a run is made of before its
-first step is in riskpo/start.py.
+Not here: a value network, a reference model and its KL, a replay buffer, an asynchronous sampler.
+Algorithms differ only in riskpo/strategies.py; what a run is made of before its first step is in
+riskpo/start.py. Started by torchrun, every process walks this page; what they share is in
+riskpo/ranks.py.
 
 Q questions, G responses each, R = Q * G rollouts.
 """
@@ -36,10 +37,12 @@ def train(config: TrainConfig) -> Path:
                 save(run)
         show_answers(run)
         run.log.note(run.memory.outcome())
-        run.log.note(f"curves: {plot(run.config.run_dir)}")
+        curves = run.ranks.first(lambda: plot(run.config.run_dir))
+        run.log.note(f"curves: {curves}")
     finally:
         run.log.close()
         run.scorer.close()
+    run.ranks.leave()
     return Path(run.config.run_dir)
 
 
@@ -47,8 +50,8 @@ def train_step(run: Run, step: int) -> None:
     """One batch of rollouts, from the questions to the line in the log."""
     c, began = run.config, time.perf_counter()
     batch = collect(
-        run.sample,
-        run.scorer.score,
+        lambda questions, stream: run.sampler.sample(questions, c.responses_per_question, stream),
+        run.score,
         run.questions,
         run.strategy,
         count=c.questions_per_step,
@@ -62,8 +65,10 @@ def train_step(run: Run, step: int) -> None:
     if batch.questions:
         rewards_R = shaped_rewards(batch, run.strategy.overlong, c.max_response_tokens or 0)
         advantage_R, risk = run.advantage(rewards_R, batch.rollouts.question_id, step=step)
+        run.ranks.agree("advantages and tracker", [advantage_R, run.advantage.state_dict()])
+        run.sampler.rest()
         stats = update(
-            run.policy.model,
+            run.trainee,
             run.head,
             run.optimizer,
             batch.rollouts,
@@ -91,7 +96,8 @@ def save(run: Run) -> None:
     save_checkpoint(
         run.config.run_dir,
         step=run.step,
-        policy=run.policy,
+        trainee=run.trainee,
+        tokenizer=run.policy.tokenizer,
         optimizer=run.optimizer,
         advantage=run.advantage,
         config=run.config,

@@ -17,6 +17,7 @@ from riskpo.checkpoint import latest_checkpoint, save_checkpoint, set_aside, tru
 from riskpo.config import TrainConfig
 from riskpo.optimizer import Optimizer
 from riskpo.strategies import GroupAdvantage
+from riskpo.trainee import Trainee
 from tests.toy import save_arithmetic, tiny_policy
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -110,7 +111,8 @@ def parts(policy):
         max_grad_norm=1.0,
     )
     return {
-        "policy": policy,
+        "trainee": Trainee(policy.model),
+        "tokenizer": policy.tokenizer,
         "optimizer": optimizer,
         "advantage": GroupAdvantage(over_std=True),
         "config": TrainConfig(),

@@ -139,7 +139,7 @@ class FakeSampler:
     def __init__(self, length: int = 3) -> None:
         self.length, self.asked = length, []
 
-    def __call__(self, questions):
+    def __call__(self, questions, stream):
         self.asked.append([q.id for q in questions])
         rollouts = Rollouts()
         for q in questions:
@@ -207,7 +207,7 @@ def test_questions_are_a_function_of_seed_and_step():
 
 
 def test_overlong_penalty_stays_outside_the_rewards():
-    batch = Batch(rollouts=FakeSampler(length=10)(QUESTIONS[:1]), rewards_QG=torch.ones(1, 2))
+    batch = Batch(rollouts=FakeSampler(length=10)(QUESTIONS[:1], (0,)), rewards_QG=torch.ones(1, 2))
     assert shaped_rewards(batch, 0.2, 10).tolist() == [0.0, 0.0]
     assert shaped_rewards(batch, 0.0, 10).tolist() == [1.0, 1.0]
     assert batch.rewards_QG.tolist() == [[1.0, 1.0]]

@@ -21,6 +21,7 @@ from riskpo.head import find_head
 from riskpo.optimizer import Optimizer
 from riskpo.packing import denominator, hidden_states, micro_batches, mini_batches, pack
 from riskpo.strategies import LossOptions
+from riskpo.trainee import Trainee
 from riskpo.update import UpdatePlan, recompute, update
 from tests.toy import random_rollouts, tiny_policy
 
@@ -55,7 +56,7 @@ def gradients(model, rollouts, advantage, loss, plan, monkeypatch):
         return real(total)
 
     monkeypatch.setattr(optimizer, "step", step)
-    update(model, find_head(model), optimizer, rollouts, advantage, loss, plan)
+    update(Trainee(model), find_head(model), optimizer, rollouts, advantage, loss, plan)
     return seen
 
 
@@ -71,8 +72,10 @@ def test_packed_forward_equals_one_by_one(model):
 def test_recomputed_logprobs_are_those_of_the_logits(model):
     rollouts = random_rollouts(14)
     plan = UpdatePlan(micro_batch_tokens=20, temperature=0.7)
-    found = recompute(model, find_head(model), rollouts, plan)
-    for tokens, prompt, ours in zip(rollouts.tokens, rollouts.prompt_len, found, strict=True):
+    parts = micro_batches(rollouts, range(len(rollouts)), 20)
+    found = recompute(Trainee(model), find_head(model), rollouts, parts, plan)
+    for row, (tokens, prompt) in enumerate(zip(rollouts.tokens, rollouts.prompt_len, strict=True)):
+        ours = found[row]
         with torch.no_grad():
             z = model(input_ids=tokens[None], use_cache=False).logits[0, :-1] / 0.7
         theirs = log_softmax(z, -1).gather(1, tokens[1:, None])[:, 0]
@@ -128,7 +131,7 @@ def test_gradient_is_the_policy_gradient(loss, model, monkeypatch):
 
 def test_on_policy_ratio_is_exactly_one(model):
     numbers = update(
-        model,
+        Trainee(model),
         find_head(model),
         optimizer_of(model),
         random_rollouts(14),
@@ -145,7 +148,7 @@ def test_second_update_is_off_policy_and_clips(model):
     plan = UpdatePlan(updates=2)
     rollouts, advantage = random_rollouts(14, questions=4), torch.ones(16)
     numbers = update(
-        model,
+        Trainee(model),
         find_head(model),
         optimizer_of(model, learning_rate=1e-2),
         rollouts,
@@ -163,7 +166,7 @@ def test_a_step_that_is_not_finite_is_skipped_loudly(model, caplog):
     advantage[3] = float("nan")
     with caplog.at_level(logging.WARNING, "riskpo"):
         numbers = update(
-            model,
+            Trainee(model),
             find_head(model),
             optimizer,
             random_rollouts(14),

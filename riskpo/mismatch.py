@@ -1,0 +1,98 @@
+"""The sampler is not quite the trainer: other kernels, other roundings, other log-probs.
+
+With r = pi_trainer / pi_sampler of a drawn token, weighting a term by r makes the expectation over
+the sampler's draws that over the trainer's. The weight is bounded, or it would be its own problem:
+
+    TIS   min(r, cap)                truncated (F. Yao et al., "Your efficient RL framework secretly
+                                     brings you off-policy RL training", 2025)
+    MIS   r where r <= cap, else 0   masked (J. Liu et al., "When speed kills stability", 2025)
+
+level="sequence" takes the product of r over the response's tokens and gives the response one
+weight; level="token" gives each token its own (under a sequence ratio their mean acts).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+LOG_LIMIT = 20.0  # of log r, as in the surrogate
+
+
+@dataclass(frozen=True)
+class Correction:
+    """kind "none", "tis" or "mis"; level "token" or "sequence"; cap of r, above 0."""
+
+    kind: str = "none"
+    level: str = "token"
+    cap: float = 2.0
+
+    def weight(self, trainer: torch.Tensor, sampler: torch.Tensor) -> torch.Tensor:
+        """Weights of one response from its tokens' log-probs [n]: [n], or [] for a sequence."""
+        ratio = self.ratio(trainer, sampler)
+        if self.kind == "tis":
+            return ratio.clamp(max=self.cap)
+        return ratio * (ratio <= self.cap)
+
+    def ratio(self, trainer: torch.Tensor, sampler: torch.Tensor) -> torch.Tensor:
+        gap = trainer - sampler
+        gap = gap.sum() if self.level == "sequence" else gap
+        return gap.clamp(-LOG_LIMIT, LOG_LIMIT).exp()
+
+
+@dataclass
+class MismatchSums:
+    """Sums over the tokens, or responses, of a batch; those of several processes may be added."""
+
+    tokens: float = 0.0
+    k3: float = 0.0
+    units: float = 0.0  # tokens, or responses for level="sequence"
+    weight: float = 0.0
+    square: float = 0.0
+    beyond: float = 0.0  # units whose r is above the cap
+    largest: float = 0.0
+
+    def add(self, other: MismatchSums) -> None:
+        for name in ("tokens", "k3", "units", "weight", "square", "beyond"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.largest = max(self.largest, other.largest)
+
+    def numbers(self, kind: str) -> dict[str, float]:
+        """sampler_kl: KL(sampler || trainer) per token, the k3 estimate on the sampler's draws.
+
+        sampler_ratio_max: the largest r. sampler_ess: (sum w)^2 / (n sum w^2), the share of the
+        sample that its weights leave; sampler_truncated or sampler_masked: share of weights that
+        the cap changed.
+        """
+        units = max(self.units, 1.0)
+        found = {"sampler_kl": self.k3 / max(self.tokens, 1.0), "sampler_ratio_max": self.largest}
+        if kind == "none":
+            return found
+        changed = {"tis": "sampler_truncated", "mis": "sampler_masked"}[kind]
+        ess = self.weight**2 / (units * self.square) if self.square else 0.0
+        return found | {"sampler_ess": ess, changed: self.beyond / units}
+
+
+def mismatch_sums(
+    pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], correction: Correction
+) -> MismatchSums:
+    """Sums over responses, each given as (trainer's, sampler's) log-probs [n] of its tokens."""
+    total = MismatchSums()
+    for trainer, sampler in pairs:
+        gap = (trainer - sampler).double().clamp(-LOG_LIMIT, LOG_LIMIT)
+        ratio = correction.ratio(trainer, sampler).double()
+        weight = correction.weight(trainer, sampler).double()
+        total.add(
+            MismatchSums(
+                tokens=float(len(gap)),
+                k3=float((torch.expm1(gap) - gap).sum()),
+                units=float(ratio.numel()),
+                weight=float(weight.sum()),
+                square=float(weight.square().sum()),
+                beyond=float((ratio > correction.cap).sum()),
+                largest=float(ratio.max()),
+            )
+        )
+    return total

@@ -4,7 +4,7 @@ Two views of the same runs. "steps": every system at the last step that all of t
 "responses": every system at the last step up to which it had sampled no more responses than the
 thriftiest system did in all; they differ where an algorithm resamples (DAPO). Step numbers are
 means over the last tenth of the steps of the view, covariances over all of them; held-out numbers
-are of the last evaluation in it.
+are those at its end, on the line between the evaluations around it where there is none.
 
 Entropy falls as reward rises, so that a system that learns less keeps more of it. "Entropy at equal
 reward" therefore compares two runs of one seed where their smoothed mean rewards first reach the
@@ -100,12 +100,23 @@ def summary(run: RunLogs, step: int) -> dict[str, float]:
         values = [r[name] for r in over if name in r]
         if values:
             found[name] = statistics.fmean(values)
-    evals = [r for r in run.evals if r["step"] <= step]
-    if evals:
-        last = {k: v for k, v in evals[-1].items() if k in numbers_of(evals)}
-        found |= {EVAL + k: v for k, v in last.items()}
-        found |= {GAIN + k: v - evals[0][k] for k, v in last.items()}
+    if "cov_mean" in found and "cov_mvar" in found:
+        found["cov_gap"] = found["cov_mean"] - found["cov_mvar"]
+    held_out = evaluation(run, step)
+    found |= {EVAL + k: v for k, v in held_out.items()}
+    found |= {GAIN + k: v - run.evals[0][k] for k, v in held_out.items()}
     return found
+
+
+def evaluation(run: RunLogs, step: int) -> dict[str, float]:
+    """The held-out numbers at `step`, on the line between the evaluations on either side of it."""
+    before = [r for r in run.evals if r["step"] <= step]
+    after = [r for r in run.evals if r["step"] >= step]
+    if not before:
+        return {}
+    a, b = before[-1], (after or before[-1:])[0]
+    way = (step - a["step"]) / max(b["step"] - a["step"], 1)
+    return {k: a[k] + way * (b[k] - a[k]) for k in numbers_of([a]) if k in b}
 
 
 def numbers_of(records: Sequence[dict[str, Any]]) -> list[str]:

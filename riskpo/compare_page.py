@@ -41,6 +41,7 @@ LEARNING = {
 COVARIANCES = {
     "cov_mean": "Cov(l, A_mean)",
     "cov_mvar": "Cov(l, A_MVaR)",
+    "cov_gap": "mean - MVaR",
     "cov_upper": "Cov(l, (R - q_beta)+)",
     "cov_lower": "Cov(l, (q_alpha - R)+)",
     "corr_mean": "Corr(l, A_mean)",
@@ -124,7 +125,8 @@ def markdown(tables: dict[str, Table], differences: dict[str, Table], about: dic
         "wall clock saw them. Mean over seeds ± half of a 95 % t-interval. Differences are paired: "
         "seed by seed, from the same start; bold where the interval excludes 0 (no correction for "
         "the number of differences on the page). Step numbers: last tenth of the steps; "
-        "covariances: all steps; held-out numbers: the last evaluation. Entropy at equal reward: "
+        "covariances: all steps; held-out numbers: the evaluation there, or the line between the "
+        "two around it. Entropy at equal reward: "
         "where the two smoothed rewards of a seed first reach the height that both reach.",
     ]
     sections = (

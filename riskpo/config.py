@@ -54,7 +54,7 @@ class LoraConfig:
     """Adapters beside frozen weights (peft); rank 0 trains all weights."""
 
     rank: int = 0
-    alpha: float = 32.0
+    alpha: int = 32
     targets: tuple[str, ...] = ("all-linear",)  # names of layers; never the head
 
 

@@ -78,7 +78,7 @@ class Trainee:
         if self.outer is None or not self.sharded:
             yield
             return
-        parts = [m for m in self.outer.modules() if isinstance(m, _fsdp_module())]
+        parts: list[Any] = [m for m in self.outer.modules() if isinstance(m, _fsdp_module())]
         for part in parts:
             part.set_reshard_after_forward(False, recurse=False)
             part.unshard()
@@ -137,7 +137,7 @@ def whole_tree(tree: Any) -> Any:
     return tree
 
 
-def like_shard(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+def like_shard(tensor: Any, other: Any) -> Any:
     """A whole `tensor` laid over the ranks as `other` is, where that is a shard of its shape."""
     if not hasattr(other, "device_mesh") or tensor is None or tensor.shape != other.shape:
         return tensor

@@ -8,7 +8,9 @@ import pytest
 
 from riskpo.cli import main
 from riskpo.config import (
+    LoraConfig,
     MemoryConfig,
+    SamplerConfig,
     TrainConfig,
     changed_fields,
     read_toml,
@@ -84,6 +86,12 @@ def test_demo_overrides_only_the_demo_and_only_the_silent():
         ({"steps": -1}, "steps=-1"),
         ({"memory": MemoryConfig(head_mib=0)}, "memory.head_mib=0"),
         ({"max_grad_norm": float("inf")}, "max_grad_norm=inf"),
+        ({"sampler": SamplerConfig(engine="vlm")}, "sampler.engine='vlm'"),
+        ({"sampler": SamplerConfig(engine="vllm")}, "vllm' with the embedded model"),
+        ({"sampler": SamplerConfig(correction="is")}, "sampler.correction='is'"),
+        ({"sampler": SamplerConfig(level="word")}, "sampler.level='word'"),
+        ({"sampler": SamplerConfig(cap=0.0)}, "sampler.cap=0.0"),
+        ({"lora": LoraConfig(rank=4)}, "lora.rank with the embedded model"),
         ({"updates_per_step": 3}, "questions_per_step=40 with updates_per_step=3"),
     ],
 )

@@ -32,7 +32,7 @@ PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm")
 def adapted():
     """A tiny model whose adapters do something."""
     policy = tiny_policy()
-    attach_lora(policy.model, LoraConfig(rank=4, alpha=8.0), seed=0)
+    attach_lora(policy.model, LoraConfig(rank=4, alpha=8), seed=0)
     with torch.no_grad():
         for name, parameter in policy.model.named_parameters():
             if ".lora_B." in name:

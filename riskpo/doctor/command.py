@@ -148,5 +148,6 @@ before the call). A link leads to a thread where the trap was met.
 """
 LOSS_NOTE = """\
 GRPO's token-level clipped loss, 0.2 / 0.2, mean over sequences, in float32: relative errors of loss
-and gradients against float64.
+and gradients against float64. A response without tokens counts among the six of the mean here; a
+mean over the other five differs by 0.2.
 """

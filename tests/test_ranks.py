@@ -22,7 +22,7 @@ from riskpo.train import train
 from tests.ranks import on_ranks
 from tests.toy import save_arithmetic
 
-STEPS, HALF = 4, 2
+STEPS, HALF = 3, 2
 
 
 def config(folder: Path, name: str, steps: int = STEPS, **changes) -> TrainConfig:
@@ -34,16 +34,17 @@ def config(folder: Path, name: str, steps: int = STEPS, **changes) -> TrainConfi
         "data": str(folder / "sums.jsonl"),
         "reward": "tests.toy:odd_length",
         "steps": steps,
-        "questions_per_step": 5,
+        "questions_per_step": 4,
         "responses_per_question": 3,
-        "updates_per_step": 5,
-        "micro_batch_tokens": 24,
+        "updates_per_step": 2,
+        "micro_batch_tokens": 40,
         "max_response_tokens": 6,
-        "learning_rate": 1e-3,
+        "learning_rate": 3e-3,
         "warmup_steps": 1,
         "eval_every_steps": 0,
         "eval_questions": 3,
-        "save_every_steps": HALF,
+        "eval_samples": 2,
+        "save_every_steps": 1,
         "sampler": SamplerConfig(correction="tis"),
     }
     return TrainConfig(**settings | changes)
@@ -52,7 +53,9 @@ def config(folder: Path, name: str, steps: int = STEPS, **changes) -> TrainConfi
 def begun(folder: Path, name: str) -> None:
     """A run folder that holds the first half of the run of one process."""
     shutil.copytree(folder / "alone", folder / name)
-    shutil.rmtree(folder / name / "checkpoints" / f"step_{STEPS:06d}")
+    for checkpoint in (folder / name / "checkpoints").iterdir():
+        if checkpoint.name != f"step_{HALF:06d}":
+            shutil.rmtree(checkpoint)
 
 
 def worker(rank: int, folder: Path) -> None:
@@ -102,12 +105,12 @@ def weights(folder: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", ["replicated", "sharded"])
 def test_the_curve_is_that_of_one_process(runs, name):
     alone, shared = steps(runs / "alone"), steps(runs / name)
-    assert [r["step"] for r in shared] == [1, 2, 3, 4]  # written once, by one of them
+    assert [r["step"] for r in shared] == [1, 2, 3]  # written once, by one of them
     for ours, theirs in zip(shared, alone, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
     assert max(r["clip_fraction"] for r in shared) > 0 and shared[0]["grad_norm"] > 0
-    assert all(r["sampled_questions"] >= 5 for r in shared)
-    assert any(r["sampled_questions"] > 5 for r in shared)  # DAPO drew again, on both
+    assert all(r["sampled_questions"] >= 4 for r in shared)
+    assert any(r["sampled_questions"] > 4 for r in shared)  # DAPO drew again, on both
 
 
 @pytest.mark.parametrize("name", ["replicated", "sharded"])

@@ -128,6 +128,13 @@ def test_two_intervals_around_one_mean():
     assert (questions.low, questions.high) == pytest.approx((each[1], each[0]))
 
 
+def test_shared_questions_are_redrawn_whole():
+    """Each question is right with one seed and wrong with the other: all questions are alike."""
+    results = [voting(["7"] * 3 + ["8"] * 3), voting(["8"] * 3 + ["7"] * 3)]
+    questions, seeds = over_seeds(results)["pass@1"]
+    assert (questions.low, questions.high) == (0.5, 0.5) == (seeds.low, seeds.high)
+
+
 def test_seeds_with_questions_of_their_own():
     settings = EvalSettings("m", "d", 1.0, 8)
     results = [

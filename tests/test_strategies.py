@@ -7,7 +7,7 @@ import torch
 
 from riskpo.collect import MAX_ATTEMPTS, Batch, collect, draw, shaped_rewards
 from riskpo.config import TrainConfig
-from riskpo.measures import by_stratum, risk_curves
+from riskpo.measures import all_equal, by_stratum, risk_curves, sampled_entropy
 from riskpo.records import Question, Rollouts
 from riskpo.strategies import (
     STRATEGIES,
@@ -108,6 +108,17 @@ def test_risk_curves_of_a_golden_batch():
     curves = risk_curves(rewards_QG)
     assert curves["rvar_lower"] == pytest.approx(1 / 6) and curves["mvar"] == pytest.approx(1.55)
     assert risk_curves(torch.ones(3, 4)) == {}
+
+
+def test_entropy_of_what_was_sampled():
+    """All tokens of a uniform choice among four have the log-prob of a quarter."""
+    assert sampled_entropy(torch.full((7,), 0.25).log()) == pytest.approx(torch.tensor(4.0).log())
+    assert sampled_entropy(torch.zeros(0)) == 0.0
+
+
+def test_groups_that_are_all_equal():
+    rewards_QG = torch.tensor([[1.0, 1], [0, 1], [0, 0], [-1, 0]])
+    assert all_equal(rewards_QG) == {"all_wrong_fraction": 0.5, "all_right_fraction": 0.25}
 
 
 def test_rewards_by_stratum():

@@ -85,9 +85,15 @@ def _gap(model: Any, head: Head) -> float:
     ids = torch.arange(PROBE_TOKENS, device=device)[None] * 7919 % vocab
     was_training = model.training
     model.eval()
-    theirs = model(input_ids=ids, use_cache=False).logits.float()
+    theirs = model(input_ids=ids, use_cache=False).logits
     hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
     model.train(was_training)
+    return relative_gap(head, hidden, theirs)
+
+
+def relative_gap(head: Head, hidden: torch.Tensor, theirs: torch.Tensor) -> float:
+    """The same for hidden states [..., D] and the model's logits [..., V] of them."""
+    theirs = theirs.float()
     ours = hidden.float() @ head.weight.float().T
     if head.bias is not None:
         ours = ours + head.bias.float()

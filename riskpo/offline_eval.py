@@ -19,7 +19,7 @@ from riskpo.evaluate import EvalResult, EvalSettings, evaluate, over_seeds, writ
 from riskpo.math_reward import extract
 from riskpo.records import Question
 from riskpo.rewards import EXACT_SOURCES, Scorer
-from riskpo.rollout import load_policy, sample
+from riskpo.rollout import load_policy_for, sample
 
 if TYPE_CHECKING:
     from riskpo.cli import EvalConfig
@@ -49,7 +49,7 @@ def evaluate_model(config: EvalConfig) -> list[EvalResult]:
 def evaluate_once(config: EvalConfig, questions: Sequence[Question]) -> EvalResult:
     """One model, sampled with one seed."""
     model = str(latest_checkpoint(config.model) or config.model)
-    policy = load_policy(model, dtype=config.dtype)
+    policy = load_policy_for(questions, model, dtype=config.dtype)
     default = (DEMO if is_embedded(config.data) else REAL)["max_response_tokens"]
     response_tokens = config.max_response_tokens or int(default)
 

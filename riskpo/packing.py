@@ -11,7 +11,7 @@ R rollouts, T tokens of a micro-batch, S its sequences, D hidden width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 
 from riskpo.memory.attention import packed_keywords
 from riskpo.records import Rollouts
+from riskpo.vision import Inputs, vision_hidden_states
 
 IGNORE = -100
 
@@ -34,22 +35,25 @@ class Packed:
     sampled: torch.Tensor  # [T] float32, the sampler's log-prob of target, 0 where ignored
     cu_seqlens: torch.Tensor  # [S + 1] int32
     lengths: list[int]  # [S] the same on the host
+    beside: Inputs = field(default_factory=dict)  # of a prompt with pictures; S is then 1
 
 
 def micro_batches(rollouts: Rollouts, rows: Sequence[int], budget: int) -> list[list[int]]:
     """`rows` cut, in order, into runs of at most `budget` input tokens; a longer one stands alone.
 
-    Whole sequences stay together: a sequence ratio needs all of its tokens.
+    Whole sequences stay together: a sequence ratio needs all of its tokens. One that a processor
+    has read always stands alone.
     """
     cuts: list[list[int]] = []
     room = 0
     for row in rows:
         size = len(rollouts.tokens[row]) - 1
-        if not cuts or size > room:
+        alone = rollouts.question_id[row] in rollouts.inputs
+        if not cuts or size > room or alone:
             cuts.append([])
             room = budget
         cuts[-1].append(row)
-        room -= size
+        room = 0 if alone else room - size
     return cuts
 
 
@@ -73,11 +77,14 @@ def pack(rollouts: Rollouts, rows: Sequence[int], device: torch.device) -> Packe
         torch.cat(sampled).to(device),
         torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device),
         lengths,
+        rollouts.inputs.get(rollouts.question_id[rows[0]], {}),
     )
 
 
 def hidden_states(model: Any, batch: Packed) -> torch.Tensor:
     """Last hidden states [T, D]. An attention mask or a cache would undo the packing in silence."""
+    if batch.beside:
+        return vision_hidden_states(model, batch.input_ids, batch.beside)
     decoder = model.get_decoder()
     output = decoder(
         input_ids=batch.input_ids,

@@ -36,6 +36,8 @@ class Rollouts:
     logprob     list of R float32 tensors, one entry per response token, as the sampler saw them
     text        list of R decoded responses
     truncated   list of R bools: the length limit was hit before an end-of-sequence token
+    inputs      by question id, what a vision-language model reads beside the prompt's tokens, a
+                batch of one; empty for text models. See riskpo/vision.py
     """
 
     tokens: list[torch.Tensor] = field(default_factory=list)
@@ -44,6 +46,7 @@ class Rollouts:
     text: list[str] = field(default_factory=list)
     truncated: list[bool] = field(default_factory=list)
     question_id: list[str] = field(default_factory=list)
+    inputs: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -53,4 +56,7 @@ class Rollouts:
         chosen = range(len(other)) if rows is None else rows
         for column in fields(self):
             values = getattr(other, column.name)
-            getattr(self, column.name).extend(values[row] for row in chosen)
+            if isinstance(values, list):
+                getattr(self, column.name).extend(values[row] for row in chosen)
+        names = {other.question_id[row] for row in chosen}
+        self.inputs |= {name: x for name, x in other.inputs.items() if name in names}

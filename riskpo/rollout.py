@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from huggingface_hub import model_info
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     GenerationConfig,
     LogitsProcessor,
@@ -20,7 +21,9 @@ from transformers import (
 )
 from transformers.utils import is_flash_attn_2_available
 
+from riskpo.data_images import require_processor
 from riskpo.records import Question, Rollouts
+from riskpo.vision import Inputs, for_model, load_processor, placeholder_tokens, question_inputs
 
 HUB_SECONDS = 3.0
 
@@ -29,10 +32,15 @@ Stream = tuple[int | str, ...]  # what the random numbers of a batch of rollouts
 
 @dataclass
 class Policy:
-    """The model that is trained and sampled, with its tokenizer."""
+    """The model that is trained and sampled, with its tokenizer.
+
+    processor is that of a vision-language model whose data have pictures, else None; it then reads
+    all prompts.
+    """
 
     model: Any
     tokenizer: Any
+    processor: Any = None
 
     @property
     def device(self) -> torch.device:
@@ -44,18 +52,39 @@ def best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def load_policy(name: str, *, dtype: str = "float32", device: str | None = None) -> Policy:
+def load_policy_for(questions: Sequence[Question], name: str, *, dtype: str) -> Policy:
+    """The model `name` as load_policy has it, with its processor if a question has pictures.
+
+    ValueError when there are pictures and the model has no processor that reads them.
+    """
+    if not any(q.images for q in questions):
+        return load_policy(name, dtype=dtype)
+    processor = load_processor(name, local=_is_local(name))
+    require_processor(questions, processor)
+    return load_policy(name, dtype=dtype, processor=processor)
+
+
+def load_policy(
+    name: str, *, dtype: str = "float32", device: str | None = None, processor: Any = None
+) -> Policy:
     """A causal LM and its tokenizer from a folder or, by name, from the hub or its cache.
 
+    With a processor, the vision-language model that it belongs to.
     ValueError, in one line, when there is no such model; ConnectionError, within seconds, when the
     hub is needed and does not answer.
     """
     local = _is_local(name)
     device = device or best_device()
     flash = device == "cuda" and dtype == "bfloat16" and is_flash_attn_2_available()
+    flash = flash and processor is None
+    family = AutoModelForCausalLM if processor is None else AutoModelForImageTextToText
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
-        model = AutoModelForCausalLM.from_pretrained(
+        tokenizer = (
+            AutoTokenizer.from_pretrained(name, local_files_only=local)
+            if processor is None
+            else processor.tokenizer
+        )
+        model = family.from_pretrained(
             name,
             local_files_only=local,
             dtype=getattr(torch, dtype),
@@ -68,7 +97,7 @@ def load_policy(name: str, *, dtype: str = "float32", device: str | None = None)
             "the name of a causal language model."
         ) from None
     torch.nn.Module.to(model, device=device)
-    return prepare(Policy(model, tokenizer))
+    return prepare(Policy(model, tokenizer, processor))
 
 
 def prepare(policy: Policy) -> Policy:
@@ -198,17 +227,36 @@ def sample(
     static_cache: key-value cache of fixed size; on CUDA transformers then compiles the decoding.
     """
     done = Rollouts()
-    prompts = question_prompts(policy.tokenizer, questions, max_prompt_tokens)
+    prompts, done.inputs = read_prompts(policy, questions)
+    check_lengths(questions, prompts, max_prompt_tokens)
     each = responses_per_question
     rows = [(q, p) for q, p in zip(questions, prompts, strict=True) for _ in range(each)]
     noise = [response_noise(stream, q, each, max_response_tokens) for q in questions]
     uniform = torch.cat([torch.zeros(0, max_response_tokens, dtype=torch.float64), *noise])
     policy.model.eval()
-    for start in range(0, len(rows), batch_sequences):
-        part = slice(start, start + batch_sequences)
+    # With pictures a batch has one question: prompts of one length, pictures of one shape.
+    for part in _batches(len(rows), batch_sequences, each if policy.processor else len(rows)):
         draw = _Draw(temperature, uniform[part].to(policy.device))
         _sample_batch(policy, rows[part], draw, static_cache, done)
     return done
+
+
+def _batches(rows: int, size: int, group: int) -> Iterator[slice]:
+    """Runs of at most `size` rows, none of them across a multiple of `group`."""
+    for first in range(0, rows, max(group, 1)):
+        last = min(first + group, rows)
+        for start in range(first, last, size):
+            yield slice(start, min(start + size, last))
+
+
+def read_prompts(
+    policy: Policy, questions: Sequence[Question]
+) -> tuple[list[list[int]], dict[str, Inputs]]:
+    """Token ids of every prompt and, with a processor, what goes with them by question id."""
+    if policy.processor is None:
+        return [prompt_tokens(policy.tokenizer, q.prompt) for q in questions], {}
+    read = [question_inputs(policy.processor, q) for q in questions]
+    return [p for p, _ in read], {q.id: x for q, (_, x) in zip(questions, read, strict=True)}
 
 
 def question_prompts(
@@ -216,13 +264,20 @@ def question_prompts(
 ) -> list[list[int]]:
     """Token ids of every prompt; ValueError names one that is empty or too long."""
     prompts = [prompt_tokens(tokenizer, q.prompt) for q in questions]
+    check_lengths(questions, prompts, max_prompt_tokens)
+    return prompts
+
+
+def check_lengths(
+    questions: Sequence[Question], prompts: Sequence[list[int]], max_prompt_tokens: int
+) -> None:
+    """ValueError names a question whose prompt is empty or too long."""
     for question, ids in zip(questions, prompts, strict=True):
         if not 0 < len(ids) <= max_prompt_tokens:
             raise ValueError(
                 f"sample: question {question.id!r} has {len(ids)} prompt tokens; expected 1 to "
                 f"max_prompt_tokens={max_prompt_tokens}. Raise it or drop the question."
             )
-    return prompts
 
 
 def _sample_batch(
@@ -237,17 +292,19 @@ def _sample_batch(
     pad = policy.tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (width - len(p)) + p for _, p in rows], device=policy.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for _, p in rows])
+    ends, beside = end_tokens(policy), done.inputs.get(rows[0][0].id, {})
     output = policy.model.generate(
         input_ids=ids,
         attention_mask=mask.to(policy.device),
         logits_processor=LogitsProcessorList([draw]),
         max_new_tokens=draw.uniform.shape[1],
         do_sample=False,
+        eos_token_id=ends,
         cache_implementation="static" if static_cache else None,
         synced_gpus=False,  # the processes of a run never wait for each other in here
+        **for_model(beside, policy.model, count=len(rows)),
     )
     response, logprob = output[:, width:].cpu(), torch.stack(draw.columns, dim=1).cpu()
-    ends = end_tokens(policy)
     for i, (question, prompt) in enumerate(rows):
         append_response(done, policy.tokenizer, question, prompt, response[i], logprob[i], ends)
 
@@ -274,8 +331,9 @@ def append_response(
 
 
 def end_tokens(policy: Policy) -> list[int]:
-    """Ids that end a response: the model's own list, else the tokenizer's."""
+    """Ids that end a response: the model's own list, else the tokenizer's; and placeholders."""
     ids = policy.model.generation_config.eos_token_id
     if ids is None:
         ids = policy.tokenizer.eos_token_id
-    return list(ids) if isinstance(ids, (list, tuple)) else [ids]
+    ends = list(ids) if isinstance(ids, (list, tuple)) else [ids]
+    return ends + (placeholder_tokens(policy.model.config) if policy.processor else [])

@@ -20,7 +20,6 @@ from riskpo.arithmetic import (
 from riskpo.checkpoint import latest_checkpoint, read_about, restore, set_aside, truncate_log
 from riskpo.config import TrainConfig, is_embedded, resolve, to_toml, validate
 from riskpo.data import BOXED_INSTRUCTION, load_questions, split_holdout
-from riskpo.data_images import require_processor
 from riskpo.head import Head, find_head
 from riskpo.logs import METRICS, RunLog, SilentLog
 from riskpo.lora import attach_lora, thaw_lora
@@ -34,15 +33,16 @@ from riskpo.rewards import Scorer
 from riskpo.rollout import (
     Policy,
     best_device,
-    load_policy,
+    load_policy_for,
     prepare,
-    prompt_tokens,
+    read_prompts,
     seed_everything,
 )
 from riskpo.samplers import GenerateSampler, Sampler, build_sampler, sampling_limits
 from riskpo.strategies import Advantage, LossOptions, Strategy, find_strategy, loss_options
 from riskpo.trainee import Trainee
 from riskpo.update import UpdatePlan
+from riskpo.vision import check_vision_head, check_vision_setup
 
 WARM_START_PROBE = 100  # training questions that are sampled to measure it
 MAX_WORKERS = 8  # verifier processes
@@ -88,12 +88,15 @@ def start(given: TrainConfig) -> Run:
     step = 0 if checkpoint is None else read_about(checkpoint, config)
     questions, held_out = load_data(config)
     log = open_log(config, overrides, checkpoint, step) if ranks.is_first else SilentLog()
-    policy = load(config, checkpoint, questions, log.note)
-    require_processor([*questions, *held_out], policy.tokenizer)
+    policy = load(config, checkpoint, questions, held_out, log.note)
+    if policy.processor:
+        check_vision_setup(config, ranks.size)
     memory = plan_run(config, policy.model)
     for line in memory.lines():
         log.note(line)
     head = find_head(policy.model)
+    if policy.processor:
+        check_vision_head(policy, head, [*questions, *held_out])
     trainee = Trainee(policy.model, ranks, sharded=config.memory.sharded)
     optimizer = build_optimizer(policy, config)
     if checkpoint is not None:
@@ -140,12 +143,14 @@ def load(
     config: TrainConfig,
     checkpoint: Path | None,
     questions: Sequence[Question],
+    held_out: Sequence[Question],
     note: Callable[[str], None],
 ) -> Policy:
     """The policy from the checkpoint, else the given model, else the embedded one, warmed up."""
     if config.model is None and checkpoint is None:
         return warmed_up(config, questions, note)
-    policy = load_policy(str(checkpoint or config.model), dtype=config.dtype)
+    model = str(checkpoint or config.model)
+    policy = load_policy_for([*questions, *held_out], model, dtype=config.dtype)
     if config.lora.rank and checkpoint is None:
         attach_lora(policy.model, config.lora, config.seed)
     elif config.lora.rank:
@@ -245,9 +250,7 @@ def fitting(
 ) -> list[Question]:
     """Questions whose prompt has at most max_prompt_tokens tokens; says how many are not."""
     kept = [
-        q
-        for q in questions
-        if len(prompt_tokens(policy.tokenizer, q.prompt)) <= config.max_prompt_tokens
+        q for q in questions if len(read_prompts(policy, [q])[0][0]) <= config.max_prompt_tokens
     ]
     if len(kept) < len(questions):
         note(

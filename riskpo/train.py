@@ -97,7 +97,7 @@ def save(run: Run) -> None:
         run.config.run_dir,
         step=run.step,
         trainee=run.trainee,
-        tokenizer=run.policy.tokenizer,
+        tokenizer=run.policy.processor or run.policy.tokenizer,
         optimizer=run.optimizer,
         advantage=run.advantage,
         config=run.config,

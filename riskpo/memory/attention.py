@@ -56,6 +56,8 @@ def choose(requested: str, model: Any) -> str:
 
 def _hindrance(name: str, model: Any) -> str | None:
     """Why an implementation cannot carry this model where it is; None: it can."""
+    if getattr(model.config, "vision_config", None) is not None:
+        return "got a vision-language model, whose vision tower is not causal"
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ()) - {
         "full_attention",

@@ -3,12 +3,16 @@ other lengths without another graph (trap 25); and what PyTorch demands of an op
 
 import pytest
 import torch
+import torch._inductor.config
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from riskpo_kernels import (
+    clipped_surrogate,
     linear_logprob,
+    logits_logprob,
     riskpo_loss,
     riskpo_loss_from_logits,
+    sequence_logprob,
 )
 from riskpo_kernels.head_op import head_operator
 from riskpo_kernels.logits_op import logits_operator
@@ -59,6 +63,15 @@ def test_riskpo_loss():
     same(f, cases, graphs=2)  # the first length, then any
 
 
+def test_riskpo_loss_through_inductor():
+    def f(h, w, target, cu, advantage):
+        return riskpo_loss(h * 1.5, w, target, None, advantage, cu_seqlens=cu).loss
+
+    h, w, _, target, cu, advantage = inputs()
+    with torch._inductor.config.patch(compile_threads=1):  # its pool of workers is slow to start
+        same(f, [((h, w), (target, cu, advantage))], graphs=1, backend="inductor")
+
+
 def test_riskpo_loss_from_logits():
     def f(z, target, mask, advantage):
         options = dict(mask=mask, ratio="token", aggregate="token-mean", clip_high=0.28)
@@ -67,6 +80,49 @@ def test_riskpo_loss_from_logits():
     z, target = torch.randn(4, 9, V), torch.randint(V, (4, 9))
     mask, advantage = torch.rand(4, 9) > 0.3, torch.randn(4)
     same(f, [((z,), (target, mask, advantage))], graphs=1)
+
+
+def test_temperature_as_a_number_and_as_a_tensor():
+    """A number is a constant of the graph; a tensor is an input, so annealing it costs no graph.
+
+    At the second number the compiler tries a graph with a symbol for it, and gives that up.
+    """
+
+    def f(h, w, target, t):
+        out = linear_logprob(h, w, target, temperature=t, return_entropy=True, tail_eps=1e-6)
+        return out.logprob.sum() + 0.3 * out.entropy.sum()
+
+    h, w, _, target, *_ = inputs()
+    same(f, [((h, w), (target, t)) for t in (0.5, 0.9)], graphs=3)
+    numbers = [torch.full((N,), t) for t in (0.5, 0.9, 1.1)]
+    torch._dynamo.reset()
+    same(f, [((h, w), (target, t)) for t in numbers], graphs=1)
+
+
+def test_options_that_change_the_graph():
+    """In-place backward is left out of a graph; the sequence sums have no operator of their own."""
+
+    def f(z, target, cu):
+        out = logits_logprob(z * 1.0, target, softcap=5.0, ignore_index=None, inplace_backward=True)
+        return sequence_logprob(out.logprob, cu_seqlens=cu, reduce="mean").sum()
+
+    z, target, cu = torch.randn(N, V), torch.randint(V, (N,)), inputs()[4]
+    same(f, [((z,), (target, cu))], graphs=1)
+
+
+def test_surrogate_with_everything():
+    def f(new, entropy, old, advantage, cu, correction, ref, denominator):
+        options = dict(correction=correction, ref_logprob=ref, kl_coef=0.1, entropy_coef=0.01)
+        loss, stats = clipped_surrogate(
+            new, old, advantage, cu_seqlens=cu, entropy=entropy, denominator=denominator, **options
+        )
+        return loss + 0 * stats["kl"]
+
+    new, entropy = -torch.rand(N), torch.rand(N)
+    old, ref = new + 0.1 * torch.randn(N), new + 0.1 * torch.randn(N)
+    cu, advantage = inputs()[4:]
+    rest = (old, advantage, cu, torch.rand(4), ref, torch.tensor(7.0))
+    same(f, [((new, entropy), rest)], graphs=1)
 
 
 def test_wrong_values_are_still_refused():

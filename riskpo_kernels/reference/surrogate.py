@@ -10,7 +10,6 @@ loss = sum_t weight_t term_t / denominator      over the counted tokens; weight_
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -40,6 +39,7 @@ class Sequences:
     segment: torch.Tensor  # [N] int64
     counted: torch.Tensor  # [N] bool
     count: int
+    lengths: torch.Tensor  # [S] int64, counted tokens of each sequence, over all ranks
     group: Any = None  # process group
 
     @classmethod
@@ -61,7 +61,8 @@ class Sequences:
         segment = index.repeat_interleave(lengths, output_size=x.numel())  # told: no sync
         everything = torch.ones(x.numel(), dtype=torch.bool, device=x.device)
         counted = everything if mask is None else mask.reshape(-1) != 0
-        return cls(segment, counted, len(lengths), group)
+        counts = torch.zeros_like(lengths).index_add(0, segment, counted.long())
+        return cls(segment, counted, len(lengths), summed(counts, group), group)
 
     def tokens(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Tokens as flat [N]; 0 where they do not count, whatever stood there."""
@@ -79,11 +80,6 @@ class Sequences:
     def over_ranks(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of the ranks' x."""
         return summed(x, self.group)
-
-    @functools.cached_property
-    def lengths(self) -> torch.Tensor:
-        """[S] int64, counted tokens of each sequence."""
-        return self.sum(self.counted.long())
 
     def weight(self, *, mean: bool, dtype: torch.dtype) -> torch.Tensor:
         """Flat [N], 0 where not counted, else 1 or (`mean`) 1 / length of the token's sequence."""

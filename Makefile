@@ -9,7 +9,7 @@ demo: $(VENV)/ready
 	$(VENV)/bin/riskpo train $(ARGS)
 
 test: $(VENV)/ready lint
-	$(PY) -m pytest --benchmark-disable $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest --benchmark-disable -n auto --maxprocesses 4 $(ARGS)
 	$(PY) -m tools.compile_check
 
 # Contract tests of hosts whose pins differ from ours, in an environment of their own
@@ -47,4 +47,4 @@ $(VENV)/ready: setup.py constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) $(VENV_HOSTS) runs build *.egg-info

@@ -36,6 +36,7 @@ extras = {
         "pytest>=8.0",
         "pytest-benchmark>=5.0",
         "pytest-timeout>=2.3",
+        "pytest-xdist>=3.6",
         "psutil>=5.9",
         "trl>=1.16,<1.17",
         "peft>=0.18",

@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count as count_up
-from itertools import product
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -47,8 +46,13 @@ class Task:
     warm_share: dict[str, float] | None = None
 
 
+def all_sizes(digits: int) -> tuple[tuple[int, int], ...]:
+    """Every pair of 1 to `digits` digits."""
+    return tuple((a, b) for a in range(1, digits + 1) for b in range(1, digits + 1))
+
+
 TASKS = {
-    "embedded": Task(3, tuple(product(range(1, 4), repeat=2)), 6000, 0.4),
+    "embedded": Task(3, all_sizes(3), 6000, 0.4),
     "embedded:mixed": Task(
         4,
         ((1, 2), (2, 2), (3, 3), (4, 4)),
@@ -120,7 +124,7 @@ def build_questions(
             f"of the sums of {digits}-digit numbers. Ask for fewer questions or more digits."
         )
     rng = random.Random(seed)
-    sizes = sizes or list(product(range(1, digits + 1), repeat=2))
+    sizes = sizes or all_sizes(digits)
     chosen: dict[str, Question] = {}
     for turn in count_up():
         size_a, size_b = sizes[turn % len(sizes)]

@@ -94,7 +94,7 @@ def train_command(given: list[str]) -> None:
         validate(effective)
         print(to_toml(effective), end="")
         return
-    _quiet_loading_bars()
+    quiet_loading_bars()
     import torch  # this and transformers take seconds to import
 
     from riskpo.train import train
@@ -108,7 +108,7 @@ def train_command(given: list[str]) -> None:
 
 def eval_command(given: list[str]) -> None:
     config = tyro.cli(EvalConfig, prog="riskpo eval", args=given)
-    _quiet_loading_bars()
+    quiet_loading_bars()
     from riskpo.offline_eval import evaluate_model
 
     evaluate_model(config)
@@ -122,7 +122,7 @@ def plot_command(given: list[str]) -> None:
     print(plot(parser.parse_args(given).run_dir))
 
 
-def _quiet_loading_bars() -> None:
+def quiet_loading_bars() -> None:
     """One bar per checkpoint that is written would break up the lines of the steps."""
     from transformers.utils import logging as transformers_logging
 

@@ -178,6 +178,9 @@ def _quietly(do: Callable[[], str], threads: int) -> str:
     """In a worker: `do` with its lines thrown away (the numbers are in the run's folder)."""
     import torch
 
+    from riskpo.cli import quiet_loading_bars
+
+    quiet_loading_bars()
     torch.set_num_threads(threads)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         return do()

@@ -119,6 +119,15 @@ def test_numerics_catches_a_broken_backend(monkeypatch):
     assert broken_backend.ok is False and "ValueError" in broken_backend.text
 
 
+def test_the_compile_check_runs_and_a_failing_one_is_seen(monkeypatch):
+    pytest.importorskip("triton")
+    done = machine.compiled()
+    assert done.ok and "0 failed, sm_90" in done.text, done
+    monkeypatch.setattr(machine.sys, "executable", "/bin/false")
+    failed = machine.compiled()
+    assert failed.ok is False and failed.remedy
+
+
 def test_a_failed_check_is_exit_status_two(monkeypatch, capsys):
     monkeypatch.setattr(
         command, "machine_checks", lambda: [machine.Check(False, "torch fp32: off", "do this")]

@@ -65,6 +65,7 @@ def machine_checks() -> Iterator[Check]:
             yield numerics(backend, name, "cuda" if cuda else "cpu")
     if not cuda:
         yield from interpreted()
+    yield compiled()
 
 
 def numerics(backend: str, dtype: str, device: str) -> Check:
@@ -107,6 +108,24 @@ def interpreted() -> Iterator[Check]:
         last = (done.stdout.strip() or done.stderr.strip() or "no output").splitlines()[-1]
         ok = done.returncode == 0
         yield Check(ok, f"interpreter, {last}", "" if ok else REMEDY["triton"])
+
+
+def compiled() -> Check:
+    """One configuration of each Triton kernel through the compiler, for this GPU or for sm_90."""
+    if version("triton") == "not installed":
+        return Check(None, "compile check: triton is not installed on this platform")
+    arch = "90"
+    if torch.cuda.is_available():
+        arch = "".join(map(str, torch.cuda.get_device_capability()))
+    command = [sys.executable, "-m", "riskpo_kernels.kernels.compile_check", "--quick"]
+    done = subprocess.run(
+        [*command, "--arch", arch], capture_output=True, text=True, timeout=600, check=False
+    )
+    last = (done.stdout.strip() or done.stderr.strip() or "no output").splitlines()[-1]
+    ok = done.returncode == 0
+    return Check(
+        ok, f"{last.strip()}, sm_{arch}, one of each kernel", "" if ok else REMEDY["triton"]
+    )
 
 
 def _one_line(error: Exception) -> str:

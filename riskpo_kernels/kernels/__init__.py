@@ -1,6 +1,6 @@
 """The Triton kernels. Importing this package's modules needs Triton; nothing else here does.
 
-Every module lists what it can launch in `compile_configurations()`: tools/compile_check.py compiles
+Every module lists what it can launch in `compile_configurations()`: compile_check.py compiles
 each ahead of time.
 """
 

@@ -198,7 +198,7 @@ def _measure(
         row |= {"gemm_ms": gemm, "gemm_multiple": row["median_ms"] / gemm}
     if provider.units is not None:
         row["units"] = provider.units(sizes, facts)
-    elif executed[-1]:
+    elif executed[-1] and {"n", "d", "v"} <= sizes.keys():
         row["units"] = 2 * executed[-1] / (sizes["n"] * sizes["d"] * sizes["v"])
     return row
 

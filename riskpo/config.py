@@ -76,7 +76,7 @@ class TrainConfig:
     updates_per_step: int = 1  # mini-batches per batch of rollouts; above 1 is off-policy
     micro_batch_tokens: int | None = None  # packed tokens that go through the model at once
 
-    max_prompt_tokens: int = 512
+    max_prompt_tokens: int | None = None
     max_response_tokens: int | None = None
     temperature: float = 1.0
 
@@ -111,8 +111,18 @@ class TrainConfig:
 
 
 # Four digits of an embedded answer and its end leave room to ramble below eight.
-DEMO = {"learning_rate": 3e-4, "micro_batch_tokens": 512, "max_response_tokens": 8}
-REAL = {"learning_rate": 1e-6, "micro_batch_tokens": 16384, "max_response_tokens": 1024}
+DEMO = {
+    "learning_rate": 3e-4,
+    "micro_batch_tokens": 512,
+    "max_prompt_tokens": 16,
+    "max_response_tokens": 8,
+}
+REAL = {
+    "learning_rate": 1e-6,
+    "micro_batch_tokens": 16384,
+    "max_prompt_tokens": 512,
+    "max_response_tokens": 1024,
+}
 # What the paper's row needs in order to learn within the demo's few minutes (docs/demo.md).
 DEMO_OVERRIDES = {"riskpo-paper": {"baseline": "leave-one-out"}}
 

@@ -63,7 +63,7 @@ class GenerateSampler:
 
 
 def sampling_limits(config: TrainConfig) -> SamplingLimits:
-    assert config.max_response_tokens is not None  # resolve has seen to it
+    assert config.max_prompt_tokens and config.max_response_tokens  # resolve has seen to it
     return SamplingLimits(config.max_prompt_tokens, config.max_response_tokens, config.temperature)
 
 

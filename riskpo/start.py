@@ -249,13 +249,13 @@ def fitting(
     policy: Policy, config: TrainConfig, questions: Sequence[Question], note: Callable[[str], None]
 ) -> list[Question]:
     """Questions whose prompt has at most max_prompt_tokens tokens; says how many are not."""
-    kept = [
-        q for q in questions if len(read_prompts(policy, [q])[0][0]) <= config.max_prompt_tokens
-    ]
+    assert config.max_prompt_tokens is not None  # resolve has seen to it
+    most = config.max_prompt_tokens
+    kept = [q for q in questions if len(read_prompts(policy, [q])[0][0]) <= most]
     if len(kept) < len(questions):
         note(
             f"data: left out {len(questions) - len(kept)} of {len(questions)} questions with more "
-            f"than max_prompt_tokens={config.max_prompt_tokens} tokens"
+            f"than max_prompt_tokens={most} tokens"
         )
     return kept
 

@@ -3,6 +3,7 @@
 import os
 
 import torch
+import torch.utils._device
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read by Triton at its first import
@@ -14,6 +15,9 @@ from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 
+# The first use of `with torch.device(...)` notes which functions make tensors: it must not be while
+# poisoned_memory has replaced some, or the real ones would allocate under torch.device("meta").
+torch.utils._device._device_constructors()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

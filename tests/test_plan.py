@@ -118,10 +118,14 @@ def test_a_run_s_plan_and_its_outcome():
     plan = plan_run(config, tiny_policy().model)
     assert plan.predicted is not None and plan.predicted.fixed["master copies"] == 0
     assert "checkpoints" not in plan.predicted.update
-    assert "memory plan, GiB on cpu: updating" in plan.lines()[0] and len(plan.lines()) == 1
+    assert plan.lines() == ["memory plan: below 0.1 GiB on cpu"]
+    assert plan.predicted.run_increase < 64 * 2**20  # the demo is small, and said to be
     assert "predicted" in plan.outcome() and "measured" in plan.outcome()
     plan.capacity = 1.0
     assert "hardly fit" in plan.lines()[1]
+    large = replace(config, max_response_tokens=100_000)
+    first, second = plan_run(large, tiny_policy().model).lines()
+    assert "GiB on cpu: updating" in first and "largest: " in second
 
 
 def test_frozen_weights_have_no_state():

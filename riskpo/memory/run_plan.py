@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from riskpo.config import TrainConfig
-from riskpo.memory.budget import MIB, MOMENTS, Budget, Workload, budget, gib
+from riskpo.memory.budget import GIB, MIB, MOMENTS, Budget, Workload, budget, gib
 from riskpo.memory.meter import PeakMeter
 from riskpo.memory.shapes import with_parameters
 
+SMALL_GIB = 0.1  # below it there is nothing to plan
 TELLING_MIB = 500  # below it a process' own buffers are a large part of what is measured
 
 
@@ -24,7 +25,7 @@ class RunPlan:
     capacity: float | None  # bytes of the device; None: the CPU
 
     def lines(self) -> list[str]:
-        """What is expected, in two lines at most."""
+        """What is expected, in three lines at most."""
         b = self.predicted
         if b is None:
             return ["memory plan: none for this kind of model"]
@@ -32,7 +33,12 @@ class RunPlan:
         moments = ", ".join(f"{MOMENTS[k]} {gib(fixed + size)}" for k, size in b.moments.items())
         largest = sorted({**b.fixed, **b.update}.items(), key=lambda term: -term[1])[:4]
         named = ", ".join(f"{name} {gib(size)}" for name, size in largest)
-        found = [f"memory plan, GiB on {self.meter.device.type}: {moments}; largest: {named}"]
+        found = [f"memory plan: below {SMALL_GIB} GiB on {self.meter.device.type}"]
+        if b.peak > SMALL_GIB * GIB:
+            found = [
+                f"memory plan, GiB on {self.meter.device.type}: {moments}",
+                f"memory plan, largest: {named}",
+            ]
         if self.capacity is not None and b.peak > self.capacity:
             found.append(
                 f"memory plan: {gib(b.peak)} GiB will hardly fit in {gib(self.capacity)}; "
@@ -50,7 +56,7 @@ class RunPlan:
         if measured is None:
             return f"{said} MiB; this machine does not tell what was used"
         small = measured < TELLING_MIB * MIB
-        hint = f"; below {TELLING_MIB} MiB the libraries' own buffers count" if small else ""
+        hint = f"; below {TELLING_MIB} MiB mostly the libraries' own" if small else ""
         return f"{said} MiB, measured {measured / MIB:.0f} MiB ({kind}{hint})"
 
 
@@ -70,7 +76,8 @@ def _predicted(config: TrainConfig, model: Any, device: torch.device) -> Budget 
         shape = with_parameters(model.config, type(model).__name__, everything, trained)
     except ValueError:
         return None
-    assert config.micro_batch_tokens and config.max_response_tokens  # resolve has seen to it
+    # resolve has seen to all three
+    assert config.micro_batch_tokens and config.max_prompt_tokens and config.max_response_tokens
     context = config.max_prompt_tokens + config.max_response_tokens
     responses = config.questions_per_step * config.responses_per_question
     mini_batch = context * responses // config.updates_per_step

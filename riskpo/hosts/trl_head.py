@@ -15,13 +15,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor, Partial
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import GRPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from riskpo.head import HeadOptions, find_head, head_options
-from riskpo_kernels import linear_logprob
+from riskpo_kernels import full_weight, linear_logprob
 
 IGNORE = -100
 OP = "use_riskpo_head"
@@ -136,7 +135,8 @@ def _score(
     target = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
     head = model.get_output_embeddings()
     bias = getattr(head, "bias", None)
-    bias, weight = None if bias is None else _whole(bias), _whole(head.weight)
+    # a head that FSDP2 shards as a module of its own; one gather per forward
+    bias, weight = None if bias is None else full_weight(bias), full_weight(head.weight)
     hidden, weight = _as_computed(hidden.to(weight.device), weight, float32)
     device = hidden.device.type
     with torch.autocast(device, enabled=False) if float32 else nullcontext():
@@ -155,21 +155,6 @@ def _score(
     # copies of [B, T - 1]: FSDP cannot hook a view
     logprob, entropy = (x[:, :-1].contiguous() for x in (token.logprob, token.entropy))
     return FusedCausalLMOutput(log_probs=logprob, entropy=entropy, label_mask=mask)
-
-
-def _whole(x: torch.Tensor) -> torch.Tensor:
-    """A head that FSDP2 shards as a module of its own, gathered once per forward.
-
-    Its hooks do not see this use of the weight, so the mean of the gradients over the ranks, which
-    they would take, is taken here. A head sharded with the model as a whole comes as it is.
-    """
-    if not isinstance(x, DTensor):
-        return x
-    ranks = x.device_mesh.size()
-    whole = x.full_tensor(grad_placements=[Partial()] * x.device_mesh.ndim)
-    if whole.requires_grad:
-        whole.register_hook(lambda gradient: gradient / ranks)
-    return whole
 
 
 def _as_computed(

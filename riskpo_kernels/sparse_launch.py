@@ -21,6 +21,7 @@ from riskpo_kernels.kernels.sparse_blocks import (
     dh_kernel,
     dw_kernel,
     dz_kernel,
+    register_limit,
     tile_rows,
 )
 from riskpo_kernels.softmax_rows import BLOCK
@@ -138,6 +139,7 @@ def _launch_dz(
         BK=BK,
         num_warps=WARPS,
         num_stages=STAGES,
+        maxnreg=register_limit(dz.shape[1]),
         **lists,
         **sizes,
     )
@@ -164,6 +166,7 @@ def _launch_dh(
         BD=BD,
         num_warps=WARPS,
         num_stages=STAGES,
+        maxnreg=register_limit(dz.shape[1]),
         **lists,
         **sizes,
     )

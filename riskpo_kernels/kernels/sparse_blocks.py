@@ -42,6 +42,12 @@ def tile_rows(softcap: bool) -> int:
     return BM // 2 if softcap else BM
 
 
+def register_limit(rows: int) -> int | None:
+    """maxnreg of products 1 and 2: left alone, ptxas squeezes half a tile into 128 registers or
+    fewer, for a second block on the multiprocessor, and spills."""
+    return 168 if rows < BM else None
+
+
 @triton.jit(do_not_specialize=["first_block"])
 def dz_kernel(
     p_hidden,
@@ -255,10 +261,17 @@ def compile_configurations() -> list[Configuration]:
             given |= {"p_sums": db}
             name = f"dz-dot {dtype} bias={bias:d} softcap={softcap:d} rows={per_row:d} g={g:d} "
             name += f"db={db:d}"
-            configurations.append(_configuration(name, dz_kernel, dtype, "fp32", given, flags))
+            limit = register_limit(flags["BM"])
+            configurations.append(
+                _configuration(name, dz_kernel, dtype, "fp32", given, flags, limit)
+            )
         for rows in (BM, BM // 2):
-            name, flags = f"dh-dot {dtype} BM={rows}", {"BD": BD, "BM": rows}
-            configurations.append(_configuration(name, dh_kernel, dtype, "fp32", {}, flags))
+            name, flags, limit = (
+                f"dh-dot {dtype} BM={rows}",
+                {"BD": BD, "BM": rows},
+                register_limit(rows),
+            )
+            configurations.append(_configuration(name, dh_kernel, dtype, "fp32", {}, flags, limit))
         # into fp32 sums; into the gradient itself; likewise, with fp16's common unit
         ways = [("fp32", True, False), (dtype, False, False), (dtype, False, True)]
         for rows, db, (out, add, unit) in itertools.product((BM, BM // 2), (False, True), ways):
@@ -272,9 +285,16 @@ def compile_configurations() -> list[Configuration]:
 
 
 def _configuration(
-    name: str, kernel: Any, dtype: str, out: str, given: dict[str, bool], flags: dict[str, Any]
+    name: str,
+    kernel: Any,
+    dtype: str,
+    out: str,
+    given: dict[str, bool],
+    flags: dict[str, Any],
+    limit: int | None = None,
 ) -> Configuration:
     types = {"p_hidden": dtype, "p_weight": dtype, "p_dz": dtype, "p_dw": out, "p_rows": "i32"}
     types |= dict.fromkeys(("p_index", "p_starts", "p_tiles", "p_tile_block", "p_target"), "i64")
     signature, constexprs = signature_of(kernel, types, given, flags | {"BLOCK": BLOCK})
-    return Configuration(name, kernel, signature, constexprs, WARPS, STAGES, {})
+    options = {"maxnreg": limit} if limit else {}
+    return Configuration(name, kernel, signature, constexprs, WARPS, STAGES, options)

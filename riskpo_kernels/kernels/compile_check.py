@@ -85,7 +85,7 @@ def compile_one(job: tuple[str, int, int]) -> Compiled:
     if spills is None or registers is None:
         return Compiled(name, arch, 0, 0, 0, 0, 0, "the compiler's log could not be read")
     spilled = int(spills[1]) + int(spills[2])
-    code = machine_code(kernel) if "dot" in name else ""  # disassembling takes as long as compiling
+    code = machine_code(kernel) if "dot" in name else ""  # the others have nothing to look for
     instruction = MATRIX.get(arch, "HMMA")
     matrix, copies = code.count(instruction), code.count(BULK_COPY)
     fault = f"{spilled} bytes of register spills" if spilled else ""

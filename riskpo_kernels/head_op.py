@@ -18,6 +18,7 @@ from riskpo_kernels.chunks import exact_products
 from riskpo_kernels.head_backward import backward_rows, ways_of
 from riskpo_kernels.head_tiles import Head, Options, Upstream, forward_rows
 from riskpo_kernels.inputs import live_rows
+from riskpo_kernels.kept_logits import KeptLogits, kept_columns
 from riskpo_kernels.process_groups import group_called, sum_over
 from riskpo_kernels.registration import register
 from riskpo_kernels.row_ways import Ways
@@ -26,13 +27,14 @@ from riskpo_kernels.vocab_parallel import VocabShard
 
 OP = "linear_logprob"
 TENSORS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? row_temperature"
-# the last eight are the fields of head_tiles.Options, in their order; backend as the caller says it
+# the last nine are the fields of head_tiles.Options, in their order; backend as the caller says it
 OPTIONS = (
     "int? ignore_index, str group, float scale, float? softcap, float temperature, "
-    "bool return_entropy, str backend, float memory_mib, float tail_eps, bool deterministic"
+    "bool return_entropy, str backend, float memory_mib, float tail_eps, bool deterministic, "
+    "bool keep"
 )
-# logprob, entropy, lse | peak, log_sum | bits, dense, pairs | the first column's global id
-RESULTS = ", ".join(["Tensor"] * 9)
+# logprob, entropy, lse | peak, log_sum | bits, dense, pairs | the first column's global id | logits
+RESULTS = ", ".join(["Tensor"] * 10)
 
 
 def _wide(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
@@ -92,7 +94,10 @@ def _forward(
     map = _map(o, row_temperature, _wide(hidden, weight))
     map = map if keep is None else map.of(keep)
     with exact_products(hidden.device):
-        head = Head(hidden, weight, bias, keep, ids - offset if offset else ids, map)
+        kept = _kept(hidden, weight, group, o)
+        kept = kept if keep is None else kept.zero_()  # an operator's results are never undefined
+        local = ids - offset if offset else ids
+        head = Head(hidden, weight, bias, keep, local, map, KeptLogits(kept))
         state, active = forward_rows(head, o, shard)
         logprob, entropy, peak, log_sum = finish(state)
         lse = peak + log_sum
@@ -101,7 +106,18 @@ def _forward(
     entropy = hidden.new_empty(0, dtype=lse.dtype) if entropy is None else _among(keep, n, entropy)
     blocks = _no_blocks(hidden) if active is None else (_among(keep, n, x) for x in active)
     first = torch.full((), offset, dtype=torch.int64, device=hidden.device)
-    return logprob, entropy, lse, peak, log_sum, *blocks, first
+    return logprob, entropy, lse, peak, log_sum, *blocks, first, kept
+
+
+def _kept(hidden: torch.Tensor, weight: torch.Tensor, group: str, o: Options) -> torch.Tensor:
+    """Room [N, K] for logits that the backward need not recompute; rows of a group move."""
+    wide = _wide(hidden, weight)
+    columns = 0
+    # With deterministic=True a row's products may not depend on how many rows there are.
+    keeps = o.keep and not (o.deterministic or group)
+    if keeps and o.backend == "torch" and hidden.device.type == "cpu":
+        columns = kept_columns(hidden.shape[0], weight.shape[0], wide.itemsize, o.memory_mib)
+    return hidden.new_empty(hidden.shape[0], columns, dtype=wide)
 
 
 def _no_blocks(like: torch.Tensor) -> ActiveBlocks:
@@ -125,7 +141,8 @@ def _forward_fake(
     rows = (hidden.new_empty(size, dtype=_wide(hidden, weight)) for size in sizes)
     selects = o.tail_eps != 0 and weight.shape[0] != 0
     blocks = ActiveBlocks.new(weight.shape[0], n, hidden.device) if selects else _no_blocks(hidden)
-    return *rows, *blocks, hidden.new_empty((), dtype=torch.int64)
+    first = hidden.new_empty((), dtype=torch.int64)
+    return *rows, *blocks, first, _kept(hidden, weight, group, _resolve(hidden, weight, numbers))
 
 
 def _backward(
@@ -144,6 +161,7 @@ def _backward(
     dense: torch.Tensor,
     pairs: torch.Tensor,
     offset: torch.Tensor,
+    kept: torch.Tensor,
     needs: list[bool],
     ignore_index: int | None,
     group: str,
@@ -153,7 +171,8 @@ def _backward(
     g = g if o.entropy else None  # a compiled graph sends zeros instead of nothing
     c, g = (None if x is None else x.to(wide).contiguous() for x in (c, g))
     bias = None if bias is None else bias.contiguous()
-    head = Head(hidden, weight, bias, None, target.long() - offset, _map(o, row_temperature, wide))
+    map, local = _map(o, row_temperature, wide), target.long() - offset
+    head = Head(hidden, weight, bias, None, local, map, KeptLogits(kept))
     up = Upstream(RowStats(logprob, entropy if o.entropy else None, peak, log_sum), c, g)
     active = ActiveBlocks(bits, dense, pairs) if dense.numel() else None
     # Rows without a coefficient enter no product.
@@ -194,7 +213,7 @@ def _shard_backward(
 
 def _backward_fake(c: Any, g: Any, *rest: Any) -> tuple[torch.Tensor, ...]:
     hidden, weight, bias, *_ = rest
-    needs = rest[13]
+    needs = rest[14]
     like = zip((hidden, weight, bias), needs, strict=True)
     return tuple(
         hidden.new_empty(x.shape, dtype=x.dtype) if n else hidden.new_empty(0) for x, n in like
@@ -204,7 +223,8 @@ def _backward_fake(c: Any, g: Any, *rest: Any) -> tuple[torch.Tensor, ...]:
 _backward_operator = register(
     "linear_logprob_backward",
     f"(Tensor? c, Tensor? g, {TENSORS}, Tensor logprob, Tensor entropy, Tensor peak, "
-    "Tensor log_sum, Tensor bits, Tensor dense, Tensor pairs, Tensor offset, bool[] needs, "
+    "Tensor log_sum, Tensor bits, Tensor dense, Tensor pairs, Tensor offset, "
+    "Tensor kept, bool[] needs, "
     f"{OPTIONS}) -> (Tensor, Tensor, Tensor)",
     _backward,
     fake=_backward_fake,

@@ -19,6 +19,7 @@ from riskpo_kernels.accumulate import Accumulator
 from riskpo_kernels.block_selection import CAP, ActiveBlocks, n_blocks, select
 from riskpo_kernels.checks import reject
 from riskpo_kernels.chunks import Plan, Products, plan_tiles, spans
+from riskpo_kernels.kept_logits import KeptLogits
 from riskpo_kernels.softmax_rows import BLOCK, LogitMap, RowState, RowStats, finish
 from riskpo_kernels.vocab_parallel import VocabShard
 
@@ -45,6 +46,7 @@ class Options:
     memory_mib: float
     tail_eps: float
     deterministic: bool
+    keep: bool  # a backward may follow
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Head:
     rows: torch.Tensor | None
     target: torch.Tensor
     map: LogitMap
+    kept: KeptLogits | None = None  # the forward writes it, the backward reads it
 
     @property
     def n(self) -> int:
@@ -73,7 +76,25 @@ class Head:
 
     def take(self, s: slice | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Hidden states of rows s."""
-        return (self.hidden[s] if self.rows is None else self.hidden[self.rows[s]]).to(dtype)
+        return self.hidden[self.at(s)].to(dtype)
+
+    def at(self, s: slice | torch.Tensor) -> slice | torch.Tensor:
+        """Where rows s lie in hidden."""
+        return s if self.rows is None else self.rows[s]
+
+    def logits(
+        self,
+        products: Products,
+        s: slice | torch.Tensor,
+        v: slice,
+        h: torch.Tensor,
+        w: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """Raw logits of rows s and columns v into `out`: h @ w.T, unless they were kept."""
+        known = 0 if self.kept is None else self.kept.load(self.at(s), v, out)
+        if known < w.shape[0]:
+            products.into(out[:, known:], h, w[known:].T)
 
     def bias_of(self, v: slice, dtype: torch.dtype) -> torch.Tensor | None:
         return None if self.bias is None else self.bias[v].to(dtype)
@@ -182,6 +203,8 @@ def _forward_way(head: Head, o: Options, products: Products, vocab: int) -> tupl
         for v in spans(head.vocab, plan.cols):
             raw = tile[: h.shape[0] * (v.stop - v.start)].view(h.shape[0], -1)
             products.into(raw, h, head.weight[v].to(products.dtype).T)
+            if head.kept is not None:
+                head.kept.save(head.at(r), v, raw)
             here = None if blocks is None else blocks[:, v.start // BLOCK : n_blocks(v.stop)]
             fold(raw, head.target[r] - v.start, head.bias_of(v, products.wide), part, map, here)
 
@@ -250,7 +273,7 @@ def dense_backward(head: Head, up: Upstream, o: Options, into: Gradients, rows_o
     def one_tile(r: slice, v: slice, dh: torch.Tensor | None, dw: torch.Tensor | None) -> None:
         h, w = head.take(r, products.dtype), head.weight[v].to(products.dtype)
         raw, dz = (x[: h.shape[0] * w.shape[0]].view(h.shape[0], -1) for x in (tile, small))
-        products.into(raw, h, w.T)
+        head.logits(products, r, v, h, w, raw)
         bias, part = head.bias_of(v, products.wide), up.of(r)
         target = head.target[r] - v.start
         # dbias is summed before the rounding; where there is none dz is raw under another name

@@ -123,7 +123,7 @@ def linear_logprob(
                 ignore_index=ignore_index,
                 vocab_group=vocab_group,
             )
-    row_temperature = None
+    leaves, row_temperature = (hidden, weight, bias), None
     if isinstance(temperature, torch.Tensor):
         row_temperature, temperature = temperature.reshape(-1), 1.0
     if tail_eps is None:
@@ -144,6 +144,7 @@ def linear_logprob(
         memory_mib,
         tail_eps / (1 if softcap is None else 4),
         deterministic,
+        torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves),
     )
     return TokenLogProbs(
         logprob.view(target.shape),

@@ -46,8 +46,8 @@ class _Strips:
         head = self.head
         if isinstance(rows, slice):
             return head.take(rows, self.products.dtype)
+        out = self.gathered[: rows.numel() * head.hidden.shape[1]].view(rows.numel(), -1)
         at = rows if head.rows is None else head.rows[rows]
-        out = self.gathered[: at.numel() * head.hidden.shape[1]].view(at.numel(), -1)
         return torch.index_select(head.hidden, 0, at, out=out).to(self.products.dtype)
 
     def add(self, v: slice, rows: torch.Tensor | None) -> None:
@@ -72,7 +72,7 @@ class _Strips:
         head, products, into = self.head, self.products, self.into
         h, part = self.hidden(r), self.up.of(r)
         raw = self.logits[: h.shape[0] * w.shape[0]].view(h.shape[0], -1)
-        products.into(raw, h, w.T)
+        head.logits(products, r, v, h, w, raw)
         target, bias = head.target[r] - v.start, head.bias_of(v, products.wide)
         softmax_rows.gradient(raw, target, bias, part.stats, part.c, part.g, head.map.of(r), raw)
         dz = raw.to(products.dtype)

@@ -53,6 +53,12 @@ def poisoned_memory(monkeypatch):
 
 
 @pytest.fixture
+def recomputed(monkeypatch):
+    """The forward keeps no logits: small cases take the road of large ones."""
+    monkeypatch.setattr("riskpo_kernels.kept_logits.SHARE", 10**12)
+
+
+@pytest.fixture
 def device():
     return torch.device(DEVICE)
 

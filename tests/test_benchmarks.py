@@ -163,6 +163,7 @@ def test_a_wrong_gradient_shows_in_the_errors():
     assert found["gradient_error"] > 1e-3 and found["logprob_error_nats"] > 5e-3
 
 
+@pytest.mark.usefixtures("recomputed")
 @pytest.mark.parametrize("zero_fraction", [0.0, 0.5])
 def test_units_are_what_was_launched(zero_fraction):
     """Exact: forward 2 and backward 6 of the rows with a coefficient. Sparse: 6 per active pair,

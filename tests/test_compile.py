@@ -138,7 +138,7 @@ def test_wrong_values_are_still_refused():
 def test_head_operator_is_sound(eps, entropy):
     h, w, b, target, *_ = inputs()
     leaves = [x.requires_grad_() for x in (h, w, b)]
-    numbers = (1.0, None, 0.7, entropy, "torch", 300.0, eps, False)
+    numbers = (1.0, None, 0.7, entropy, "torch", 300.0, eps, False, True)
     torch.library.opcheck(head_operator, (*leaves, target, None, -100, "", *numbers))
 
 

@@ -84,7 +84,7 @@ w, b = torch.randn(V, D).half(), torch.randn(V).half()
 for n in [1, 2, 15, 16, 17, *range(64, 1000, 64), 333]:
     h, t = torch.randn(n, D).half(), torch.full((n,), 0.7)[: n]
     head = head_tiles.Head(h, w, b, None, torch.randint(V, (n,)), LogitMap(1.0, None, t))
-    o = head_tiles.Options(1.0, None, 1.0, True, "triton", 0.7, 1e-4, False)
+    o = head_tiles.Options(1.0, None, 1.0, True, "triton", 0.7, 1e-4, False, True)
     c = torch.ones(n)
     up = head_tiles.Upstream(RowStats(-c, c, c, c), c, c)
     for way in ("tiles", "gemm"):

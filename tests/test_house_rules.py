@@ -26,6 +26,7 @@ FLOORS = {
     "block_selection": 2,
     "credit": 2,
     "grouping": 2,
+    "kept_logits": 2,
     "presets": 2,
     "process_groups": 1,
     "registration": 1,

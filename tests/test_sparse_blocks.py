@@ -12,6 +12,9 @@ from tests.compare import assert_all_close_as_plain, errors
 from tests.conftest import has_triton
 from tests.head_inputs import head, run, split_columns
 
+# the road of large heads; tests/test_kept_logits.py has the one of small heads
+pytestmark = pytest.mark.usefixtures("recomputed")
+
 
 def peaked(n, vocab, width, seed=0):
     """Rows as under RL, from uncertain to almost certain; words in order of frequency."""

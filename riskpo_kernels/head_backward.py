@@ -67,10 +67,12 @@ def backward_rows(
         _finish(into.dh)
     for s, counts in (ways if dw_pieces else ways.whole()).sparse:
         assert active is not None
-        part, sent = head.of(s), up.of(s)
+        part, sent, blocks = head, up, active
+        if s.numel() < head.n:
+            part, sent, blocks = head.of(s), up.of(s), active.of(s)
         into.dh = _rows_of(dh, part, products, unit, whole=True)
         _set_unit(into, unit)
-        _sparse(head, o)(part, sent, active.of(s), counts, o, into)
+        _sparse(head, o)(part, sent, blocks, counts, o, into)
         _finish(into.dh)
     if dw is not None:
         dw.finish(ROUNDING_STEP)

@@ -1,6 +1,6 @@
 """How big the tiles are, and how they are multiplied.
 
-The tiled ops never hold more than one [rows, cols] tile of logits. `plan_tiles` turns the caller's
+The tiled ops work on one [rows, cols] tile of logits at a time. `plan_tiles` turns the caller's
 memory_mib into that tile; `Products` multiplies with float32 accumulation on every device.
 """
 

@@ -10,9 +10,10 @@
 
 Cost in units of N D V (one product = 2): forward 2; backward 6 (recompute, dH, dW) times the share
 of (row, vocabulary block) pairs that hold probability, of live rows only: an ignored row enters no
-product, a row without upstream gradient none in the backward. The operator that PyTorch sees is in
-head_op.py, its loops in head_tiles.py and sparse_blocks.py, the mathematics of a tile in
-softmax_rows.py, of dropping in block_selection.py, of shards in vocab_parallel.py.
+product, a row without upstream gradient none in the backward. On a CPU the recompute (2 of the 6)
+is saved for the logits that were kept (kept_logits.py), all of a small head's. The operator that
+PyTorch sees is in head_op.py, its loops in head_tiles.py and sparse_blocks.py, the mathematics of a
+tile in softmax_rows.py, of dropping in block_selection.py, of shards in vocab_parallel.py.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def linear_logprob(
     deterministic: bool = False,
     backend: str = "auto",
 ) -> TokenLogProbs:
-    """Log-prob of each target (and entropy) from hidden states; the logits are never stored.
+    """Log-prob of each target (and entropy) from hidden states, within memory_mib of workspace.
 
     Args:
         hidden: [..., D], any strides. Width first: `hidden @ weight.T` are the logits.
@@ -78,7 +79,8 @@ def linear_logprob(
             The collectives, and why tail_eps means the same: vocab_parallel.py.
         memory_mib: workspace in MiB beside results, gradients and, for 16-bit inputs, one float32
             accumulator: of the smaller of [N, D] and [V, D], or of [V, D] where rows of both ways,
-            dense and sparse, meet.
+            dense and sparse, meet. On a CPU up to a sixteenth of it stays allocated until the
+            backward and holds logits (kept_logits.py).
         deterministic: choose between the dense and the sparse backward row by row, so that no
             row's treatment depends on its company; results repeat bitwise run to run.
         backend: "auto", "triton", "torch" or "reference"; see backend_report().

@@ -13,7 +13,7 @@ import torch
 
 from riskpo_kernels.softmax_rows import BLOCK
 
-SHARE = 16  # at most memory_mib / SHARE stays allocated between the forward and the backward
+SHARE = 20  # at most memory_mib / SHARE stays allocated between the forward and the backward
 
 
 def kept_columns(rows: int, vocab: int, itemsize: int, memory_mib: float) -> int:

@@ -79,7 +79,7 @@ def linear_logprob(
             The collectives, and why tail_eps means the same: vocab_parallel.py.
         memory_mib: workspace in MiB beside results, gradients and, for 16-bit inputs, one float32
             accumulator: of the smaller of [N, D] and [V, D], or of [V, D] where rows of both ways,
-            dense and sparse, meet. On a CPU up to a sixteenth of it stays allocated until the
+            dense and sparse, meet. On a CPU up to a twentieth of it stays allocated until the
             backward and holds logits (kept_logits.py).
         deterministic: choose between the dense and the sparse backward row by row, so that no
             row's treatment depends on its company; results repeat bitwise run to run.

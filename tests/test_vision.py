@@ -1,13 +1,10 @@
 """Rows with pictures train and evaluate end to end on a tiny random vision-language model."""
 
-import base64
-import io
 import json
 from dataclasses import replace
 
 import pytest
 import torch
-from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     CLIPVisionConfig,
@@ -21,34 +18,20 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from riskpo.checkpoint import latest_checkpoint
 from riskpo.cli import EvalConfig
-from riskpo.config import LoraConfig, MemoryConfig, TrainConfig
+from riskpo.config import LoraConfig, MemoryConfig
 from riskpo.head import Head, find_head
 from riskpo.offline_eval import evaluate_model
-from riskpo.packing import hidden_states, micro_batches, pack
-from riskpo.records import Question, Rollouts
-from riskpo.rollout import load_policy_for, sample
+from riskpo.packing import hidden_states, pack
+from riskpo.records import Rollouts
+from riskpo.rollout import load_policy_for
 from riskpo.train import train
-from riskpo.trainee import Trainee
-from riskpo.update import UpdatePlan, recompute
 from riskpo.vision import check_vision_head, question_inputs
+from tests.pictures import PAIR, RED, draw, png, recomputed, settings
 from tests.toy import save_byte_model
 
 WORDS = ["<pad>", "<eos>", "<image>", "<unk>", *"abcdefghijklmnopqrstuvwxyz .?0123456789+=:\n\\{}"]
 TEMPLATE = """{% for m in messages %}{% for part in m['content'] %}{% if part['type'] == 'image' %}\
 <image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}:"""
-
-
-def png(colour):
-    buffer = io.BytesIO()
-    Image.new("RGB", (40, 30), colour).save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def ask(name, *colours, text="<image>find x."):
-    return Question(name, text, "3", "geometry3k", images=tuple(png(c) for c in colours))
-
-
-RED, PAIR = ask("red", "red"), ask("pair", "red", "blue", text="is <image> like <image>?")
 
 
 def save_vision_model(folder):
@@ -109,20 +92,6 @@ def policy(folder):
     return load_policy_for([RED], str(folder), dtype="float32")
 
 
-def draw(policy, questions, **changes):
-    settings = {"responses_per_question": 3, "max_prompt_tokens": 64, "max_response_tokens": 6}
-    return sample(policy, questions, stream=(0,), **settings | changes)
-
-
-def recomputed(policy, rollouts):
-    """The trainer's log-probs of the responses, row by row."""
-    head = find_head(policy.model)
-    parts = micro_batches(rollouts, range(len(rollouts)), 1000)
-    assert parts == [[row] for row in range(len(rollouts))]  # never packed
-    found = recompute(Trainee(policy.model), head, rollouts, parts, UpdatePlan(backend="torch"))
-    return [found[row][n - 1 :] for row, n in enumerate(rollouts.prompt_len)]
-
-
 def test_the_trainer_computes_the_samplers_log_probs(policy):
     rollouts = draw(policy, [RED, PAIR])
     assert rollouts.prompt_len[0] == 4 + len("find x.:")
@@ -181,33 +150,6 @@ def test_a_head_that_is_not_the_models_is_refused(policy):
     wrong = Head(torch.nn.Linear(32, len(WORDS), bias=False), head.options)
     with pytest.raises(ValueError, match="LlavaForConditionalGeneration differ from"):
         check_vision_head(policy, wrong, [RED])
-
-
-def rows_file(path):
-    encoded = base64.b64encode(png("red")).decode()
-    rows = [{"problem": f"<image>{i}+1=?", "answer": str(i), "image": encoded} for i in range(8)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def settings(model, tmp_path, **changes):
-    given = {
-        "data": str(rows_file(tmp_path / "rows.jsonl")),
-        "model": str(model),
-        "run_dir": str(tmp_path / "run"),
-        "algorithm": "grpo",
-        "reward": "exact",
-        "steps": 1,
-        "questions_per_step": 2,
-        "responses_per_question": 2,
-        "max_prompt_tokens": 200,
-        "max_response_tokens": 4,
-        "eval_questions": 2,
-        "eval_samples": 1,
-        "backend": "torch",
-        "learning_rate": 1e-2,
-    }
-    return TrainConfig(**given | changes)
 
 
 def test_train_resume_and_eval(folder, tmp_path, policy, monkeypatch):

@@ -14,6 +14,7 @@ from riskpo_kernels import linear_logprob, reference, riskpo_loss, riskpo_loss_f
 
 SEQUENCES = 16
 TAIL = 2.0**-14
+CLIP = (3e-4, 4e-4)  # riskpo_loss's own for a ratio of sequences
 CASES: dict[str, dict[str, Any]] = {
     "small": {
         "n": 256,
@@ -59,9 +60,9 @@ def inputs(
 
 
 def providers() -> dict[str, Provider]:
-    """Liger's losses are GRPO with a token-level ratio: near the same work, another loss; one takes
-    logits."""
-    ours: dict[str, Any] = {"kind": "ours", "per_token": True}
+    """All of them compute the same loss: clipped ratios of sequences, the mean over sequences of
+    token means. Liger's Triton kernels take logits."""
+    ours: dict[str, Any] = {"kind": "ours"}
     backend = auto_backend("linear_logprob")
     return {
         "riskpo_loss": Provider(_fused, **ours, backend=backend),
@@ -79,12 +80,9 @@ def providers() -> dict[str, Provider]:
             units=lambda sizes, facts: 6,
         ),
         "plain": Provider(_plain, kind="plain", why_not=_fits, units=lambda sizes, facts: 6),
-        "Liger chunked GRPO": Provider(
-            _liger, per_token=False, why_not=_no_liger, units=lambda sizes, facts: 8
-        ),
-        "Liger Triton GRPO": Provider(
+        "Liger chunked": Provider(_liger, why_not=_no_liger, units=lambda sizes, facts: 8),
+        "Liger Triton": Provider(
             _liger_triton,
-            per_token=False,
             why_not=_no_liger_triton,
             backend=lambda given: "triton",
             units=lambda sizes, facts: 6,
@@ -99,13 +97,19 @@ def cost(n: int, d: int, v: int, dtype: str, regime: str, zero_fraction: float) 
 
 
 def truths(given: dict[str, Any]) -> dict[str, Any]:
-    """The first sequences (at most 1024 tokens) in float64."""
+    """A few sequences (at most 1024 tokens, or 4096 of one) in float64; those with an advantage
+    first, for the others have no gradient."""
     length = given["target"].numel() // SEQUENCES
     count = max(1, min(SEQUENCES, 1024 // max(length, 1)))
-    n = min(count * length, 4096)
-    part = {k: given[k].detach()[:n] for k in ("hidden", "target", "old_logprob")}
-    part |= {"weight": given["weight"].detach(), "advantage": given["advantage"][:count]}
-    part["cu_seqlens"] = given["cu_seqlens"][: count + 1].clamp(max=n)
+    kept = given["advantage"].abs().argsort(descending=True, stable=True)[:count]
+    size = min(length, 4096)
+
+    def tokens(x: torch.Tensor) -> torch.Tensor:
+        return x.detach().unflatten(0, (SEQUENCES, length))[kept, :size].flatten(0, 1)
+
+    part = {k: tokens(given[k]) for k in ("hidden", "target", "old_logprob")}
+    part |= {"weight": given["weight"].detach(), "advantage": given["advantage"][kept]}
+    part["cu_seqlens"] = given["cu_seqlens"].new_tensor([size * i for i in range(count + 1)])
     h, w = (part[k].double().requires_grad_() for k in ("hidden", "weight"))
     loss = reference.riskpo_loss(
         h,
@@ -120,9 +124,7 @@ def truths(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def errors(provider: Provider, given: dict[str, Any], exact: dict[str, Any]) -> dict[str, float]:
-    """Loss error (absolute) and gradient error; none for another loss."""
-    if not provider.per_token:
-        return {}
+    """Loss error (absolute) and gradient error."""
     part = dict(exact["part"])
     part["hidden"] = h = part["hidden"].clone().requires_grad_()
     part["weight"] = w = part["weight"].clone().requires_grad_()
@@ -177,6 +179,9 @@ def _fits(given: dict[str, Any]) -> str | None:
 
 
 LIGER = ("liger_kernel.chunked_loss", "LigerFusedLinearGRPOLoss")
+LIGER_TRITON = ("liger_kernel.transformers.grpo_loss", "triton_grpo_loss")
+SAME_LOSS = {"loss_type": "grpo", "importance_sampling_level": "sequence"}
+SAME_LOSS |= {"temperature": 1.0, "beta": 0.0}
 
 
 def _no_liger(given: dict[str, Any]) -> str | None:
@@ -191,11 +196,14 @@ def _liger(
     advantage: torch.Tensor,
     cu_seqlens: torch.Tensor,
 ) -> torch.Tensor:
-    compiled = device_of({"x": hidden}).type == "cuda"
     op = peers.find(*LIGER)[0](
-        beta=0.0, compiled=compiled, use_ref_model=False, loss_type="dapo", temperature=1.0
+        **SAME_LOSS,
+        epsilon_low=CLIP[0],
+        epsilon_high=CLIP[1],
+        compiled=hidden.device.type == "cuda",
+        use_ref_model=False,
     )
-    shape = (SEQUENCES, -1)
+    shape = (advantage.numel(), -1)
     ids = target.view(shape)
     loss, _ = op(
         hidden.view(*shape, hidden.shape[-1]),
@@ -207,9 +215,6 @@ def _liger(
     )
     loss.backward()
     return loss
-
-
-LIGER_TRITON = ("liger_kernel.transformers.grpo_loss", "triton_grpo_loss")
 
 
 def _no_liger_triton(given: dict[str, Any]) -> str | None:
@@ -226,20 +231,21 @@ def _liger_triton(
     advantage: torch.Tensor,
     cu_seqlens: torch.Tensor,
 ) -> torch.Tensor:
-    shape = (SEQUENCES, -1)
+    shape = (advantage.numel(), -1)
     # it leaves the last position of every sequence out: [S, L + 1, V] logits
     rows = torch.nn.functional.pad(hidden.view(*shape, hidden.shape[-1]), (0, 0, 0, 1))
     ids = target.view(shape)
-    loss, *_ = peers.find(*LIGER_TRITON)[0](
+    loss, _ = peers.find(*LIGER_TRITON)[0](
         rows @ weight.T,
         old_logprob.view(shape),
         None,
         ids,
         advantage,
         torch.ones_like(ids),
-        temperature=1.0,
-        beta=0.0,
+        eps_low=CLIP[0],
+        eps_high=CLIP[1],
         reduce=True,
+        **SAME_LOSS,
     )
     loss.backward()
     return loss

@@ -1,0 +1,65 @@
+"""What the benchmarks time beside ours computes what they say; Triton peers run interpreted."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from benchmarks import bench_fused, bench_linear_logprob, peers, truth
+from riskpo_kernels import reference
+
+HEAD = {
+    "n": 32,
+    "d": 24,
+    "v": 300,
+    "dtype": "float32",
+    "regime": "sft",
+    "zero_fraction": 0.0,
+}
+# Interpreted here. Not "Cut Cross-Entropy": its kernels use inline assembly; not "QuACK": it is
+# written in CuTe; not "verl Triton": it asks the CUDA driver for streams and device properties.
+INTERPRETED = ("Liger fused CE, mean", "fla fused CE, mean")
+
+
+def fused_inputs():
+    """16 sequences of 4 tokens: without an advantage, within the clips, beyond either of them."""
+    given = bench_fused.inputs(**HEAD | {"n": 64, "zero_fraction": 0.25})
+    given.pop("_facts")
+    beyond = torch.tensor([-2e-2, 1e-4, 2e-2, -1e-4]).repeat(4)  # nats per token
+    given["old_logprob"] = given["old_logprob"] + beyond.repeat_interleave(4)
+    given["advantage"] = given["advantage"] * torch.tensor([1.0, -1.0]).repeat_interleave(8)
+    return given
+
+
+@pytest.mark.parametrize("name", ["plain", "Liger chunked", "Liger Triton"])
+def test_rivals_of_the_whole_loss_compute_our_loss(name):
+    provider = bench_fused.providers()[name]
+    if name.startswith("Liger"):
+        pytest.importorskip("liger_kernel")
+    given = fused_inputs()
+    with torch.no_grad():
+        stats = reference.riskpo_loss(**given).stats
+    assert 0.1 < stats["clip_fraction"] < 0.9, "the clips must matter, and not to every sequence"
+    found = bench_fused.errors(provider, given, bench_fused.truths(given))
+    assert found["loss_error"] < 1e-6 and found["gradient_error"] < 1e-5, found
+
+
+def test_errors_of_the_whole_loss_are_taken_where_there_is_a_gradient():
+    given = bench_fused.inputs(**HEAD | {"n": 2**15, "d": 4, "zero_fraction": 0.5})
+    exact = bench_fused.truths(given)
+    assert exact["part"]["advantage"].numel() == 1 and exact["part"]["advantage"] != 0
+    assert exact["part"]["cu_seqlens"].tolist() == [0, 2048]
+    assert exact["dw"].norm() > 0
+
+
+@pytest.mark.parametrize("name", INTERPRETED)
+def test_triton_heads_compute_the_mean_loss(name):
+    head = peers.HEADS[name]
+    pytest.importorskip(name.split()[0].lower().replace("liger", "liger_kernel"))
+    given = bench_linear_logprob.inputs(**HEAD, phase="forward+backward")
+    given.pop("_facts")
+    anywhere = dataclasses.replace(head, why_not=lambda device, dtype: None)
+    provider = bench_linear_logprob._peer(name, anywhere)
+    assert provider.why_not(given) is None
+    found = truth.Head(given).errors(provider.run, per_token=False)
+    assert found["loss_error"] < 1e-5 and found["gradient_error"] < 1e-5, found

@@ -24,13 +24,22 @@ from typing import Any, NamedTuple
 
 from riskpo.data_code import humaneval, livecodebench, mbpp, rllm
 from riskpo.data_files import FILE_SUFFIXES, Row, read_file, read_hub
-from riskpo.data_images import image_columns, read_images
+from riskpo.data_images import image_columns, place_pictures, read_pictures
+from riskpo.data_text import (
+    BESIDE,
+    Prompt,
+    asked,
+    check_choice,
+    gold_text,
+    last_boxed,
+    messages,
+    with_instruction,
+)
 from riskpo.records import Question
 
 BOXED_INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 META_CHARACTERS = 200
 
-Prompt = str | list[dict[str, str]]
 _log = logging.getLogger(__name__)
 
 
@@ -38,43 +47,48 @@ class Form(NamedTuple):
     """Rows that have all of `fields` are read by `read`: row -> (prompt, gold).
 
     reward goes into meta where the gold is no text to compare with: "code" for programming tasks.
+    beside names the columns that `read` takes in where a row has them.
     """
 
     name: str
     fields: tuple[str, ...]
     read: Callable[[Row], tuple[Prompt, str]]
     reward: str = ""
+    beside: tuple[str, ...] = ()
 
 
 def _verl(row: Row) -> tuple[Prompt, str]:
-    return _messages(row["prompt"]), gold_text(row["reward_model"]["ground_truth"])
-
-
-def _pair(prompt: str, gold: str) -> Callable[[Row], tuple[Prompt, str]]:
-    return lambda row: (str(row[prompt]), gold_text(row[gold]))
-
-
-def _gsm8k(row: Row) -> tuple[Prompt, str]:
-    """Without "####" the answer is the gold itself."""
-    answer = gold_text(row["answer"])
-    if "####" in answer:
-        answer = answer.rpartition("####")[2].strip().replace(",", "")
-    return str(row["question"]), answer
-
-
-def _solution(row: Row) -> tuple[Prompt, str]:
-    return str(row["problem"]), last_boxed(row["solution"])
+    return messages(row["prompt"]), gold_text(row["reward_model"]["ground_truth"])
 
 
 def _chat(row: Row) -> tuple[Prompt, str]:
-    return _messages(row["messages"]), gold_text(row["ground_truth"])
+    return messages(row["messages"]), gold_text(row["ground_truth"])
 
 
-def _geometry3k(row: Row) -> tuple[Prompt, str]:
-    """Multiple choice; the letter is the gold."""
-    letters = "ABCDEFGHIJ"
-    choices = [f"({a}) {text}" for a, text in zip(letters, row["choices"], strict=False)]
-    return "\n".join([str(row["problem_text"]), *choices]), gold_text(row["answer"])
+def _whole(name: str, prompt: str, gold: str) -> Form:
+    """Rows with a prompt that needs nothing beside it."""
+    return Form(name, (prompt, gold), lambda row: (str(row[prompt]), gold_text(row[gold])))
+
+
+def _after_hashes(row: Row) -> str:
+    """GSM8K's gold; without "####" the answer is the gold itself."""
+    answer = gold_text(row["answer"])
+    if "####" in answer:
+        answer = answer.rpartition("####")[2].strip().replace(",", "")
+    return answer
+
+
+def _posed(
+    name: str, question: str, gold: str, read_gold: Callable[[Row], str] | None = None
+) -> Form:
+    """Rows with a question that is asked with its context and its choices."""
+
+    def read(row: Row) -> tuple[Prompt, str]:
+        text = read_gold(row) if read_gold else gold_text(row[gold])
+        check_choice(row, text)
+        return asked(row, question), text
+
+    return Form(name, (question, gold), read, beside=BESIDE)
 
 
 FORMS = (
@@ -83,17 +97,19 @@ FORMS = (
     Form("MBPP sanitized", ("prompt", "test_list"), mbpp, "code"),
     Form("LeetCode and Codeforces of rllm", ("problem", "tests"), rllm, "code"),
     Form("LiveCodeBench", ("question_content", "public_test_cases"), livecodebench, "code"),
-    Form("Geometry3K with choices", ("problem_text", "choices", "answer"), _geometry3k),
+    _posed("Geometry3K with choices", "problem_text", "answer")._replace(
+        fields=("problem_text", "choices", "answer")
+    ),
     Form("verl", ("prompt", "reward_model"), _verl),
-    Form("OlympiadBench", ("question", "final_answer"), _pair("question", "final_answer")),
-    Form("MATH", ("problem", "answer"), _pair("problem", "answer")),
-    Form("MATH with solutions", ("problem", "solution"), _solution),
-    Form("GSM8K", ("question", "answer"), _gsm8k),
+    _posed("OlympiadBench", "question", "final_answer"),
+    _posed("MATH", "problem", "answer"),
+    _posed("MATH with solutions", "problem", "solution", lambda row: last_boxed(row["solution"])),
+    _posed("GSM8K", "question", "answer", _after_hashes),
     Form("chat", ("messages", "ground_truth"), _chat),
     *(
-        Form(f"{prompt} and {gold}", (prompt, gold), _pair(prompt, gold))
+        make(f"{prompt} and {gold}", prompt, gold)
         for gold in ("gold", "ground_truth", "answer")
-        for prompt in ("prompt", "problem", "question")
+        for prompt, make in (("prompt", _whole), ("problem", _posed), ("question", _posed))
     ),
 )
 
@@ -106,11 +122,11 @@ def load_questions(
     source       a .jsonl, .json or .parquet file, or a hub name "owner/name[:config]"
     split        of a hub data set; a file is its own split
     limit        keep the first `limit` questions
-    instruction  sentence added to every prompt that does not mention \\boxed yet, for example
-                 BOXED_INSTRUCTION
+    instruction  sentence added to every prompt that does not yet say how to mark the answer, for
+                 example BOXED_INSTRUCTION
 
-    ValueError for a missing file, unknown fields or a missing picture; ConnectionError, within
-    seconds, when the hub cannot be reached.
+    ValueError for a missing file, unknown fields, or a prompt with a place for a picture that the
+    row does not have; ConnectionError, within seconds, when the hub cannot be reached.
     """
     path = Path(source)
     rows: Iterable[Row]
@@ -130,19 +146,35 @@ def load_questions(
 
 
 def to_question(row: Row, path: Path, number: int) -> Question:
-    """Row `number` of the data set at `path`, as a Question."""
-    form = next((f for f in FORMS if all(row.get(x) is not None for x in f.fields)), None)
+    """Row `number` of the data set at `path`, as a Question.
+
+    Columns may be written in capitals, as AIME's are, where no form knows them as they stand.
+    """
+    where = f"{path} row {number}"
+    if _form_of(row) is None:
+        row = {name.lower(): value for name, value in row.items()}
+    form = _form_of(row)
     if form is None:
         known = "; ".join(f"{f.name} ({', '.join(f.fields)})" for f in FORMS)
         raise ValueError(
             f"load_questions: {path} has a row with the fields {sorted(row)} (row {number}); "
             f"expected one of: {known}. Rename the columns."
         )
-    prompt, gold = form.read(row)
+    try:
+        prompt, gold = form.read(row)
+    except ValueError as error:
+        raise ValueError(f"{error} ({where})") from None
     source = str(row.get("data_source") or path.stem)
-    images = read_images(row, path.parent, f"{path} row {number}")
+    pictures = read_pictures(row, path.parent, where)
+    images = tuple(pictures.values())
+    if not form.reward:  # a program's task may well speak of a tag <image>
+        prompt, images = place_pictures(prompt, pictures, where)
     identity = _row_id(row, source, prompt, images)
     return Question(identity, prompt, gold, source, _meta(row, form), images)
+
+
+def _form_of(row: Row) -> Form | None:
+    return next((f for f in FORMS if all(row.get(x) is not None for x in f.fields)), None)
 
 
 def _row_id(row: Row, source: str, prompt: Prompt, images: Sequence[bytes | str]) -> str:
@@ -172,7 +204,7 @@ def _instructed(question: Question, instruction: str) -> Question:
 
 def _meta(row: Row, form: Form) -> dict[str, Any]:
     """The small fields that are left (level, subject, ...), and all of extra_info."""
-    unread = {*form.fields, *image_columns(row)}
+    unread = {*form.fields, *form.beside, *image_columns(row)}
     left = {k: v for k, v in row.items() if k not in unread and _is_small(v)}
     extra = {k: v for k, v in (row.get("extra_info") or {}).items() if _is_small(v)}
     return {**left, **extra, **({"reward": form.reward} if form.reward else {})}
@@ -182,39 +214,6 @@ def _is_small(value: object) -> bool:
     if isinstance(value, str):
         return 0 < len(value) <= META_CHARACTERS
     return isinstance(value, (int, float))
-
-
-def _messages(value: Any) -> Prompt:
-    """A list of {"role", "content"}; some files store it as JSON text, some as plain text."""
-    if isinstance(value, str):
-        if not value.lstrip().startswith("["):
-            return value
-        value = json.loads(value)
-    return [{"role": str(m["role"]), "content": str(m["content"])} for m in value]
-
-
-def gold_text(value: Any) -> str:
-    """A gold as text: 27.0 becomes "27", a list becomes "1, 2"."""
-    if isinstance(value, (list, tuple)):
-        return ", ".join(gold_text(v).replace("$", "") for v in value)
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return str(value).strip()
-
-
-def last_boxed(solution: str) -> str:
-    r"""The content of the last \boxed{...} of a worked solution; ValueError where there is none."""
-    start = solution.rfind("\\boxed")
-    opening = solution.find("{", start)
-    depth = 0
-    for i in range(opening, len(solution) if start >= 0 <= opening else opening):
-        depth += (solution[i] == "{") - (solution[i] == "}")
-        if depth == 0:
-            return solution[opening + 1 : i].strip()
-    raise ValueError(
-        f"load_questions: got a solution without a \\boxed answer: ...{solution[-80:]!r}; expected "
-        "one. Add an answer column."
-    )
 
 
 def merge_copies(questions: Iterable[Question], source: str) -> list[Question]:
@@ -246,16 +245,6 @@ def unique_ids(questions: Sequence[Question]) -> list[Question]:
         q if seen[q.id] == 1 else replace(q, id=f"{q.id}#{_hash(q.prompt, q.images)}")
         for q in questions
     ]
-
-
-def with_instruction(prompt: Prompt, instruction: str) -> Prompt:
-    """The instruction after the text or the last message; left alone where \\boxed is asked for."""
-    if "\\boxed" in json.dumps(prompt):
-        return prompt
-    if isinstance(prompt, str):
-        return f"{prompt}\n{instruction}"
-    last = {**prompt[-1], "content": f"{prompt[-1]['content']}\n{instruction}"}
-    return [*prompt[:-1], last]
 
 
 def split_holdout(

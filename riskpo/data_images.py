@@ -1,9 +1,16 @@
 """Pictures of image rows (Geometry3K and its like), up to a vision-language processor.
 
-A row's pictures are in the column "images", "image" or "decoded_image": bytes, {"bytes", "path"},
-a path beside the data file, base64 text, or a PIL picture. They stay encoded in Question.images and
-are opened when a processor asks. Each "<image>" of the prompt stands for one picture; without one
-the pictures come first.
+A row's pictures are in the column "images", "image" or "decoded_image", or one by one in "image_1"
+to "image_9": bytes, {"bytes", "path"}, a path beside the data file, base64 text, or a PIL picture.
+They stay encoded in Question.images and are opened when a processor asks.
+
+Each "<image>" of the prompt stands for one picture; without one the pictures come first. Numbered
+places "<image_2>", "<image 2>" or "<image2>" (OlympiadBench, MMMU, MathVision) say which picture,
+and become "<image>"; pictures that they do not name belong to the solution and are left out.
+
+A place whose picture was not read is an error, also in a text that only mentions the tag: a lost
+picture looks the same, and a question that cannot be answered is worse than a row to mend.
+Programming tasks, where a text may well mention it, are not looked at.
 """
 
 from __future__ import annotations
@@ -11,32 +18,71 @@ from __future__ import annotations
 import base64
 import binascii
 import io
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from riskpo.data_text import Prompt, texts_of
 from riskpo.records import Question
 
-COLUMNS = ("images", "image", "decoded_image")
+Picture = bytes | str  # encoded, or a path
+
+NUMBERED = {f"image_{n}": n for n in range(1, 10)}
+COLUMNS = ("decoded_image", "images", "image")
 PLACE = "<image>"
+_PLACES = re.compile(r"<image(?:[ _]?(\d+))?>")
 
 
 def image_columns(row: dict[str, Any]) -> list[str]:
     """The columns of a row that hold pictures."""
-    return [name for name in COLUMNS if row.get(name)]
+    return [name for name in (*NUMBERED, *COLUMNS) if row.get(name)]
 
 
-def read_images(row: dict[str, Any], folder: Path, where: str) -> tuple[bytes | str, ...]:
-    """The pictures of a row, encoded bytes or paths; `where` names the row in errors."""
+def read_pictures(row: dict[str, Any], folder: Path, where: str) -> dict[int, Picture]:
+    """The pictures of a row by number, from 1; `where` names the row in errors."""
     columns = image_columns(row)
-    if not columns:
-        return ()
-    name = "decoded_image" if "decoded_image" in columns else columns[0]
-    values = row[name] if isinstance(row[name], (list, tuple)) else [row[name]]
-    return tuple(_encoded(value, folder, f"{where}, column {name!r}") for value in values)
+    values = {NUMBERED[name]: (name, row[name]) for name in columns if name in NUMBERED}
+    if columns and not values:
+        name = columns[0]
+        listed = row[name] if isinstance(row[name], (list, tuple)) else [row[name]]
+        values = {i: (name, value) for i, value in enumerate(listed, start=1)}
+    return {
+        i: _encoded(value, folder, f"{where}, column {name!r}")
+        for i, (name, value) in values.items()
+    }
 
 
-def _encoded(value: Any, folder: Path, where: str) -> bytes | str:
+def place_pictures(
+    prompt: Prompt, pictures: Mapping[int, Picture], where: str
+) -> tuple[Prompt, tuple[Picture, ...]]:
+    """(prompt, its pictures in the order of its places); every place is then "<image>".
+
+    ValueError where a place has no picture, or pictures have no place and places no number.
+    """
+    places = [match for text in texts_of(prompt) for match in _PLACES.finditer(text)]
+    numbers = [int(match[1]) for match in places if match[1]]
+    if numbers:
+        fits = len(numbers) == len(places) and {*numbers} <= {*pictures}
+    else:
+        fits = len(places) in (0, len(pictures))
+    if not fits:
+        which = f" (number {', '.join(map(str, pictures))})" if numbers and pictures else ""
+        raise ValueError(
+            f"load_questions: {where} has the places {' '.join(m[0] for m in places)} in its "
+            f"prompt, but {len(pictures)} pictures were read{which}; expected one for each place, "
+            f"from a column {', '.join(COLUMNS)} or image_1 to image_9. Add the pictures or drop "
+            "the row; where the text only mentions the tag, spell it without the angle brackets."
+        )
+    images = tuple(pictures[n] for n in (numbers or pictures))
+    if not numbers:
+        return prompt, images
+    if isinstance(prompt, str):
+        return _PLACES.sub(PLACE, prompt), images
+    return [{**m, "content": _PLACES.sub(PLACE, m["content"])} for m in prompt], images
+
+
+def _encoded(value: Any, folder: Path, where: str) -> Picture:
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):
@@ -106,7 +152,7 @@ def messages_with_images(question: Question) -> list[dict[str, Any]]:
     return done
 
 
-def _opened(image: bytes | str, question: Question) -> Any:
+def _opened(image: Picture, question: Question) -> Any:
     from PIL import Image, UnidentifiedImageError
 
     try:

@@ -1,21 +1,19 @@
 """Every known form of row becomes the right Question, and nothing is guessed."""
 
+import base64
 import json
 import logging
+import pickle
 import time
+import zlib
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 from huggingface_hub import constants
 
-from riskpo.data import (
-    BOXED_INSTRUCTION,
-    gold_text,
-    last_boxed,
-    load_questions,
-    split_holdout,
-)
+from riskpo.data import BOXED_INSTRUCTION, load_questions, split_holdout
+from riskpo.data_text import gold_text, last_boxed
 from riskpo.records import Question
 from riskpo.rewards import Scorer
 
@@ -51,6 +49,8 @@ def load(tmp_path, *rows, **options):
             None,
         ),
         ({"prompt": "q", "gold": "1", "id": "x"}, "q", "1", "set/x"),
+        ({"ID": "2024-I-4", "Problem": "q", "Solution": "s", "Answer": 33}, "q", "33",
+         "set/2024-I-4"),
     ],
 )  # fmt: skip
 def test_each_form_of_row(tmp_path, row, prompt, gold, identity):
@@ -75,6 +75,54 @@ def test_unknown_fields_are_refused_with_what_is_known(tmp_path):
         load(tmp_path)
     with pytest.raises(ValueError, match="there is no file"):
         load_questions(str(tmp_path / "absent.jsonl"))
+
+
+LIVECODEBENCH = {  # the columns of code_generation_lite
+    "question_title": "Sum",
+    "question_content": "Add two numbers.",
+    "platform": "atcoder",
+    "question_id": "abc1_a",
+    "contest_id": "abc1",
+    "contest_date": "2024-01-01T00:00:00",
+    "starter_code": "",
+    "difficulty": "easy",
+    "public_test_cases": json.dumps([{"input": "1 2", "output": "3", "testtype": "stdin"}]),
+    "private_test_cases": base64.b64encode(
+        zlib.compress(
+            pickle.dumps(json.dumps([{"input": "4 5", "output": "9", "testtype": "stdin"}]))
+        )
+    ).decode(),
+    "metadata": "{}",
+}
+
+
+def test_a_row_of_livecodebench_in_its_own_form(tmp_path):
+    (question,) = load(tmp_path, LIVECODEBENCH, instruction=BOXED_INSTRUCTION)
+    assert question.prompt.startswith("Add two numbers.\n\nWrite a Python program")
+    assert "boxed" not in question.prompt and question.meta["reward"] == "code"
+    assert question.meta["difficulty"] == "easy"
+    tests = [("1 2", "3"), ("4 5", "9")]
+    gold = json.loads(question.gold)
+    assert gold["kind"] == "stdin"
+    assert [(t["input"], t["output"]) for t in gold["tests"]] == tests
+    called = {
+        **LIVECODEBENCH,
+        "starter_code": "class Solution:\n    def add(self, a, b):",
+        "public_test_cases": json.dumps(
+            [{"input": "1\n2", "output": "3", "testtype": "functional"}]
+        ),
+        "private_test_cases": "[]",
+        "metadata": '{"func_name": "add"}',
+    }
+    (question,) = load(tmp_path, called)
+    assert "def add(self, a, b):" in question.prompt
+    assert "Solution().add(1, 2)" in json.loads(question.gold)["tests"]
+
+
+def test_an_error_in_a_row_names_it(tmp_path):
+    bad = {"problem": "q", "solution": "it is 5"}
+    with pytest.raises(ValueError, match=r"without a .boxed answer.*set.jsonl row 1\)"):
+        load(tmp_path, {"problem": "q", "answer": "1"}, bad)
 
 
 def test_copies_become_one_question_and_contradictions_none(tmp_path, caplog):

@@ -12,6 +12,7 @@ from PIL import Image
 
 from riskpo.data import load_questions
 from riskpo.data_images import messages_with_images, processor_inputs, require_processor
+from riskpo.records import Question
 from riskpo.rewards import Scorer
 
 
@@ -116,6 +117,84 @@ def test_broken_pictures_are_named(tmp_path):
     (question,) = load_parquet(tmp_path, verl(b"not a picture"))
     with pytest.raises(ValueError, match="cannot be opened"):
         messages_with_images(question)
-    (question,) = load_parquet(tmp_path, verl(RED, text="<image> and <image>"))
+    made = Question("q", "<image> and <image>", "1", images=(RED,))
     with pytest.raises(ValueError, match="2 places <image> for 1 pictures"):
-        messages_with_images(question)
+        messages_with_images(made)
+
+
+def load_jsonl(tmp_path, row):
+    (tmp_path / "set.jsonl").write_text(json.dumps(row))
+    return load_questions(str(tmp_path / "set.jsonl"))[0]
+
+
+def shown(question):
+    return processor_inputs(FakeProcessor(), [question])[0]
+
+
+@pytest.mark.parametrize("place", ["<image_{}>", "<image {}>", "<image{}>"])
+def test_numbered_places_take_the_pictures_they_name(tmp_path, place):
+    row = {
+        "question": f"is {place.format(2)} like {place.format(1)}?",
+        "answer": "A",
+        "options": f"['yes', 'no, like {place.format(2)}']",
+        "image_1": text(RED),
+        "image_2": text(BLUE),
+        "image_3": text(RED),  # of the solution
+        "image_4": None,
+    }
+    question = load_jsonl(tmp_path, row)
+    red, blue = (255, 0, 0), (0, 0, 255)
+    assert shown(question) == [
+        "is ", blue, " like ", red, "?\n(A) yes\n(B) no, like ", blue
+    ]  # fmt: skip
+    assert question.images == (BLUE, RED, BLUE) and question.meta == {"copies": 1}
+
+
+def test_a_numbered_place_of_one_picture(tmp_path):
+    """MathVision: the picture under its own name, and a path that is not beside the file."""
+    row = {"question": "<image1>x?", "answer": "3", "options": [], "image": "images/1.jpg"}
+    question = load_jsonl(tmp_path, {**row, "decoded_image": text(RED)})
+    assert shown(question) == [(255, 0, 0), "x?"]
+
+
+def text(picture):
+    return base64.b64encode(picture).decode()
+
+
+PLAIN = {"problem": "<image>Find x.", "answer": "1"}
+NUMBERED = {"question": "see <image_1> and <image_2>", "final_answer": ["1"]}
+
+
+@pytest.mark.parametrize(
+    "row, came",
+    [
+        (PLAIN, "<image> .*but 0 pictures"),
+        ({**verl(), "images": None}, "<image> .*but 0 pictures"),
+        ({**verl(), "images": []}, "<image> .*but 0 pictures"),
+        ({**PLAIN, "problem": "<image>, <image>", "image": text(RED)}, "<image> <image> .*but 1 p"),
+        ({**PLAIN, "images": [text(RED), text(BLUE)]}, "<image> .*but 2 pictures"),
+        (NUMBERED, "<image_1> <image_2> .*but 0 pictures"),
+        ({**NUMBERED, "image_2": text(RED)}, "<image_1> <image_2> .*but 1 .*number 2"),
+        ({**NUMBERED, "question": "<image_0>", "image_1": text(RED)}, "<image_0> .*number 1"),
+        ({**NUMBERED, "question": "<image>, <image_1>", "image_1": text(RED)}, "<image> <image_1>"),
+        ({**NUMBERED, "question": "x?", "context": "<image_1>"}, "<image_1> .*but 0 pictures"),
+    ],
+)
+def test_a_place_without_its_picture_is_refused(tmp_path, row, came):
+    with pytest.raises(ValueError, match=f"set.jsonl row 0 has the places {came}") as caught:
+        load_jsonl(tmp_path, row)
+    assert "expected one for each place" in str(caught.value) and "drop" in str(caught.value)
+
+
+def test_a_programming_task_may_mention_the_tag(tmp_path):
+    row = {"text": "Count the <image> tags.", "test_list": ["assert f('<image>') == 1"]}
+    assert "Count the <image> tags." in load_jsonl(tmp_path, row).prompt
+
+
+def test_messages_of_parts(tmp_path):
+    content = [{"type": "image"}, {"type": "text", "text": "Find x."}]
+    row = {**verl(), "prompt": [{"role": "user", "content": content}], "images": [text(RED)]}
+    assert shown(load_jsonl(tmp_path, row)) == [(255, 0, 0), "Find x."]
+    row["prompt"][0]["content"] = [{"type": "video"}]
+    with pytest.raises(ValueError, match=r"parts \['video'\].*row 0"):
+        load_jsonl(tmp_path, row)

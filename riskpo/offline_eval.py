@@ -128,5 +128,6 @@ def seeds_as_json(results: Sequence[EvalResult]) -> dict[str, object]:
 
 
 def _outcomes(results: Sequence[EvalResult]) -> str:
-    totals = {name: sum(r.counts.get(name, 0) for r in results) for name in results[0].counts}
+    names = dict.fromkeys(name for r in results for name in r.counts)
+    totals = {name: sum(r.counts.get(name, 0) for r in results) for name in names}
     return "  ".join(f"{name} {count}" for name, count in totals.items() if count)

@@ -20,7 +20,6 @@ crashes and unreadable golds give reward 0 and are counted under their own names
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from types import TracebackType
@@ -30,12 +29,13 @@ import torch
 
 from riskpo.records import Question
 from riskpo.sandbox import require
-from riskpo.verdicts import Outcome, Verdict, failed, right
+from riskpo.verdicts import Outcome, Verdict, failed, right, tally
 from riskpo.verifier_pool import VerifierPool
 
 __all__ = ["Outcome", "Scorer", "Verdict", "VerifierPool", "check_golds", "verify_exact"]
 
 MATH = "riskpo.math_reward:verify_math"
+MATH_WATCH = ("math_verify", "latex2sympy2_extended", "riskpo.math_reward")  # see VerifierPool
 CODE = "riskpo.code_reward:verify_code"
 CODE_LEVELS = {"code": "namespaces", "code-limits-only": "limits"}
 CODE_EXTRA_SECONDS = 30.0  # to start two sandboxes on a busy machine, beside the program's own time
@@ -96,12 +96,11 @@ class Scorer:
         """Rewards float32 [R] and how many of the R responses had which outcome.
 
         texts are R responses, question-major: with Q questions, rows i * R / Q .. belong to
-        question i (R = Q is one response each). All six outcomes are in the counts, zeros too.
+        question i (R = Q is one response each). All six outcomes are in the counts, zeros too,
+        and what the watch over math answers without reward saw: see riskpo.verdicts.tally.
         """
         verdicts = self.verdicts(texts, questions)
-        seen = Counter(v.outcome for v in verdicts)
-        counts = {outcome.value: seen[outcome] for outcome in Outcome}
-        return torch.tensor([v.reward for v in verdicts], dtype=torch.float32), counts
+        return torch.tensor([v.reward for v in verdicts], dtype=torch.float32), tally(verdicts)
 
     def verdicts(self, texts: Sequence[str], questions: Sequence[Question]) -> list[Verdict]:
         """One Verdict per response, in order; rows as in `score`."""
@@ -171,7 +170,8 @@ class Scorer:
             if path == CODE:
                 require(self._level)
                 options["seconds"] += CODE_EXTRA_SECONDS
-            self._pools[path] = VerifierPool(path, **options)
+            watch = MATH_WATCH if path == MATH else ()
+            self._pools[path] = VerifierPool(path, watch=watch, **options)
         return self._pools[path]
 
     def close(self) -> None:

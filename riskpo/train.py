@@ -21,6 +21,7 @@ from riskpo.measures import all_equal, by_stratum, covariances, risk_curves, sam
 from riskpo.plots import plot
 from riskpo.start import Run, start
 from riskpo.update import update
+from riskpo.verdicts import metric_name
 
 
 def train(config: TrainConfig) -> Path:
@@ -80,7 +81,7 @@ def train_step(run: Run, step: int) -> None:
     else:
         run.log.note(f"step {step}: no question was kept, nothing to learn from")
     run.step = step
-    numbers |= {f"outcome_{name}": float(n) for name, n in batch.outcomes.items()}
+    numbers |= {metric_name(name): float(n) for name, n in batch.outcomes.items()}
     numbers |= {
         "sampled_questions": float(len(batch.seen_QG)),
         "sampled_responses": float(batch.seen_QG.numel()),

@@ -14,8 +14,9 @@ import torch
 from riskpo.math_reward import extract, verify_math
 from riskpo.records import Question
 from riskpo.rewards import Outcome, Scorer, check_golds, verify_exact
+from riskpo.verdicts import tally
 from riskpo.verifier_pool import VerifierPool
-from tools.agreement import compare, in_half, read_rows
+from tools.agreement import in_half, judge, read_rows
 
 HERE = "tests.verifiers"
 MATH = "riskpo.math_reward:verify_math"
@@ -227,13 +228,14 @@ def questions(*golds, source="math"):
 
 
 def test_scorer_returns_rewards_in_order_and_all_six_counts():
-    with Scorer(workers=1) as scorer:
+    with Scorer(workers=1, seconds=60) as scorer:
         rewards, counts = scorer.score(
             ["\\boxed{1}", "\\boxed{9}", "none", "\\boxed{2}"], questions("1", "2")
         )
         assert rewards.dtype == torch.float32 and rewards.tolist() == [1, 0, 0, 1]
         assert counts == {
-            "right": 2, "wrong": 1, "no_answer": 1, "unparsable_gold": 0, "timeout": 0, "crash": 0
+            "right": 2, "wrong": 1, "no_answer": 1, "unparsable_gold": 0, "timeout": 0, "crash": 0,
+            "watched": 2, "not_watched": 0, "swallowed": 0,
         }  # fmt: skip
         with pytest.raises(ValueError, match="3 texts for 2 questions"):
             scorer.score(["", "", ""], questions("1", "2"))
@@ -283,7 +285,9 @@ def test_agreement_with_labelled_answers(shared_data):
     with VerifierPool(MATH, workers=2, seconds=20) as pool:
         for name, floor in FLOORS.items():
             rows = read_rows(shared_data / "labelled_outputs" / f"{name}.jsonl", "even")[0][:120]
-            counts, disagree = compare(pool, rows)
-            assert counts["agree"] >= floor * len(rows) - 1, [row["id"] for row in disagree]
+            judged = judge(pool, rows)
+            disagree = [row["id"] for row in judged if not row["agrees"]]
+            assert len(rows) - len(disagree) >= floor * len(rows) - 1, disagree
+            counts = tally(row["verdict"] for row in judged)
             assert counts["timeout"] + counts["crash"] == 0
     assert in_half("x", "even") != in_half("x", "odd")

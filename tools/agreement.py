@@ -1,6 +1,7 @@
 """Agreement of the rewards with labelled data, file by file: python -m tools.agreement FOLDER
 
-FOLDER may hold three folders; each gives one table.
+FOLDER may hold three folders; each gives one table, and the first two another one with the
+exceptions that the libraries swallowed behind an answer that they called wrong or none.
 
   labelled_outputs/*.jsonl  {id, problem, gold, response, label, label_review}; rows whose label is
                             null (unknown) or under review are counted apart
@@ -23,13 +24,13 @@ from pathlib import Path
 from typing import Any
 
 from riskpo.data import load_questions
-from riskpo.rewards import MATH
-from riskpo.verdicts import Outcome
+from riskpo.rewards import MATH, MATH_WATCH
+from riskpo.verdicts import DENIED, OUTCOMES, Outcome, tally
 from riskpo.verifier_pool import VerifierPool
 
 HALVES = ("even", "odd")
 _RESPONSE = re.compile(r"\$|\\boxed|\\[(\[]|nswer|[a-z]{2,} [a-z]{2,}")  # more than an answer
-SIDES = ("right", "wrong", "no_answer", "unparsable_gold", "timeout", "crash")
+WATCH = ("swallowed", "not_watched")
 
 
 def read_rows(path: Path, half: str = "all") -> tuple[list[dict[str, Any]], int]:
@@ -56,20 +57,13 @@ def in_half(problem: str, half: str) -> bool:
     return half == "all" or odd == (half == "odd")
 
 
-def compare(
-    pool: VerifierPool, rows: list[dict[str, Any]]
-) -> tuple[Counter[str], list[dict[str, Any]]]:
-    """Counts (rows, agree, every outcome) and the rows that disagree, each with its verdict."""
+def judge(pool: VerifierPool, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, each with its `verdict` and whether that `agrees` with the label."""
     verdicts = pool.run([(str(row["gold"]), row["response"]) for row in rows])
-    counts: Counter[str] = Counter(rows=len(rows))
-    disagree = []
-    for row, verdict in zip(rows, verdicts, strict=True):
-        said = verdict.outcome is Outcome.RIGHT
-        counts[verdict.outcome.value] += 1
-        counts["agree"] += said == row["label"]
-        if said != row["label"]:
-            disagree.append({**row, "verdict": verdict})
-    return counts, disagree
+    return [
+        {**row, "verdict": v, "agrees": (v.outcome is Outcome.RIGHT) == row["label"]}
+        for row, v in zip(rows, verdicts, strict=True)
+    ]
 
 
 def heading(*columns: str) -> None:
@@ -81,32 +75,51 @@ def line(*cells: object) -> None:
 
 
 def answers(pool: VerifierPool, files: list[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Prints the table; yields (half, row) for every disagreement."""
-    heading("file", "half", "agree / rows", "%", "left out", *SIDES)
+    """Prints both tables; yields (half, row) for every disagreement."""
+    heading("file", "half", "agree / rows", "%", "left out", *OUTCOMES, *WATCH)
+    silences: list[dict[str, Any]] = []
     for path in files:
         for half in HALVES:
             rows, left_out = read_rows(path, half)
-            counts, disagree = compare(pool, rows)
-            share = f"{100 * counts['agree'] / max(1, counts['rows']):.1f}"
-            line(path.stem, half, f"{counts['agree']} / {counts['rows']}", share, left_out,
-                 *(counts[side] for side in SIDES))  # fmt: skip
-            yield from ((half, row) for row in disagree)
+            judged = judge(pool, rows)
+            counts, agree = (
+                tally(row["verdict"] for row in judged),
+                sum(r["agrees"] for r in judged),
+            )
+            share = f"{100 * agree / max(1, len(rows)):.1f}"
+            line(path.stem, half, f"{agree} / {len(rows)}", share, left_out,
+                 *(counts[name] for name in (*OUTCOMES, *WATCH)))  # fmt: skip
+            silences += (row for row in judged if row["verdict"].swallowed)
+            yield from ((half, row) for row in judged if not row["agrees"])
+    swallowed_table(silences)
+
+
+def swallowed_table(rows: list[dict[str, Any]]) -> None:
+    """Answers by the exception behind them, and the ids of those whose label says right."""
+    names = Counter(entry for row in rows for entry in row["verdict"].swallowed)
+    print()
+    heading("swallowed", *(outcome.value for outcome in DENIED), "labelled right")
+    for name, _ in names.most_common():
+        met = [row for row in rows if name in row["verdict"].swallowed]
+        line(name, *(sum(row["verdict"].outcome is o for row in met) for o in DENIED),
+             ", ".join(str(row["id"]) for row in met if not row["agrees"]) or "none")  # fmt: skip
+    print()
 
 
 def golds(pool: VerifierPool, files: list[Path]) -> None:
     """Prints how many golds of each file verify against themselves."""
-    heading("file", "questions", *SIDES)
+    heading("file", "questions", *OUTCOMES)
     for path in files:
         questions = load_questions(str(path))
         verdicts = pool.run([(q.gold, None) for q in questions])
-        seen = Counter(verdict.outcome.value for verdict in verdicts)
-        line(path.stem, len(questions), *(seen[side] for side in SIDES))
+        seen = tally(verdicts)
+        line(path.stem, len(questions), *(seen[name] for name in OUTCOMES))
 
 
 def show(row: dict[str, Any]) -> None:
     verdict, response = row["verdict"], row["response"]
     print(f"* {row['id']}: label {row['label']}, gold {row['gold']!r}: {verdict.outcome.value}, ")
-    print(f"  {verdict.detail}; ends in {response[-120:]!r}")
+    print(f"  {verdict.detail}; ends in {response[-120:]!r}; swallowed: {verdict.swallowed}")
 
 
 def main() -> None:
@@ -123,7 +136,9 @@ def main() -> None:
         found = [p for folder in folders for p in sorted((options.folder / folder).glob("*"))]
         return [p for p in found if options.only in p.name and p.suffix in (".jsonl", ".parquet")]
 
-    with VerifierPool(MATH, workers=options.workers, seconds=options.seconds) as pool:
+    with VerifierPool(
+        MATH, workers=options.workers, seconds=options.seconds, watch=MATH_WATCH
+    ) as pool:
         found = [*answers(pool, files("labelled_outputs"))]
         found += answers(pool, files("answer_pairs"))
         golds(pool, files("problems", "verl"))

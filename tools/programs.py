@@ -17,8 +17,8 @@ from pathlib import Path
 from riskpo.data import load_questions
 from riskpo.records import Question
 from riskpo.rewards import Scorer
-from riskpo.verdicts import Outcome
-from tools.agreement import SIDES, heading, line
+from riskpo.verdicts import OUTCOMES, Outcome
+from tools.agreement import heading, line
 
 TASKS = ("humaneval", "mbpp", "leetcode_functional", "codeforces_stdin")
 COMPLETIONS = "humaneval_codegen16b_completions_x12"
@@ -47,19 +47,20 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=10.0, help="for all tests of a program")
     options = parser.parse_args()
-    heading("programs", "rows", *SIDES, "seconds")
+    heading("programs", "rows", *OUTCOMES, "seconds")
     with Scorer("code", workers=options.workers, seconds=options.seconds) as scorer:
         for name in TASKS:
             start = time.monotonic()
             questions = load_questions(str(options.folder / f"{name}.jsonl"))
             counts = references(scorer, questions)
             spent = f"{time.monotonic() - start:.0f}"
-            line(name, len(questions), *(counts[side] for side in SIDES), spent)
+            line(name, len(questions), *(counts[side] for side in OUTCOMES), spent)
         start = time.monotonic()
         tasks = load_questions(str(options.folder / "humaneval.jsonl"))
         counts = completions(scorer, options.folder / f"{COMPLETIONS}.jsonl", tasks)
         spent = f"{time.monotonic() - start:.0f}"
-        line(COMPLETIONS, counts.total(), *(counts[side] for side in SIDES), spent)
+        seen = [counts[side] for side in OUTCOMES]
+        line(COMPLETIONS, sum(seen), *seen, spent)
 
 
 if __name__ == "__main__":

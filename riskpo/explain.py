@@ -10,64 +10,20 @@ from __future__ import annotations
 
 import argparse
 import math
-import statistics
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from riskpo.config import TrainConfig, read_toml
+from riskpo.config import read_toml
+from riskpo.explain_samples import sampler, verdicts
+from riskpo.findings import Finding, Log, mean_of
 from riskpo.logs import read_records
 from riskpo.measures import ALPHA, BETA, BUNDLE
 
 NO_SIGNAL = 0.5  # share of responses with advantage 0 from which on it is worth a word
 SMALL_LOSS = 0.02  # of the order of the noise of a mean advantage
 LITTLE_GRADIENT = 1e-6
-LOST_VERDICTS = 0.01  # share of verdicts that were a timeout, a crash or an unreadable gold
-TRUNCATED = 0.2
-MISMATCH_KL = 1e-3  # nats per token between sampler and trainer
 COLLAPSED = 0.2  # of the early entropy
 LAGGING = 0.5  # score units between a tracked quantile and the batch's own
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One sentence; `notable` where something should be looked at."""
-
-    topic: str
-    text: str
-    notable: bool = False
-
-
-@dataclass(frozen=True)
-class Log:
-    """The records of a run and its settings."""
-
-    steps: list[dict[str, Any]]
-    evals: list[dict[str, Any]]
-    config: TrainConfig
-
-    @cached_property
-    def tenth(self) -> int:
-        return max(len(self.steps) // 10, 1)
-
-    def early(self, name: str) -> float | None:
-        return _mean(self.steps[: self.tenth], name)
-
-    def late(self, name: str) -> float | None:
-        return _mean(self.steps[-self.tenth :], name)
-
-    def mean(self, name: str) -> float | None:
-        return _mean(self.steps, name)
-
-    def total(self, name: str) -> float:
-        return sum(r.get(name, 0.0) for r in self.steps)
-
-
-def _mean(records: Iterable[dict[str, Any]], name: str) -> float | None:
-    values = [r[name] for r in records if name in r]
-    return statistics.fmean(values) if values else None
 
 
 def explain_command(given: list[str]) -> None:
@@ -205,7 +161,7 @@ def loss(log: Log) -> Iterable[Finding]:
 
 
 def _mean_size(log: Log, name: str) -> float | None:
-    return _mean([{name: abs(r[name])} for r in log.steps if name in r], name)
+    return mean_of([{name: abs(r[name])} for r in log.steps if name in r], name)
 
 
 def clipping(log: Log) -> Iterable[Finding]:
@@ -261,47 +217,6 @@ def tracker(log: Log) -> Iterable[Finding]:
                 else "."
             ),
             abs(lag) > LAGGING,
-        )
-
-
-def verdicts(log: Log) -> Iterable[Finding]:
-    topic = "Did the verifier answer"
-    lost = {n: log.total(f"outcome_{n}") for n in ("timeout", "crash", "unparsable_gold")}
-    every = sum(log.total(k) for k in {k for r in log.steps for k in r if k.startswith("outcome_")})
-    if not every:
-        return
-    share = sum(lost.values()) / every
-    named = ", ".join(f"{int(n)} {name.replace('_', ' ')}" for name, n in lost.items() if n)
-    text = f"{every:.0f} verdicts; " + (
-        f"{named}: {share:.1%} of the rewards are 0 for a reason that is not the answer."
-        if named
-        else "no timeout, no crash, no unreadable gold."
-    )
-    yield Finding(topic, text, share > LOST_VERDICTS)
-    silent = log.total("outcome_no_answer") / every
-    if silent > TRUNCATED:
-        yield Finding(topic, f"{silent:.0%} of the responses held no answer at all.", True)
-
-
-def sampler(log: Log) -> Iterable[Finding]:
-    topic = "Are the samples sound"
-    cut = log.late("truncated_fraction")
-    if cut is not None:
-        limit = log.config.max_response_tokens
-        more = " Raise it, or the reward measures length." if cut > TRUNCATED else ""
-        yield Finding(
-            topic,
-            f"{cut:.1%} of the late responses were cut at max_response_tokens = {limit}.{more}",
-            cut > TRUNCATED,
-        )
-    kl = log.mean("sampler_kl")
-    if kl is not None and log.config.updates_per_step == 1:
-        off = kl > MISMATCH_KL
-        yield Finding(
-            topic,
-            f"Sampler and trainer differ by a KL of {kl:.1e} nats per token"
-            + (": they are not the same policy." if off else ": rounding."),
-            off,
         )
 
 

@@ -8,7 +8,7 @@ import pytest
 
 import riskpo.start
 from riskpo.cli import main
-from riskpo.config import TrainConfig, resolve, to_toml
+from riskpo.config import SamplerConfig, TrainConfig, resolve, to_toml
 from riskpo.explain import explain
 from riskpo.train import train
 
@@ -121,6 +121,68 @@ def test_sampler_mismatch_is_a_word_on_policy_only(tmp_path):
     assert text == ["Sampler and trainer differ by a KL of 2.0e-02 nats per token: they are not "
                     "the same policy."]  # fmt: skip
     assert not [f for f in write(tmp_path, records, updates_per_step=2) if f.notable]
+
+
+def test_swallowed_exceptions_are_named(tmp_path):
+    few = {"verifier_watched": 200.0, "verifier_not_watched": 0.0, "verifier_swallowed": 0.0}
+    text = [f for f in write(tmp_path, constant(**few)) if "without reward" in f.text]
+    assert [f.notable for f in text] == [False]
+    assert text[0].text == ("4000 math answers without reward were looked into, and no swallowed "
+                            "exception was found.")  # fmt: skip
+    many = few | {"verifier_swallowed": 30.0, "verifier_not_watched": 2.0}
+    records = constant(**many, verifier_swallowed_TypeError=20.0)
+    records += constant(**few, verifier_swallowed_NotImplementedError=15.0)
+    found = [f for f in write(tmp_path, records[10:30], updates_per_step=2) if "behind" in f.text]
+    assert [f.notable for f in found] == [False]  # said, but no reason to stop
+    assert "behind 300 of them (7.5%)" in found[0].text
+    assert "(TypeError 200, NotImplementedError 150). 20 could not be." in found[0].text
+    found = [f.text for f in write(tmp_path, records[:20], updates_per_step=2) if f.notable]
+    assert found == [
+        "4000 math answers without reward were looked into: behind 600 of them (15.0%) a library "
+        "swallowed an exception (TypeError 400); some of these may be right. 40 could not be."
+    ]
+    unwatched = few | {"verifier_watched": 0.0, "verifier_not_watched": 200.0}
+    found = [f.text for f in write(tmp_path, constant(**unwatched)) if f.notable]
+    assert found[0].startswith("0 math answers") and "4000 could not be" in found[0]
+    assert not any("swallowed" in f.text for f in write(tmp_path, constant()))
+
+
+@pytest.mark.parametrize(
+    "settings, numbers, sentences",
+    [
+        (
+            {"correction": "tis"},
+            {"sampler_ess": 0.97, "sampler_truncated": 0.012},
+            ["  The TIS weights leave 97.0% of the sample (effective sample size).",
+             "  1.2% of the tokens had a weight above sampler.cap = 2 (the largest 3.5) and were "
+             "truncated to it."],
+        ),
+        (
+            {"correction": "mis", "level": "sequence", "cap": 1.5},
+            {"sampler_ess": 0.31, "sampler_masked": 0.4},
+            ["! The MIS weights leave 31.0% of the sample (effective sample size); the gradient "
+             "rests on few of its terms.",
+             "! 40.0% of the responses had a weight above sampler.cap = 1.5 (the largest 3.5) and "
+             "were masked: they teach nothing."],
+        ),
+    ],
+)  # fmt: skip
+def test_what_the_sampler_correction_leaves(settings, numbers, sentences, tmp_path):
+    records = constant(**numbers, sampler_ratio_max=3.5)
+    records[0] = records[0] | {"sampler_ratio_max": 1.5}
+    found = write(tmp_path, records, updates_per_step=2, sampler=SamplerConfig(**settings))
+    said = [f"{'!' if f.notable else ' '} {f.text}" for f in found if "weight" in f.text]
+    assert said == sentences
+
+
+def test_overlong_responses_are_named_where_they_are_punished(tmp_path):
+    records = constant(truncated_fraction=0.1)
+    (cut,) = [f.text for f in write(tmp_path, records, algorithm="dapo") if "were cut" in f.text]
+    assert "10.0% of the late responses" in cut
+    assert cut.endswith("dapo takes up to 1 off the reward of a response in the last 20% of that "
+                        "length, and 1 where it was cut.")  # fmt: skip
+    (cut,) = [f.text for f in write(tmp_path, records, algorithm="grpo") if "were cut" in f.text]
+    assert "off the reward" not in cut
 
 
 def test_a_loss_near_zero_is_explained(tmp_path):

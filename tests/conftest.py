@@ -64,6 +64,14 @@ def device():
 
 
 @pytest.fixture
+def isolation():
+    """Asked for by tests.isolation.needs_sandbox."""
+    from tests.isolation import CLOSED, skip_or_fail
+
+    skip_or_fail(CLOSED)
+
+
+@pytest.fixture
 def shared_data():
     """Folder of real problems and labelled model answers; they are not part of the repository."""
     if not SHARED_DATA.is_dir():

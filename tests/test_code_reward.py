@@ -12,15 +12,9 @@ from riskpo.data_code import LEETCODE_IMPORTS, humaneval, livecodebench, mbpp, r
 from riskpo.plain_values import decode, encode
 from riskpo.records import Question
 from riskpo.rewards import Outcome, Scorer
-from riskpo.sandbox import SandboxUnavailable, require
+from riskpo.sandbox import SandboxUnavailable
 from riskpo.sandbox_roles import free_names
-
-try:
-    require()
-    CLOSED = ""
-except SandboxUnavailable as error:
-    CLOSED = str(error)
-needs_sandbox = pytest.mark.skipif(bool(CLOSED), reason=CLOSED)
+from tests.isolation import CLOSED, VARIABLE, needs_sandbox, skip_or_fail
 
 HUMANEVAL = {
     "task_id": "HumanEval/x",
@@ -307,3 +301,13 @@ def test_the_scorer_counts_programs_by_the_same_names(tmp_path):
 def test_a_machine_without_isolation_is_refused_at_the_door():
     with pytest.raises(SandboxUnavailable, match="code-limits-only"):
         Scorer("code")
+
+
+def test_without_isolation_tests_skip_or_fail_as_asked(monkeypatch):
+    monkeypatch.setenv(VARIABLE, "1")
+    skip_or_fail("")
+    with pytest.raises(pytest.fail.Exception, match="is set, but: no namespaces"):
+        skip_or_fail("no namespaces")
+    monkeypatch.setenv(VARIABLE, "0")
+    with pytest.raises(pytest.skip.Exception, match="no namespaces"):
+        skip_or_fail("no namespaces")

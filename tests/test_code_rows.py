@@ -8,7 +8,8 @@ import pytest
 from riskpo.code_reward import last_block, verify_code
 from riskpo.data import load_questions
 from riskpo.rewards import Outcome, Scorer
-from tests.test_code_reward import needs_sandbox, outcome
+from tests.isolation import needs_sandbox
+from tests.test_code_reward import outcome
 
 
 @needs_sandbox

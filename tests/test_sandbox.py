@@ -13,14 +13,9 @@ import pytest
 
 from riskpo import sandbox
 from riskpo.sandbox import Limits, SandboxUnavailable, require, run_program
+from tests.isolation import needs_sandbox
 
-try:
-    require()
-    CLOSED = ""
-except SandboxUnavailable as error:
-    CLOSED = str(error)
-
-pytestmark = pytest.mark.skipif(bool(CLOSED), reason=CLOSED)
+pytestmark = needs_sandbox
 LINUX = platform.system() == "Linux"
 
 

@@ -1,12 +1,17 @@
-"""The embedded default of `riskpo train`: a tiny Qwen2, twelve characters, additions to verify.
+"""The embedded tasks of `riskpo train`: a small Qwen2, twelve characters, additions to verify.
 
 The answer is written least significant digit first, so that a small causal model can carry as it
 goes. Difficulty is mixed on purpose: after the warm start sums of one-digit numbers are mostly
 right and those of three digits rarely, which gives a risk-averse objective a lower tail to lift.
 Nothing is downloaded; weights are random and the tokenizer is built in memory.
 
-TASKS holds what can be asked for: "embedded", the demo, and "embedded:mixed", whose warm start
-hardly ever shows the longest sums, so that about a quarter of the questions is almost never right.
+TASKS holds what can be asked for:
+
+    embedded         the demo
+    embedded:mixed   its warm start hardly ever shows the longest sums, so that about a quarter of
+                     the questions is almost never right
+    embedded:large   the same idea with six digits and 21 million weights, for a GPU
+    embedded:tiny    a rehearsal of commands: learned in seconds, says nothing about algorithms
 """
 
 from __future__ import annotations
@@ -32,8 +37,17 @@ WARM_START_MAX_STEPS = 3000
 
 
 @dataclass(frozen=True)
+class ModelSize:
+    """The embedded Qwen2; its MLP is twice as wide as `hidden`."""
+
+    hidden: int = 128
+    layers: int = 2
+    heads: int = 4  # of queries and of keys
+
+
+@dataclass(frozen=True)
 class Task:
-    """One embedded task: its questions, and how far the supervised warm start goes.
+    """One embedded task: its questions, its model, and how far the supervised warm start goes.
 
     sizes are the (at most) digits of the two operands; the pairs take turns. warm_share gives each
     its share of the warm start; None: as often as it is among the questions.
@@ -44,6 +58,8 @@ class Task:
     questions: int
     warm_target: float  # sampled accuracy; above it there is signal, far below 1 there is room
     warm_share: dict[str, float] | None = None
+    model: ModelSize = ModelSize()
+    warm_learning_rate: float = WARM_START_LEARNING_RATE
 
 
 def all_sizes(digits: int) -> tuple[tuple[int, int], ...]:
@@ -60,6 +76,16 @@ TASKS = {
         0.35,
         {"1+2": 0.40, "2+2": 0.35, "3+3": 0.20, "4+4": 0.05},
     ),
+    "embedded:large": Task(
+        6,
+        ((2, 2), (3, 3), (4, 4), (5, 5), (6, 6)),
+        40000,
+        0.35,
+        {"2+2": 0.32, "3+3": 0.28, "4+4": 0.22, "5+5": 0.13, "6+6": 0.05},
+        ModelSize(hidden=512, layers=8, heads=8),
+        3e-4,
+    ),
+    "embedded:tiny": Task(2, ((1, 1), (1, 2)), 200, 0.05, None, ModelSize(32, 1, 2), 5e-3),
 }
 
 
@@ -89,15 +115,18 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM:
-    """Random weights, a third of a million of them; the same seed gives the same bits."""
+def build_model(
+    tokenizer: PreTrainedTokenizerFast, seed: int, size: ModelSize | None = None
+) -> Qwen2ForCausalLM:
+    """Random weights, the demo's third of a million by default; one seed gives the same bits."""
+    size = size or ModelSize()
     config = Qwen2Config(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        hidden_size=size.hidden,
+        intermediate_size=2 * size.hidden,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.heads,
         max_position_embeddings=64,
         tie_word_embeddings=False,
         pad_token_id=tokenizer.pad_token_id,
@@ -150,19 +179,21 @@ def warm_start(
     seed: int,
     check_every: int = 10,
     share: dict[str, float] | None = None,
+    learning_rate: float = WARM_START_LEARNING_RATE,
 ) -> tuple[int, float]:
     """Supervised steps until `accuracy()`, sampled, reaches `target`; returns (steps, accuracy).
 
-    share, as Task.warm_share, says how often each stratum is shown. Without a warm start every
-    reward is zero and no policy gradient has anything to say.
+    Where the model is. share, as Task.warm_share, says how often each stratum is shown. Without a
+    warm start every reward is zero and no policy gradient has anything to say.
     """
+    device = next(model.parameters()).device
     rng = random.Random(seed)
     weights = None if share is None else _stratum_weights(questions, share)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=WARM_START_LEARNING_RATE)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
     reached = 0.0
     for step in range(1, WARM_START_MAX_STEPS + 1):
         chosen = rng.choices(questions, weights, k=WARM_START_BATCH)
-        tokens, labels = _supervised_batch(tokenizer, chosen)
+        tokens, labels = (x.to(device) for x in _supervised_batch(tokenizer, chosen))
         model.train()
         loss = model(input_ids=tokens, labels=labels, use_cache=False).loss
         optimizer.zero_grad(set_to_none=True)

@@ -163,7 +163,8 @@ def warmed_up(
 ) -> Policy:
     """The embedded model after supervised steps; weights and order are a function of the seed."""
     task, tokenizer = find_task(config.data), build_tokenizer()
-    policy = prepare(Policy(build_model(tokenizer, config.seed), tokenizer))
+    policy = prepare(Policy(build_model(tokenizer, config.seed, task.model), tokenizer))
+    policy.model.to(device=best_device())
     probe = list(questions[:WARM_START_PROBE])
     ask = GenerateSampler(policy, sampling_limits(config), config.sampler.sequences)
 
@@ -183,9 +184,10 @@ def warmed_up(
         target=task.warm_target,
         seed=config.seed,
         share=task.warm_share,
+        learning_rate=task.warm_learning_rate,
     )
     note(f"warm start: {steps} steps, {reached:.0%} of sampled answers right")
-    policy.model.to(device=best_device(), dtype=getattr(torch, config.dtype))
+    policy.model.to(dtype=getattr(torch, config.dtype))
     return policy
 
 

@@ -11,7 +11,7 @@ import torch
 
 from riskpo.config import MemoryConfig, TrainConfig, validate
 from riskpo.head import find_head
-from riskpo.memory.host_checkpoints import HostCheckpoints
+from riskpo.memory.host_checkpoints import HostCheckpoints, PlainTransfers
 from riskpo.memory.switches import apply_switches, park_checkpoints
 from riskpo.memory.tiled_mlp import tile_mlps, tiled
 from riskpo.optimizer import Optimizer
@@ -102,6 +102,27 @@ def test_parked_checkpoints_change_no_bit(layers):
     assert_same(parked, gradients(num_hidden_layers=layers), 0.0)
     assert transfers.most_out == min(2, layers), "inputs on their way out"
     assert transfers.most_back == min(2, layers), "one being used, one ahead of its use"
+
+
+def test_offloading_on_the_cpu():
+    """The switch itself, with copies in the same memory: every layer's input waits, then goes."""
+    memory = MemoryConfig(checkpointing=True, offload_checkpoints=True)
+    transfers = PlainTransfers()
+    parked = gradients(lambda m: apply_switches(m, memory, transfers), num_hidden_layers=5)
+    assert_same(parked, gradients(num_hidden_layers=5), 0.0)
+    longest = max(len(tokens) for tokens in random_rollouts(14).tokens) - 1  # inputs of it
+    size = tiny_policy().model.config.hidden_size * torch.float32.itemsize
+    assert 5 * longest * size <= transfers.most <= 5 * PLAN.micro_batch_tokens * size
+    assert transfers._waiting == 0
+
+
+def test_offloading_does_nothing_on_the_cpu_by_itself():
+    model = tiny_policy().model
+    apply_switches(model, MemoryConfig(checkpointing=True, offload_checkpoints=True))
+    assert not any(
+        isinstance(getattr(module, "_gradient_checkpointing_func", None), HostCheckpoints)
+        for module in model.modules()
+    )
 
 
 def test_parked_tensors_go_with_their_graph():
@@ -198,6 +219,13 @@ def test_state_on_the_host_changes_no_bit():
     for name, value in device.items():
         assert torch.equal(value, host[name]), name
     assert all(p.grad is None for p in (*optimizer.weights, *optimizer.masters))
+
+
+def test_float32_weights_on_the_cpu_are_their_own_masters():
+    """There the host is where the state is already: no copy, and no gradient that moves."""
+    _, optimizer = trained("host", steps=1, dtype=torch.float32)
+    assert all(m is w for m, w in zip(optimizer.masters, optimizer.weights, strict=True))
+    assert not any(w._post_accumulate_grad_hooks for w in optimizer.weights)
 
 
 def test_host_sums_micro_batches_in_float32():

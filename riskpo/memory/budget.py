@@ -5,7 +5,7 @@ flash kernel, SwiGLU), and compared with measurements in docs/long-context.md. T
 largest of three moments, which share the fixed terms:
 
     update   checkpoints of all layers + what one layer needs in its backward, or the head
-    step     the optimiser's float32 gradients
+    step     the optimiser's float32 gradients and its temporaries
     sampling keys and values of the rollouts + the logits of one step
 
 P parameters, L layers, T tokens of a micro-batch, H hidden width, I intermediate width, nq and nk
@@ -23,6 +23,10 @@ from riskpo.memory.shapes import ModelShape
 MIB, GIB = 2**20, 2**30
 PARKED_ON_DEVICE = IN_FLIGHT + 2  # layer inputs on their way out, back, and the layer's own
 MOMENTS = {"update": "updating", "step": "stepping", "sampling": "sampling"}
+# Bytes per element of the tensor that is being stepped. torch.optim.AdamW: the root of the second
+# moment, and its quotient by the bias correction. bitsandbytes unpacks both moments and scales a
+# copy of the gradient before that (backends/cpu/ops.py). On CUDA both are one kernel, without any.
+STEP_ON_CPU = {"device": 8.0, "host": 8.0, "8bit": 20.0}
 ENOUGH = 2**26  # tokens; a longest context beyond it is called unlimited
 
 
@@ -79,9 +83,11 @@ def budget(shape: ModelShape, memory: MemoryConfig, work: Workload) -> Budget:
     away = memory.optimizer == "host" and not work.on_host
     moments = {"device": 8.0, "8bit": 2.04, "host": 0.0 if away else 8.0}[memory.optimizer]
     masters = 4.0 if b < 4 and not away else 0.0
+    # with the state on the host a gradient becomes float32 as soon as it is there
+    gradient = 4.0 if memory.optimizer == "host" else float(b)
     fixed = {
         "weights": float(shape.parameters * b),
-        "gradients": 0.0 if away else float(P * b),
+        "gradients": 0.0 if away else gradient * P,
         "optimiser moments": moments * P,
         "master copies": masters * P,
     }
@@ -89,7 +95,7 @@ def budget(shape: ModelShape, memory: MemoryConfig, work: Workload) -> Budget:
     head = _head(shape, memory, work)
     # the head and the layers take turns
     other, stage = sorted((layer, {"head workspace": head}), key=lambda x: sum(x.values()))
-    step = {"gradients in float32": masters * P}
+    step = _step(shape, memory, work, gradient)
     sampling = _sampling(shape, work)
     host = {}
     if away:
@@ -97,6 +103,20 @@ def budget(shape: ModelShape, memory: MemoryConfig, work: Workload) -> Budget:
     if memory.offload_checkpoints and not work.on_host:
         host["checkpoints"] = shape.layers * _power_of_two(T * shape.hidden * b)
     return Budget(fixed, {**kept, **stage}, step, sampling, host, other)
+
+
+def _step(
+    shape: ModelShape, memory: MemoryConfig, work: Workload, gradient: float
+) -> dict[str, float]:
+    """Beyond `gradient` bytes for each parameter: they become float32, then the weights move."""
+    # tensor by tensor, each in the place of its 16-bit gradient: both exist for one at a time
+    most = gradient if gradient < 4 else 0.0
+    if work.on_host:
+        most = max(most, STEP_ON_CPU[memory.optimizer])
+    return {
+        "gradients in float32": (4.0 - gradient) * shape.trainable,
+        "temporaries of the step": most * shape.largest_tensor,
+    }
 
 
 def _kept(shape: ModelShape, memory: MemoryConfig, work: Workload) -> dict[str, float]:

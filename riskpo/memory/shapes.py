@@ -67,6 +67,11 @@ class ModelShape:
         return self.parameters if self.trained is None else self.trained
 
     @property
+    def largest_tensor(self) -> int:
+        """Elements of the largest one that is stepped: an embedding or a projection of an MLP."""
+        return min(self.hidden * max(self.vocab, self.intermediate), self.trainable)
+
+    @property
     def largest_mlp(self) -> int:
         """Parameters of one layer's gate, up and down projections."""
         return 3 * self.hidden * self.intermediate

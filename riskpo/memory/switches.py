@@ -6,14 +6,15 @@ from typing import Any
 
 from riskpo.config import MemoryConfig
 from riskpo.memory.attention import choose
-from riskpo.memory.host_checkpoints import CudaTransfers, HostCheckpoints
+from riskpo.memory.host_checkpoints import CudaTransfers, HostCheckpoints, Transfers
 from riskpo.memory.tiled_mlp import tile_mlps
 
 
-def apply_switches(model: Any, memory: MemoryConfig) -> None:
+def apply_switches(model: Any, memory: MemoryConfig, transfers: Transfers | None = None) -> None:
     """Attention, checkpointing, offloading and tiles, in place; ValueError where one cannot be.
 
-    Offloading is nothing to do for a model that is on the host itself.
+    `transfers` moves what is offloaded; None: to pinned memory from CUDA, and nothing at all for a
+    model that is on the host itself, where a second place would only cost.
     """
     model.set_attn_implementation(choose(memory.attention, model))
     if memory.mlp_tile_tokens:
@@ -22,8 +23,10 @@ def apply_switches(model: Any, memory: MemoryConfig) -> None:
         # transformers renamed it in 5.23; both take the options of torch's checkpoint
         enable = getattr(model, "activation_checkpointing_enable", None)
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
-        if memory.offload_checkpoints and model.device.type == "cuda":
-            park_checkpoints(model, HostCheckpoints(CudaTransfers(model.device)))
+        if transfers is None and model.device.type == "cuda":
+            transfers = CudaTransfers(model.device)
+        if memory.offload_checkpoints and transfers is not None:
+            park_checkpoints(model, HostCheckpoints(transfers))
 
 
 def park_checkpoints(model: Any, checkpoints: HostCheckpoints) -> None:

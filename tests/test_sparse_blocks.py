@@ -205,10 +205,11 @@ def test_dense_and_sparse_rows_in_one_batch():
     assert errors(flat, exact)[0] < 1e-6, "a flat row was not computed densely"
 
 
+@pytest.mark.parametrize("g", [0.0, 1.0])
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 0.3, 0.2, 0.15])
-def test_default_threshold_stays_inside_the_rule(shared_data, temperature):
-    """A trained head in bf16 at the default tail_eps, RiskPO-like coefficients: error at most
-    twice that of plain PyTorch, for dH, dW and dW without the rows of targets."""
+def test_default_threshold_stays_inside_the_rule(shared_data, temperature, g):
+    """A trained head in bf16 at the default tail_eps, RiskPO-like coefficients, without and with
+    an entropy gradient: the one rule in both its metrics, dW apart for the rows of targets."""
     from safetensors.torch import load_file
 
     rows = load_file(shared_data / "lm_rows" / "rows.safetensors")
@@ -217,46 +218,55 @@ def test_default_threshold_stays_inside_the_rule(shared_data, temperature):
     target = torch.multinomial(p, 1)[:, 0]
     c = -torch.rand(16).repeat_interleave(16)  # one sign, constant within a sequence
 
-    def gradients(op, dtype, **options):
+    def results(op, dtype, **options):
         hh, ww = (x.detach().clone().to(dtype).requires_grad_() for x in (h, w))
-        out = op(hh, ww, target, temperature=temperature, **options)
-        (out.logprob * c.to(out.logprob.dtype)).sum().backward()
-        return split_columns({"dhidden": hh.grad, "dweight": ww.grad}, target)
+        out = op(hh, ww, target, temperature=temperature, return_entropy=g != 0, **options)
+        values = {"logprob": out.logprob} | ({"entropy": out.entropy} if g else {})
+        total = (out.logprob * c.to(out.logprob.dtype)).sum()
+        (total + (g * out.entropy.sum() if g else 0)).backward()
+        return split_columns(values | {"dhidden": hh.grad, "dweight": ww.grad}, target)
 
-    truth = gradients(reference.linear_logprob, torch.float64)
-    plain = gradients(reference.linear_logprob, torch.bfloat16)
-    got = gradients(linear_logprob, torch.bfloat16, backend="torch")
-    exact = gradients(linear_logprob, torch.bfloat16, backend="torch", tail_eps=0.0)
-    for name in truth:
-        limit = 2 * errors(plain[name], truth[name])[0]
-        assert errors(got[name], truth[name])[0] <= limit, name
+    truth = results(reference.linear_logprob, torch.float64)
+    plain = results(reference.linear_logprob, torch.bfloat16)
+    got = results(linear_logprob, torch.bfloat16, backend="torch")
+    assert_all_close_as_plain(got, truth, plain)
     if temperature < 0.6:
+        exact = results(linear_logprob, torch.bfloat16, backend="torch", tail_eps=0.0)
         assert not torch.equal(got["dhidden"], exact["dhidden"]), "nothing was dropped"
 
 
 def test_adam_with_dropped_tails_learns_the_same():
-    """Twenty Adam steps, sparse beside exact: the head rows that move are the same to 1 %."""
+    """Twenty Adam steps, sparse beside exact: the head rows of targets move alike and the policy
+    is the same. Rows that are never a target get a gradient near the rounding of the others', and
+    Adam divides by its size: exact, they move by the learning rate; dropped, they stand still."""
     h, w, target = peaked(64, 3000, 64)
-    advantage = torch.randn(64)
-    heads = {}
+    advantage, steps, rate = torch.randn(64), 20, 1e-3
+    moved = {}
     for tail_eps in (0.0, 2.0**-14):
         weight = w.clone().requires_grad_()
-        adam = torch.optim.Adam([weight], lr=1e-3)
-        for _ in range(20):
+        adam = torch.optim.Adam([weight], lr=rate)
+        for _ in range(steps):
             adam.zero_grad()
             out = linear_logprob(h, weight, target, tail_eps=tail_eps)
             (out.logprob * advantage).mean().backward()
             adam.step()
-        heads[tail_eps] = weight.detach()
-    exact, sparse = heads[0.0] - w, heads[2.0**-14] - w
+        moved[tail_eps] = weight.detach() - w
+    exact, sparse = moved[0.0], moved[2.0**-14]
     taken = torch.zeros(3000, dtype=torch.bool)
     taken[target] = True
-    difference = (sparse - exact).norm(dim=1)
-    assert difference[taken].norm() / exact[taken].norm() < 0.01
-    # Adam divides by the size of the gradient: rows of the head that are never taken move by the
-    # learning rate however small their gradient is, and stand still when it is dropped
-    untouched = (sparse[~taken] == 0).all(1).float().mean()
-    print(f"rows never taken that stand still: {untouched:.3f}")
-    a = linear_logprob(h, heads[0.0], target).logprob
-    b = linear_logprob(h, heads[2.0**-14], target).logprob
-    assert (a - b).abs().max() < 0.05
+    assert (sparse - exact)[taken].norm() / exact[taken].norm() < 1e-3
+    before, a, b = (linear_logprob(h, w + x, target).logprob for x in (0.0, exact, sparse))
+    assert (a - b).abs().max() < 1e-3 * (a - before).abs().max()
+
+    full, rarely = (x[~taken].norm(dim=1) for x in (exact, sparse))  # of each row never taken
+    still = rarely == 0
+    print(
+        f"rows never taken: {still.float().mean():.3f} stand still; norm of a row's update "
+        f"{full.mean():.4f} exact, {rarely.mean():.4f} sparse (median {full.median():.4f}, "
+        f"{rarely.median():.4f}), of those that stand still {full[still].mean():.4f} exact; "
+        f"log-probs moved {(a - before).abs().max():.2f}, differ {(a - b).abs().max():.1e}"
+    )
+    assert (full > 0).all(), "the exact update reaches every row"
+    assert 0.2 < still.float().mean() < 0.5
+    assert rarely.max() < 1.01 * full.max() < 1.2 * rate * steps * h.shape[1] ** 0.5
+    assert 0.3 < rarely.mean() / full.mean() < 0.7

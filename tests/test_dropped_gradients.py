@@ -1,0 +1,181 @@
+"""What dropping blocks costs, seen from outside the op: its gradients beside float64, row by row.
+
+One row at a time: dW[v] is then dz_v h, so the rows of dW that are zero say which columns were
+dropped, and what they held is summed from the float64 gradient of the logits.
+"""
+
+import math
+
+import pytest
+import torch
+
+from riskpo_kernels import linear_logprob, reference
+from riskpo_kernels.block_selection import BLOCK, n_blocks
+from tests.compare import assert_all_close_as_plain, assert_close_as_plain
+from tests.head_inputs import split_columns
+
+pytestmark = pytest.mark.usefixtures("recomputed")
+EPS = 2.0**-14
+SMALLEST = 2.0**-15  # ||dz||_1 / |c| below which the relative bound stays that of a row this large
+
+
+def near_one_hot(doubt, vocab=4000, width=16):
+    """One row whose target has probability 1 - doubt; the other words in order of frequency."""
+    g = torch.Generator().manual_seed(0)
+    w = torch.randn(vocab, width, generator=g) / width**0.5
+    h = torch.randn(1, width, generator=g)
+    h[:, 0], w[:, 0] = 1.0, -2.5 * torch.log(torch.arange(1.0, vocab + 1))
+    target = torch.tensor([7])
+    z = h.double() @ w.double().T
+    others = z.index_fill(1, target, -math.inf).logsumexp(1)
+    w[7, 0] += (others + math.log((1 - doubt) / doubt) - z[:, 7]).float().item()
+    return h, w, target
+
+
+def evenly(doubt=None, vocab=151_936, width=4):
+    """One row whose mass beside the target is the same in every block: `doubt` in all, or just
+    under the threshold in each."""
+    w = torch.randn(vocab, width, generator=torch.Generator().manual_seed(0))
+    mass = 0.95 * EPS if doubt is None else doubt / n_blocks(vocab)
+    target = torch.tensor([70_000])
+    w[:, 0] = math.log(mass / BLOCK) - math.log1p(-mass * n_blocks(vocab))
+    w[target, 0] = 0.0
+    h = torch.zeros(1, width)
+    h[:, 0] = 1.0
+    return h, w, target
+
+
+def descending(vocab=151_936, width=4):
+    """Block masses from just under the threshold down to e^-12 of it: a part may go."""
+    h, w, target = evenly(vocab=vocab, width=width)
+    fall = torch.linspace(0, 12, n_blocks(vocab)).repeat_interleave(BLOCK)[:vocab]
+    w[:, 0] -= fall.index_fill(0, target, 0.0)
+    return h, w, target
+
+
+ROWS = {
+    f"1 - {doubt:g}": lambda d=doubt: near_one_hot(d) for doubt in (1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
+}
+ROWS |= {"evenly under the threshold": evenly, "descending": descending}
+ROWS |= {f"evenly, 1 - {doubt:g}": lambda d=doubt: evenly(d) for doubt in (1e-3, 1e-5)}
+DROPPING = [name for name in ROWS if "evenly" not in name]  # the cap keeps the others whole
+UPSTREAM = [(1.0, 0.0), (-1.0, 0.5), (0.0, 1.0)]
+
+
+def results(op, h, w, target, c, g, dtype, **options):
+    """Values and gradients; without an entropy's gradient no entropy is asked for either."""
+    hh, ww = (x.detach().clone().to(dtype).requires_grad_() for x in (h, w))
+    out = op(hh, ww, target, return_entropy=g != 0, **options)
+    values = {"logprob": out.logprob} | ({"entropy": out.entropy} if g else {})
+    (c * out.logprob + (g * out.entropy if g else 0)).sum().backward()
+    return values | {"dhidden": hh.grad, "dweight": ww.grad}
+
+
+def logit_gradient(h, w, target, c, g):
+    """dz [V] of one row in float64, from the definition."""
+    log_p = (h.double() @ w.double().T)[0].log_softmax(0)
+    p = log_p.exp()
+    dz = -c * p - g * p * (log_p - (p * log_p).sum())
+    dz[target] += c
+    return dz
+
+
+@pytest.mark.parametrize(("c", "g"), UPSTREAM, ids=str)
+@pytest.mark.parametrize("name", ROWS)
+def test_what_a_row_loses_is_bounded(name, c, g):
+    """float32 at 2^-14: values as ever; the dropped columns hold at most 32 eps (|c| + |g|), for
+    the log-prob alone 256 eps ||dz||_1 as well; dH and dW are off by that and rounding only."""
+    h, w, target = ROWS[name]()
+    truth = results(reference.linear_logprob, h, w, target, c, g, torch.float64)
+    plain = results(reference.linear_logprob, h, w, target, c, g, torch.float32)
+    got = results(linear_logprob, h, w, target, c, g, torch.float32, tail_eps=EPS, backend="torch")
+    for value in truth.keys() - {"dhidden", "dweight"}:
+        assert_close_as_plain(value, got[value], truth[value], plain[value])
+
+    dz = logit_gradient(h, w, target, c, g)
+    dropped = (got["dweight"] == 0).all(1)
+    lost, whole = dz[dropped].abs().sum(), dz.abs().sum()
+    bound = 32 * EPS * (abs(c) + abs(g))
+    assert lost <= bound
+    if g == 0:
+        assert lost <= 256 * EPS * whole.clamp(min=SMALLEST)
+    assert not dropped[target], "the target's own column was dropped"
+    assert dropped.any() == (name in DROPPING)
+
+    kept = dz.masked_fill(dropped, 0.0)
+    wanted = {"dhidden": kept[None] @ w.double(), "dweight": kept[:, None] * h.double()}
+    room = {"dhidden": w.double().norm(dim=1).max(), "dweight": h.double().norm()}
+    for gradient, x in wanted.items():
+        rounding = plain[gradient].double() - truth[gradient]
+        assert_close_as_plain(gradient, got[gradient], x, x + rounding, factor=5)
+        error = (got[gradient] - truth[gradient]).norm(dim=1).sum()
+        assert error <= bound * room[gradient] + 5 * rounding.norm(dim=1).sum() + 1e-7, gradient
+
+
+@pytest.mark.parametrize(("c", "g"), UPSTREAM, ids=str)
+@pytest.mark.parametrize("name", [name for name in ROWS if name != "descending"])
+def test_one_row_in_bfloat16_stays_inside_the_rule(name, c, g):
+    """The default threshold and a row alone: its error is measured against its own gradient."""
+    h, w, target = ROWS[name]()
+    h, w = h.bfloat16(), w.bfloat16()
+
+    def apart(op, dtype, **options):
+        return split_columns(results(op, h, w, target, c, g, dtype, **options), target)
+
+    assert_all_close_as_plain(
+        apart(linear_logprob, torch.bfloat16, backend="torch"),
+        apart(reference.linear_logprob, torch.float64),
+        apart(reference.linear_logprob, torch.bfloat16),
+    )
+
+
+CAP, SCALE, COOL = 30.0, 0.5, 0.8  # softcap, scale and temperature
+
+
+def capped_rows(eps, n=60, blocks=32):
+    """Raw logits [n, V] that lose as much as a row can, and how far their target's logit is
+    saturated: a target, one rival, and thirty blocks just under the row's threshold."""
+    g = torch.Generator().manual_seed(0)
+    saturation = 1 - 0.7 * 10 ** -torch.linspace(0, 6, n, dtype=torch.float64)
+    doubt = 0.5 ** (1 + 9 * torch.rand(n, generator=g, dtype=torch.float64))
+    doubt[::2] = 0.5  # two logits alike, saturated alike
+    top = CAP * saturation / COOL
+    lse = top - torch.log1p(-doubt)
+    theta = eps * (16 * doubt).clamp(max=1.0)
+    z = (lse + torch.log(0.99 * theta / BLOCK))[:, None].repeat(1, blocks * BLOCK)
+    z[:, : 2 * BLOCK] = -0.999 * CAP / COOL
+    z[:, 0], z[:, BLOCK] = top, lse + torch.log(doubt)
+    assert (z.abs() < CAP / COOL).all()
+    return torch.atanh(z * COOL / CAP) * CAP / SCALE, saturation
+
+
+def lost_of_raw(raw, tail_eps):
+    """(what each row of target 0 loses, its whole gradient) of the raw logits, in the 1-norm."""
+    dropped = torch.empty(raw.shape, dtype=torch.bool)
+    options = {"softcap": CAP, "scale": SCALE, "temperature": COOL, "tail_eps": tail_eps}
+    for i, row in enumerate(raw.float()):
+        w = row[:, None].clone().requires_grad_()  # width 1: dW is the gradient of raw logits
+        out = linear_logprob(torch.ones(1, 1), w, torch.tensor([0]), backend="torch", **options)
+        out.logprob.sum().backward()
+        dropped[i] = w.grad[:, 0] == 0
+    capped = torch.tanh(raw * SCALE / CAP)
+    dz = (capped * CAP / COOL).softmax(1)
+    dz[:, 0] -= 1
+    size = (dz * (1 - capped**2) * SCALE / COOL).abs()
+    return (size * dropped).sum(1), size.sum(1)
+
+
+def test_softcap_bounds_what_raw_logits_lose():
+    """With a softcap eps is divided by 4. The absolute bound then holds four times over, however
+    far the kept logits are saturated. The relative one holds while they stay below sqrt(3) / 2 of
+    the softcap, where the slope is 1/4, and needs the division; beyond, nothing holds: the row has
+    next to no gradient, and what it loses can be all of it (kernel-notes.md)."""
+    raw, saturation = capped_rows(EPS / 4)
+    lost, whole = lost_of_raw(raw, EPS)
+    assert (lost > 0).all(), "nothing is dropped: the test shows nothing"
+    assert (lost <= 32 * EPS / 4 * SCALE / COOL * (1 + 1e-4)).all()
+    mild = saturation <= 3**0.5 / 2
+    assert (lost <= 256 * EPS * whole)[mild].all()
+    assert (lost / whole).max() > 0.5
+    lost, whole = lost_of_raw(capped_rows(EPS)[0], 4 * EPS)  # as without the division
+    assert (lost > 256 * EPS * whole)[mild].any(), "eps need not be divided"

@@ -1,0 +1,144 @@
+"""Whole training runs on the engine of tests/test_vllm_sampler.py in vLLM's stead."""
+
+from __future__ import annotations
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import riskpo.train
+from riskpo.config import SamplerConfig, TrainConfig
+from riskpo.logs import read_records
+from riskpo.train import train
+from tests.test_vllm_sampler import Engine
+from tests.toy import save_arithmetic
+
+WOKEN = ["wake weights", "weights", "reset", "wake kv_cache"]
+
+
+class Rounding(Engine):
+    """Computes coarser than the trainer, as engines do, and notes the weights it wakes up with."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.model.lm_head.register_forward_hook(lambda *given: given[-1].bfloat16().float())
+        self.woken_with = []
+
+    def wake_up(self, tags):
+        super().wake_up(tags)
+        if "kv_cache" in tags:
+            self.woken_with.append(weights(self.model))
+
+
+def weights(model):
+    return {name: x.clone() for name, x in model.state_dict().items()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def mismatch(model, rollouts, cap):
+    """(KL by k3, share of the sample left by min(r, cap)) of the drawn tokens, from scratch."""
+    gaps = []
+    for tokens, start, theirs in zip(
+        rollouts.tokens, rollouts.prompt_len, rollouts.logprob, strict=True
+    ):
+        with torch.no_grad():
+            z = model(input_ids=tokens[None]).logits[0, start - 1 : -1].log_softmax(-1)
+        gaps.append((z.gather(1, tokens[start:, None])[:, 0] - theirs).double())
+    gap = torch.cat(gaps)
+    w = gap.exp().clamp(max=cap)
+    return float((gap.exp() - 1 - gap).mean()), float(w.sum() ** 2 / (len(w) * (w**2).sum()))
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """run(name, steps) -> (folder, its engine, the trainer's weights and mismatch by update)."""
+    model, data = save_arithmetic(tmp_path)
+    real = riskpo.train.update
+    # What an untrained model earns about half of the time, and no processes to judge it.
+    monkeypatch.setattr(
+        "riskpo.rewards.Scorer.score",
+        lambda self, texts, questions: (torch.tensor([len(t) % 2.0 for t in texts]), {"right": 1}),
+    )
+
+    def run(name, steps):
+        engines, updates = [], []
+
+        def llm(**given):
+            engines.append(Rounding(**given))
+            return engines[0]
+
+        def watched(trainee, head, optimizer, rollouts, *rest):
+            expected = mismatch(trainee.model, rollouts, cap=2.0)
+            stats = real(trainee, head, optimizer, rollouts, *rest)
+            updates.append((weights(trainee.model), expected))
+            return stats
+
+        fake = SimpleNamespace(LLM=llm, SamplingParams=SimpleNamespace)
+        monkeypatch.setitem(sys.modules, "vllm", fake)
+        monkeypatch.setattr(riskpo.train, "update", watched)
+        monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # restored afterwards
+        config = TrainConfig(
+            run_dir=str(tmp_path / name),
+            model=str(model),
+            data=str(data),
+            steps=steps,
+            sampler=SamplerConfig(engine="vllm", correction="tis"),
+            updates_per_step=2,
+            questions_per_step=10,
+            responses_per_question=2,
+            max_response_tokens=4,
+            learning_rate=1e-3,
+            eval_every_steps=2,
+            eval_questions=6,
+            eval_samples=2,
+            save_every_steps=2,
+        )
+        folder = train(config)
+        (engine,) = engines
+        return folder, engine, updates
+
+    return run
+
+
+def test_one_sleep_a_step_and_always_the_weights_of_the_last_update(runs):
+    folder, engine, updates = runs("whole", 4)
+    step, evaluation, answers = ["generate"], ["generate"], ["generate"]
+    assert engine.calls == [
+        "sleep 2",
+        *[*WOKEN, *evaluation, *step, "sleep 2"],
+        *[*WOKEN, *step, "sleep 2"],
+        *[*WOKEN, *evaluation, *step, "sleep 2"],
+        *[*WOKEN, *step, "sleep 2"],
+        *[*WOKEN, *evaluation, *answers],
+    ]
+    assert len(engine.woken_with) == 5 and len(updates) == 4
+    for (trained, _), before, after in zip(
+        updates, engine.woken_with[:-1], engine.woken_with[1:], strict=True
+    ):
+        assert same(after, trained) and not same(after, before)
+    assert [r["step"] for r in read_records(folder, "eval")] == [0, 2, 4]
+    steps = read_records(folder, "step")
+    assert len(steps) == 4
+    for record, (_, (kl, ess)) in zip(steps, updates, strict=True):
+        assert record["sampler_kl"] == pytest.approx(kl, rel=0.01) and kl > 1e-8
+        assert record["sampler_ess"] == pytest.approx(ess, abs=1e-6) and ess < 1
+        assert record["sampler_truncated"] == 0 and record["skipped_updates"] == 0
+
+
+def test_resumed_with_a_fresh_engine_is_bitwise_the_whole_run(runs):
+    def log(folder):
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        return [{k: v for k, v in json.loads(x).items() if not k.endswith("_s")} for x in lines]
+
+    whole, _, whole_updates = runs("whole", 4)
+    runs("cut", 2)
+    cut, engine, updates = runs("cut", 4)
+    assert same(engine.woken_with[0], whole_updates[1][0])  # the checkpoint's, not config.model's
+    assert same(updates[-1][0], whole_updates[-1][0]) and len(updates) == 2
+    assert log(cut) == log(whole)

@@ -95,10 +95,13 @@ class Products:
         return torch.mm(a, b, out=out)
 
     def add(self, out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-        """out += a @ b"""
+        """out += a @ b; rows of a beyond those of out are padding."""
         executed(*a.shape, b.shape[1])
         if self.mixed:
-            out.add_(torch.mm(a, b, out_dtype=self.wide))  # type: ignore[call-overload]
+            product = torch.mm(a, b, out_dtype=self.wide)  # type: ignore[call-overload]
+            out.add_(product[: out.shape[0]])
+        elif a.shape[0] > out.shape[0]:
+            out.add_(torch.mm(a, b)[: out.shape[0]])
         else:
             out.addmm_(a, b)
 

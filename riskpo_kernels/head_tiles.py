@@ -27,11 +27,23 @@ from riskpo_kernels.vocab_parallel import VocabShard
 # the product and the fold. CUDA backward: wide tiles, so that dH and dW are touched rarely.
 FORWARD_TILE = {"cuda": (8192, 1024), "cpu": (2048, 2048)}
 BACKWARD_TILE = {"cuda": (8192, 8192), "cpu": (2048, 2048)}
+# With deterministic=True every product has this many rows, some of them padding, and columns that
+# do not depend on the batch: the bits of a product's row depend on the product's shape.
+WHOLE_TILE = {"cuda": (128, 65_536), "cpu": (128, 2048)}
 # How the triton backend makes the forward's statistics. "tiles": a cuBLAS product into such a tile,
 # then the fold. "gemm" and "gemm, warp-specialised": one kernel (kernels/head_forward.py). The
 # benchmarks set this to compare the two; what loses on a GPU is to be deleted.
 GEMM_ROWS = 65_536
 FORWARD: ContextVar[str] = ContextVar("forward", default="tiles")
+
+
+def padded(x: torch.Tensor, rows: int, value: float = 0.0) -> torch.Tensor:
+    """x with rows of `value` below it, `rows` in all; x itself when it has as many."""
+    if x.shape[0] >= rows:
+        return x
+    out = x.new_full((rows, *x.shape[1:]), value)
+    out[: x.shape[0]] = x
+    return out
 
 
 @dataclass(frozen=True)
@@ -74,9 +86,19 @@ class Head:
         rows = keep if self.rows is None else self.rows[keep]
         return replace(self, rows=rows, target=self.target[keep], map=self.map.of(keep))
 
-    def take(self, s: slice | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Hidden states of rows s."""
-        return self.hidden[self.at(s)].to(dtype)
+    def take(self, s: slice | torch.Tensor, dtype: torch.dtype, pad: int = 0) -> torch.Tensor:
+        """Hidden states of rows s, and rows of zeros up to `pad`."""
+        return padded(self.hidden[self.at(s)].to(dtype), pad)
+
+    def targets(self, s: slice | torch.Tensor, v: slice, pad: int = 0) -> torch.Tensor:
+        """Targets of rows s, counted from the first of columns v."""
+        return padded(self.target[s], pad) - v.start
+
+    def map_of(self, s: slice | torch.Tensor, pad: int = 0) -> LogitMap:
+        map = self.map.of(s)
+        if isinstance(map.temperature, torch.Tensor):
+            return map._replace(temperature=padded(map.temperature, pad, 1.0))
+        return map
 
     def at(self, s: slice | torch.Tensor) -> slice | torch.Tensor:
         """Where rows s lie in hidden."""
@@ -108,9 +130,11 @@ class Upstream:
     c: torch.Tensor | None
     g: torch.Tensor | None
 
-    def of(self, rows: slice | torch.Tensor) -> Upstream:
-        c, g = (None if x is None else x[rows] for x in (self.c, self.g))
-        return Upstream(self.stats.of(rows), c, g)
+    def of(self, rows: slice | torch.Tensor, pad: int = 0) -> Upstream:
+        """Some of the rows, and rows without a gradient up to `pad`."""
+        c, g = (None if x is None else padded(x[rows], pad) for x in (self.c, self.g))
+        stats = (None if x is None else padded(x, pad) for x in self.stats.of(rows))
+        return Upstream(RowStats(*stats), c, g)  # type: ignore[arg-type]
 
 
 @dataclass
@@ -146,16 +170,18 @@ def plan_for(
     vocab = head.vocab if vocab is None else vocab
     device = "cuda" if head.hidden.device.type == "cuda" else "cpu"
     rows, cols = (BACKWARD_TILE if back else FORWARD_TILE)[device]
+    if o.deterministic:
+        rows, cols = WHOLE_TILE[device]
     wide = products.wide.itemsize
     tiles = 1  # the logits; further tiles are temporaries of the torch formulas
     if o.backend == "torch":
         tiles += int(o.entropy) + int(back and o.softcap is not None)
     return plan_tiles(
         "linear_logprob",
-        head.n,
+        rows if o.deterministic else head.n,
         vocab,
         head.hidden.shape[1],
-        memory_mib=o.memory_mib,
+        memory_mib=o.memory_mib - (0 if head.kept is None else head.kept.raw.nbytes / 2**20),
         most_rows=rows,
         most_cols=cols,
         tile_bytes=tiles * wide + (2 if products.mixed and back else 0),
@@ -175,43 +201,52 @@ def forward_rows(
     active = None
     if o.tail_eps and head.vocab:
         active = ActiveBlocks.new(head.vocab, head.n, head.hidden.device)
-    size, fold = _forward_way(head, o, products, shard.widest if shard else head.vocab)
+    size, pad, fold = _forward_way(head, o, products, shard.widest if shard else head.vocab)
     for r in spans(head.n, size):
-        h, part = head.take(r, products.dtype), state.of(r)
+        h, part = head.take(r, products.dtype, pad), state.of(r)
+        if h.shape[0] > part.m.numel():
+            part = RowState.new(h.shape[0], o.entropy, head.hidden, products.wide)
         n_here = n_blocks(head.vocab) if active is not None else 0
         blocks = h.new_empty(h.shape[0], n_here, dtype=products.wide)
         fold(h, r, part, blocks if n_here else None)
         if shard is not None:
             shard.merge(part)
         if active is not None:
-            keep = select(blocks, head.target[r], finish(part), o.tail_eps, o.entropy, cap)
-            active.record(r, keep, by_row=o.deterministic)
+            target = padded(head.target[r], h.shape[0])
+            keep = select(blocks, target, finish(part), o.tail_eps, o.entropy, cap)
+            active.record(r, keep[: r.stop - r.start], by_row=o.deterministic)
+        state.put(r, part)
     return state, active
 
 
-def _forward_way(head: Head, o: Options, products: Products, vocab: int) -> tuple[int, Fold]:
-    """Rows of a chunk, and what folds its hidden states h of rows r into their state `part`."""
+def _forward_way(head: Head, o: Options, products: Products, vocab: int) -> tuple[int, int, Fold]:
+    """Rows of a chunk, rows to pad it to, and what folds its hidden states h of rows r into their
+    state `part`."""
     way = FORWARD.get()
     if o.backend == "triton" and way != "tiles":
+        # its tiles have one shape whatever the rows: nothing to pad
         return _gemm_way(head, o, products, vocab, way)
     plan = plan_for(head, o, products, back=False, vocab=vocab)
     tile = torch.empty(plan.rows * plan.cols, dtype=products.wide, device=head.hidden.device)
     fold = tile_functions(o.backend).fold
 
     def tiles(h: torch.Tensor, r: slice, part: RowState, blocks: torch.Tensor | None) -> None:
-        map = head.map.of(r)
+        map = head.map_of(r, h.shape[0])
         for v in spans(head.vocab, plan.cols):
             raw = tile[: h.shape[0] * (v.stop - v.start)].view(h.shape[0], -1)
             products.into(raw, h, head.weight[v].to(products.dtype).T)
             if head.kept is not None:
                 head.kept.save(head.at(r), v, raw)
             here = None if blocks is None else blocks[:, v.start // BLOCK : n_blocks(v.stop)]
-            fold(raw, head.target[r] - v.start, head.bias_of(v, products.wide), part, map, here)
+            target = head.targets(r, v, h.shape[0])
+            fold(raw, target, head.bias_of(v, products.wide), part, map, here)
 
-    return plan.rows, tiles
+    return plan.rows, plan.rows if o.deterministic else 0, tiles
 
 
-def _gemm_way(head: Head, o: Options, products: Products, vocab: int, way: str) -> tuple[int, Fold]:
+def _gemm_way(
+    head: Head, o: Options, products: Products, vocab: int, way: str
+) -> tuple[int, int, Fold]:
     """_forward_way by one kernel: there is no tile of logits."""
     from riskpo_kernels.kernels.head_forward import SHAPES, SPAN, statistics  # needs Triton
 
@@ -228,14 +263,15 @@ def _gemm_way(head: Head, o: Options, products: Products, vocab: int, way: str) 
     def gemm(h: torch.Tensor, r: slice, part: RowState, blocks: torch.Tensor | None) -> None:
         if not head.vocab:
             return
-        rows = (h if h.stride(1) == 1 else h.contiguous(), weight, head.target[r], head.bias)
+        target = padded(head.target[r], h.shape[0])
+        rows = (h if h.stride(1) == 1 else h.contiguous(), weight, target, head.bias)
         entropy = part.u is not None
-        state = statistics(*rows, head.map.of(r), blocks, entropy=entropy, shape=way)
+        state = statistics(*rows, head.map_of(r, h.shape[0]), blocks, entropy=entropy, shape=way)
         for into, x in zip(part, state, strict=True):
             if into is not None and x is not None:
                 into.copy_(x)
 
-    return chunk, gemm
+    return chunk, 0, gemm
 
 
 def _row_chunk(head: Head, o: Options, products: Products, vocab: int, numbers: int) -> int:
@@ -267,18 +303,18 @@ def dense_backward(head: Head, up: Upstream, o: Options, into: Gradients, rows_o
     products = products_of(head)
     plan = plan_for(head, o, products, back=True)
     gradient = tile_functions(o.backend).gradient
+    pad = plan.rows if o.deterministic else 0
     tile = torch.empty(plan.rows * plan.cols, dtype=products.wide, device=head.hidden.device)
     small = torch.empty_like(tile, dtype=products.dtype) if products.mixed else tile
 
     def one_tile(r: slice, v: slice, dh: torch.Tensor | None, dw: torch.Tensor | None) -> None:
-        h, w = head.take(r, products.dtype), head.weight[v].to(products.dtype)
+        h, w = head.take(r, products.dtype, pad), head.weight[v].to(products.dtype)
         raw, dz = (x[: h.shape[0] * w.shape[0]].view(h.shape[0], -1) for x in (tile, small))
         head.logits(products, r, v, h, w, raw)
-        bias, part = head.bias_of(v, products.wide), up.of(r)
-        target = head.target[r] - v.start
+        bias, part, map = head.bias_of(v, products.wide), up.of(r, pad), head.map_of(r, pad)
         # dbias is summed before the rounding; where there is none dz is raw under another name
         out = dz if products.mixed and into.db is None else raw
-        gradient(raw, target, bias, part.stats, part.c, part.g, head.map.of(r), out)
+        gradient(raw, head.targets(r, v, pad), bias, part.stats, part.c, part.g, map, out)
         if into.db is not None:
             into.db[v] += raw.sum(0)
             if products.mixed:

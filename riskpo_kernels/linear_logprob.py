@@ -81,8 +81,9 @@ def linear_logprob(
             accumulator: of the smaller of [N, D] and [V, D], or of [V, D] where rows of both ways,
             dense and sparse, meet. On a CPU up to a twentieth of it stays allocated until the
             backward and holds logits (kept_logits.py).
-        deterministic: choose between the dense and the sparse backward row by row, so that no
-            row's treatment depends on its company; results repeat bitwise run to run.
+        deterministic: results repeat bitwise run to run, and a row's results and dH have the same
+            bits whatever rows are beside it (float16 on CUDA excepted, whose gradients are scaled
+            by the largest upstream one). Slower: products of 128 rows, some of them padding.
         backend: "auto", "triton", "torch" or "reference"; see backend_report().
 
     Returns:

@@ -14,7 +14,15 @@ import torch
 
 from riskpo_kernels import softmax_rows
 from riskpo_kernels.block_selection import ActiveBlocks, block_groups
-from riskpo_kernels.head_tiles import Gradients, Head, Options, Upstream, products_of
+from riskpo_kernels.head_tiles import (
+    WHOLE_TILE,
+    Gradients,
+    Head,
+    Options,
+    Upstream,
+    padded,
+    products_of,
+)
 from riskpo_kernels.softmax_rows import BLOCK
 
 FULL = 0.7  # of a block's rows active: then the others cost less than gathering (kernel-notes.md)
@@ -33,6 +41,9 @@ class _Strips:
         per_row = wide.itemsize * (3 * width + STRIP * BLOCK)
         most = max(BLOCK, int(o.memory_mib * 2**20) // per_row)
         self.rows = min(most, head.n)
+        self.pad = 0
+        if o.deterministic:
+            self.rows = self.pad = min(most, WHOLE_TILE["cpu"][0])
 
         def buffer(columns: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.empty(self.rows * columns, dtype=dtype, device=head.hidden.device)
@@ -70,18 +81,20 @@ class _Strips:
         self, v: slice, r: torch.Tensor | slice, w: torch.Tensor, dw: torch.Tensor | None
     ) -> None:
         head, products, into = self.head, self.products, self.into
-        h, part = self.hidden(r), self.up.of(r)
+        h = padded(self.hidden(r), self.pad)
+        part = self.up.of(r, self.pad)
         raw = self.logits[: h.shape[0] * w.shape[0]].view(h.shape[0], -1)
         head.logits(products, r, v, h, w, raw)
-        target, bias = head.target[r] - v.start, head.bias_of(v, products.wide)
-        softmax_rows.gradient(raw, target, bias, part.stats, part.c, part.g, head.map.of(r), raw)
+        target, bias = head.targets(r, v, self.pad), head.bias_of(v, products.wide)
+        map = head.map_of(r, self.pad)
+        softmax_rows.gradient(raw, target, bias, part.stats, part.c, part.g, map, raw)
         dz = raw.to(products.dtype)
         if self.dh is not None and self.scattered is not None:
             if isinstance(r, slice):
                 products.add(self.dh[r], dz, w)
             else:
                 piece = self.scattered[: h.numel()].view(h.shape)
-                self.dh.index_add_(0, r, products.into(piece, dz, w))
+                self.dh.index_add_(0, r, products.into(piece, dz, w)[: r.numel()])
         if dw is not None:
             products.add(dw, dz.T, h)
         if into.db is not None:

@@ -2,7 +2,8 @@
 
 Their results have the caller's number of rows, whatever is ignored, so that their sizes are known
 without looking at a value (torch.compile); inside, ignored rows enter no product. What the
-backward needs of the forward, 16 to 20 bytes and V / 1024 bytes a row, is among the results.
+backward needs of the forward is among the results: 16 to 20 bytes and V / 1024 bytes a row, and on
+a CPU the logits that were kept.
 """
 
 from __future__ import annotations

@@ -79,8 +79,8 @@ def linear_logprob(
             The collectives, and why tail_eps means the same: vocab_parallel.py.
         memory_mib: workspace in MiB beside results, gradients and, for 16-bit inputs, one float32
             accumulator: of the smaller of [N, D] and [V, D], or of [V, D] where rows of both ways,
-            dense and sparse, meet. On a CPU up to a twentieth of it stays allocated until the
-            backward and holds logits (kept_logits.py).
+            dense and sparse, meet. On a CPU every call holds up to a twentieth of it until its
+            backward, for logits (kept_logits.py): lower it where many calls await one backward.
         deterministic: results repeat bitwise run to run, and a row's results and dH have the same
             bits whatever rows are beside it (float16 on CUDA excepted, whose gradients are scaled
             by the largest upstream one). Slower: products of 128 rows, some of them padding.

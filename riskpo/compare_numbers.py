@@ -3,8 +3,9 @@
 Two views of the same runs. "steps": every system at the last step that all of them have.
 "responses": every system at the last step up to which it had sampled no more responses than the
 thriftiest system did in all; they differ where an algorithm resamples (DAPO). Step numbers are
-means over the last tenth of the steps of the view, covariances over all of them; held-out numbers
-are those at its end, on the line between the evaluations around it where there is none.
+means over the last tenth of the steps of the view, covariances and the share of steps clipped by
+norm over all of them; held-out numbers are those at its end, on the line between the evaluations
+around it where there is none.
 
 Entropy falls as reward rises, so that a system that learns less keeps more of it. "Entropy at equal
 reward" therefore compares two runs of one seed where their smoothed mean rewards first reach the
@@ -18,13 +19,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from riskpo.compare import run_dir
+from riskpo.config import read_toml
 from riskpo.intervals import Interval, t_interval
 from riskpo.logs import read_records
 from riskpo.plots import smooth
@@ -32,6 +34,7 @@ from riskpo.plots import smooth
 OVER_ALL_STEPS = ("cov_", "corr_")
 EVAL = "eval "  # in front of the held-out names, so that reward_4+4 of both kinds can be told apart
 EQUAL_REWARD = "entropy at equal reward"  # a difference, never a level
+NORM_CLIPPED = "norm_clipped_fraction"  # of all steps: those whose grad_norm is above its bound
 GAIN = "gain "  # in front of a held-out number's rise since step 0
 
 
@@ -41,13 +44,15 @@ class RunLogs:
 
     steps: list[dict[str, Any]]
     evals: list[dict[str, Any]]
+    max_grad_norm: float | None = None  # what gradients were shortened to
 
     @property
     def last_step(self) -> int:
         return max((int(r["step"]) for r in self.steps), default=0)
 
     def until(self, step: int) -> RunLogs:
-        return RunLogs(*([r for r in x if r["step"] <= step] for x in (self.steps, self.evals)))
+        steps, evals = ([r for r in x if r["step"] <= step] for x in (self.steps, self.evals))
+        return replace(self, steps=steps, evals=evals)
 
     def responses(self) -> list[float]:
         """Responses sampled up to and with each step."""
@@ -58,21 +63,20 @@ class RunLogs:
         return sums
 
 
+def read_run(folder: Path) -> RunLogs:
+    """The logs of one run; ValueError where there is no log."""
+    steps, evals = read_records(folder, "step"), read_records(folder, "eval")
+    settings = folder / "config.toml"
+    bound = read_toml(settings).max_grad_norm if settings.is_file() else None
+    return RunLogs(steps, evals, bound)
+
+
 def load(out: Path, systems: Sequence[str], seeds: Sequence[int]) -> dict[str, dict[int, RunLogs]]:
     """{system: {seed: logs}}, up to the last step that every run has.
 
     ValueError where a run has not been made.
     """
-    runs = {
-        name: {
-            seed: RunLogs(
-                read_records(run_dir(out, name, seed), "step"),
-                read_records(run_dir(out, name, seed), "eval"),
-            )
-            for seed in seeds
-        }
-        for name in systems
-    }
+    runs = {name: {seed: read_run(run_dir(out, name, seed)) for seed in seeds} for name in systems}
     common = min(run.last_step for each in runs.values() for run in each.values())
     return {
         name: {seed: run.until(common) for seed, run in each.items()} for name, each in runs.items()
@@ -100,6 +104,9 @@ def summary(run: RunLogs, step: int) -> dict[str, float]:
         values = [r[name] for r in over if name in r]
         if values:
             found[name] = statistics.fmean(values)
+    norms = [r["grad_norm"] for r in seen if "grad_norm" in r]
+    if norms and run.max_grad_norm is not None:
+        found[NORM_CLIPPED] = statistics.fmean(n > run.max_grad_norm for n in norms)
     if "cov_mean" in found and "cov_mvar" in found:
         found["cov_gap"] = found["cov_mean"] - found["cov_mvar"]
     held_out = evaluation(run, step)

@@ -15,6 +15,7 @@ from riskpo.compare_numbers import (
     EQUAL_REWARD,
     EVAL,
     GAIN,
+    NORM_CLIPPED,
     RunLogs,
     Table,
     budget,
@@ -35,6 +36,8 @@ LEARNING = {
     "sampled_entropy": "token entropy",
     "clip_fraction": "clipped",
     "zero_advantage_fraction": "advantage 0",
+    "grad_norm": "gradient norm",
+    NORM_CLIPPED: "clipped by norm",
     "q_alpha": "q_alpha",
     "q_beta": "q_beta",
 }
@@ -78,7 +81,7 @@ def write_page(
         "per_seed": views,
     }
     _replace(path.with_name(f"{page}.json"), json.dumps(content, indent=1) + "\n")
-    picture = draw_page(path.with_name(f"{page}.png"), runs)
+    picture = draw_page(path.with_name(f"{page}.png"), runs, against)
     return [path.with_name(f"{page}.md"), path.with_name(f"{page}.json"), picture]
 
 
@@ -125,8 +128,9 @@ def markdown(tables: dict[str, Table], differences: dict[str, Table], about: dic
         "wall clock saw them. Mean over seeds ± half of a 95 % t-interval. Differences are paired: "
         "seed by seed, from the same start; bold where the interval excludes 0 (no correction for "
         "the number of differences on the page). Step numbers: last tenth of the steps; "
-        "covariances: all steps; held-out numbers: the evaluation there, or the line between the "
-        "two around it. Entropy at equal reward: "
+        "covariances: all steps; clipped by norm: the share of all steps whose gradient norm, the "
+        "mean over the step's updates, was above max_grad_norm; held-out numbers: the evaluation "
+        "there, or the line between the two around it. Entropy at equal reward: "
         "where the two smoothed rewards of a seed first reach the height that both reach.",
     ]
     sections = (
@@ -157,6 +161,8 @@ def _named(names: Sequence[str], prefix: str) -> dict[str, str]:
 
 def _grid(table: Table, columns: dict[str, str], text: Callable[[Interval], str]) -> list[str]:
     """A Markdown table; a number that a system does not have is a dash."""
+    if not columns:
+        return ["No held-out number of this kind."]
     lines = [f"| | {' | '.join(columns.values())} |", "|---" * (len(columns) + 1) + "|"]
     for system, row in table.items():
         cells = [text(row[name]) if name in row else "-" for name in columns]

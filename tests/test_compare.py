@@ -31,7 +31,6 @@ from riskpo.compare_numbers import (
     summary,
 )
 from riskpo.compare_page import write_page
-from riskpo.compare_plot import filled
 from riskpo.config import TrainConfig
 
 SMALL = TrainConfig(
@@ -217,7 +216,25 @@ def test_entropy_at_equal_reward():
     assert entropy_at_equal_reward(slow, RunLogs([{"reward_mean": 0.1}], [])) == {}
 
 
-def test_a_step_without_an_update_leaves_no_hole():
-    values = filled(np.array([np.nan, 1.0, np.nan, 3.0]))
-    assert np.isnan(values[0]) and values[1:].tolist() == [1.0, 1.0, 3.0]
-    assert np.isnan(filled(np.full(3, np.nan))).all()
+def test_the_share_of_steps_clipped_by_norm(tmp_path):
+    """A third of all steps is above the run's own bound, and all of the last tenth."""
+    norms = [0.5] * 20 + [2.0] * 10
+    steps = [{"step": i + 1, "grad_norm": n} for i, n in enumerate(norms)]
+    found = summary(RunLogs(steps, [], 1.0), 30)
+    assert found["norm_clipped_fraction"] == pytest.approx(1 / 3) and found["grad_norm"] == 2.0
+    assert summary(RunLogs(steps, [], 2.0), 30)["norm_clipped_fraction"] == 0.0  # not above it
+    assert "norm_clipped_fraction" not in summary(RunLogs(steps, []), 30)
+    fake_run(tmp_path, "a", 0, [0.1] * 3)
+    (run_dir(tmp_path, "a", 0) / "config.toml").write_text("max_grad_norm = 0.25\n")
+    assert load(tmp_path, ["a"], [0])["a"][0].max_grad_norm == 0.25
+
+
+def test_a_comparison_without_held_out_questions_has_its_page(tmp_path):
+    for name in ("a", "b"):
+        fake_run(tmp_path, name, 0, [0.1, 0.2])
+        log = run_dir(tmp_path, name, 0) / "metrics.jsonl"
+        steps = [x for x in log.read_text().splitlines() if '"eval"' not in x]
+        log.write_text("\n".join(steps) + "\n")
+    for path in write_page(tmp_path, "p", ["a", "b"], [0], "a"):
+        assert path.stat().st_size > 0
+    assert (tmp_path / "p.md").read_text().count("No held-out number of this kind.") == 5

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.attention.varlen
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from riskpo.arithmetic import build_questions
@@ -147,8 +149,12 @@ def test_sampling_is_as_before(implementation):
     assert all(torch.equal(a, b) for a, b in zip(found[0].logprob, found[1].logprob, strict=True))
 
 
-def fake_varlen(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
+def fake_varlen(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, **told):
     """torch's kernel by its documentation: [T, heads, hd], window (left, right), cu_seqlens."""
+    known = inspect.signature(torch.nn.attention.varlen.varlen_attn).parameters
+    assert told.keys() <= known.keys()
+    fewer = query.shape[1] != key.shape[1]
+    assert told.get("enable_gqa", False) == fewer or "enable_gqa" not in known
     assert cu_q.dtype == torch.int32 and max_q == int(cu_q.diff().max()) == max_k
     left, right = window_size
     assert right == 0
@@ -159,7 +165,7 @@ def fake_varlen(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_si
         back = place[:, None] - place[None]
         mask = (back >= 0) & ((back <= left) | (left < 0))
         out = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, scale=scale, enable_gqa=enable_gqa
+            q, k, v, attn_mask=mask, scale=scale, enable_gqa=fewer
         )
         parts.append(out[0].transpose(0, 1))
     return torch.cat(parts)
@@ -196,6 +202,11 @@ def test_choice_of_attention():
     for name, why in (("flash", "not installed"), ("varlen", "16-bit weights on CUDA")):
         with pytest.raises(ValueError, match=why):
             choose(name, model)
+    model.config.attn_logit_softcapping = 50.0
+    assert choose("auto", model) == model.config._attn_implementation != SEQUENCES
+    with pytest.raises(ValueError, match="caps its attention logits"):
+        choose("sequences", model)
+    model.config.attn_logit_softcapping = None
     model.config.layer_types = ["full_attention", "chunked_attention"]
     assert choose("auto", model) == model.config._attn_implementation
     with pytest.raises(ValueError, match="chunked_attention"):

@@ -16,6 +16,7 @@ T tokens of the row, n of one sequence, nh and nkv heads of queries and of keys,
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,6 +35,9 @@ FLASH, VARLEN, SEQUENCES, MASKED = (
 )
 CHOICES = {"flash": FLASH, "varlen": VARLEN, "sequences": SEQUENCES, "masked": MASKED}
 VARLEN_WIDTH = 256  # largest head that torch's kernel takes
+# torch 2.13 refuses fewer heads of keys than of queries unless it is told; 2.11 has no word for it
+# and hands them to the same kernel, which takes them.
+TELLS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def choose(requested: str, model: Any) -> str:
@@ -65,6 +69,9 @@ def _hindrance(name: str, model: Any) -> str | None:
     }
     if kinds:
         return f"got layers of {', '.join(sorted(kinds))}; expected full or sliding attention"
+    if name != "flash" and getattr(config, "attn_logit_softcapping", None):
+        # transformers 5.17's sdpa leaves the cap out in silence, 5.23's raises
+        return "got a model that caps its attention logits, which torch's attention does not"
     if name == "sequences":
         known = getattr(model, "_supports_sdpa", True)
         return None if known else f"{type(model).__name__} does not run on torch's sdpa"
@@ -177,6 +184,7 @@ def by_varlen(
             "attention: torch's varlen kernel has neither dropout nor softcap. Set "
             "memory.attention='masked'."
         )
+    fewer = {"enable_gqa": True} if TELLS and query.shape[1] != key.shape[1] else {}
     out: Any = varlen_attn(
         query[0].transpose(0, 1),  # [T, heads, hd]
         key[0].transpose(0, 1),
@@ -187,7 +195,7 @@ def by_varlen(
         max_length_q,
         scale=options.get("scaling"),
         window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **fewer,
     )
     return out[None], None
 

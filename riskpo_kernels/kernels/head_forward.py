@@ -269,15 +269,25 @@ def _programs(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+# (bias, softcap, row temperatures, blocks): each two of them in all four ways; the first is what a
+# plain head launches, the last has everything to hold at once
+PAIRWISE = [tuple(c == "1" for c in x) for x in ("0001", "0110", "1010", "1100", "1111")]
+
+
 def compile_configurations() -> list[Configuration]:
-    """Everything that can be launched: see kernels/__init__.py."""
+    """What can be launched, see kernels/__init__.py: all of it in bf16 with the entropy; without
+    it, where there is less to hold, and in fp16, which differs in the operands' type, a part."""
     ways: list[tuple[str, Shape, bool, tuple[int, ...]]] = [
         (name, shape, True, (90,)) for name, shape in SHAPES.items()
     ]
     ways += [("narrow", NARROW, True, (100,)), ("pointers", POINTERS, False, ())]
-    choices = [("bf16", *x) for x in itertools.product(*((False, True),) * 4)]
-    choices += [("fp16", False, False, False, True)]  # the same code but for the operands' type
-    return [_configuration(*way, *choice) for way in ways for choice in choices]  # type: ignore[arg-type]
+    choices: list[tuple[Any, ...]] = [
+        ("bf16", *x, True) for x in itertools.product(*((False, True),) * 4)
+    ]
+    choices += [("bf16", *x, False) for x in PAIRWISE]
+    choices += [("fp16", *PAIRWISE[0], entropy) for entropy in (False, True)]
+    choices += [("fp16", *PAIRWISE[-1], True)]
+    return [_configuration(*way, *choice) for way, choice in itertools.product(ways, choices)]  # type: ignore[arg-type]
 
 
 def _configuration(
@@ -290,20 +300,21 @@ def _configuration(
     softcap: bool,
     per_row: bool,
     blocks: bool,
+    entropy: bool,
 ) -> Configuration:
-    """With the entropy: without it there is less to hold."""
-    flags: dict[str, Any] = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "ENTROPY": True}
+    flags: dict[str, Any] = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "ENTROPY": entropy}
     flags |= {"HAS_TEMPERATURE": per_row, "HAS_BLOCKS": blocks, "TMA": tma, "GROUP": GROUP}
     flags |= {"SPECIALISED": shape.specialised, "SPAN": SPAN, "BLOCK": BLOCK}
     flags |= {"BM": shape.rows, "BK": shape.depth}
     types = {"p_hidden": dtype, "p_weight": dtype, "p_target": "i64"}
     types |= {"d_hidden": f"tensordesc<{dtype}[{shape.rows},{shape.depth}]>"}
     types |= {"d_weight": f"tensordesc<{dtype}[{BLOCK},{shape.depth}]>"}
-    given = {"p_bias": bias, "p_temperature": per_row, "p_blocks": blocks}
+    given = {"p_bias": bias, "p_temperature": per_row, "p_blocks": blocks, "p_u": entropy}
     given |= dict.fromkeys(("d_hidden", "d_weight"), tma)
     given |= dict.fromkeys(("p_hidden", "p_weight"), not tma)
     signature, constexprs = signature_of(statistics_kernel, types, given, flags)
     title = f"forward-{shape_name.replace(', ', '-')}-dot{'-tma' if tma else ''}"
     title += f" {dtype} bias={bias:d} softcap={softcap:d} rows={per_row:d} blocks={blocks:d}"
+    title += f" entropy={entropy:d}"
     launch = (shape.warps, shape.stages)
     return Configuration(title, statistics_kernel, signature, constexprs, *launch, {}, archs)

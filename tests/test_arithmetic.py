@@ -43,7 +43,7 @@ def test_the_demo_asks_what_it_always_asked():
     assert TASKS["embedded"].warm_share is None and TASKS["embedded"].warm_target == 0.4
 
 
-def weights_before_sizes_could_be_asked_for(seed):
+def model_before_sizes_could_be_asked_for(seed):
     """The model of all earlier runs, written out."""
     config = Qwen2Config(
         vocab_size=14,
@@ -59,16 +59,18 @@ def weights_before_sizes_could_be_asked_for(seed):
         bos_token_id=None,
     )
     torch.manual_seed(seed)
-    return Qwen2ForCausalLM(config).state_dict()
+    return Qwen2ForCausalLM(config)
 
 
 @pytest.mark.parametrize("name", ["embedded", "embedded:mixed"])
 def test_the_models_of_earlier_runs_keep_every_bit(name):
-    expected = weights_before_sizes_could_be_asked_for(3)
+    earlier = model_before_sizes_could_be_asked_for(3)
     torch.manual_seed(8)
     before = torch.get_rng_state()
-    found = build_model(build_tokenizer(), 3, TASKS[name].model).state_dict()
+    model = build_model(build_tokenizer(), 3, TASKS[name].model)
     assert torch.equal(torch.get_rng_state(), before)
+    assert model.config.to_dict() == earlier.config.to_dict()  # heads leave no trace in weights
+    found, expected = model.state_dict(), earlier.state_dict()
     assert found.keys() == expected.keys()
     assert all(torch.equal(value, expected[key]) for key, value in found.items())
     assert TASKS[name].warm_learning_rate == 1e-3

@@ -187,7 +187,8 @@ def warmed_up(
         learning_rate=task.warm_learning_rate,
     )
     note(f"warm start: {steps} steps, {reached:.0%} of sampled answers right")
-    policy.model.to(dtype=getattr(torch, config.dtype))
+    for weight in policy.model.parameters():  # not .to(dtype): it would round the rotary buffers
+        weight.data = weight.data.to(getattr(torch, config.dtype))
     return policy
 
 

@@ -176,3 +176,14 @@ def test_names():
         validate(resolve(TrainConfig(data="sums.jsonl"))[0])
     with pytest.raises(ValueError, match="data=None"):
         validate(resolve(TrainConfig(model="somewhere"))[0])
+
+
+def test_a_16_bit_start_rounds_weights_alone(monkeypatch):
+    """Rotary frequencies stay float32, as when the checkpoint is loaded again."""
+    monkeypatch.setattr("riskpo.start.warm_start", lambda *a, **k: (0, 0.0))
+    policy = warmed_up(
+        resolve(TrainConfig(data="embedded:tiny", dtype="bfloat16"))[0], [], lambda line: None
+    )
+    assert {p.dtype for p in policy.model.parameters()} == {torch.bfloat16}
+    buffers = dict(policy.model.named_buffers())
+    assert buffers and all(b.dtype == torch.float32 for b in buffers.values())

@@ -90,5 +90,7 @@ def headline(page: Page) -> str:
     band = "no intervals from one seed"
     if page.seeds > 1:
         band = "band or bar: 95 % t-interval over seeds (of the paired differences in 'minus')"
-    seeds = f"{page.seeds} seed{'s' * (page.seeds > 1)}, {page.steps} steps"
-    return f"{seeds}; lines: means, smoothed over {page.window} steps; {band}"
+    counts = ((page.seeds, "seed"), (page.steps, "step"))
+    seeds = ", ".join(f"{n} {what}{'s' * (n > 1)}" for n, what in counts)
+    lines = "means" + f", smoothed over {page.window} steps" * (page.window > 1)
+    return f"{seeds}; lines: {lines}; {band}"

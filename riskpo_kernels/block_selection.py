@@ -10,10 +10,11 @@ target column, H the row's entropy and m = max(1 - p_target, 2^-16), a block is 
 and the target's own block never. The row's dropped mass may not exceed 32 theta: its threshold is
 halved until it does not, or the row is kept whole. So for every row and any vocabulary
 
-    ||dropped dz||_1 <= 32 eps |c|      and      ||dropped dz||_1 <= 256 eps ||dz||_1
+    ||dropped dz||_1 <= 32 eps |c|  and  ||dropped dz||_1 <= 256 eps max(||dz||_1, 2^-15 |c|)
 
-E_b = s_b (|log s_b + H| + log 128) bounds the block's sum of p |log p + H|. A logit that kept the
-softcap saturated has a smaller slope than a dropped one may have: there eps is divided by 4.
+E_b = s_b (|log s_b + H| + log 128) bounds the block's sum of p |log p + H|. A kept logit near its
+softcap has a smaller slope than a dropped one may have: there eps is divided by 4, and the second
+bound holds while the kept |z| T stay below sqrt(3) / 2 of the softcap; the first always does.
 """
 
 from __future__ import annotations

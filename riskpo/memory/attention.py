@@ -184,7 +184,7 @@ def by_varlen(
             "attention: torch's varlen kernel has neither dropout nor softcap. Set "
             "memory.attention='masked'."
         )
-    fewer = {"enable_gqa": True} if TELLS and query.shape[1] != key.shape[1] else {}
+    fewer: dict[str, Any] = {"enable_gqa": True} if TELLS and query.shape[1] != key.shape[1] else {}
     out: Any = varlen_attn(
         query[0].transpose(0, 1),  # [T, heads, hd]
         key[0].transpose(0, 1),

@@ -7,6 +7,7 @@ inputs: 8 bytes per token with an entropy bonus, else 4 (Triton), or a few such 
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -25,6 +26,9 @@ from riskpo_kernels.surrogate_checks import (
     check_tensors,
 )
 from riskpo_kernels.surrogate_op import OP, STATS, surrogate_operator
+
+# by name, for torch 2.11's Dynamo does not trace vars()
+WORDS = tuple(field.name for field in fields(Options) if field.name != "denominator")
 
 
 def sequence_logprob(
@@ -170,7 +174,7 @@ def clipped_surrogate(
                 **vars(options),
             )
     is_tensor = isinstance(denominator, torch.Tensor)
-    words = [value for name, value in vars(options).items() if name != "denominator"]
+    words = [getattr(options, name) for name in WORDS]
     loss, values, tokens, *_ = surrogate_operator(
         logprob,
         entropy.detach() if entropy is not None and entropy_coef == 0 else entropy,

@@ -7,9 +7,9 @@
 Writes memory-ladder-{cpu,gpu}.json, .md and .png; with --rows and --tokens only these are measured,
 and the rest of the JSON stays. Every row is a process of its own: the model is loaded, a tiny
 update warms the libraries up and creates the optimiser's state, and then the peak of one full
-update (forward, backward, optimiser step) at each context, the shortest first, is counted over the
-loaded model. On the CPU that is resident memory, with malloc told to give every large block back
-(MALLOC_MMAP_THRESHOLD_); on CUDA torch.cuda.max_memory_allocated.
+update (two micro-batches of that many tokens, optimiser step) at each context, the shortest first,
+is counted over the loaded model. On the CPU that is resident memory, with malloc told to give every
+large block back (MALLOC_MMAP_THRESHOLD_); on CUDA torch.cuda.max_memory_allocated.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ SMALL = {
     "vocab_size": 36864,
     "tie_word_embeddings": False,
 }
-SEQUENCES = 4  # of a quarter of the context each; a single one would need no mask
+MICRO_BATCHES = 2  # as the plan assumes: the first one's gradients are there in the second
+SEQUENCES = 4  # of a quarter of a micro-batch each; a single one would need no mask
 RESPONSE = 8  # of a sequence's tokens one in so many is a response; the rest is prompt
 CKPT = {"checkpointing": True}
 TILED: dict[str, Any] = {**CKPT, "mlp_tile_tokens": 512}
@@ -71,7 +72,7 @@ class Case:
     """One row; `switches` are fields of MemoryConfig, and the dtype of the weights."""
 
     label: str
-    contexts: list[int]  # tokens of one update, growing
+    contexts: list[int]  # tokens of one micro-batch, growing
     gpu: bool = False
     switches: dict[str, Any] = field(default_factory=dict)
 
@@ -112,7 +113,7 @@ def measure(case: Case) -> Iterator[dict[str, Any]]:
         state=memory.optimizer,
     )
     head, loss = find_head(model), LossOptions()
-    advantage = torch.linspace(-1, 1, SEQUENCES)
+    advantage = torch.linspace(-1, 1, MICRO_BATCHES * SEQUENCES)
     for tokens in (64, *case.contexts):
         batch = rollouts(tokens, model.config.vocab_size)
         plan = UpdatePlan(micro_batch_tokens=tokens, memory_mib=memory.head_mib)
@@ -163,14 +164,14 @@ def build(device: Any, dtype: Any) -> tuple[Any, Any]:
 
 
 def rollouts(tokens: int, vocab: int) -> Any:
-    """SEQUENCES random responses to long prompts, `tokens` model inputs together."""
+    """Random responses to long prompts, SEQUENCES of them `tokens` model inputs together."""
     import torch
 
     from riskpo.records import Rollouts
 
     made, size = Rollouts(), tokens // SEQUENCES + 1
     prompt = size - size // RESPONSE
-    for i in range(SEQUENCES):
+    for i in range(MICRO_BATCHES * SEQUENCES):
         made.tokens.append(torch.randint(vocab, (size,)))
         made.prompt_len.append(prompt)
         made.logprob.append(torch.zeros(size - prompt))
@@ -237,7 +238,7 @@ def picture(records: list[dict[str, Any]], unit: float, name: str, path: Path) -
         axes.plot(x, [r["predicted"] / unit for r in rows], label=label, **style)
         axes.plot(x, [r["measured"] / unit for r in rows], "ox"[i % 2], color=f"C{i}")
     axes.set(
-        xlabel="tokens of one update",
+        xlabel="tokens of a micro-batch",
         ylabel=f"peak over the loaded model, {name}",
         title="points measured, lines predicted",
         ylim=(0, None),
@@ -293,7 +294,7 @@ def main() -> int:
             print(json.dumps(record), flush=True)
         return 0
     rows = GPU_ROWS if given.gpu else CPU_ROWS
-    contexts = given.tokens or ([2**15, 2**16, 2**17] if given.gpu else [1024, 2048, 4096])
+    contexts = given.tokens or ([2**15, 2**16, 2**17] if given.gpu else [1024, 2048, 4096, 8192])
     failed = False
     for label, switches in (rows[i] for i in given.rows or range(len(rows))):
         for record in run(Case(label, sorted(contexts), given.gpu, switches)):

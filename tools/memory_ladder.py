@@ -293,6 +293,12 @@ def main() -> int:
         for record in measure(Case(**json.loads(given.case))):
             print(json.dumps(record), flush=True)
         return 0
+    if given.gpu:
+        import torch
+
+        if not torch.cuda.is_available():
+            print("--gpu needs a CUDA device; leave it out to run on the CPU", file=sys.stderr)
+            return 2
     rows = GPU_ROWS if given.gpu else CPU_ROWS
     contexts = given.tokens or ([2**15, 2**16, 2**17] if given.gpu else [1024, 2048, 4096, 8192])
     failed = False

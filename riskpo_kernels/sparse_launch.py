@@ -6,26 +6,33 @@ As many blocks at a time as fit in memory_mib: their lists, and dz of all their 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from riskpo_kernels.block_selection import ActiveBlocks, block_groups
 from riskpo_kernels.head_tiles import Gradients, Head, Options, Upstream, products_of
+from riskpo_kernels.kernels.head_forward import multiprocessors
 from riskpo_kernels.kernels.sparse_blocks import (
     BD,
-    BD_W,
     BK,
     STAGES,
     WARPS,
     dh_kernel,
-    dw_kernel,
     dz_kernel,
     register_limit,
     tile_rows,
 )
+from riskpo_kernels.kernels.sparse_weight import BD as BD_W
+from riskpo_kernels.kernels.sparse_weight import REGISTERS, dw_kernel, fold_kernel
 from riskpo_kernels.softmax_rows import BLOCK
 from riskpo_kernels.work import executed
+
+# A job of dW is an eighth of a multiprocessor's share at most, but 16 tiles, beside which its sums
+# are little to write and read again. Counted, not measured.
+EVEN, FEWEST_TILES = 8, 16
 
 
 def sparse_backward(
@@ -42,13 +49,14 @@ def sparse_backward(
     head = _plain(head, products.dtype)
     if up.c is None:
         up = replace(up, c=torch.zeros_like(up.stats.logprob))
-    budget = int(o.memory_mib * 2**19)  # the other half may hold a float32 piece of dH
+    # a half may hold a float32 piece of dH, an eighth the parts of dW
+    budget, parts_budget = int(o.memory_mib * 3 * 2**17), int(o.memory_mib * 2**17)
     bm = tile_rows(head.map.softcap is not None)
     pair_bytes = BLOCK * products.dtype.itemsize + 20  # dz; and the pair's place in the lists
     with torch.cuda.device_of(head.hidden):
         for blocks in block_groups(counts, head.n, bm, pair_bytes, budget):
             if sum(counts[blocks]):
-                _one_group(head, up, active, counts, blocks, into, products.dtype)
+                _one_group(head, up, active, counts, blocks, into, parts_budget)
 
 
 def _plain(head: Head, dtype: torch.dtype) -> Head:
@@ -71,9 +79,9 @@ def _one_group(
     counts: list[int],
     blocks: slice,
     into: Gradients,
-    dtype: torch.dtype,
+    parts_budget: int,
 ) -> None:
-    device = head.hidden.device
+    device, dtype = head.hidden.device, head.hidden.dtype
     here, bm = counts[blocks], tile_rows(head.map.softcap is not None)
     tiles_each = [-(-n // bm) for n in here]
     n_blocks, n_tiles = len(here), sum(tiles_each)
@@ -93,7 +101,7 @@ def _one_group(
     if into.dh is not None:
         _launch_dh(head, into.dh.open(slice(0, head.n)), dz, tile_block, lists, sizes)
     if into.dw is not None or into.db is not None:
-        _launch_dw(head, into, dz, sums, n_blocks, lists, sizes)
+        _launch_dw(head, into, dz, sums, tiles_each, parts_budget, lists, sizes)
 
 
 def _launch_dz(
@@ -177,12 +185,13 @@ def _launch_dw(
     into: Gradients,
     dz: torch.Tensor,
     sums: torch.Tensor | None,
-    n_blocks: int,
+    tiles_each: list[int],
+    budget: int,
     lists: dict[str, torch.Tensor],
     sizes: dict[str, int],
 ) -> None:
-    """dW (and dbias) of the group's blocks: each is written by one program, or added to the sums
-    where rows come in several pieces."""
+    """dW (and dbias) of the group's blocks, written, or added to the sums where rows come in
+    several pieces."""
     add, unit, dw = True, None, into.dw
     if dw is None:  # dbias alone: one column of a head nobody asked for
         out = torch.zeros(head.vocab, 1, dtype=torch.float32, device=dz.device)
@@ -191,25 +200,57 @@ def _launch_dw(
         out = dw.grad if dw.buffer is None else dw.buffer
     else:
         add, unit, out = False, dw.unit, dw.grad
+    columns = -(-sizes["D"] // BD_W)
+    most_parts = budget // (BLOCK * 4 * sizes["D"])
+    most = longest_job(tiles_each, columns, multiprocessors(dz.device), most_parts)
+    jobs, first_part = jobs_of(tiles_each, most)
+
+    def sent(x: Iterable[int]) -> torch.Tensor:
+        return torch.tensor(x).to(dz.device, non_blocking=True)
+
+    job_block, job_tile = (sent(x) for x in zip(*jobs, strict=True))
+    parts = torch.empty(first_part[-1] * BLOCK, sizes["D"], dtype=torch.float32, device=dz.device)
+    part_sums = None if into.db is None else parts.new_empty(parts.shape[0])
+    both: dict[str, Any] = dict(p_parts=parts, p_part_sums=part_sums, p_job_block=job_block)
+    both |= dict(p_dw=out, p_db=into.db, p_unit=unit, stride_dw=out.stride(0), BLOCK=BLOCK, BD=BD_W)
+    both |= dict(HAS_DB=into.db is not None, HAS_UNIT=unit is not None, ADD=add, **sizes)
     executed(dz.numel(), sizes["D"])
-    dw_kernel[(n_blocks, -(-sizes["D"] // BD_W))](
+    dw_kernel[(len(jobs), columns)](
         p_hidden=head.hidden,
         p_index=head.rows,
         p_dz=dz,
         p_sums=sums,
-        p_dw=out,
-        p_db=into.db,
-        p_unit=unit,
+        p_job_tile=job_tile,
+        most=most,
+        n_parts=first_part[-1],
         stride_h=head.hidden.stride(0),
-        stride_dw=out.stride(0),
-        HAS_DB=into.db is not None,
-        HAS_UNIT=unit is not None,
-        ADD=add,
         BM=dz.shape[1],
-        BLOCK=BLOCK,
-        BD=BD_W,
         num_warps=WARPS,
         num_stages=STAGES,
+        maxnreg=REGISTERS,
         **lists,
-        **sizes,
+        **both,
     )
+    if first_part[-1]:
+        fold_kernel[(len(first_part) - 1, columns)](
+            p_first_part=sent(first_part), num_warps=WARPS, **both
+        )
+
+
+def longest_job(tiles: list[int], columns: int, multiprocessors: int, parts: int) -> int:
+    """The most tiles of a block that are one job of dW: no job goes on for long when the others are
+    done, and no more parts than given are left to be added up."""
+    most = max(FEWEST_TILES, sum(tiles) * columns // (EVEN * multiprocessors))
+    while sum(-(-n // most) for n in tiles if n > most) > parts:
+        most *= 2
+    return most
+
+
+def jobs_of(tiles: list[int], most: int) -> tuple[list[tuple[int, int]], list[int]]:
+    """(block, its first tile) of each job: the parts of divided blocks, then whole blocks, long
+    ones first. And where the parts of each divided block begin, their number last."""
+    divided = [b for b, n in enumerate(tiles) if n > most]
+    whole = sorted((b for b, n in enumerate(tiles) if 0 < n <= most), key=lambda b: -tiles[b])
+    parts = [(b, first) for b in divided for first in range(0, tiles[b], most)]
+    first_part = itertools.accumulate((-(-tiles[b] // most) for b in divided), initial=0)
+    return [*parts, *((b, 0) for b in whole)], list(first_part)

@@ -203,7 +203,7 @@ def _launch(
     d_hidden, d_weight = descriptors
     columns = triton.cdiv(weight.shape[0], BLOCK) * BLOCK
     executed(row_tiles * tile.rows, columns, hidden.shape[1])
-    statistics_kernel[(min(jobs, _programs(hidden.device)),)](
+    statistics_kernel[(min(jobs, multiprocessors(hidden.device)),)](
         d_hidden=d_hidden,
         d_weight=d_weight,
         p_hidden=None if tma else hidden,
@@ -262,8 +262,8 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 @functools.cache
-def _programs(device: torch.device) -> int:
-    """One program per multiprocessor; in the interpreter few, so that each has several jobs."""
+def multiprocessors(device: torch.device) -> int:
+    """Those of a GPU; in the interpreter few, so that each persistent program has several jobs."""
     if device.type != "cuda":
         return 3
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -6,7 +6,7 @@ Pairs are listed block by block; a tile is up to BM pairs of one block b, the ro
        dz = gradient of z        rounded once, stored               [BM, 128]
        its column sums           before the rounding, for dbias     [128]
     2. dH[r] += dz W_b           fp32 atomics: a row has pairs in several blocks
-    3. dW_b = sum dz^T H[r]      over the tiles of b, by one program: no atomics; dbias too
+    3. dW_b = sum dz^T H[r]      over the tiles of b: kernels/sparse_weight.py
 
     tensor          shape          dtype
     hidden, weight  [N, D], [V, D] bf16, fp16 (fp32 in the interpreter: on a GPU it would spill)
@@ -31,9 +31,8 @@ from riskpo_kernels.kernels.tl_math import logits_gradient, logits_of
 from riskpo_kernels.softmax_rows import BLOCK, FLOOR
 
 # 128 gathered rows x 128 columns: 64 accumulator registers a thread at 8 warps leave room for the
-# epilogue. BK is the depth of a step of product 1, BD and BD_W the columns of dH and dW per program
-# (128 columns of dW spill on sm_80).
-BM, BK, BD, BD_W, WARPS, STAGES = 128, 64, 128, 64, 8, 3
+# epilogue. BK is the depth of a step of product 1, BD the columns of dH per program.
+BM, BK, BD, WARPS, STAGES = 128, 64, 128, 8, 3
 LOWEST = tl.constexpr(FLOOR)
 
 
@@ -181,71 +180,6 @@ def dh_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["first_block"])
-def dw_kernel(
-    p_hidden,
-    p_index,
-    p_rows,
-    p_starts,
-    p_tiles,
-    p_dz,
-    p_sums,
-    p_dw,
-    p_db,
-    p_unit,
-    D,
-    V,
-    first_block,
-    stride_h,
-    stride_dw,
-    HAS_DB: tl.constexpr,
-    HAS_UNIT: tl.constexpr,
-    ADD: tl.constexpr,
-    BM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BD: tl.constexpr,
-):
-    i_b = tl.program_id(0).to(tl.int64)
-    i_d = tl.program_id(1)
-    o_d = i_d * BD + tl.arange(0, BD)  # [BD]
-    o_v = (first_block + i_b) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    m_d, m_v = o_d < D, o_v < V
-    start, end = tl.load(p_starts + i_b), tl.load(p_starts + i_b + 1)
-    tile, n = tl.load(p_tiles + i_b), end - start
-    if n == 0:
-        return  # nobody gives this block a gradient
-
-    dw = tl.full((BLOCK, BD), 0.0, tl.float32)
-    db = tl.full((BLOCK,), 0.0, tl.float32)
-    for i in range(0, n, BM):
-        o_p = start + i + tl.arange(0, BM)
-        m_p = o_p < end
-        r = tl.load(p_rows + o_p, mask=m_p, other=0).to(tl.int64)
-        r = tl.load(p_index + r, mask=m_p, other=0)
-        o_dz = ((tile + i // BM) * BM + tl.arange(0, BM))[:, None] * BLOCK
-        dz = tl.load(p_dz + o_dz + tl.arange(0, BLOCK)[None, :])  # [BM, BLOCK]
-        h = tl.load(
-            p_hidden + r[:, None] * stride_h + o_d[None, :],
-            mask=m_p[:, None] & m_d[None, :],
-            other=0.0,
-        )  # [BM, BD]
-        dw = tl.dot(tl.trans(dz), h, dw, input_precision="ieee")
-        if HAS_DB:
-            db += tl.load(p_sums + (tile + i // BM) * BLOCK + tl.arange(0, BLOCK))
-
-    p_out = p_dw + o_v[:, None] * stride_dw + o_d[None, :]
-    m_out = m_v[:, None] & m_d[None, :]
-    if ADD:
-        dw += tl.load(p_out, mask=m_out, other=0.0)
-    if HAS_UNIT:
-        dw *= tl.load(p_unit)
-    tl.store(p_out, dw.to(p_dw.dtype.element_ty), mask=m_out)
-    if HAS_DB:
-        if i_d == 0:
-            db += tl.load(p_db + o_v, mask=m_v, other=0.0)
-            tl.store(p_db + o_v, db, mask=m_v)
-
-
 def compile_configurations() -> list[Configuration]:
     """Everything that can be launched: see kernels/__init__.py."""
     configurations = []
@@ -263,7 +197,7 @@ def compile_configurations() -> list[Configuration]:
             name += f"db={db:d}"
             limit = register_limit(flags["BM"])
             configurations.append(
-                _configuration(name, dz_kernel, dtype, "fp32", given, flags, limit)
+                sparse_configuration(name, dz_kernel, dtype, {}, given, flags, limit)
             )
         for rows in (BM, BM // 2):
             name, flags, limit = (
@@ -271,30 +205,25 @@ def compile_configurations() -> list[Configuration]:
                 {"BD": BD, "BM": rows},
                 register_limit(rows),
             )
-            configurations.append(_configuration(name, dh_kernel, dtype, "fp32", {}, flags, limit))
-        # into fp32 sums; into the gradient itself; likewise, with fp16's common unit
-        ways = [("fp32", True, False), (dtype, False, False), (dtype, False, True)]
-        for rows, db, (out, add, unit) in itertools.product((BM, BM // 2), (False, True), ways):
-            if unit and dtype != "fp16":
-                continue
-            flags = {"HAS_DB": db, "HAS_UNIT": unit, "ADD": add, "BD": BD_W, "BM": rows}
-            given = {"p_db": db, "p_sums": db, "p_unit": unit}
-            name = f"dw-dot {dtype}->{out} db={db:d} unit={unit:d} add={add:d} BM={rows}"
-            configurations.append(_configuration(name, dw_kernel, dtype, out, given, flags))
+            configurations.append(
+                sparse_configuration(name, dh_kernel, dtype, {}, {}, flags, limit)
+            )
     return configurations
 
 
-def _configuration(
+def sparse_configuration(
     name: str,
     kernel: Any,
     dtype: str,
-    out: str,
+    types: dict[str, str],
     given: dict[str, bool],
     flags: dict[str, Any],
     limit: int | None = None,
 ) -> Configuration:
-    types = {"p_hidden": dtype, "p_weight": dtype, "p_dz": dtype, "p_dw": out, "p_rows": "i32"}
-    types |= dict.fromkeys(("p_index", "p_starts", "p_tiles", "p_tile_block", "p_target"), "i64")
-    signature, constexprs = signature_of(kernel, types, given, flags | {"BLOCK": BLOCK})
+    """A launch of one of the products: of `types` beside those that all of them share."""
+    shared = {"p_hidden": dtype, "p_weight": dtype, "p_dz": dtype, "p_rows": "i32"}
+    places = ("index", "starts", "tiles", "tile_block", "target", "job_block", "job_tile")
+    shared |= {f"p_{x}": "i64" for x in (*places, "first_part")}
+    signature, constexprs = signature_of(kernel, shared | types, given, flags | {"BLOCK": BLOCK})
     options = {"maxnreg": limit} if limit else {}
     return Configuration(name, kernel, signature, constexprs, WARPS, STAGES, options)

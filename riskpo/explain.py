@@ -1,7 +1,7 @@
 """`riskpo explain RUN`: why a run learns or does not, in sentences with the numbers behind them.
 
 Everything comes from the run's own log and settings; nothing is loaded or trained. "Early" and
-"late" are the first and the last tenth of the steps. A sentence that starts with "!" names
+"late" are the first and the last fifth of the steps. A sentence that starts with "!" names
 something to look at; the others say that a usual suspect is innocent, or what a number means. A
 number that the log does not have gives no sentence.
 """
@@ -10,20 +10,22 @@ from __future__ import annotations
 
 import argparse
 import math
+import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from riskpo.config import read_toml
+from riskpo.explain_moved import moved
 from riskpo.explain_samples import sampler, verdicts
+from riskpo.explain_tracker import tracker
 from riskpo.findings import Finding, Log, mean_of
 from riskpo.logs import read_records
-from riskpo.measures import ALPHA, BETA, BUNDLE
 
 NO_SIGNAL = 0.5  # share of responses with advantage 0 from which on it is worth a word
 SMALL_LOSS = 0.02  # of the order of the noise of a mean advantage
 LITTLE_GRADIENT = 1e-6
 COLLAPSED = 0.2  # of the early entropy
-LAGGING = 0.5  # score units between a tracked quantile and the batch's own
+WIDTH = 100  # columns of the printed report
 
 
 def explain_command(given: list[str]) -> None:
@@ -44,26 +46,32 @@ def explain(run_dir: str | Path) -> list[Finding]:
 
 
 def report(findings: Iterable[Finding]) -> str:
-    """One sentence per line under its topic, notable ones marked with "!"."""
+    """The sentences under their topics, at most WIDTH wide, notable ones marked with "!"."""
     lines: list[str] = []
     topic = ""
     for finding in findings:
         if finding.topic != topic:
             topic = finding.topic
             lines.append(f"{topic}:")
-        lines.append(f"  {'!' if finding.notable else ' '} {finding.text}")
+        mark = f"  {'!' if finding.notable else ' '} "
+        lines += textwrap.wrap(
+            finding.text, WIDTH, initial_indent=mark, subsequent_indent=" " * len(mark),
+            break_long_words=False, break_on_hyphens=False,
+        )  # fmt: skip
     return "\n".join(lines)
 
 
 def progress(log: Log) -> Iterable[Finding]:
     topic = "What happened"
     first, last = log.early("reward_mean"), log.late("reward_mean")
+    change = log.change(lambda r: r.get("reward_mean"))
     if first is not None and last is not None:
+        real = change is None or change.moved
         yield Finding(
             topic,
             f"{log.config.algorithm}, {len(log.steps)} steps: mean reward {first:.3f} early, "
-            f"{last:.3f} late.",
-            last < first,
+            f"{last:.3f} late{'' if real else ', within the noise of the steps'}.",
+            last < first and change is not None and change.moved,
         )
     name = next((k for r in log.evals for k in r if k.startswith("avg@") and k[4:].isdigit()), None)
     if name is not None and len(log.evals) > 1:
@@ -197,29 +205,6 @@ def entropy(log: Log) -> Iterable[Finding]:
     yield Finding(topic, text, collapsed)
 
 
-def tracker(log: Log) -> Iterable[Finding]:
-    """How far the tracked quantiles are from the batch's own, at the paper's levels."""
-    c = log.config
-    if (c.bundle_size or BUNDLE, c.alpha or ALPHA, c.beta or BETA) != (BUNDLE, ALPHA, BETA):
-        return
-    for name in ("q_alpha", "q_beta"):
-        tracked, own = log.late(f"{name}_tracked"), log.late(f"batch_{name}")
-        if tracked is None or own is None:
-            continue
-        lag = tracked - own
-        yield Finding(
-            "Does the quantile tracker keep up",
-            f"{name}: tracked {tracked:.2f}, the late batches' own {own:.2f}"
-            + (
-                f"; it lags by {abs(lag):.2f} score units. Raise tracker_step or change the policy "
-                "more slowly."
-                if abs(lag) > LAGGING
-                else "."
-            ),
-            abs(lag) > LAGGING,
-        )
-
-
 def updates(log: Log) -> Iterable[Finding]:
     topic = "Were updates lost"
     skipped = [r["skipped_updates"] for r in log.steps if "skipped_updates" in r]
@@ -241,5 +226,5 @@ def updates(log: Log) -> Iterable[Finding]:
 
 Question = Callable[[Log], Iterable[Finding]]
 QUESTIONS: tuple[Question, ...] = (
-    progress, signal, loss, clipping, entropy, tracker, verdicts, sampler, updates,
+    progress, signal, loss, clipping, entropy, tracker, verdicts, sampler, updates, moved,
 )  # fmt: skip

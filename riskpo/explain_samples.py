@@ -71,16 +71,30 @@ def sampler(log: Log) -> Iterable[Finding]:
             f"{cut:.1%} of the late responses were cut at max_response_tokens = {limit}.{more}",
             cut > TRUNCATED,
         )
-    kl = log.mean("sampler_kl")
-    if kl is not None and log.config.updates_per_step == 1:
-        off = kl > MISMATCH_KL
-        yield Finding(
-            topic,
-            f"Sampler and trainer differ by a KL of {kl:.1e} nats per token"
-            + (": they are not the same policy." if off else ": rounding."),
-            off,
-        )
+    yield from _mismatch(log, topic)
     yield from _correction(log, topic)
+
+
+def _mismatch(log: Log, topic: str) -> Iterable[Finding]:
+    """How far the sampler's log-probs are from the trainer's."""
+    kl, ratios = log.mean("sampler_kl"), _ratios(log)
+    # With several updates the trainer's log-probs are those before the first, as the ratios' are; a
+    # log without ratios may hold what the updates themselves changed.
+    if kl is None or log.config.updates_per_step > 1 and not ratios:
+        return
+    off = kl > MISMATCH_KL
+    unit = "response" if log.config.sampler.level == "sequence" else "token"
+    yield Finding(
+        topic,
+        f"Sampler and trainer differ by a KL of {kl:.1e} nats per token"
+        + (f", and by at most a factor of {max(ratios):.6g} in a {unit}" if ratios else "")
+        + (": they are not the same policy." if off else ": rounding."),
+        off,
+    )
+
+
+def _ratios(log: Log) -> list[float]:
+    return [r["sampler_ratio_max"] for r in log.steps if "sampler_ratio_max" in r]
 
 
 def _correction(log: Log, topic: str) -> Iterable[Finding]:
@@ -101,7 +115,7 @@ def _correction(log: Log, topic: str) -> Iterable[Finding]:
         share = log.mean(name)
         if share is None:
             continue
-        largest = max(r["sampler_ratio_max"] for r in log.steps if "sampler_ratio_max" in r)
+        largest = max(_ratios(log))
         yield Finding(
             topic,
             f"{share:.1%} of the {unit} had a weight above sampler.cap = {settings.cap:g} (the "

@@ -13,8 +13,10 @@ halved until it does not, or the row is kept whole. So for every row and any voc
     ||dropped dz||_1 <= 32 eps |c|  and  ||dropped dz||_1 <= 256 eps max(||dz||_1, 2^-15 |c|)
 
 E_b = s_b (|log s_b + H| + log 128) bounds the block's sum of p |log p + H|. A kept logit near its
-softcap has a smaller slope than a dropped one may have: there eps is divided by 4, and the second
-bound holds while the kept |z| T stay below sqrt(3) / 2 of the softcap; the first always does.
+softcap has a smaller slope than a dropped one may have: eps is the row's own there, times the
+slope at its largest logit or at its target's, whichever is smaller. Both bounds then hold for the
+gradient of the raw logits, the second with the floor times that slope, and as long as next to no
+mass lies below minus the largest logit.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from typing import NamedTuple
 
 import torch
 
-from riskpo_kernels.softmax_rows import BLOCK, RowStats
+from riskpo_kernels.softmax_rows import BLOCK, LogitMap, RowStats
 
 CAP = 32.0  # thresholds of mass that a row may lose in all
 HALVINGS = 6
@@ -38,16 +40,25 @@ def n_blocks(vocab: int) -> int:
     return -(-vocab // BLOCK)
 
 
+def row_eps(eps: float, stats: RowStats, map: LogitMap) -> float | torch.Tensor:
+    """eps of each row [R], smaller where a softcap leaves its kept logits a small slope."""
+    if map.softcap is None:
+        return eps
+    target = stats.logprob + stats.peak + stats.log_sum
+    return eps * torch.minimum(map.slope(stats.peak), map.slope(target))
+
+
 def select(
     block_lse: torch.Tensor,
     target: torch.Tensor,
     stats: RowStats,
-    eps: float,
+    eps: float | torch.Tensor,
     entropy: bool,
     cap: float = CAP,
 ) -> torch.Tensor:
     """The active pairs [R, B] (bool) of rows with block log-sum-exps [R, B] (target left out).
-    A target may lie outside these blocks; a row loses at most cap thetas of its mass here."""
+    eps: one for all or [R]. A target may lie outside these blocks; a row loses at most cap thetas
+    of its mass here."""
     log_s = (block_lse - stats.peak[:, None]).sub_(stats.log_sum[:, None]).clamp_(max=0.0)
     mass = torch.exp(log_s)
     doubt = (-torch.expm1(stats.logprob)).clamp(min=2.0**-16)

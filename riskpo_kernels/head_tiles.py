@@ -16,7 +16,7 @@ import torch
 
 from riskpo_kernels import softmax_rows
 from riskpo_kernels.accumulate import Accumulator
-from riskpo_kernels.block_selection import CAP, ActiveBlocks, n_blocks, select
+from riskpo_kernels.block_selection import CAP, ActiveBlocks, n_blocks, row_eps, select
 from riskpo_kernels.checks import reject
 from riskpo_kernels.chunks import Plan, Products, plan_tiles, spans
 from riskpo_kernels.kept_logits import KeptLogits
@@ -213,7 +213,9 @@ def forward_rows(
             shard.merge(part)
         if active is not None:
             target = padded(head.target[r], h.shape[0])
-            keep = select(blocks, target, finish(part), o.tail_eps, o.entropy, cap)
+            stats = finish(part)
+            eps = row_eps(o.tail_eps, stats, head.map_of(r, h.shape[0]))
+            keep = select(blocks, target, stats, eps, o.entropy, cap)
             active.record(r, keep[: r.stop - r.start], by_row=o.deterministic)
         state.put(r, part)
     return state, active

@@ -68,10 +68,11 @@ def linear_logprob(
         scale, softcap: logits are softcap(scale * (h W^T + bias)) / temperature.
         return_entropy: also the entropy of that softmax.
         tail_eps: a block of 128 vocabulary columns with less softmax mass than this (less still
-            for a near-certain row) gets no gradient from the row; what a row loses is at most
-            32 tail_eps |upstream| in the 1-norm of its logits' gradient (block_selection.py). Rows
-            of the head below the threshold for every token get a zero gradient: under Adam rows
-            that are never a target move less (half as far in a short run). 0 is exact.
+            for a near-certain row, or near a softcap) gets no gradient from the row; what a row
+            loses is at most 32 tail_eps |upstream| in the 1-norm of its logits' gradient
+            (block_selection.py). Rows of the head below the threshold for every token get a zero
+            gradient: under Adam rows that are never a target move less (half as far in a short
+            run). 0 is exact.
             Default: 2^-14 for bf16, 2^-18 for fp16, 0 for fp32 and fp64.
         vocab_group: a process group whose ranks hold the columns of the head in rank order: weight
             (and bias) are this rank's, perhaps none; target holds ids of the whole vocabulary;
@@ -146,7 +147,7 @@ def linear_logprob(
         return_entropy,
         backend,
         memory_mib,
-        tail_eps / (1 if softcap is None else 4),
+        tail_eps,
         deterministic,
         torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves),
     )

@@ -42,6 +42,11 @@ class LogitMap(NamedTuple):
             return self._replace(temperature=self.temperature[rows])
         return self
 
+    def slope(self, z: torch.Tensor) -> torch.Tensor:
+        """Derivative of the softcap where z [R] came out."""
+        assert self.softcap is not None
+        return (1 - (z * self.temperature / self.softcap).square()).clamp(min=0.0)
+
     def column(self) -> float | torch.Tensor:
         """The temperature, shaped to broadcast over a tile."""
         t = self.temperature

@@ -206,21 +206,26 @@ def test_dense_and_sparse_rows_in_one_batch():
 
 
 @pytest.mark.parametrize("g", [0.0, 1.0])
-@pytest.mark.parametrize("temperature", [1.0, 0.5, 0.3, 0.2, 0.15])
-def test_default_threshold_stays_inside_the_rule(shared_data, temperature, g):
+@pytest.mark.parametrize(
+    ("temperature", "softcap"),
+    [(1.0, None), (0.5, None), (0.3, None), (0.2, None), (0.15, None), (0.3, 15.0), (0.2, 6.0)],
+)
+def test_default_threshold_stays_inside_the_rule(shared_data, temperature, softcap, g):
     """A trained head in bf16 at the default tail_eps, RiskPO-like coefficients, without and with
     an entropy gradient: the one rule in both its metrics, dW apart for the rows of targets."""
     from safetensors.torch import load_file
 
     rows = load_file(shared_data / "lm_rows" / "rows.safetensors")
     h, w = rows["hidden"][::8], rows["weight"]
-    p = (h.float() @ w.float().T / temperature).softmax(-1)
-    target = torch.multinomial(p, 1)[:, 0]
+    z = h.float() @ w.float().T
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    target = torch.multinomial((z / temperature).softmax(-1), 1)[:, 0]
     c = -torch.rand(16).repeat_interleave(16)  # one sign, constant within a sequence
 
     def results(op, dtype, **options):
         hh, ww = (x.detach().clone().to(dtype).requires_grad_() for x in (h, w))
-        out = op(hh, ww, target, temperature=temperature, return_entropy=g != 0, **options)
+        options |= {"temperature": temperature, "softcap": softcap, "return_entropy": g != 0}
+        out = op(hh, ww, target, **options)
         values = {"logprob": out.logprob} | ({"entropy": out.entropy} if g else {})
         total = (out.logprob * c.to(out.logprob.dtype)).sum()
         (total + (g * out.entropy.sum() if g else 0)).backward()

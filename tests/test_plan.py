@@ -16,7 +16,7 @@ from riskpo.memory.plan import CHECKPOINTS, LADDER, find_card, plan_command
 from riskpo.memory.run_plan import plan_run
 from riskpo.memory.shapes import find_shape
 from tests.toy import tiny_config, tiny_policy
-from tools.memory_ladder import CPU_ROWS
+from tools.ladder_rows import CPU
 
 
 @pytest.fixture(autouse=True)
@@ -86,6 +86,18 @@ def test_every_switch_buys_something(name):
     assert reach == sorted(reach) and reach[-1] > 4 * reach[0]
 
 
+def test_a_plain_head_s_logits_by_hand():
+    """Log-softmax and two gradients in float32 for every row that meets the head; in bfloat16 the
+    logits themselves besides. Prompts that stay away are counted by nobody."""
+    shape = find_shape("Qwen2.5-1.5B")
+    for size, bytes_each in ((4, 12), (2, 14)):
+        work = Workload(4096, bytes_per_weight=size, plain_head=True, head_tokens=0)
+        none = budget(shape, CHECKPOINTS, work).other["head workspace"]
+        for rows, given in ((1024, 1024), (4096, None)):
+            found = budget(shape, CHECKPOINTS, replace(work, head_tokens=given))
+            assert found.update["head workspace"] - none == rows * bytes_each * shape.vocab
+
+
 def test_longest_context_is_the_last_that_fits():
     shape, work, room = find_shape("Qwen2.5-1.5B"), Workload(1), 70 * GIB
     tokens = longest(shape, CHECKPOINTS, work, room)
@@ -153,8 +165,9 @@ def test_frozen_weights_have_no_state():
 
 PROGRAM = """
 import json
-from tools.memory_ladder import Case, measure
-[found] = measure(Case("", [1024], False, {switches}))
+from tools.ladder_rows import CPU
+from tools.memory_ladder import measure
+[found] = measure(CPU, CPU.row({label!r}), [1024])
 print(json.dumps([found["measured"], found["predicted"]]))
 """
 
@@ -162,16 +175,21 @@ print(json.dumps([found["measured"], found["predicted"]]))
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
-    "row", ["+ checkpointing", "+ 8-bit moments", "bfloat16, optimiser on the host"]
+    "label",
+    [
+        "+ logits of the response alone",
+        "+ fused head",
+        "tiles, 8-bit moments",
+        "bfloat16, optimiser on the host",
+    ],
 )
-def test_predicted_peak_is_the_measured_one(row):
+def test_predicted_peak_is_the_measured_one(label):
     """One update of 1024 tokens in a process of its own; at least 500 MiB, within 15 %."""
-    switches = dict(CPU_ROWS)[row]
-    if switches.get("optimizer") == "8bit":
+    if CPU.row(label).memory.get("optimizer") == "8bit":
         pytest.importorskip("bitsandbytes")
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM.format(switches=switches)],
+        [sys.executable, "-c", PROGRAM.format(label=label)],
         capture_output=True,
         text=True,
         env=environment,

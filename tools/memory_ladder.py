@@ -1,108 +1,71 @@
 """Peak memory of one update at growing context, each switch one row, predicted beside measured.
 
-    python tools/memory_ladder.py --out DIR           a small model on the CPU
-    python tools/memory_ladder.py --gpu --out DIR     Qwen2.5-1.5B's config, random bfloat16
-                                                      weights, all of them trained, on CUDA
+    python -m tools.memory_ladder --out DIR          a small model on the CPU
+    python -m tools.memory_ladder --gpu --out DIR    Qwen2.5-1.5B's config, random bfloat16 weights,
+                                                     all of them trained, on CUDA
+    python -m tools.memory_ladder --dry --out DIR    the GPU's rows in tiny on the CPU: a rehearsal
 
-Writes memory-ladder-{cpu,gpu}.json, .md and .png; with --rows and --tokens only these are measured,
-and the rest of the JSON stays. Every row is a process of its own: the model is loaded, a tiny
-update warms the libraries up and creates the optimiser's state, and then the peak of one full
-update (two micro-batches of that many tokens, optimiser step) at each context, the shortest first,
-is counted over the loaded model. On the CPU that is resident memory, with malloc told to give every
-large block back (MALLOC_MMAP_THRESHOLD_); on CUDA torch.cuda.max_memory_allocated.
+Writes memory-ladder-{cpu,gpu,dry}.json, .md and .png; with --rows and --tokens only these are
+measured, and the rest of the JSON stays. The rows are in tools/ladder_rows.py.
+
+A row is a process of its own, on the CPU every point of it: the model is loaded, a tiny update
+warms the libraries up and creates the optimiser's state, and then the peak of an update is counted
+over the loaded model. The update has two micro-batches, because in training the gradients of the
+first are there in the second. On the GPU the context is ONE sequence, save in the rows that say
+otherwise; a short sequence is its first micro-batch. On the CPU resident memory is counted, with
+malloc told to give every large block back (MALLOC_MMAP_THRESHOLD_); on CUDA
+torch.cuda.max_memory_allocated.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-MIB, GIB = 2**20, 2**30
-SMALL = {
-    "model_type": "qwen2",
-    "num_hidden_layers": 8,
-    "hidden_size": 384,
-    "intermediate_size": 2048,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "vocab_size": 36864,
-    "tie_word_embeddings": False,
-}
-MICRO_BATCHES = 2  # as the plan assumes: the first one's gradients are there in the second
-SEQUENCES = 4  # of a quarter of a micro-batch each; a single one would need no mask
-RESPONSE = 8  # of a sequence's tokens one in so many is a response; the rest is prompt
-CKPT = {"checkpointing": True}
-TILED: dict[str, Any] = {**CKPT, "mlp_tile_tokens": 512}
-CPU_ROWS: list[tuple[str, dict[str, Any]]] = [
-    ("transformers' own [T, T] mask", {"attention": "masked"}),
-    ("attention by sequence", {}),
-    ("+ checkpointing", CKPT),
-    ("+ checkpoints in a second place", {**CKPT, "offload_checkpoints": True}),
-    ("checkpointing + MLP in tiles of 512", TILED),
-    ("+ 8-bit moments", {**TILED, "optimizer": "8bit"}),
-    # float32 weights on a CPU are their own masters: with them "host" is the row of tiles
-    ("bfloat16 weights, tiles of 512", {**TILED, "dtype": "bfloat16"}),
-    ("bfloat16, optimiser on the host", {**TILED, "optimizer": "host", "dtype": "bfloat16"}),
-]
-GPU_TILED: dict[str, Any] = {
-    **CKPT,
-    "offload_checkpoints": True,
-    "mlp_tile_tokens": 4096,
-    "dtype": "bfloat16",
-}
-GPU_ROWS: list[tuple[str, dict[str, Any]]] = [
-    ("checkpointing", {**CKPT, "dtype": "bfloat16"}),
-    ("+ checkpoints on the host", {**GPU_TILED, "mlp_tile_tokens": 0}),
-    ("+ MLP in tiles of 4096", GPU_TILED),
-    ("+ optimiser on the host", {**GPU_TILED, "optimizer": "host"}),
-]
+import torch
+
+import riskpo.update
+from riskpo.config import MemoryConfig
+from riskpo.head import find_head
+from riskpo.memory.budget import Workload, budget
+from riskpo.memory.host_checkpoints import PlainTransfers
+from riskpo.memory.meter import PeakMeter
+from riskpo.memory.shapes import shape_of
+from riskpo.memory.switches import apply_switches
+from riskpo.optimizer import Optimizer
+from riskpo.packing import IGNORE
+from riskpo.records import Rollouts
+from riskpo.strategies import LossOptions
+from riskpo.update import UpdatePlan, update
+from riskpo_kernels import SurrogateLoss, clipped_surrogate
+from tools.ladder_page import device_of, write
+from tools.ladder_rows import CPU, DRY, EVERY, FUSED, GPU, LADDERS, Ladder, Row
+
+SHORT = 64  # tokens of the warm-up
+ROWS = 128  # of logits at a time, for an entropy without gradient
+NO_GAPS = "expandable_segments:True"  # of CUDA's allocator, whose blocks then grow with a context
 
 
-@dataclass(frozen=True)
-class Case:
-    """One row; `switches` are fields of MemoryConfig, and the dtype of the weights."""
-
-    label: str
-    contexts: list[int]  # tokens of one micro-batch, growing
-    gpu: bool = False
-    switches: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def dtype(self) -> str:
-        return str(self.switches.get("dtype", "float32"))
-
-
-def measure(case: Case) -> Iterator[dict[str, Any]]:
+def measure(ladder: Ladder, row: Row, contexts: list[int]) -> Iterator[dict[str, Any]]:
     """Runs in the row's own process; bytes over the loaded model, one record for each context."""
-    import torch
-
-    from riskpo.config import MemoryConfig
-    from riskpo.head import find_head
-    from riskpo.memory.host_checkpoints import PlainTransfers
-    from riskpo.memory.meter import PeakMeter
-    from riskpo.memory.switches import apply_switches
-    from riskpo.optimizer import Optimizer
-    from riskpo.strategies import LossOptions
-    from riskpo.update import UpdatePlan, update
-
-    device = torch.device("cuda" if case.gpu else "cpu")
-    switches = {name: value for name, value in case.switches.items() if name != "dtype"}
-    memory = MemoryConfig(head_mib=300 if case.gpu else 32, **switches)
+    memory = memory_of(ladder, row)
     if memory.optimizer == "8bit":
         import bitsandbytes  # noqa: F401  its code and constants are not the optimiser's state
     torch.manual_seed(0)
-    config, model = build(device, getattr(torch, case.dtype))
+    device = torch.device(ladder.device)
+    model = build(ladder, row)
     meter = PeakMeter(device)
-    second_place = None if case.gpu else PlainTransfers()
+    second_place = PlainTransfers() if device.type == "cpu" else None
     apply_switches(model, memory, second_place)
     optimizer = Optimizer(
         model.parameters(),
@@ -112,81 +75,164 @@ def measure(case: Case) -> Iterator[dict[str, Any]]:
         max_grad_norm=1.0,
         state=memory.optimizer,
     )
+    if row.head != FUSED:
+        riskpo.update.riskpo_loss = partial(loss_of_logits, row.head == EVERY)
     head, loss = find_head(model), LossOptions()
-    advantage = torch.linspace(-1, 1, MICRO_BATCHES * SEQUENCES)
-    for tokens in (64, *case.contexts):
-        batch = rollouts(tokens, model.config.vocab_size)
+    for tokens in (SHORT, *contexts):
+        batch = rollouts(tokens, row.sequences, model.config.vocab_size)
         plan = UpdatePlan(micro_batch_tokens=tokens, memory_mib=memory.head_mib)
+        advantage = torch.linspace(0.5, 1, len(batch.tokens))  # none is 0: every response counts
         meter.restart()
+        start = time.perf_counter()
         numbers = update(model, head, optimizer, batch, advantage, loss, plan)
-        if tokens in case.contexts:
-            parked = second_place.most if second_place and second_place.most else None
-            yield {
-                "label": case.label,
-                "tokens": tokens,
-                "switches": case.switches,
+        if tokens in contexts:
+            record = about_point(ladder, row, tokens) | {
+                "device": device_of(ladder),
                 "measured": meter.increase(),
-                **predict(config, memory, case, tokens),
                 "gradient_norm": numbers["grad_norm"],
-                **({"in_second_place": parked} if parked else {}),
             }
+            if device.type == "cuda":
+                record["seconds"] = time.perf_counter() - start
+            yield record | held_elsewhere(optimizer, memory, second_place)
 
 
-def predict(config: Any, memory: Any, case: Case, tokens: int) -> dict[str, Any]:
-    """The plan of a row at one context: bytes over the loaded model, and its terms."""
-    from riskpo.memory.budget import Workload, budget
-    from riskpo.memory.shapes import shape_of
+def held_elsewhere(
+    optimizer: Optimizer, memory: MemoryConfig, second_place: PlainTransfers | None
+) -> dict[str, int]:
+    """On the CPU: bytes of the increase that a GPU would have left on its host."""
+    if second_place is None:
+        return {}
+    held = second_place.most
+    if memory.optimizer == "host":
+        copies = [
+            m for m, w in zip(optimizer.masters, optimizer.weights, strict=True) if m is not w
+        ]
+        moments = [x for state in optimizer.adamw.state.values() for x in state.values()]
+        # a master's gradient is as large as the master itself
+        held += sum(2 * x.nbytes for x in copies) + sum(x.nbytes for x in moments)
+    return {"of_it_in_second_place": held} if held else {}
 
-    size = 4 if case.dtype == "float32" else 2
-    work = Workload(tokens, bytes_per_weight=size, on_host=not case.gpu)
-    shape = shape_of(config, "ladder")
+
+def memory_of(ladder: Ladder, row: Row) -> MemoryConfig:
+    return MemoryConfig(head_mib=ladder.head_mib, **row.memory)
+
+
+def about_point(ladder: Ladder, row: Row, tokens: int) -> dict[str, Any]:
+    """What is known of a point before it is measured: its row, and the plan's bytes by term."""
+    memory, on_host = memory_of(ladder, row), ladder.device == "cpu"
+    size = torch.finfo(getattr(torch, row.dtype)).bits // 8
+    shape = shape_of(config_of(ladder), "ladder")
+    work = Workload(
+        tokens,
+        bytes_per_weight=size,
+        on_host=on_host,
+        plain_head=row.head != FUSED,
+        head_tokens=None if row.head == EVERY else responses(tokens, row.sequences),
+    )
     found = budget(shape, memory, work)
     increase, terms = found.update_increase, {**found.fixed, **found.update}
-    if memory.offload_checkpoints and not case.gpu:
+    if memory.offload_checkpoints and on_host:
         # the plan of a model on the host parks nothing; here two copies come back besides
         back = 2.0 * tokens * shape.hidden * size
         increase, terms = increase + back, {**terms, "copies on their way back": back}
-    return {"predicted": increase, "terms": terms, "step": found.step}
+    return {
+        "label": row.label,
+        "over": row.over,
+        "tokens": tokens,
+        "sequences": row.sequences,
+        "switches": {**row.memory, "head": row.head, "dtype": row.dtype},
+        "predicted": increase,
+        "terms": terms,
+        "step": found.step,
+    }
 
 
-def build(device: Any, dtype: Any) -> tuple[Any, Any]:
-    """(config, model) with random weights of a torch dtype, on the device."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+def loss_of_logits(
+    every: bool,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    old_logprob: None,
+    advantage: torch.Tensor,
+    *,
+    cu_seqlens: torch.Tensor,
+    **options: Any,
+) -> SurrogateLoss:
+    """riskpo_loss as one writes it without a fused head: on-policy, temperature 1.
 
-    from riskpo.memory.shapes import KNOWN
+    every: the head meets the prompts' tokens too, as a model's own forward does. The entropy is
+    taken without gradient and ROWS rows at a time: it adds nothing to the peak.
+    """
+    counted = target != IGNORE
+    rows = torch.ones_like(counted) if every else counted
+    logits = (hidden if every else hidden[rows]) @ weight.T
+    taken = target[rows].clamp(min=0)[:, None]
+    log_p = torch.log_softmax(logits.float(), -1)
+    with torch.no_grad():
+        entropy = torch.cat([-(x.exp() * x).sum(-1) for x in log_p.split(ROWS)])
 
-    sizes = dict(KNOWN["Qwen2.5-1.5B"] if device.type == "cuda" else SMALL)
-    config = AutoConfig.for_model(sizes.pop("model_type"), max_position_embeddings=2**20, **sizes)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return config, model
+    def spread(found: torch.Tensor) -> torch.Tensor:
+        return found.new_zeros(target.shape).masked_scatter(rows, found)
+
+    logprob = spread(log_p.gather(-1, taken)[:, 0])
+    theirs = inspect.signature(clipped_surrogate).parameters
+    return clipped_surrogate(
+        logprob,
+        logprob.detach(),
+        advantage,
+        cu_seqlens=cu_seqlens,
+        mask=counted,
+        entropy=spread(entropy),
+        **{name: value for name, value in options.items() if name in theirs},
+    )
 
 
-def rollouts(tokens: int, vocab: int) -> Any:
-    """Random responses to long prompts, SEQUENCES of them `tokens` model inputs together."""
-    import torch
+def config_of(ladder: Ladder) -> Any:
+    from transformers import AutoConfig
 
-    from riskpo.records import Rollouts
+    values = ladder.config
+    return AutoConfig.for_model(values.pop("model_type"), max_position_embeddings=2**20, **values)
 
-    made, size = Rollouts(), tokens // SEQUENCES + 1
-    prompt = size - size // RESPONSE
-    for i in range(MICRO_BATCHES * SEQUENCES):
-        made.tokens.append(torch.randint(vocab, (size,)))
-        made.prompt_len.append(prompt)
-        made.logprob.append(torch.zeros(size - prompt))
+
+def build(ladder: Ladder, row: Row) -> Any:
+    """The model with random weights of the row's dtype, on the ladder's device."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device(ladder.device):
+        return AutoModelForCausalLM.from_config(config_of(ladder), dtype=getattr(torch, row.dtype))
+
+
+def responses(tokens: int, sequences: int) -> int:
+    """Targets that count in the large micro-batch: half of every sequence is its response."""
+    return sequences * (tokens // sequences // 2)
+
+
+def rollouts(tokens: int, sequences: int, vocab: int) -> Rollouts:
+    """Random prompts and responses, half and half, of two micro-batches.
+
+    The second has `tokens` model inputs. The first is as large, or SHORT where the second is one
+    sequence: that saves half of the time, and what counts of it is that its gradients are there.
+    """
+    made, second = Rollouts(), [tokens // sequences] * sequences
+    first = second if sequences > 1 else [min(SHORT, tokens)]
+    for size in (*first, *second):
+        response = size // 2
+        made.tokens.append(torch.randint(vocab, (size + 1,)))  # the last one is a target only
+        made.prompt_len.append(size + 1 - response)
+        made.logprob.append(torch.zeros(response))
         made.text.append("")
         made.truncated.append(False)
-        made.question_id.append(str(i))
+        made.question_id.append(str(len(made.question_id)))
     return made
 
 
-def run(case: Case) -> Iterator[dict[str, Any]]:
+def run(ladder: Ladder, row: Row, contexts: list[int]) -> Iterator[dict[str, Any]]:
     """The row in a fresh process: its records, and the end of its error if it has one."""
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-    command = [sys.executable, __file__, "--case", json.dumps(asdict(case))]
-    environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    left = list(case.contexts)
+    environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", NO_GAPS)
+    case = json.dumps([ladder.name, row.label, contexts])
+    command = [sys.executable, "-m", "tools.memory_ladder", "--case", case]
+    left = list(contexts)
     with tempfile.TemporaryFile("w+") as errors:
         with subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
@@ -198,115 +244,39 @@ def run(case: Case) -> Iterator[dict[str, Any]]:
         errors.seek(0)
         reason = errors.read().strip().rpartition("\n")[2][:200]
     if process.returncode:
-        same = {"label": case.label, "switches": case.switches, "error": reason or "killed"}
-        yield from ({**same, "tokens": tokens} for tokens in left)
-
-
-def table(records: list[dict[str, Any]], unit: float, name: str) -> str:
-    """Markdown, one line per row and context."""
-    lines = [
-        f"| switches | tokens | measured, {name} | predicted, {name} | prediction off by |",
-        "|---|---|---|---|---|",
-    ]
-    for r in records:
-        start = f"| {r['label']} | {r['tokens']:,} |"
-        if "error" in r:
-            lines.append(f"{start} {r['error']} | | |")
-            continue
-        error = r["predicted"] / r["measured"] - 1
-        lines.append(
-            f"{start} {r['measured'] / unit:.0f} | {r['predicted'] / unit:.0f} | {error:+.0%} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def picture(records: list[dict[str, Any]], unit: float, name: str, path: Path) -> None:
-    """Measured as points, predicted as lines, one colour per row."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(9, 4.5))
-    for i, label in enumerate(dict.fromkeys(r["label"] for r in records)):
-        rows = [r for r in records if r["label"] == label and "error" not in r]
-        x = [r["tokens"] for r in rows]
-        style: dict[str, Any] = {
-            "color": f"C{i}",
-            "linestyle": ("-", "--")[i % 2],
-        }  # some lie on each other
-        axes.plot(x, [r["predicted"] / unit for r in rows], label=label, **style)
-        axes.plot(x, [r["measured"] / unit for r in rows], "ox"[i % 2], color=f"C{i}")
-    axes.set(
-        xlabel="tokens of a micro-batch",
-        ylabel=f"peak over the loaded model, {name}",
-        title="points measured, lines predicted",
-        ylim=(0, None),
-    )
-    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0))
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-
-
-def kept_records(path: Path, about: dict[str, Any], measured: list[Any]) -> list[dict[str, Any]]:
-    """Records of an earlier run on the same model that were not measured again."""
-    if not path.exists():
-        return []
-    earlier = json.loads(path.read_text(encoding="utf-8"))
-    if earlier["about"]["model"] != about["model"]:
-        return []
-    again = {(r["label"], r["tokens"]) for r in measured}
-    return [r for r in earlier["records"] if (r["label"], r["tokens"]) not in again]
-
-
-def write(given: argparse.Namespace, measured: list[dict[str, Any]]) -> None:
-    """The three files, rows in the order of the ladder."""
-    from importlib.metadata import version
-
-    unit, name = (GIB, "GiB") if given.gpu else (MIB, "MiB")
-    stem = given.out / f"memory-ladder-{'gpu' if given.gpu else 'cpu'}"
-    given.out.mkdir(parents=True, exist_ok=True)
-    about = {
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "torch": version("torch"),
-        "model": "Qwen2.5-1.5B" if given.gpu else SMALL,
-    }
-    order = [label for label, _ in (GPU_ROWS if given.gpu else CPU_ROWS)]
-    records = measured + kept_records(Path(f"{stem}.json"), about, measured)
-    records.sort(key=lambda r: (order.index(r["label"]), r["tokens"]))
-    text = json.dumps({"about": about, "records": records}, indent=1)
-    Path(f"{stem}.json").write_text(text + "\n", encoding="utf-8")
-    Path(f"{stem}.md").write_text(table(records, unit, name), encoding="utf-8")
-    picture(records, unit, name, Path(f"{stem}.png"))
+        for tokens in left:
+            yield about_point(ladder, row, tokens) | {"error": reason or "killed"}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--gpu", action="store_true")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--gpu", action="store_true")
+    kind.add_argument("--dry", action="store_true", help="the GPU's rows in tiny on the CPU")
     parser.add_argument("--tokens", type=int, nargs="+")
     parser.add_argument("--rows", type=int, nargs="+", help="numbers of the rows, from 0")
     parser.add_argument("--out", type=Path, default=Path("."))
     parser.add_argument("--case", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.case:
-        for record in measure(Case(**json.loads(given.case))):
+        name, label, contexts = json.loads(given.case)
+        for record in measure(LADDERS[name], LADDERS[name].row(label), contexts):
             print(json.dumps(record), flush=True)
         return 0
-    if given.gpu:
-        import torch
-
-        if not torch.cuda.is_available():
-            print("--gpu needs a CUDA device; leave it out to run on the CPU", file=sys.stderr)
-            return 2
-    rows = GPU_ROWS if given.gpu else CPU_ROWS
-    contexts = given.tokens or ([2**15, 2**16, 2**17] if given.gpu else [1024, 2048, 4096, 8192])
+    if given.gpu and not torch.cuda.is_available():
+        print("--gpu needs a CUDA device; --dry rehearses it on the CPU", file=sys.stderr)
+        return 2
+    ladder = GPU if given.gpu else DRY if given.dry else CPU
+    chosen = sorted(given.tokens or ladder.contexts)
+    # what CUDA counts starts anew with every context; a process of the CPU grows
+    parts = [[tokens] for tokens in chosen] if ladder is CPU else [chosen]
     failed = False
-    for label, switches in (rows[i] for i in given.rows or range(len(rows))):
-        for record in run(Case(label, sorted(contexts), given.gpu, switches)):
-            print(json.dumps(record), flush=True)
-            write(given, [record])  # a long ladder that is cut short keeps what it has
-            failed = failed or "error" in record
+    for row in (ladder.rows[i] for i in given.rows or range(len(ladder.rows))):
+        for contexts in parts:
+            for record in run(ladder, row, contexts):
+                print(json.dumps(record), flush=True)
+                write(given.out, ladder, [record])  # a ladder that is cut short keeps what it has
+                failed = failed or "error" in record
     return int(failed)
 
 

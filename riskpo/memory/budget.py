@@ -40,6 +40,7 @@ class Workload:
     context: int | None = None  # tokens of each, prompt included; None: `tokens`
     on_host: bool = False  # the model itself is on the CPU: nothing can be moved off it
     plain_head: bool = False  # [T, V] logits and autograd, to compare with
+    head_tokens: int | None = None  # that meet the head, responses alone; None: all of them
 
 
 @dataclass(frozen=True)
@@ -168,11 +169,13 @@ def _head(shape: ModelShape, memory: MemoryConfig, work: Workload) -> float:
     T, H, b = work.tokens, shape.hidden, work.bytes_per_weight
     around = T * (_norm(H, b) + (4 + b) * H)
     if work.plain_head:
-        return around + T * 14.0 * shape.vocab
+        # float32 log-softmax, its gradient and the logits'; 16-bit logits besides
+        return around + rows * (12.0 + (b if b < 4 else 0)) * shape.vocab
     # no workspace outgrows the logits, their gradient and one more of their size
-    workspace = min(memory.head_mib * MIB, 12.0 * T * shape.vocab)
+    workspace = min(memory.head_mib * MIB, 12.0 * rows * shape.vocab)
     return around + 4.0 * shape.vocab * H + workspace
 
+    rows = T if work.head_tokens is None else work.head_tokens
 
 def _sampling(shape: ModelShape, work: Workload) -> dict[str, float]:
     """Keys and values of all sequences; logits, their log-softmax and the sampler's copies."""

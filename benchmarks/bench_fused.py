@@ -9,10 +9,10 @@ import torch
 from benchmarks import peers, regimes
 from benchmarks.bench_linear_logprob import default_tail_eps
 from benchmarks.provider import Provider, auto_backend, device_of, too_large
-from benchmarks.truth import relative_error
+from benchmarks.truth import gradients_in, relative_error
 from riskpo_kernels import linear_logprob, reference, riskpo_loss, riskpo_loss_from_logits
 
-SEQUENCES = 16
+SEQUENCES = regimes.SEQUENCES
 TAIL = 2.0**-14
 CLIP = (3e-4, 4e-4)  # riskpo_loss's own for a ratio of sequences
 CASES: dict[str, dict[str, Any]] = {
@@ -62,7 +62,8 @@ def inputs(
 def providers() -> dict[str, Provider]:
     """All of them compute the same loss: clipped ratios of sequences, the mean over sequences of
     token means. Liger's Triton kernels take logits."""
-    ours: dict[str, Any] = {"kind": "ours"}
+    ours: dict[str, Any] = {"kind": "ours", "logits_in": "float32", "sums_in": "float32"}
+    dense = {"logits_in": "inputs", "sums_in": peers.ONCE}
     backend = auto_backend("linear_logprob")
     return {
         "riskpo_loss": Provider(_fused, **ours, backend=backend),
@@ -74,18 +75,27 @@ def providers() -> dict[str, Provider]:
         ),
         "logits + riskpo_loss_from_logits": Provider(
             _from_logits,
-            **ours,
+            **ours | dense,
             why_not=_fits,
             backend=auto_backend("logits_logprob"),
             units=lambda sizes, facts: 6,
         ),
-        "plain": Provider(_plain, kind="plain", why_not=_fits, units=lambda sizes, facts: 6),
-        "Liger chunked": Provider(_liger, why_not=_no_liger, units=lambda sizes, facts: 8),
+        "plain": Provider(
+            _plain, kind="plain", why_not=_fits, units=lambda sizes, facts: 6, **dense
+        ),
+        "Liger chunked": Provider(
+            _liger,
+            why_not=_no_liger,
+            units=lambda sizes, facts: 8,
+            logits_in="inputs",
+            sums_in="inputs",
+        ),
         "Liger Triton": Provider(
             _liger_triton,
             why_not=_no_liger_triton,
             backend=lambda given: "triton",
             units=lambda sizes, facts: 6,
+            **dense,
         ),
     }
 
@@ -120,20 +130,23 @@ def truths(given: dict[str, Any]) -> dict[str, Any]:
         cu_seqlens=part["cu_seqlens"],
     ).loss
     loss.backward()
-    return {"part": part, "loss": loss.detach(), "dh": h.grad, "dw": w.grad}
+    over = f"{count} of {SEQUENCES} sequences, {size} tokens each"
+    over = "everything" if count * size == given["target"].numel() else over
+    return {"over": over, "part": part, "loss": loss.detach(), "dh": h.grad, "dw": w.grad}
 
 
-def errors(provider: Provider, given: dict[str, Any], exact: dict[str, Any]) -> dict[str, float]:
+def errors(provider: Provider, given: dict[str, Any], exact: dict[str, Any]) -> dict[str, Any]:
     """Loss error (absolute) and gradient error."""
     part = dict(exact["part"])
     part["hidden"] = h = part["hidden"].clone().requires_grad_()
     part["weight"] = w = part["weight"].clone().requires_grad_()
     loss = provider.run(**part)
-    found = {
+    found: dict[str, Any] = {
         "loss_error": (loss.detach().double() - exact["loss"]).abs().item(),
         "dh_error": relative_error(h.grad, exact["dh"]),
         "dw_error": relative_error(w.grad, exact["dw"]),
     }
+    found |= {"errors_over": exact["over"], "gradients_in": gradients_in(dH=h.grad, dW=w.grad)}
     return found | {"gradient_error": max(found["dh_error"], found["dw_error"])}
 
 

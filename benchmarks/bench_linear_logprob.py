@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -35,20 +36,27 @@ def inputs(
     regime: str,
     zero_fraction: float,
     phase: str,
+    masked_fraction: float = 0.0,
     device: str = "cpu",
     rows: str | None = None,
 ) -> dict[str, Any]:
-    """hidden [N, D], weight [V, D], target [N]; upstream gradients c of log-prob and g of entropy
-    (None where the phase sends none); entropy: whether it is wanted."""
+    """hidden [N, D], weight [V, D], target [N] (-100 where masked); upstream gradients c of
+    log-prob and g of entropy (None where the phase sends none); entropy: whether it is wanted;
+    keep: the rows that are not masked (None: all)."""
     where = torch.device(device)
     made = regimes.make(n, d, v, regime, dtype=getattr(torch, dtype), device=where, rows=rows)
     back = phase != "forward"
     c = regimes.coefficients(n, zero_fraction, where) if back else None
     g = 0.1 * c if c is not None and phase.endswith("entropy") else None
+    target, keep = made.target, None
+    if masked_fraction:
+        masked = regimes.prompts(n, masked_fraction, where)
+        target, keep = target.masked_fill(masked, truth.IGNORED), (~masked).nonzero()[:, 0]
     return {
         "hidden": made.hidden.requires_grad_(back),
         "weight": made.weight.requires_grad_(back),
-        "target": made.target,
+        "target": target,
+        "keep": keep,
         "c": c,
         "g": g,
         "entropy": phase != "forward+backward",
@@ -71,24 +79,35 @@ def providers() -> dict[str, Provider]:
         "riskpo_kernels, one-kernel forward, specialised": _one_kernel("gemm, warp-specialised"),
     }
     exact = Provider(
-        _run(lambda h, w, t, e: reference.linear_logprob(h, w, t, return_entropy=e)[:2]),
+        _run(lambda h, w, t, e, keep: reference.linear_logprob(h, w, t, return_entropy=e)[:2]),
         kind="plain",
         why_not=lambda x: too_large(x, 24.0 * x["target"].numel() * x["weight"].shape[0]),
-        units=lambda sizes, facts: 2 if sizes["phase"] == "forward" else 6,
+        units=_units(2, 4),
+        logits_in="float32",
+        sums_in="float32",
     )
     return ours | {"reference": exact} | {n: _peer(n, head) for n, head in peers.HEADS.items()}
 
 
 def cost(
-    n: int, d: int, v: int, dtype: str, regime: str, zero_fraction: float, phase: str
+    n: int,
+    d: int,
+    v: int,
+    dtype: str,
+    regime: str,
+    zero_fraction: float,
+    phase: str,
+    masked_fraction: float = 0.0,
 ) -> dict[str, float]:
     """Least bytes (inputs read once, gradients written once) and the flops of the products that
-    any dense method needs; what a provider executes is in its units."""
+    any dense method needs for the rows that are not masked; what a provider executes is in its
+    units."""
     size = getattr(torch, dtype).itemsize
     passes = 1 if phase == "forward" else 2
+    kept = n * (1 - masked_fraction)
     return {
         "bytes": float(size * (n * d + v * d) * passes + 20 * n),
-        "flops": float(n) * d * v * (2 if phase == "forward" else 6),
+        "flops": kept * d * v * (2 if phase == "forward" else 6),
     }
 
 
@@ -103,7 +122,7 @@ def errors(provider: Provider, given: dict[str, Any], exact: truth.Head) -> dict
 
 
 def _run(head: Callable[..., Any]) -> Callable[..., Any]:
-    """head(hidden, weight, target, entropy) with the upstream gradients sent back."""
+    """head(hidden, weight, target, entropy, keep) with the upstream gradients sent back."""
 
     def run(
         hidden: torch.Tensor,
@@ -112,11 +131,12 @@ def _run(head: Callable[..., Any]) -> Callable[..., Any]:
         c: torch.Tensor | None,
         g: torch.Tensor | None,
         entropy: bool,
+        keep: torch.Tensor | None,
     ) -> Any:
         if c is None:
             with torch.no_grad():
-                return head(hidden, weight, target, entropy)
-        logprob, h = head(hidden, weight, target, entropy)
+                return head(hidden, weight, target, entropy, keep)
+        logprob, h = head(hidden, weight, target, entropy, keep)
         if g is None:
             torch.autograd.backward([logprob], [c])
         else:
@@ -126,8 +146,33 @@ def _run(head: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def _compacted(head: Callable[..., Any]) -> Callable[..., Any]:
+    """What a trainer does around a head that would multiply masked rows too: it sends the others
+    alone and spreads the results. `keep` is known before; the copies are part of the time."""
+
+    def around(
+        h: torch.Tensor, w: torch.Tensor, t: torch.Tensor, entropy: bool, keep: torch.Tensor | None
+    ) -> Any:
+        if keep is None:
+            return head(h, w, t, entropy)
+        out = head(h[keep], w, t[keep], entropy)
+        return [None if x is None else x.new_zeros(t.shape).index_copy(0, keep, x) for x in out]
+
+    return around
+
+
+def _units(forward: float, backward: float) -> Callable[..., float]:
+    """By the cost formula: masked rows enter no product."""
+
+    def units(sizes: dict[str, Any], facts: dict[str, Any]) -> float:
+        passes = forward if sizes["phase"] == "forward" else forward + backward
+        return passes * (1 - sizes.get("masked_fraction", 0.0))
+
+    return units
+
+
 def _ours(**options: Any) -> Provider:
-    def head(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor, entropy: bool) -> Any:
+    def head(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor, entropy: bool, keep: Any) -> Any:
         return linear_logprob(h, w, t, return_entropy=entropy, **options)[:2]
 
     def why_not(given: dict[str, Any]) -> str | None:
@@ -146,6 +191,8 @@ def _ours(**options: Any) -> Provider:
         kind="ours",
         why_not=why_not,
         backend=auto_backend("linear_logprob"),
+        logits_in="float32",
+        sums_in="float32",
     )
 
 
@@ -170,7 +217,7 @@ def _one_kernel(way: str) -> Provider:
             return "is made for compute capability 9"
         return None
 
-    return Provider(run, kind="ours", why_not=why_not, backend=usual.backend)
+    return dataclasses.replace(usual, run=run, why_not=why_not)
 
 
 def default_tail_eps(dtype: torch.dtype) -> float:
@@ -186,20 +233,29 @@ def _peer(name: str, head: peers.Head) -> Provider:
         if given["g"] is not None and not head.entropy:
             return "returns no entropy"
         reason = head.why_not(h.device, h.dtype)
-        return reason or too_large(given, head.materialises * h.shape[0] * w.shape[0])
+        rows = h.shape[0] if given["keep"] is None else given["keep"].numel()
+        return reason or too_large(given, head.materialises * rows * w.shape[0])
 
-    def mean(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, **_: Any) -> Any:
-        loss = head.call(hidden, weight, target)
+    def mean(
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        target: torch.Tensor,
+        keep: torch.Tensor | None,
+        **_: Any,
+    ) -> Any:
+        rows, ids = (hidden, target) if keep is None else (hidden[keep], target[keep])
+        loss = head.call(rows, weight, ids)
         loss.backward()
         return loss
 
-    forward, backward = head.units
     return Provider(
-        _run(head.call) if head.per_token else mean,
+        _run(_compacted(head.call)) if head.per_token else mean,
         kind="plain" if name.startswith("plain") else "peer",
         per_token=head.per_token,
         why_not=why_not,
         backend=lambda given: head.backend(device_of(given)),
-        units=lambda sizes, facts: forward if sizes["phase"] == "forward" else forward + backward,
+        units=_units(*head.units),
         slow_start=head.slow_start,
+        logits_in=head.logits_in,
+        sums_in=head.sums_in,
     )

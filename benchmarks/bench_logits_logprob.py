@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import peers, regimes
 from benchmarks.provider import Provider, auto_backend, too_large
-from benchmarks.truth import ROWS, relative_error
+from benchmarks.truth import ROWS, gradients_in, relative_error
 from riskpo_kernels import logits_logprob, reference
 
 WIDTH = 256  # of the hidden states that the logits are made from; not part of the timing
@@ -88,14 +88,17 @@ def truths(given: dict[str, Any]) -> dict[str, Any]:
     return {"z": z, "t": t, "c": c, "logprob": out.logprob.detach(), "dz": wide.grad}
 
 
-def errors(provider: Provider, given: dict[str, Any], exact: dict[str, Any]) -> dict[str, float]:
+def errors(provider: Provider, given: dict[str, Any], exact: dict[str, Any]) -> dict[str, Any]:
     """Log-prob error in nats, gradient error in the relative Frobenius norm."""
     leaf = exact["z"].clone().requires_grad_(exact["c"] is not None)
     logprob = provider.run(logits=leaf, target=exact["t"], c=exact["c"]).detach()
-    found = {"logprob_error_nats": (logprob.double() - exact["logprob"]).abs().max().item()}
+    error = (logprob.double() - exact["logprob"]).abs().max().item()
+    found: dict[str, Any] = {"logprob_error_nats": error}
+    found["errors_over"] = f"the first {exact['z'].shape[0]} rows"
     if exact["c"] is not None:
         gradient = leaf.detach() if leaf.grad is None else leaf.grad  # in place: that is it
         found["gradient_error"] = relative_error(gradient, exact["dz"])
+        found["gradients_in"] = gradients_in(dz=gradient)
     return found
 
 

@@ -7,11 +7,16 @@ harness time the bare logits GEMM in the same run; multiples of it are the unit 
     column                what it is
     median_ms, spread_ms  median and interquartile range over the repeats, after warm-up;
                           CUDA events with a cold L2 cache, or the wall clock on a CPU
-    peak_mib              peak memory minus inputs and gradients of the inputs. CUDA: allocator
-                          peak. CPU: high-water mark of the process (peak_how says which way)
+    peak_mib              peak memory minus inputs and gradients of the inputs, these in the dtypes
+                          that gradients_in names. CUDA: allocator peak. CPU: high-water mark of
+                          the process (peak_how says which way)
     tflops                flops of the dense products any method needs, over the median
     units                 products of N D V that were executed (a dense one is 2): ours count their
                           launches, padding included; of others it is the cost formula
+    logits_in, sums_in    dtypes of the logits before the softmax and of sums of dW over tokens
+    errors_over           which part of the results was compared with float64
+
+Multiples and units count all N rows, also where a case masks some.
 """
 
 from __future__ import annotations
@@ -57,6 +62,10 @@ FIELDS = (
     "dh_error",
     "dw_error",
     "gradient_error",
+    "errors_over",
+    "gradients_in",
+    "logits_in",
+    "sums_in",
     "entropy_nats",
     "active_share",
     "rows",
@@ -79,9 +88,11 @@ class Settings:
     rows: str | None = None
     only: tuple[str, ...] = ()  # parts of provider names; empty: all
     skip: tuple[str, ...] = ()  # parts of provider names
+    longest_call: float = float("inf")  # seconds, of a peer, judged by its time with fewer tokens
     deadline: float = float("inf")  # time.monotonic()
     left_out: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)  # who made the device unusable
+    paces: dict[Any, float] = field(default_factory=dict)  # seconds per token, by case and provider
 
     def spent(self) -> bool:
         """Nothing more can be measured."""
@@ -115,12 +126,14 @@ def run_case(
         provider = as_provider(name, provider)
         row = dict.fromkeys(FIELDS) | common | {"provider": name, "extras": {}, "failed": False}
         row |= {"kind": provider.kind, "per_token": provider.per_token}
-        row["reason"] = _obstacle(provider, given, s)
+        row |= {k: _dtype_name(getattr(provider, k), sizes) for k in ("logits_in", "sums_in")}
+        row["reason"] = _obstacle(provider, given, s) or _too_slow(name, provider, sizes, s)
         if row["reason"] is None:
             try:
                 if s.accuracy and exact is None and hasattr(module, "truths"):
                     exact = module.truths(given)
                 row |= _measure(module, provider, given, sizes, exact, facts, gemm, s)
+                s.paces[_pace_of(name, sizes)] = row["median_ms"] / 1e3 / sizes.get("n", 1)
             except Exception as error:  # a peer may fail in any way; the row says how
                 row["failed"] = not isinstance(error, (torch.OutOfMemoryError, NotImplementedError))
                 row["reason"] = _one_line(error)
@@ -143,6 +156,21 @@ def _obstacle(provider: Provider, given: dict[str, Any], s: Settings) -> str | N
     if provider.slow_start and not s.compile:
         return "compiles for long: ask with --compile"
     return provider.why_not(given)
+
+
+def _pace_of(name: str, sizes: dict[str, Any]) -> Any:
+    return name, *sorted((k, x) for k, x in sizes.items() if k != "n")
+
+
+def _too_slow(name: str, provider: Provider, sizes: dict[str, Any], s: Settings) -> str | None:
+    expected = s.paces.get(_pace_of(name, sizes), 0.0) * sizes.get("n", 1)
+    if provider.kind != "peer" or expected <= s.longest_call:
+        return None
+    return f"one call would take {expected:.0f} s, at its pace with fewer tokens"
+
+
+def _dtype_name(kept: str | None, sizes: dict[str, Any]) -> str | None:
+    return sizes.get("dtype") if kept == "inputs" else kept
 
 
 def _device_lost(s: Settings) -> bool:
@@ -183,7 +211,8 @@ def _measure(
         executed.append(work.multiply_adds)
         return result
 
-    peak, how = memory.peak_of(counted, given, s.device)  # also the warm-up
+    warm = getattr(exact, "ran_whole", False)  # the errors were taken over one call like these
+    peak, how = memory.peak_of(counted, given, s.device, warm=warm)
     row |= {"peak_mib": peak, "peak_how": how}
     results: list[Any] = []
     times = time_ms(lambda: results.append(provider(**given)), given, s, results.clear)

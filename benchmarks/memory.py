@@ -15,8 +15,11 @@ import torch
 MIB = 2**20
 
 
-def peak_of(call: Callable[[], Any], given: dict[str, Any], device: str) -> tuple[float, str]:
-    """(MiB, how it was measured). The call runs twice: libraries allocate on their first.
+def peak_of(
+    call: Callable[[], Any], given: dict[str, Any], device: str, *, warm: bool = False
+) -> tuple[float, str]:
+    """(MiB, how it was measured). The call runs twice, for libraries allocate on their first; once
+    where one like it came before (`warm`).
 
     Results are dropped before this returns; gradients of the inputs are cleared before each call
     and their bytes, the ones that the call had to return, are subtracted. (Also where the peak came
@@ -27,10 +30,11 @@ def peak_of(call: Callable[[], Any], given: dict[str, Any], device: str) -> tupl
         p for x in given.values() if isinstance(x, torch.nn.Module) for p in x.parameters()
     ]
     leaves += parameters
-    if torch.device(device).type == "cuda":
-        _clear(leaves)
+    _clear(leaves)
+    if not warm:
         call()
         _clear(leaves)
+    if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -39,9 +43,6 @@ def peak_of(call: Callable[[], Any], given: dict[str, Any], device: str) -> tupl
         peak = torch.cuda.max_memory_allocated() - before
         del kept
         return (peak - _gradient_bytes(leaves)) / MIB, "CUDA allocator peak"
-    _clear(leaves)
-    call()
-    _clear(leaves)
     _trim()
     with _resident_peak() as found:
         kept = call()

@@ -2,14 +2,21 @@
 
 Units count products of N D V multiply-adds times 2: logits 2, dH 2, dW 2, recomputed logits 2.
 Every peer runs at temperature 1 (folded into the hidden states) and gets contiguous upstream
-gradients. A peer whose forward already makes gradients is only timed forward + backward.
+gradients, and of masked rows none. A peer whose forward already makes gradients is only timed
+forward + backward. logits_in and sums_in (see Provider) are as read in the versions of
+tools/gpu_session.sh.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import inspect
+import os
+import shutil
+import sys
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +37,8 @@ class Head:
     units: tuple[float, float]  # forward, backward
     entropy: bool = True
     per_token: bool = True
+    logits_in: str = "inputs"
+    sums_in: str = "inputs"
     slow_start: bool = False
     materialises: float = 0.0  # bytes per logit at the peak, for those that keep [N, V]
     backend: Callable[[torch.device], str] = lambda device: "torch"
@@ -42,6 +51,26 @@ def find(module: str, name: str) -> tuple[Any, str | None]:
     except Exception as error:  # a package may fail in any way at import: that is its reason
         text = str(error).strip().splitlines() or [""]
         return None, f"{module}.{name}: {type(error).__name__}: {text[0][:120]}"
+
+
+def run_alone(package: str, *parents: str) -> None:
+    """Lets single modules of an installed package be imported where the package itself cannot be,
+    for lack of what its __init__ files ask for: those of `parents` are not run. For a process that
+    does nothing else with the package."""
+    try:
+        importlib.import_module(package)
+        return
+    except Exception:
+        spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        return
+    for name in [n for n in sys.modules if n.startswith(f"{package}.")]:
+        del sys.modules[name]
+    for name in (package, *parents):
+        inside = name.split(".")[1:]
+        stub = types.ModuleType(name)
+        stub.__path__ = [os.path.join(p, *inside) for p in spec.submodule_search_locations]
+        sys.modules[name] = stub
 
 
 @functools.cache
@@ -78,6 +107,12 @@ def _compiled(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor, entropy: bool) 
 @functools.cache
 def _compiled_plain() -> Callable[..., LogProbs]:
     return torch.compile(plain, dynamic=False)
+
+
+def _no_compiler(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu" or any(map(shutil.which, ("c++", "g++", "clang++"))):
+        return None
+    return "torch.compile needs a C++ compiler on a CPU"
 
 
 def _torch_lce(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor, entropy: bool) -> LogProbs:
@@ -175,12 +210,18 @@ def _name(text: str) -> Callable[[torch.device], str]:
     return lambda device: text
 
 
+def _mean(call: Callable[..., Any], why_not: Callable[..., str | None], **facts: Any) -> Head:
+    return Head(call, why_not, (2, 4), entropy=False, per_token=False, **facts)
+
+
+ONCE = "one product"  # over all tokens: nothing is summed outside of it
 HEADS: dict[str, Head] = {
-    "plain": Head(plain, _nowhere_missing, (2, 4), materialises=12),
+    "plain": Head(plain, _nowhere_missing, (2, 4), sums_in=ONCE, materialises=12),
     "plain, torch.compile": Head(
         _compiled,
-        _nowhere_missing,
+        _no_compiler,
         (2, 4),
+        sums_in=ONCE,
         slow_start=True,
         materialises=6,
         backend=_name("inductor"),
@@ -189,45 +230,49 @@ HEADS: dict[str, Head] = {
         _trl,
         _needs(*TRL),
         (2, 6),
+        sums_in="float32",
         backend=lambda device: "triton" if device.type == "cuda" else "torch",
     ),
-    "F.linear_cross_entropy": Head(_torch_lce, _no_torch_lce, (2, 6), entropy=False),
+    "F.linear_cross_entropy": Head(
+        _torch_lce, _no_torch_lce, (2, 6), entropy=False, logits_in="float32"
+    ),
     "Liger fused scaled CE": Head(_liger, _no_liger, (2, 6), backend=_liger_backend),
     "Cut Cross-Entropy": Head(  # units: at most, it drops tiles
-        _cce, _needs(*CCE, cuda=True), (2, 6), entropy=False, backend=_name("triton")
+        _cce,
+        _needs(*CCE, cuda=True),
+        (2, 6),
+        entropy=False,
+        logits_in="float32",
+        backend=_name("triton"),
     ),
     "Cut Cross-Entropy, exact": Head(
-        _cce_exact, _needs(*CCE, cuda=True), (2, 6), entropy=False, backend=_name("triton")
+        _cce_exact,
+        _needs(*CCE, cuda=True),
+        (2, 6),
+        entropy=False,
+        logits_in="float32",
+        backend=_name("triton"),
     ),
     "verl Triton": Head(
-        _verl_triton, _needs(*VERL_TRITON, cuda=True), (2, 6), backend=_name("triton")
+        _verl_triton,
+        _needs(*VERL_TRITON, cuda=True),
+        (2, 6),
+        logits_in="float32",
+        sums_in=ONCE,
+        backend=_name("triton"),
     ),
     "verl torch": Head(_verl_torch, _needs(*VERL_TORCH), (2, 6)),
-    "F.linear_cross_entropy, mean": Head(
-        _torch_lce_mean, _no_torch_lce, (2, 4), entropy=False, per_token=False
+    "F.linear_cross_entropy, mean": _mean(_torch_lce_mean, _no_torch_lce, logits_in="float32"),
+    "Liger fused CE, mean": _mean(
+        _liger_mean, _needs(*LIGER_CE, cuda=True), backend=_name("triton")
     ),
-    "Liger fused CE, mean": Head(
-        _liger_mean,
-        _needs(*LIGER_CE, cuda=True),
-        (2, 4),
-        entropy=False,
-        per_token=False,
-        backend=_name("triton"),
-    ),
-    "QuACK chunked CE, mean": Head(
+    "QuACK chunked CE, mean": _mean(
         _quack,
         _needs(*QUACK, cuda=True, sixteen_bit=True),
-        (2, 4),
-        entropy=False,
-        per_token=False,
+        sums_in="float32",
         backend=_name("cute"),
     ),
-    "fla fused CE, mean": Head(
-        _fla,
-        _needs(*FLA, cuda=True),
-        (2, 4),
-        entropy=False,
-        per_token=False,
-        backend=_name("triton"),
+    "fla fused CE, mean": _mean(
+        _fla, _needs(*FLA, cuda=True), sums_in="float32", backend=_name("triton")
     ),
 }

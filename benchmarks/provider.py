@@ -27,6 +27,8 @@ class Provider:
     units: (sizes, facts) -> products of N D V that it executes, by its cost formula (None for
         ours, whose launches are counted); facts are
         those of the timed rows (active_share).
+    logits_in, sums_in: the dtype to which logits are rounded before the softmax, and the one in
+        which dW is summed over chunks of tokens; "inputs" for that of the inputs, None if unknown.
     """
 
     run: Callable[..., Any]
@@ -35,7 +37,9 @@ class Provider:
     why_not: Callable[[dict[str, Any]], str | None] = anywhere
     backend: Callable[[dict[str, Any]], str] = lambda inputs: "torch"
     units: Callable[[dict[str, Any], dict[str, Any]], float] | None = None
-    slow_start: bool = False  # compiles for long: asked for by --compile
+    slow_start: bool = False  # compiles for long: asked for by --compile, or by the case
+    logits_in: str | None = None
+    sums_in: str | None = None
 
     def __call__(self, **inputs: Any) -> Any:
         return self.run(**inputs)

@@ -141,12 +141,20 @@ def _lifted(
     return hidden @ lift, weight @ lift
 
 
+SEQUENCES = 16  # of n / 16 tokens each: coefficients and prompts come by sequence
+
+
+def prompts(n: int, fraction: float, device: torch.device) -> torch.Tensor:
+    """Rows [N] that a loss leaves out: the first `fraction` of each sequence, as a prompt is."""
+    length = n / SEQUENCES
+    return torch.arange(n, device=device) % length < fraction * length
+
+
 def coefficients(n: int, zero_fraction: float, device: torch.device) -> torch.Tensor:
     """Upstream gradients of the log-probs [N] as RiskPO sends them: of one sign, constant within a
-    sequence (here n / 16 tokens), zero for `zero_fraction` of the sequences."""
-    sequences = 16
+    sequence, zero for `zero_fraction` of the sequences."""
     generator = torch.Generator().manual_seed(1)
-    c = -(0.25 + 0.75 * torch.rand(sequences, generator=generator))
-    order = torch.randperm(sequences, generator=generator)
-    c[order[: round(sequences * zero_fraction)]] = 0.0
-    return c[torch.arange(n) * sequences // n].to(device)
+    c = -(0.25 + 0.75 * torch.rand(SEQUENCES, generator=generator))
+    order = torch.randperm(SEQUENCES, generator=generator)
+    c[order[: round(SEQUENCES * zero_fraction)]] = 0.0
+    return c[torch.arange(n) * SEQUENCES // n].to(device)

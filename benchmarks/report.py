@@ -80,7 +80,9 @@ def sweep(rows: list[Row]) -> dict[str, dict[str, list[Row]]]:
             continue
         s = r["sizes"]
         fixed = f"D={s['d']}, V={s['v']}, {s['regime']} rows, {s['phase']}"
-        fixed += f", {s['zero_fraction']:.0%} zero rows" if s["zero_fraction"] else ""
+        for part in ("zero", "masked"):
+            share = s.get(f"{part}_fraction")  # results of earlier versions mask nothing
+            fixed += f", {share:.0%} {part} rows" if share else ""
         at = groups.setdefault(fixed, {}).setdefault(r["provider"], {})
         at[s["n"]] = r  # measured twice: the later one
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +20,14 @@ RIVALS = (*FAMILY, "Liger fused scaled", "Cut Cross", "F.linear_cross_entropy")
 
 @dataclass(frozen=True)
 class Case:
-    """One call of harness.run_case; `only` names parts of provider names, empty for all."""
+    """One call of harness.run_case; `only` names parts of provider names, empty for all; with
+    `compile` also those that compile for long."""
 
     op: str
     name: str
     sizes: dict[str, Any]
     only: tuple[str, ...] = ()
+    compile: bool = False
 
 
 def quick() -> list[Case]:
@@ -34,6 +37,7 @@ def quick() -> list[Case]:
     return [
         head,
         _head("tiny", 128, 256, 2048, "float32", "flat", phase="forward", only=FAMILY),
+        _head("tiny", 128, 256, 2048, "float32", "rl", masked=0.5, only=FAMILY),
         _fused("tiny", 128, 256, 2048, "float32", only=("riskpo", "plain")),
         _logits("tiny", 128, 2048, "float32"),
         _step("tiny", 16, 64, 2, 2048, "float32"),
@@ -42,13 +46,14 @@ def quick() -> list[Case]:
 
 
 def cpu() -> list[Case]:
-    """About five minutes on two quiet cores."""
+    """About six minutes on two quiet cores."""
     shape = ("D1024 V16k", 1024, 1024, 16384, "float32")
     ours = ("riskpo_kernels, tail", "plain")
     return [
-        _head(*shape, "rl"),
+        _head(*shape, "rl", compile=True),
         *(_head(*shape, regime, only=FAMILY[:2]) for regime in ("rl-late", "sft", "flat")),
         _head(*shape, "rl", zero=0.5, only=FAMILY),
+        _head(*shape, "rl", masked=0.5, only=FAMILY),
         _head(*shape, "rl", phase="forward", only=RIVALS),
         _head(*shape, "rl", phase="forward+backward with entropy", only=FAMILY),
         _fused(*shape),
@@ -58,7 +63,7 @@ def cpu() -> list[Case]:
         *(Case(op, "first case", {}) for op in SMALL),
         *(
             _head("D256 V8k", n, 256, 8192, "float32", "rl", only=(*ours, "TRL"))
-            for n in (1024, 4096, 16_384)
+            for n in (1024, 4096, 16_384, 32_768, 65_536)
         ),
     ]
 
@@ -69,12 +74,13 @@ def gpu() -> list[Case]:
     qwen = _shape("Qwen2.5-1.5B")
     seven, gemma = _shape("Qwen2.5-7B"), _shape("Gemma-2-2B")
     both = (qwen, llama)
-    cases = [_head(*llama(16384), "rl"), _head(*qwen(16384), "rl")]
+    cases = [_head(*llama(16384), "rl", compile=True), _head(*qwen(16384), "rl", compile=True)]
     cases += [_head(*s(16384), "flat", only=RIVALS) for s in both]
     cases += [_head(*s(16384), "rl", phase="forward", only=RIVALS) for s in both]
     cases += [_head(*s(2048), "rl", phase="forward", only=FAMILY[:2]) for s in both]
     cases += [
         _head(*qwen(16384), "rl", zero=0.5, only=FAMILY),
+        _head(*qwen(16384), "rl", masked=0.5, only=RIVALS),
         _head(*qwen(16384), "sft", only=RIVALS),
         _head(*qwen(16384), "rl-late", only=FAMILY),
         _head(*qwen(16384), "rl", phase="forward+backward with entropy", only=RIVALS),
@@ -103,7 +109,11 @@ def dry() -> list[Case]:
         less = {k: small.get(k, x) for k, x in sizes.items()}
         return less | ({"n": max(16, sizes["n"] // 512)} if "n" in sizes else {})
 
-    cases = [Case(c.op, f"shrunk {c.name}", shrink(c.sizes), c.only) for c in gpu() if c.sizes]
+    cases = [
+        dataclasses.replace(c, name=f"shrunk {c.name}", sizes=shrink(c.sizes))
+        for c in gpu()
+        if c.sizes
+    ]
     return cases + [Case(op, "first case", {}) for op in SMALL]
 
 
@@ -124,13 +134,16 @@ def _head(
     regime: str,
     *,
     zero: float = 0.0,
+    masked: float = 0.0,
     phase: str = "forward+backward",
     only: tuple[str, ...] = (),
+    compile: bool = False,
 ) -> Case:
     sizes = {"n": n, "d": d, "v": v, "dtype": dtype, "regime": regime}
-    sizes |= {"zero_fraction": zero, "phase": phase}
-    name = f"{label}, N={n}, {regime}" + (f", {zero:.0%} zero rows" if zero else "")
-    return Case("linear_logprob", f"{name}, {phase}", sizes, only)
+    sizes |= {"zero_fraction": zero, "masked_fraction": masked, "phase": phase}
+    parts = [f"{label}, N={n}", regime]
+    parts += [f"{zero:.0%} zero rows"] * bool(zero) + [f"{masked:.0%} masked rows"] * bool(masked)
+    return Case("linear_logprob", ", ".join([*parts, phase]), sizes, only, compile)
 
 
 def _fused(label: str, n: int, d: int, v: int, dtype: str, *, only: tuple[str, ...] = ()) -> Case:

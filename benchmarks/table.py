@@ -16,10 +16,22 @@ COLUMNS = (
     ("x GEMM", lambda r: _number(r["gemm_multiple"], 2)),
     ("TFLOP/s", lambda r: _number(r["tflops"] if r["gemm_ms"] else None)),
     ("units", lambda r: _number(r["units"], 2)),
+    ("logits, dW sums in", lambda r: _rounding(r)),
     ("peak MiB", lambda r: _number(r["peak_mib"], 0)),
     ("log-prob error", lambda r: _power(r["logprob_error_nats"])),
     ("gradient error", lambda r: _power(r["gradient_error"])),
 )
+
+
+def _rounding(row: Row) -> str:
+    """Where less than float32 is possible."""
+    if row["sizes"].get("dtype") in (None, "float32") or row.get("logits_in") is None:
+        return ""
+    return f"{_short(row['logits_in'])}, {_short(row['sums_in'])}"
+
+
+def _short(dtype: str) -> str:
+    return dtype.replace("bfloat", "bf").replace("float", "fp")
 
 
 def _number(x: float | None, digits: int | None = None) -> str:
@@ -58,8 +70,11 @@ def by_case(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
 
 
 def regime_line(row: Row) -> str:
-    """What the rows' softmax is like, and the bare GEMM that multiples refer to."""
+    """What the rows' softmax is like, the bare GEMM that multiples refer to, and dtypes."""
     parts = []
+    masked = row["sizes"].get("masked_fraction")
+    if masked:
+        parts.append(f"{masked:.0%} of the rows masked (x GEMM and units count them)")
     if row["entropy_nats"] is not None:
         parts.append(f"mean entropy {row['entropy_nats']:.2f} nats")
     if row["active_share"] is not None:
@@ -68,7 +83,20 @@ def regime_line(row: Row) -> str:
         parts.append(row["rows"])
     if row["gemm_ms"]:
         parts.append(f"bare logits GEMM {_number(row['gemm_ms'])} ms")
-    return ", ".join(parts)
+    return "; ".join([", ".join(parts), *_precision(row)]).lstrip("; ")
+
+
+def _precision(row: Row) -> list[str]:
+    """In which dtypes, and over what the errors were taken."""
+    dtype, back = row["sizes"].get("dtype"), row.get("gradients_in")
+    parts = []
+    if back or row.get("sums_in"):
+        parts.append(f"inputs {dtype}" + (f", returned {back}" if back else ""))
+    if dtype == "float32" and row.get("sums_in"):
+        parts[-1] += ", logits and sums of dW float32"
+    if row.get("errors_over") not in (None, "everything"):
+        parts.append(f"errors over {row['errors_over']}")
+    return parts
 
 
 def stages_line(row: Row) -> str:

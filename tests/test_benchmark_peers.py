@@ -1,6 +1,7 @@
 """What the benchmarks time beside ours computes what they say; Triton peers run interpreted."""
 
 import dataclasses
+import sys
 
 import pytest
 import torch
@@ -50,6 +51,39 @@ def test_errors_of_the_whole_loss_are_taken_where_there_is_a_gradient():
     assert exact["part"]["advantage"].numel() == 1 and exact["part"]["advantage"] != 0
     assert exact["part"]["cu_seqlens"].tolist() == [0, 2048]
     assert exact["dw"].norm() > 0
+
+
+@pytest.mark.parametrize("masked", [0.0, 0.5])
+@pytest.mark.parametrize("name", peers.HEADS)
+def test_heads_that_run_on_a_cpu_compute_the_log_probs(name, masked):
+    if peers.HEADS[name].slow_start:
+        pytest.skip("compiles for long")
+    given = bench_linear_logprob.inputs(**HEAD, phase="forward+backward", masked_fraction=masked)
+    given.pop("_facts")
+    provider = bench_linear_logprob.providers()[name]
+    if provider.why_not(given):
+        pytest.skip(provider.why_not(given))
+    found = truth.Head(given).errors(provider.run, provider.per_token)
+    assert found.get("logprob_error_nats", 0) < 1e-4 and found["gradient_error"] < 1e-4, found
+
+
+def test_a_module_runs_without_its_package(tmp_path, monkeypatch):
+    inside = tmp_path / "needy" / "ops"
+    inside.mkdir(parents=True)
+    for folder in (inside, inside.parent):
+        (folder / "__init__.py").write_text("import nowhere_installed")
+    (inside / "pure.py").write_text("from needy import other\nanswer = other.value")
+    (inside.parent / "other.py").write_text("value = 42")
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        assert "ModuleNotFoundError" in peers.find("needy.ops.pure", "answer")[1]
+        peers.run_alone("needy", "needy.ops")
+        assert peers.find("needy.ops.pure", "answer") == (42, None)
+        peers.run_alone("nowhere_installed")  # nothing to do
+        assert "nowhere_installed" not in sys.modules
+    finally:
+        for name in [n for n in sys.modules if n.partition(".")[0] == "needy"]:
+            del sys.modules[name]
 
 
 @pytest.mark.parametrize("name", INTERPRETED)

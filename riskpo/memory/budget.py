@@ -168,6 +168,7 @@ def _head(shape: ModelShape, memory: MemoryConfig, work: Workload) -> float:
     """The last norm, dH in float32 and as a gradient, dW in float32, and the workspace."""
     T, H, b = work.tokens, shape.hidden, work.bytes_per_weight
     around = T * (_norm(H, b) + (4 + b) * H)
+    rows = T if work.head_tokens is None else work.head_tokens
     if work.plain_head:
         # float32 log-softmax, its gradient and the logits'; 16-bit logits besides
         return around + rows * (12.0 + (b if b < 4 else 0)) * shape.vocab
@@ -175,7 +176,6 @@ def _head(shape: ModelShape, memory: MemoryConfig, work: Workload) -> float:
     workspace = min(memory.head_mib * MIB, 12.0 * rows * shape.vocab)
     return around + 4.0 * shape.vocab * H + workspace
 
-    rows = T if work.head_tokens is None else work.head_tokens
 
 def _sampling(shape: ModelShape, work: Workload) -> dict[str, float]:
     """Keys and values of all sequences; logits, their log-softmax and the sampler's copies."""

@@ -12,7 +12,7 @@ import pytest
 
 from riskpo.config import TrainConfig, resolve
 from riskpo.memory.budget import GIB, Workload, attention_flop, budget, longest
-from riskpo.memory.plan import CHECKPOINTS, LADDER, find_card, plan_command
+from riskpo.memory.plan import CHECKPOINTS, LADDER, WIDTH, find_card, plan_command
 from riskpo.memory.run_plan import plan_run
 from riskpo.memory.shapes import find_shape
 from tests.toy import tiny_config, tiny_policy
@@ -77,13 +77,50 @@ def test_terms_on_the_cpu_by_hand():
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_every_switch_buys_something(name):
-    """In the order of the ladder no peak grows, and no longest context shrinks."""
+    """In the order of the ladder no update grows, up to the head each is much smaller, and no
+    longest context shrinks."""
     shape, work = find_shape(name), Workload(65536, sequences=1)
     columns = [(m, replace(work, plain_head=plain)) for _, m, plain in LADDER]
     updates = [sum(budget(shape, m, w).update.values()) for m, w in columns]
-    assert updates == sorted(updates, reverse=True) and updates[3] < updates[2] < updates[1]
+    assert updates == sorted(updates, reverse=True) and updates[5] < updates[4] < updates[3]
+    assert all(2 * after < 3 * before for before, after in zip(updates, updates[1:4], strict=False))
     reach = [longest(shape, m, w, 139 * GIB) for m, w in columns]
     assert reach == sorted(reach) and reach[-1] > 4 * reach[0]
+
+
+def test_columns_without_checkpointing_and_with_the_mask():
+    """Qwen2.5-1.5B at 1000 tokens in bfloat16: of every layer two norms' inputs and outputs
+    (8 bytes a column each, the second beside the attention's), queries and keys, the output, the
+    residual stream, the log-sum-exp and four of the MLP; the mask once as bool and once a layer."""
+    shape, work = find_shape("Qwen2.5-1.5B"), Workload(1000, plain_head=True)
+    (_, masked, _), (_, plain, _), (_, kept, _), *_ = LADDER
+    every = budget(shape, plain, work).update["activations of all layers"]
+    layer = 2 * 8 * 1536 + 2 * (2 * 1536 + 2 * 256) + 4 * 12 + 2 * 2 * 1536 + 4 * 2 * 8960
+    assert every == 1000 * 28 * layer
+    found = budget(shape, masked, work).update
+    assert found["[T, T] masks"] == 1000**2 * (1 + 28 * 2)
+    assert found["activations of all layers"] == every
+    found = budget(shape, kept, work).update
+    assert found["checkpoints"] == 1000 * 28 * 1536 * 2 and "activations of all layers" not in found
+
+
+TURNS = {"head workspace", "activations of one layer", "MLP of one layer", "attention backward"}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_turn_of_the_update_is_told_and_the_largest_counts(name):
+    shape = find_shape(name)
+    for tokens in (128, 2**13, 2**20):
+        for _, memory, plain in LADDER:
+            found = budget(shape, memory, Workload(tokens, plain_head=plain))
+            assert {*found.update, *found.other} >= TURNS and not {*found.update} & {*found.other}
+            told = found.update | found.other
+            kept = sum(size for term, size in told.items() if term not in TURNS)
+            layer = max(told["MLP of one layer"], told["attention backward"])
+            layer += told["activations of one layer"]
+            assert found.moments["update"] == pytest.approx(
+                kept + max(layer, told["head workspace"])
+            )
 
 
 def test_a_plain_head_s_logits_by_hand():
@@ -109,18 +146,34 @@ def test_longest_context_is_the_last_that_fits():
     assert longest(shape, CHECKPOINTS, work, 1 * GIB) == 0
 
 
+def row(printed, name):
+    """The cells of a printed row."""
+    (line,) = [x for x in printed.splitlines() if x.startswith(name)]
+    return [cell.strip() for cell in line.partition("│")[2].split("│")]
+
+
 def test_the_command_prints_the_plan(capsys):
     plan_command(["--model", "Qwen2.5-7B", "--context", "65536", "--gpu", "80", "H200"])
     shown = capsys.readouterr().out
-    for word in (
-        "7.62e9 parameters",
-        "checkpoints",
-        "keys and values",
-        "80 GB, 8",
-        "H200",
-        "TFLOP",
-    ):
+    for word in ("7.62e9 parameters", "keys and values", "memory.attention='auto'", "TFLOP"):
         assert word in shown, word
+    assert max(map(len, shown.splitlines())) <= WIDTH
+    labels = [label for label, *_ in LADDER]
+    header = next(x for x in shown.splitlines() if x.startswith("GiB at the peak"))
+    assert [x.strip() for x in header.split("┃")][1:] == labels
+    for term in TURNS:
+        assert "-" not in row(shown, f"update: {term}"), term
+    # offloading changes the checkpoints alone; the tiles give the turn to the attention
+    assert row(shown, "update: checkpoints")[:3] == ["-", "-", "12.2"]
+    mlp, attention = row(shown, "update: MLP of"), row(shown, "update: attention backward")
+    assert [x.startswith("(") for x in mlp] == [True] * 3 + [False] * 2 + [True] * 3
+    assert [x.startswith("(") for x in attention] == [True] * 5 + [False] * 3
+    masks, every = row(shown, "update: [T, T] masks"), row(shown, "update: activations of all")
+    assert [x != "-" for x in masks] == [True] + [False] * 7
+    assert [x != "-" for x in every] == [True] * 2 + [False] * 6
+    assert "80 GB, 8" in shown and "H200, 1" in shown
+    for label in labels:
+        assert len(row(shown, f"{label} ")) == 4, label
 
 
 @pytest.mark.parametrize(

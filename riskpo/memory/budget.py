@@ -52,7 +52,7 @@ class Budget:
     step: dict[str, float]
     sampling: dict[str, float]
     host: dict[str, float]  # pinned and ordinary memory of the host
-    other: dict[str, float]  # of the update's turn, head or layer, that needs less
+    other: dict[str, float]  # of the turns of the update that need less than the one in it
 
     @property
     def moments(self) -> dict[str, float]:
@@ -93,9 +93,12 @@ def budget(shape: ModelShape, memory: MemoryConfig, work: Workload) -> Budget:
         "master copies": masters * P,
     }
     kept, layer = _kept(shape, memory, work), _layer(shape, memory, work)
-    head = _head(shape, memory, work)
-    # the head and the layers take turns
-    other, stage = sorted((layer, {"head workspace": head}), key=lambda x: sum(x.values()))
+    head = {"head workspace": _head(shape, memory, work)}
+    # a layer's MLP and its attention take turns, and so do the head and the layers
+    less = min(("MLP of one layer", "attention backward"), key=lambda name: layer[name])
+    waiting = {less: layer.pop(less)}
+    other, stage = sorted((layer, head), key=lambda x: sum(x.values()))
+    other |= waiting
     step = _step(shape, memory, work, gradient)
     sampling = _sampling(shape, work)
     host = {}
@@ -137,7 +140,7 @@ def _kept(shape: ModelShape, memory: MemoryConfig, work: Workload) -> dict[str, 
 
 
 def _layer(shape: ModelShape, memory: MemoryConfig, work: Workload) -> dict[str, float]:
-    """One layer in its backward: the larger of its MLP's and its attention's turn."""
+    """One layer in its backward: what all of it needs, then its MLP's and its attention's turn."""
     T, H, I, b = work.tokens, shape.hidden, shape.intermediate, work.bytes_per_weight  # noqa: E741
     saved = _saved_by_attention(shape, b) + _norm(H, b) + b * H if memory.checkpointing else 0.0
     flowing = 3 * b * H  # gradients of the two residual streams and of what is added to them
@@ -150,8 +153,11 @@ def _layer(shape: ModelShape, memory: MemoryConfig, work: Workload) -> dict[str,
         mlp = float(T * b * I * (6 if memory.checkpointing else 2))
     # gradients of q, k, v (as many heads as queries inside the kernel), of the output, rotary's
     attention = T * (6.0 * b * shape.queries + 4.0 * shape.queries * (not work.on_host))
-    turn = {"MLP of one layer": mlp} if mlp > attention else {"attention backward": attention}
-    return {"activations of one layer": T * (saved + flowing), **turn}
+    return {
+        "activations of one layer": T * (saved + flowing),
+        "MLP of one layer": mlp,
+        "attention backward": attention,
+    }
 
 
 def _norm(H: int, b: int) -> float:

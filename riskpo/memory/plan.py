@@ -41,22 +41,32 @@ USABLE = 0.98  # of the nominal size, read as GiB, that the driver leaves
 RESERVE_GIB = 1.5  # CUDA context, cuBLAS workspaces, fragmentation: an assumption
 TILE = 4096
 
-CHECKPOINTS = MemoryConfig(checkpointing=True)
+WIDTH = 116  # columns of what is printed
+
+PLAIN = MemoryConfig()
+CHECKPOINTS = replace(PLAIN, checkpointing=True)
 ON_HOST = replace(CHECKPOINTS, offload_checkpoints=True)
 TILED = replace(ON_HOST, mlp_tile_tokens=TILE)
-# What `riskpo plan` compares: one switch more in every column, the optimiser's two in turn.
+# What `riskpo plan` compares: one switch more in every column, the optimiser's two in turn; whether
+# the head keeps [T, V] logits.
 LADDER = (
-    ("logits", CHECKPOINTS, True),
-    ("fused head", CHECKPOINTS, False),
+    ("mask", replace(PLAIN, attention="masked"), True),
+    ("no mask", PLAIN, True),
+    ("+ ckpt", CHECKPOINTS, True),
+    ("+ fused", CHECKPOINTS, False),
     ("+ offload", ON_HOST, False),
     ("+ tiles", TILED, False),
     ("+ 8-bit", replace(TILED, optimizer="8bit"), False),
     ("or host", replace(TILED, optimizer="host"), False),
 )
 LEGEND = (
-    "all columns: memory.checkpointing, attention without a [T, T] mask. logits: a head that keeps "
-    "[T, V] logits. offload: memory.offload_checkpoints. tiles: memory.mlp_tile_tokens="
-    f"{TILE}. 8-bit, host: memory.optimizer. In brackets: at another moment than the update's peak."
+    "mask: no switch at all, and transformers' own [T, T] mask, which a packed row of several "
+    "sequences needs. no mask: memory.attention='auto'. ckpt: memory.checkpointing. fused: the "
+    "head without [T, V] logits, as riskpo always has it. offload: memory.offload_checkpoints. "
+    f"tiles: memory.mlp_tile_tokens={TILE}. 8-bit, host: memory.optimizer.\n"
+    "Terms of the update that overlap in time add up. The head and the layers take turns, and in a "
+    "layer the backward of its MLP and of its attention: only the largest turn counts in the peak, "
+    "and the others are in brackets."
 )
 
 
@@ -112,7 +122,7 @@ def plan_command(given: list[str]) -> None:
         raise ValueError(
             f"plan: got --dtype {config.dtype}; expected bfloat16 or float32. Check the spelling."
         )
-    show(config, find_shape(config.model), Console(width=110, highlight=False))
+    show(config, find_shape(config.model), Console(width=WIDTH, highlight=False))
 
 
 def show(config: PlanConfig, shape: ModelShape, console: Console) -> None:
@@ -132,15 +142,7 @@ def show(config: PlanConfig, shape: ModelShape, console: Console) -> None:
     )
     console.print(_terms([(label, budget(shape, m, w)) for label, m, w in settings]))
     console.print(LEGEND + "\n")
-    table = _table("longest context, tokens", [label for label, *_ in settings])
-    for card in cards:
-        for sampled in dict.fromkeys((config.sequences, 1)):
-            found = [
-                longest(shape, memory, replace(w, sequences=sampled), card.bytes)
-                for _, memory, w in settings
-            ]
-            table.add_row(f"{card.name}, {sampled} sampled at once", *map(_tokens, found))
-    console.print(table)
+    console.print(_reach(config, shape, settings, cards))
     flop = attention_flop(shape, CHECKPOINTS, config.context)
     for card in cards:
         tflops = config.tflops or card.tflops
@@ -152,6 +154,24 @@ def show(config: PlanConfig, shape: ModelShape, console: Console) -> None:
         f"A card counts {USABLE:.0%} of its size less {RESERVE_GIB} GiB (context, workspaces, "
         "fragmentation). How far the plan is off: docs/long-context.md."
     )
+
+
+def _reach(
+    config: PlanConfig,
+    shape: ModelShape,
+    settings: list[tuple[str, MemoryConfig, Workload]],
+    cards: list[Card],
+) -> Table:
+    """The longest contexts: a row for each setting, a column for each card and kind of sampling."""
+    sampled = list(dict.fromkeys((config.sequences, 1)))
+    columns = [(card, n) for card in cards for n in sampled]
+    table = _table("longest context, tokens", [f"{card.name}, {n} sampled" for card, n in columns])
+    for label, memory, work in settings:
+        found = [
+            longest(shape, memory, replace(work, sequences=n), card.bytes) for card, n in columns
+        ]
+        table.add_row(label, *map(_tokens, found))
+    return table
 
 
 def _terms(columns: list[tuple[str, Budget]]) -> Table:
@@ -179,7 +199,7 @@ def _terms(columns: list[tuple[str, Budget]]) -> Table:
 
 def _table(title: str, columns: list[str]) -> Table:
     table = Table(pad_edge=False, show_edge=False)
-    table.add_column(title, no_wrap=True, min_width=36)
+    table.add_column(title, no_wrap=True)
     for label in columns:
         table.add_column(label, justify="right")
     return table

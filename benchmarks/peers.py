@@ -78,13 +78,19 @@ def _found(module: str, name: str) -> tuple[Any, str | None]:
     return find(module, name)
 
 
-def _needs(module: str, name: str, *, cuda: bool = False, sixteen_bit: bool = False):
+CUTE = "CuTe kernels need 100 MB of wheels: tools/gpu_session.sh --fetch cute"
+
+
+def _needs(
+    module: str, name: str, *, cuda: bool = False, sixteen_bit: bool = False, hint: str = ""
+):
     def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         if cuda and device.type != "cuda":
             return "needs a CUDA device"
         if sixteen_bit and dtype == torch.float32:
             return "needs 16-bit inputs"
-        return _found(module, name)[1]
+        reason = _found(module, name)[1]
+        return f"{reason} ({hint})" if reason and hint else reason
 
     return why_not
 
@@ -137,7 +143,7 @@ LIGER_CE = ("liger_kernel.transformers", "LigerFusedLinearCrossEntropyLoss")
 CCE = ("cut_cross_entropy", "linear_cross_entropy")
 QUACK = ("quack.linear_cross_entropy", "chunked_linear_cross_entropy")
 FLA = ("fla.modules.fused_linear_cross_entropy", "fused_linear_cross_entropy_loss")
-VERL_TRITON = ("verl.utils.kernel", "linear_cross_entropy")
+VERL_TRITON = ("verl.utils.kernel.linear_cross_entropy", "linear_cross_entropy")
 VERL_TORCH = ("verl.utils.experimental.torch_functional", "FusedLinearForPPO")
 TRL_COLUMNS = 32768
 
@@ -170,7 +176,7 @@ def _no_liger(device: torch.device, dtype: torch.dtype) -> str | None:
         try:
             _liger_backend(device)
         except ImportError as error:
-            return f"its kernel for this GPU does not import: {error}"
+            return f"its kernel for this GPU does not import: {error} ({CUTE})"
     return reason
 
 
@@ -268,7 +274,7 @@ HEADS: dict[str, Head] = {
     ),
     "QuACK chunked CE, mean": _mean(
         _quack,
-        _needs(*QUACK, cuda=True, sixteen_bit=True),
+        _needs(*QUACK, cuda=True, sixteen_bit=True, hint=CUTE),
         sums_in="float32",
         backend=_name("cute"),
     ),

@@ -1,7 +1,10 @@
 """What the benchmarks time beside ours computes what they say; Triton peers run interpreted."""
 
 import dataclasses
+import importlib.util
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ import torch
 from benchmarks import bench_fused, bench_linear_logprob, peers, truth
 from riskpo_kernels import reference
 
+ROOT = Path(__file__).resolve().parents[1]
 HEAD = {
     "n": 32,
     "d": 24,
@@ -65,6 +69,31 @@ def test_heads_that_run_on_a_cpu_compute_the_log_probs(name, masked):
         pytest.skip(provider.why_not(given))
     found = truth.Head(given).errors(provider.run, provider.per_token)
     assert found.get("logprob_error_nats", 0) < 1e-4 and found["gradient_error"] < 1e-4, found
+
+
+def test_every_peer_that_is_installed_has_the_op_that_is_called():
+    """In a process of its own: run_alone leaves the package unfit for anything else."""
+    program = (
+        "from benchmarks import peers\n"
+        "peers.run_alone('verl', 'verl.utils')\n"
+        "for head in (peers.TRL, peers.LIGER, peers.LIGER_CE, peers.CCE, peers.QUACK, peers.FLA,\n"
+        "             peers.VERL_TRITON, peers.VERL_TORCH):\n"
+        "    print(peers.find(*head)[1])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    reasons = done.stdout.splitlines()
+    assert len(reasons) == 8 and not any("AttributeError" in r for r in reasons), reasons
+    if importlib.util.find_spec("verl"):
+        assert reasons[-2:] == ["None", "None"]
+
+
+def test_a_cute_peer_says_what_it_lacks():
+    if importlib.util.find_spec("quack"):
+        pytest.skip("QuACK is installed")
+    reason = peers.HEADS["QuACK chunked CE, mean"].why_not(torch.device("cuda"), torch.bfloat16)
+    assert "No module named 'quack'" in reason and "--fetch cute" in reason
 
 
 def test_a_module_runs_without_its_package(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections import Counter
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -133,7 +134,7 @@ def gains_table(ladder: Ladder, records: Records) -> str:
 
 
 def picture(ladder: Ladder, records: Records, path: Path) -> None:
-    """Above: the rows at the longest context that most of them have. Below: growth, log-log."""
+    """Left: the rows at the longest context that most of them have. Right: growth, log-log."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -143,7 +144,7 @@ def picture(ladder: Ladder, records: Records, path: Path) -> None:
     labels = [row.label for row in ladder.rows if any(r["label"] == row.label for r in found)]
     colour = {label: pyplot.get_cmap("tab10")(i % 10) for i, label in enumerate(labels)}
     figure, (bars, lines) = pyplot.subplots(
-        1, 2, figsize=(9, 0.3 * len(labels) + 1.6), width_ratios=(1, 1), dpi=200
+        1, 2, figsize=(9, 0.33 * len(labels) + 1.7), width_ratios=(6, 5), dpi=200
     )
     _bars(bars, ladder, found, labels, colour)
     _growth(lines, ladder, found, labels, colour)
@@ -154,46 +155,44 @@ def picture(ladder: Ladder, records: Records, path: Path) -> None:
 
 def _bars(axes: Any, ladder: Ladder, found: Records, labels: list[str], colour: Any) -> None:
     name, unit = ladder.unit
-    counts = {r["tokens"]: 0 for r in found}
-    for r in found:
-        counts[r["tokens"]] += 1
+    counts = Counter(r["tokens"] for r in found)
     tokens = max(counts, key=lambda n: (counts[n], n))
-    place = {label: i for i, label in enumerate(labels)}
     points = [r for r in found if r["tokens"] == tokens]
-    y = [place[r["label"]] for r in points]
-    axes.barh(
-        y, [r["measured"] / unit for r in points], 0.7, color=[colour[r["label"]] for r in points]
-    )
-    axes.plot([r["predicted"] / unit for r in points], y, "k|", markersize=13, label="the plan")
     most = max(max(r["measured"], r["predicted"]) for r in points) / unit
-    for r, at in zip(points, y, strict=True):
-        end = max(r["measured"], r["predicted"]) / unit + 0.02 * most
-        axes.text(end, at, _in_units(ladder, r["measured"]), va="center", fontsize=7)
-    axes.set_yticks(range(len(labels)), labels, fontsize=7.5)
+    for r in points:
+        y, size = labels.index(r["label"]), r["measured"] / unit
+        axes.barh(y, size, 0.7, color=colour[r["label"]])
+        held = r.get("of_it_in_second_place", 0) / unit
+        axes.barh(y, held, 0.7, left=size - held, fill=False, hatch="////", edgecolor="w", lw=0)
+        end = max(size, r["predicted"] / unit) + 0.02 * most
+        axes.text(end, y, _in_units(ladder, r["measured"]), va="center", fontsize=8)
+    y = [labels.index(r["label"]) for r in points]
+    axes.plot([r["predicted"] / unit for r in points], y, "k|", ms=14, label="the plan")
+    if any("of_it_in_second_place" in r for r in points):
+        axes.barh(0, 0, color="0.5", hatch="////", edgecolor="w", label="a GPU's host would hold")
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.16 * most)
-    axes.set_title(f"{tokens:,} tokens, {name} over the loaded model", fontsize=8.5)
-    axes.tick_params(axis="x", labelsize=7)
-    axes.legend(loc="lower right", fontsize=7.5, frameon=False)
+    axes.set_xlim(0, 1.18 * most)
+    axes.set_title(f"{tokens:,} tokens: peak over the loaded model, {name}", fontsize=9)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.legend(loc="lower right", fontsize=8, frameon=False)
 
 
 def _growth(axes: Any, ladder: Ladder, found: Records, labels: list[str], colour: Any) -> None:
     name, unit = ladder.unit
     for label in labels:
         points = [r for r in found if r["label"] == label]
-        x = [r["tokens"] for r in points]
-        axes.plot(x, [r["predicted"] / unit for r in points], "--", color=colour[label], lw=1)
-        axes.plot(
-            x, [r["measured"] / unit for r in points], "o-", color=colour[label], ms=3.5, lw=1.2
-        )
+        x, style = [r["tokens"] for r in points], {"color": colour[label], "lw": 1.2}
+        axes.plot(x, [r["measured"] / unit for r in points], "o-", ms=3.5, **style)
+        axes.plot(x, [r["predicted"] / unit for r in points], "--", **style)
     axes.plot([], [], "o-", color="0.3", ms=3.5, lw=1.2, label="measured")
-    axes.plot([], [], "--", color="0.3", lw=1, label="the plan")
+    axes.plot([], [], "--", color="0.3", lw=1.2, label="the plan")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     contexts = sorted({r["tokens"] for r in found})
     axes.set_xticks(contexts, [f"{n:,}" for n in contexts])
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.tick_params(labelsize=7)
-    axes.set_title(f"growth with the context (colours as on the left), {name}", fontsize=8.5)
-    axes.set_xlabel("tokens of the large micro-batch", fontsize=8)
-    axes.legend(loc="upper left", fontsize=7.5, frameon=False)
+    axes.tick_params(labelsize=8)
+    axes.set_title(f"growth, {name}; colours as on the left", fontsize=9)
+    axes.set_xlabel("tokens of a micro-batch", fontsize=8.5)
+    axes.legend(loc="upper left", fontsize=8, frameon=False)

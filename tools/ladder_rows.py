@@ -63,7 +63,7 @@ PARKED = "+ checkpoints in a second place"
 
 TILED: dict[str, Any] = {**CKPT, "mlp_tile_tokens": 512}
 TILES = "fused head, MLP in tiles of 512"
-SIXTEEN = "the same in bfloat16"
+SIXTEEN = "bfloat16: fused head, tiles of 512"
 PACKED = 4  # sequences of a micro-batch; a single one would need no mask
 CPU = Ladder(
     "cpu",

@@ -86,10 +86,9 @@ def backward_rows(
 
 
 def _sparse(head: Head, o: Options) -> Callable[..., None]:
-    # The kernels add to dH with atomics, whose order is not the same twice; and exact float32
-    # products of their tiles do not fit in a GPU's registers.
+    # exact float32 products of the kernels' tiles do not fit in a GPU's registers
     spills = head.hidden.device.type == "cuda" and not products_of(head).mixed
-    if o.backend == "torch" or o.deterministic or spills:
+    if o.backend == "torch" or spills:
         return sparse_backward
     from riskpo_kernels import sparse_launch  # needs Triton: only on demand
 

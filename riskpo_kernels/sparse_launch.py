@@ -13,18 +13,18 @@ from typing import Any
 import torch
 
 from riskpo_kernels.block_selection import ActiveBlocks, block_groups
+from riskpo_kernels.chunks import spans
 from riskpo_kernels.head_tiles import Gradients, Head, Options, Upstream, products_of
 from riskpo_kernels.kernels.head_forward import multiprocessors
 from riskpo_kernels.kernels.sparse_blocks import (
-    BD,
     BK,
     STAGES,
     WARPS,
-    dh_kernel,
     dz_kernel,
     register_limit,
     tile_rows,
 )
+from riskpo_kernels.kernels.sparse_hidden import BD, GATHER_WARPS, dh_kernel, gather_kernel
 from riskpo_kernels.kernels.sparse_weight import BD as BD_W
 from riskpo_kernels.kernels.sparse_weight import REGISTERS, dw_kernel, fold_kernel
 from riskpo_kernels.softmax_rows import BLOCK
@@ -49,14 +49,16 @@ def sparse_backward(
     head = _plain(head, products.dtype)
     if up.c is None:
         up = replace(up, c=torch.zeros_like(up.stats.logprob))
-    # a half may hold a float32 piece of dH, an eighth the parts of dW
-    budget, parts_budget = int(o.memory_mib * 3 * 2**17), int(o.memory_mib * 2**17)
+    # a half may hold a float32 piece of dH, an eighth the parts of dH, and after them of dW
+    budget = int(o.memory_mib * 3 * 2**17)
     bm = tile_rows(head.map.softcap is not None)
     pair_bytes = BLOCK * products.dtype.itemsize + 20  # dz; and the pair's place in the lists
+    if o.deterministic:
+        pair_bytes += 4 * BD + 40  # its part of dH, and the same lists in another order
     with torch.cuda.device_of(head.hidden):
         for blocks in block_groups(counts, head.n, bm, pair_bytes, budget):
             if sum(counts[blocks]):
-                _one_group(head, up, active, counts, blocks, into, parts_budget)
+                _one_group(head, up, active, counts, blocks, o, into)
 
 
 def _plain(head: Head, dtype: torch.dtype) -> Head:
@@ -78,8 +80,8 @@ def _one_group(
     active: ActiveBlocks,
     counts: list[int],
     blocks: slice,
+    o: Options,
     into: Gradients,
-    parts_budget: int,
 ) -> None:
     device, dtype = head.hidden.device, head.hidden.dtype
     here, bm = counts[blocks], tile_rows(head.map.softcap is not None)
@@ -97,11 +99,13 @@ def _one_group(
         sums = torch.empty(n_tiles, BLOCK, dtype=torch.float32, device=device)
     lists = dict(p_rows=rows, p_starts=starts, p_tiles=tiles)
     sizes = dict(D=head.hidden.shape[1], V=head.vocab, first_block=blocks.start)
+    room = int(o.memory_mib * 2**17)
     _launch_dz(head, up, dz, sums, tile_block, lists, sizes)
     if into.dh is not None:
-        _launch_dh(head, into.dh.open(slice(0, head.n)), dz, tile_block, lists, sizes)
+        dh, in_order = into.dh.open(slice(0, head.n)), room if o.deterministic else None
+        _launch_dh(head, dh, dz, tile_block, in_order, lists, sizes)
     if into.dw is not None or into.db is not None:
-        _launch_dw(head, into, dz, sums, tiles_each, parts_budget, lists, sizes)
+        _launch_dw(head, into, dz, sums, tiles_each, room, lists, sizes)
 
 
 def _launch_dz(
@@ -158,26 +162,56 @@ def _launch_dh(
     dh: torch.Tensor,
     dz: torch.Tensor,
     tile_block: torch.Tensor,
+    in_order: int | None,
     lists: dict[str, torch.Tensor],
     sizes: dict[str, int],
 ) -> None:
+    """Add to dH [n, D]: by atomics, or in the order of a row's blocks with in_order bytes of room
+    for the pairs' products, as many columns at a time as fit."""
     executed(dz.numel(), sizes["D"])
-    dh_kernel[(dz.shape[0], -(-sizes["D"] // BD))](
-        p_weight=head.weight,
-        p_tile_block=tile_block,
-        p_dz=dz,
-        p_dh=dh,
-        stride_w=head.weight.stride(0),
-        stride_dh=dh.stride(0),
-        BM=dz.shape[1],
-        BLOCK=BLOCK,
-        BD=BD,
-        num_warps=WARPS,
-        num_stages=STAGES,
-        maxnreg=register_limit(dz.shape[1]),
-        **lists,
-        **sizes,
-    )
+
+    def products(out: torch.Tensor, c: slice, atomic: bool) -> None:
+        weight = head.weight[:, c]
+        dh_kernel[(dz.shape[0], -(-weight.shape[1] // BD))](
+            p_weight=weight,
+            p_tile_block=tile_block,
+            p_dz=dz,
+            p_dh=out,
+            stride_w=weight.stride(0),
+            stride_dh=out.stride(0),
+            ATOMIC=atomic,
+            BM=dz.shape[1],
+            BLOCK=BLOCK,
+            BD=BD,
+            num_warps=WARPS,
+            num_stages=STAGES,
+            maxnreg=register_limit(dz.shape[1]),
+            **lists,
+            **sizes | {"D": weight.shape[1]},
+        )
+
+    if in_order is None:
+        products(dh, slice(None), atomic=True)
+        return
+    rows = lists["p_rows"]
+    sorted_rows, order = torch.sort(rows, stable=True)
+    ends = torch.arange(head.n + 1, dtype=rows.dtype, device=rows.device)
+    first_pair = torch.searchsorted(sorted_rows, ends)
+    columns = BD * max(1, min(in_order // (4 * BD * rows.numel()), -(-sizes["D"] // BD)))
+    parts = torch.empty(rows.numel(), columns, dtype=torch.float32, device=rows.device)
+    for c in spans(sizes["D"], columns):
+        products(parts, c, atomic=False)
+        gather_kernel[(head.n, -(-(c.stop - c.start) // BD))](
+            p_parts=parts,
+            p_order=order,
+            p_first_pair=first_pair,
+            p_dh=dh[:, c],
+            D=c.stop - c.start,
+            stride_parts=columns,
+            stride_dh=dh.stride(0),
+            BD=BD,
+            num_warps=GATHER_WARPS,
+        )
 
 
 def _launch_dw(
@@ -186,7 +220,7 @@ def _launch_dw(
     dz: torch.Tensor,
     sums: torch.Tensor | None,
     tiles_each: list[int],
-    budget: int,
+    room: int,
     lists: dict[str, torch.Tensor],
     sizes: dict[str, int],
 ) -> None:
@@ -201,7 +235,7 @@ def _launch_dw(
     else:
         add, unit, out = False, dw.unit, dw.grad
     columns = -(-sizes["D"] // BD_W)
-    most_parts = budget // (BLOCK * 4 * sizes["D"])
+    most_parts = room // (BLOCK * 4 * sizes["D"])
     most = longest_job(tiles_each, columns, multiprocessors(dz.device), most_parts)
     jobs, first_part = jobs_of(tiles_each, most)
 

@@ -1,4 +1,4 @@
-"""dW of heavy blocks is divided among programs: the same sums, in an order that is always one."""
+"""Triton's sparse products: heavy blocks of dW in several jobs, dH in the order of blocks."""
 
 import pytest
 import torch
@@ -95,6 +95,46 @@ def test_the_same_twice_and_the_same_work(device, finest, monkeypatch):
         units.append(done.multiply_adds)
     assert len(finest) == 2, "the third was not to be divided"
     assert torch.equal(found[0], found[1]) and units[0] == units[1] == units[2]
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Whether dH was launched with atomics, and the columns of its parts."""
+    from riskpo_kernels import sparse_launch
+
+    found, real = [], sparse_launch.dh_kernel
+
+    class Recording:
+        def __getitem__(self, grid):
+            return lambda **given: (
+                found.append((given["ATOMIC"], given["stride_dh"])) or real[grid](**given)
+            )
+
+    monkeypatch.setattr(sparse_launch, "dh_kernel", Recording())
+    monkeypatch.setattr(block_selection, "DENSE_SHARE", {"cuda": 2.0, "cpu": 2.0})
+    return found
+
+
+@pytest.mark.parametrize("memory_mib", [256.0, 1.0, 0.5])  # all columns at once, 256, 128
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0}], ids=str)
+def test_dh_in_the_order_of_blocks(memory_mib, options, device, launches):
+    """deterministic=True: no atomics; rows of no pair, of one and of all blocks."""
+    sixteen = torch.float16 if device.type == "cpu" else torch.bfloat16
+    for dtype in (torch.float32, sixteen):
+        h, w, b, target = head(150, 300, 300, dtype, device)
+        h *= 0.1
+        target[::4] = -100
+        tensors = {"hidden": h, "weight": w, "bias": b}
+        exact = {k: x.double() for k, x in tensors.items()}
+        more = {"deterministic": True, "memory_mib": memory_mib, "backend": "triton"}
+        assert_all_close_as_plain(
+            run(linear_logprob, tensors, target, tail_eps=1e-30, **more, **options),
+            run(reference.linear_logprob, exact, target, **options),
+            run(reference.linear_logprob, tensors, target, **options),
+            factor=5,
+        )
+    assert launches and not any(atomic for atomic, _ in launches)
+    assert max(columns for _, columns in launches) == {256.0: 384, 1.0: 256, 0.5: 128}[memory_mib]
 
 
 @pytest.mark.parametrize("parts", [0, 1, 5, 40, 10**6])

@@ -21,7 +21,14 @@ import tempfile
 from collections import defaultdict
 from typing import NamedTuple
 
-MODULES = ("softmax_rows", "head_forward", "sparse_blocks", "sparse_weight", "surrogate")
+MODULES = (
+    "softmax_rows",
+    "head_forward",
+    "sparse_blocks",
+    "sparse_hidden",
+    "sparse_weight",
+    "surrogate",
+)
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}  # bytes per block
 SMALLEST_LIMIT = 101376  # of other architectures: consumer cards since sm_86
 LOG = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")

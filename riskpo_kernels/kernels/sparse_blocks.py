@@ -5,14 +5,13 @@ Pairs are listed block by block; a tile is up to BM pairs of one block b, the ro
     1. z = H[r] W_b^T            gathered logits, recomputed        [BM, 128]
        dz = gradient of z        rounded once, stored               [BM, 128]
        its column sums           before the rounding, for dbias     [128]
-    2. dH[r] += dz W_b           fp32 atomics: a row has pairs in several blocks
+    2. dH[r] += dz W_b           kernels/sparse_hidden.py
     3. dW_b = sum dz^T H[r]      over the tiles of b: kernels/sparse_weight.py
 
     tensor          shape          dtype
     hidden, weight  [N, D], [V, D] bf16, fp16 (fp32 in the interpreter: on a GPU it would spill)
     rows            [P]            int32, pairs sorted by block; starts [B + 1] where blocks begin
     dz              [T, BM, 128]   dtype of hidden; T tiles
-    dH              [n, D]         fp32
 
 Cost: 6 x 128 D FLOPs per pair, beside 2 V D per row for the forward; dz takes 256 bytes a pair in
 16 bits. riskpo_kernels/sparse_launch.py makes the lists and launches.
@@ -31,8 +30,8 @@ from riskpo_kernels.kernels.tl_math import logits_gradient, logits_of
 from riskpo_kernels.softmax_rows import BLOCK, FLOOR
 
 # 128 gathered rows x 128 columns: 64 accumulator registers a thread at 8 warps leave room for the
-# epilogue. BK is the depth of a step of product 1, BD the columns of dH per program.
-BM, BK, BD, WARPS, STAGES = 128, 64, 128, 8, 3
+# epilogue. BK is the depth of a step of product 1.
+BM, BK, WARPS, STAGES = 128, 64, 8, 3
 LOWEST = tl.constexpr(FLOOR)
 
 
@@ -135,51 +134,6 @@ def dz_kernel(
         tl.store(p_sums + i_t * BLOCK + tl.arange(0, BLOCK), tl.sum(dz, 0))
 
 
-@triton.jit(do_not_specialize=["first_block"])
-def dh_kernel(
-    p_weight,
-    p_rows,
-    p_starts,
-    p_tiles,
-    p_tile_block,
-    p_dz,
-    p_dh,
-    D,
-    V,
-    first_block,
-    stride_w,
-    stride_dh,
-    BM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BD: tl.constexpr,
-):
-    i_t = tl.program_id(0).to(tl.int64)
-    o_d = tl.program_id(1) * BD + tl.arange(0, BD)  # [BD]
-    i_b = tl.load(p_tile_block + i_t)
-    o_p = tl.load(p_starts + i_b) + (i_t - tl.load(p_tiles + i_b)) * BM + tl.arange(0, BM)
-    m_p = o_p < tl.load(p_starts + i_b + 1)
-    o_v = (first_block + i_b) * BLOCK + tl.arange(0, BLOCK)
-    m_d = o_d < D
-
-    r = tl.load(p_rows + o_p, mask=m_p, other=0).to(tl.int64)  # [BM]
-    o_dz = (i_t * BM + tl.arange(0, BM))[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    dz = tl.load(p_dz + o_dz)  # [BM, BLOCK]
-    w = tl.load(
-        p_weight + o_v[:, None] * stride_w + o_d[None, :],
-        mask=(o_v < V)[:, None] & m_d[None, :],
-        other=0.0,
-    )  # [BLOCK, BD]
-
-    dh = tl.dot(dz, w, input_precision="ieee")  # [BM, BD]
-
-    tl.atomic_add(
-        p_dh + r[:, None] * stride_dh + o_d[None, :],
-        dh,
-        mask=m_p[:, None] & m_d[None, :],
-        sem="relaxed",
-    )
-
-
 def compile_configurations() -> list[Configuration]:
     """Everything that can be launched: see kernels/__init__.py."""
     configurations = []
@@ -199,15 +153,6 @@ def compile_configurations() -> list[Configuration]:
             configurations.append(
                 sparse_configuration(name, dz_kernel, dtype, {}, given, flags, limit)
             )
-        for rows in (BM, BM // 2):
-            name, flags, limit = (
-                f"dh-dot {dtype} BM={rows}",
-                {"BD": BD, "BM": rows},
-                register_limit(rows),
-            )
-            configurations.append(
-                sparse_configuration(name, dh_kernel, dtype, {}, {}, flags, limit)
-            )
     return configurations
 
 
@@ -223,7 +168,8 @@ def sparse_configuration(
     """A launch of one of the products: of `types` beside those that all of them share."""
     shared = {"p_hidden": dtype, "p_weight": dtype, "p_dz": dtype, "p_rows": "i32"}
     places = ("index", "starts", "tiles", "tile_block", "target", "job_block", "job_tile")
-    shared |= {f"p_{x}": "i64" for x in (*places, "first_part")}
-    signature, constexprs = signature_of(kernel, shared | types, given, flags | {"BLOCK": BLOCK})
+    shared |= {f"p_{x}": "i64" for x in (*places, "first_part", "order", "first_pair")}
+    flags = flags | ({"BLOCK": BLOCK} if "BLOCK" in kernel.arg_names else {})
+    signature, constexprs = signature_of(kernel, shared | types, given, flags)
     options = {"maxnreg": limit} if limit else {}
     return Configuration(name, kernel, signature, constexprs, WARPS, STAGES, options)

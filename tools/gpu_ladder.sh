@@ -8,7 +8,7 @@
 # First 2^15 to 2^17 tokens for every row, then, for the rows that took them, doubling until a row
 # fails (out of memory, as a rule). Each record is written as it is measured. LIMIT_SECONDS (560)
 # bounds a call; attention grows with the square of the context, and by the plan's estimate a row
-# takes about a minute up to 2^17 tokens, 2 minutes at 2^18, 6 at 2^19 and 22 at 2^20: go on with
+# takes about a minute up to 2^17 tokens, 2 minutes at 2^18, 5 at 2^19 and 19 at 2^20: go on with
 # LADDER_ROWS and the same OUT. The row of 8-bit moments needs bitsandbytes. Exit status: 0 every
 # row went as far as it could, 124 or 137 out of time, 1 nothing could be measured, 2 nothing can
 # run here.

@@ -75,6 +75,7 @@ def providers() -> dict[str, Provider]:
         "riskpo_kernels, tail_eps=0": _ours(tail_eps=0.0),
         "riskpo_kernels, tail_eps=2^-14": _ours(tail_eps=2.0**-14),
         "riskpo_kernels, 1536 MiB": _ours(memory_mib=1536),
+        "riskpo_kernels, deterministic": _ours(deterministic=True),
         "riskpo_kernels, one-kernel forward": _one_kernel("gemm"),
         "riskpo_kernels, one-kernel forward, specialised": _one_kernel("gemm, warp-specialised"),
     }
@@ -182,8 +183,8 @@ def _ours(**options: Any) -> Provider:
             return "tail_eps acts in the backward only"
         if eps is not None and eps == default_tail_eps(given["hidden"].dtype):
             return "the default for this dtype"
-        if "memory_mib" in options and device_of(given).type != "cuda":
-            return "the larger workspace is measured on CUDA only"
+        if options.keys() & {"memory_mib", "deterministic"} and device_of(given).type != "cuda":
+            return "measured on CUDA only"
         return None
 
     return Provider(

@@ -190,3 +190,24 @@ def test_large_on_gpu(dtype, device):
         got, truth, plain = three(h, w, b, target, backend=backend)
         for name in truth:
             assert_close_as_plain(name, got[name], truth[name], plain[name])
+
+
+@pytest.mark.parametrize("tail_eps", [0.0, 2.0**-14])
+@pytest.mark.parametrize(
+    ("n", "vocab"), [(67, 1025), pytest.param(2**16 + 3, 2**15 + 1, marks=pytest.mark.gpu)]
+)
+def test_more_than_two_to_the_31_logits(n, vocab, tail_eps, device):
+    """Trap 23: offsets are 64-bit, in rows, columns and pairs. The last ones tell."""
+    h, w, _, target = head(n, vocab, 16, torch.bfloat16, device, bias=False)
+    h, w = h.requires_grad_(), w.requires_grad_()
+    out = linear_logprob(h, w, target, tail_eps=tail_eps)
+    out.logprob.sum().backward()
+    r, v = slice(n - 40, n), slice(vocab - 100, vocab)
+    want = reference.linear_logprob(h[r].detach().double(), w.detach().double(), target[r])
+    assert (out.logprob[r] - want.logprob).abs().max() < 1e-4
+    dz = -torch.exp(h[r].double() @ w.double().T - want.lse[:, None])
+    dz[torch.arange(40, device=device), target[r]] += 1
+    assert errors(h.grad[r], dz @ w.double())[0] < 0.01
+    p = torch.exp(h.double() @ w[v].double().T - out.lse[:, None].double())
+    taken = (target[:, None] == torch.arange(v.start, v.stop, device=device)).double()
+    assert errors(w.grad[v], (taken - p).T @ h.double())[0] < 0.01

@@ -1,5 +1,5 @@
-# Sourced by tools/gpu_evidence.sh and tools/gpu_ladder.sh, from the root of the checkout: the
-# interpreter, the folder of the results, the time limit, wheels that travel along, and the GPU.
+# Sourced by the other tools/gpu_*.sh, from the root of the checkout: the interpreter, the folder of
+# the results, the time limit, wheels that travel along, and the GPU.
 #
 #   PYTHON         the interpreter (python3)
 #   OUT            the folder of the results (benchmarks/results); created
@@ -15,14 +15,19 @@ mkdir -p "$out"
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 # PYTHONPATH comes before the machine's own packages, and a wheel must not replace one of them
 packages=$(mktemp -d)
-has='import importlib.metadata, sys; importlib.metadata.version(sys.argv[1])'
+missing=()
 for wheel in wheels/*.whl; do
     [ -e "$wheel" ] || continue
     name=$(basename "$wheel")
-    "$python" -c "$has" "${name%%-*}" 2>/dev/null && continue
-    "$python" -m pip install --quiet --no-index --no-deps --target "$packages" "$wheel" ||
-        echo "not installed: $wheel"
+    has='import importlib.metadata, sys; importlib.metadata.version(sys.argv[1])'
+    "$python" -c "$has" "${name%%-*}" 2>/dev/null || missing+=("$wheel")
 done
+if [ ${#missing[@]} -gt 0 ]; then # in one call: two wheels may fill one folder
+    into=("$python" -m pip install --quiet --no-index --no-deps --target "$packages")
+    "${into[@]}" "${missing[@]}" || for wheel in "${missing[@]}"; do
+        "${into[@]}" "$wheel" || echo "not installed: $wheel"
+    done
+fi
 export PYTHONPATH="$PWD:${PYTHONPATH:+$PYTHONPATH:}$packages" # riskpo need not be installed
 
 seconds_left() { echo $((limit - SECONDS)); }

@@ -50,7 +50,7 @@ class EvalConfig:
 
     # folder or hub name; a run_dir stands for its newest checkpoint; {seed} for each of the seeds
     model: str = "runs/demo"
-    data: str | None = None  # None: the embedded task's held-out questions; embedded:mixed
+    data: str | None = None  # as of `riskpo train`; of an embedded task the held-out questions
     reward: str = "auto"
     questions: int = 200
     samples: int = 8

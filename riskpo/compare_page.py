@@ -11,6 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from riskpo.compare_numbers import (
     EQUAL_REWARD,
     EVAL,
@@ -109,10 +111,18 @@ def _about(
             for name, each in runs.items()
         },
         "run_hours": round(seconds / 3600, 2),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python "
-        f"{platform.python_version()}, torch {version('torch')}, transformers "
-        f"{version('transformers')}",
+        "machine": _machine(),
     }
+
+
+def _machine() -> str:
+    """Of the process that writes the page: `riskpo compare` does after it has made the runs."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    named = "".join(f"{gpu}, " for gpu in dict.fromkeys(gpus))
+    return (
+        f"{platform.machine()}, {os.cpu_count()} cores, {named}Python {platform.python_version()}, "
+        f"torch {version('torch')}, transformers {version('transformers')}"
+    )
 
 
 def markdown(tables: dict[str, Table], differences: dict[str, Table], about: dict[str, Any]) -> str:

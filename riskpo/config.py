@@ -65,7 +65,7 @@ class TrainConfig:
     run_dir: str = "runs/demo"  # everything a run writes goes here; the same folder resumes
     algorithm: str = "riskpo-paper"  # a row of riskpo/strategies.py
     model: str | None = None  # folder or hub name of a causal LM; None: the embedded tiny model
-    data: str | None = None  # file or hub name; None: the embedded arithmetic; embedded:mixed
+    data: str | None = None  # file, hub name, or embedded:mixed, :large, :tiny; None: the demo's
     eval_data: str | None = None  # None: a held-out part of data
     reward: str = "auto"  # auto, math, code, exact, or your own "package.module:function"
     seed: int = 0

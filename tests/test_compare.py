@@ -229,6 +229,16 @@ def test_the_share_of_steps_clipped_by_norm(tmp_path):
     assert load(tmp_path, ["a"], [0])["a"][0].max_grad_norm == 0.25
 
 
+@pytest.mark.parametrize("cards, named", [([], "cores, Python"), (["A", "A"], "cores, A, Python")])
+def test_the_page_names_the_machine_s_gpus(cards, named, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: len(cards))
+    monkeypatch.setattr("torch.cuda.get_device_name", cards.__getitem__)
+    fake_run(tmp_path, "a", 0, [0.1])
+    write_page(tmp_path, "p", ["a"], [0], "a")
+    machine = json.loads((tmp_path / "p.json").read_text())["about"]["machine"]
+    assert named in machine and machine in (tmp_path / "p.md").read_text()
+
+
 def test_a_comparison_without_held_out_questions_has_its_page(tmp_path):
     for name in ("a", "b"):
         fake_run(tmp_path, name, 0, [0.1, 0.2])

@@ -165,6 +165,13 @@ def test_a_watch_that_fails_costs_no_verdict(what):
     assert taken < 30  # 2 s are the limit; the rest is a replacement's start on a busy machine
 
 
+def test_the_first_verdict_s_reward_and_detail_stand():
+    """The same outcome twice, but another reward and detail under the watch."""
+    with VerifierPool("tests.verifiers:second_thoughts", seconds=30, watch=["json"]) as pool:
+        (verdict,) = pool.run([("x",)])
+    assert verdict == Verdict(0.25, Outcome.WRONG, "at first", watched=True)
+
+
 def test_a_slow_verdict_is_not_repeated():
     with VerifierPool("tests.verifiers:hidden", workers=1, seconds=1.9, watch=["json"]) as pool:
         late, calls = pool.run([("late",), ("calls",)])

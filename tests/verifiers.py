@@ -10,7 +10,7 @@ import time
 import math_verify.grader
 
 from riskpo.math_reward import verify_math
-from riskpo.verdicts import Verdict, right
+from riskpo.verdicts import Outcome, Verdict, right
 
 
 def echo(value: str) -> Verdict:
@@ -71,6 +71,13 @@ def hidden(what: str) -> Verdict | float:
     if what == "calls":
         return right(" ".join(CALLS))
     return 0.0 if sys.gettrace() is None else act(what)
+
+
+def second_thoughts(_: str) -> Verdict:
+    """Wrong both times, with another reward and another word for it when it is watched."""
+    if sys.gettrace() is None:
+        return Verdict(0.25, Outcome.WRONG, "at first")
+    return Verdict(0.75, Outcome.WRONG, "on second thoughts")
 
 
 def planted(gold: str, answer: str) -> Verdict:

@@ -219,6 +219,16 @@ def test_providers_that_cannot_run_say_why():
     assert "not installed" in table.terminal("fake", "one", [good, absent])
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_case_may_ask_for_what_compiles_for_long(asked):
+    from benchmarks.__main__ import measure
+
+    module = fake({"slow": Provider(lambda x: x, slow_start=True)})
+    case = sets.Case("fake", "one", {}, compile=asked)
+    (row,) = measure(module, "one", {}, harness.Settings(seconds_per_row=0), case)
+    assert (row["median_ms"] is not None) == asked
+
+
 def test_a_peer_that_would_take_too_long_is_left_out_with_its_time():
     def slow(x):
         time.sleep(0.02)

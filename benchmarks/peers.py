@@ -242,6 +242,7 @@ HEADS: dict[str, Head] = {
     "F.linear_cross_entropy": Head(
         _torch_lce, _no_torch_lce, (2, 6), entropy=False, logits_in="float32"
     ),
+    # dtypes of its torch path; its kernel for Hopper keeps the logits in registers
     "Liger fused scaled CE": Head(_liger, _no_liger, (2, 6), backend=_liger_backend),
     "Cut Cross-Entropy": Head(  # units: at most, it drops tiles
         _cce,

@@ -157,11 +157,16 @@ def fold(
 def combine(parts: RowState) -> RowState:
     """The states [S, R] of S pieces of every row as one [R]."""
     m = parts.m.amax(0)
-    anchor = torch.where(m == -torch.inf, 0.0, m)
-    shift = (parts.m - anchor).clamp_(min=FLOOR)
+    s, u = relative_to(m, parts)
+    return RowState(m, s.sum(0), None if u is None else u.sum(0), parts.zt.amax(0))
+
+
+def relative_to(m: torch.Tensor, part: RowState) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """s and u of a part of the columns, as if its maximum had been m, that of all of them."""
+    anchor = torch.where(m == -torch.inf, 0.0, m)  # -inf - -inf is NaN
+    shift = (part.m - anchor).clamp_(min=FLOOR)
     keep = torch.exp(shift)
-    u = None if parts.u is None else (keep * (parts.u + parts.s * shift)).sum(0)
-    return RowState(m, (parts.s * keep).sum(0), u, parts.zt.amax(0))
+    return part.s * keep, None if part.u is None else keep * (part.u + part.s * shift)
 
 
 def _block_sums(e: torch.Tensor) -> torch.Tensor:

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from riskpo_kernels.process_groups import agree, max_over, sum_over
-from riskpo_kernels.softmax_rows import FLOOR, RowState
+from riskpo_kernels.softmax_rows import RowState, relative_to
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,7 @@ class VocabShard:
     def merge(self, state: RowState) -> None:
         """The state over this rank's columns becomes, in place, the state over all of them."""
         peaks = max_over(self.group, torch.stack((state.m, state.zt)))
-        anchor = torch.where(peaks[0] == -torch.inf, 0.0, peaks[0])  # -inf - -inf is NaN
-        shift = (state.m - anchor).clamp(min=FLOOR)
-        share = torch.exp(shift)
-        parts = [state.s * share]
-        if state.u is not None:
-            parts.append((state.u + state.s * shift) * share)
+        parts = [x for x in relative_to(peaks[0], state) if x is not None]
         sums = sum_over(self.group, torch.stack(parts))
         state.m.copy_(peaks[0])
         state.zt.copy_(peaks[1])

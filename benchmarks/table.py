@@ -93,7 +93,7 @@ def _precision(row: Row) -> list[str]:
     if back or row.get("sums_in"):
         parts.append(f"inputs {dtype}" + (f", returned {back}" if back else ""))
     if dtype == "float32" and row.get("sums_in"):
-        parts[-1] += ", logits and sums of dW float32"
+        parts[-1] += ", logits and sums of dW float32" if back else ", logits float32"
     if row.get("errors_over") not in (None, "everything"):
         parts.append(f"errors over {row['errors_over']}")
     return parts

@@ -11,11 +11,12 @@ from dataclasses import replace
 import pytest
 
 from riskpo.config import TrainConfig, resolve
-from riskpo.memory.budget import GIB, Workload, attention_flop, budget, longest
+from riskpo.memory.budget import GIB, MIB, Workload, attention_flop, budget, longest
 from riskpo.memory.plan import CHECKPOINTS, LADDER, WIDTH, find_card, plan_command
 from riskpo.memory.run_plan import plan_run
 from riskpo.memory.shapes import find_shape
 from tests.toy import tiny_config, tiny_policy
+from tools import plan_check
 from tools.ladder_rows import CPU
 
 
@@ -59,6 +60,30 @@ def test_terms_by_hand():
     host = budget(shape, replace(CHECKPOINTS, optimizer="host"), work)
     assert sum(host.fixed.values()) == 2 * shape.parameters
     assert attention_flop(shape, CHECKPOINTS, 1000) == 9 * 1e6 * 4096 * 32
+
+
+def test_terms_of_sampling_by_hand():
+    """Qwen2.5-1.5B in bfloat16: 28,672 bytes of keys and values a token; 66,048 for each token of
+    the prompts, which are read at once; a mask over pairs of the same prompt."""
+    shape, work = find_shape("Qwen2.5-1.5B"), Workload(1, sequences=3, context=2000, prompt=700)
+    found = budget(shape, CHECKPOINTS, work)
+    assert found.prompts == {
+        "keys and values": 2100 * 28672,
+        "activations of one layer": 2100 * 66048,
+        "mask of the padding": 3 * 700**2,
+    }
+    assert found.sampling == {
+        "keys and values": 6000 * 28672,
+        "logits of one step": 3 * 151936 * 26,
+    }
+    assert budget(shape, CHECKPOINTS, replace(work, context=600)).prompts["keys and values"] == (
+        1800 * 28672
+    )
+    short = replace(work, sequences=2000, context=701)
+    many = budget(shape, CHECKPOINTS, short)
+    assert many.moments["prompts"] > many.moments["sampling"]
+    assert many.peak == sum(many.fixed.values()) + many.moments["prompts"]
+    assert many.run_increase == many.peak - many.fixed["weights"]
 
 
 def test_terms_on_the_cpu_by_hand():
@@ -174,6 +199,10 @@ def test_the_command_prints_the_plan(capsys):
     assert "80 GB, 8" in shown and "H200, 1" in shown
     for label in labels:
         assert len(row(shown, f"{label} ")) == 4, label
+    # 8 prompts of 512 tokens; the keys and values of all layers are 57,344 bytes of each
+    assert "512 of it the prompt" in " ".join(shown.split())
+    assert row(shown, "prompts: keys and values") == ["0.2"] * 8
+    assert row(shown, "all while reading prompts")[-1] == "14.9"
 
 
 @pytest.mark.parametrize(
@@ -253,3 +282,15 @@ def test_predicted_peak_is_the_measured_one(label):
     print(f"measured {measured / 2**20:.0f} MiB, predicted {predicted / 2**20:.0f} MiB")
     assert measured >= 500 * 2**20
     assert predicted == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("label", ["plain logits, float32", "sampling, long prompts, shared keys"])
+def test_predicted_logits_and_prompts_are_the_measured_ones(label):
+    """Each in a process of its own; at least 500 MiB, within 15 %."""
+    (case,) = [case for case in plan_check.CASES if case.label == label]
+    found = plan_check.run(case)
+    print(f"measured {found['measured'] / MIB:.0f}, predicted {found['predicted'] / MIB:.0f} MiB")
+    assert found["measured"] >= 500 * MIB
+    assert found["predicted"] == pytest.approx(found["measured"], rel=0.15)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -47,6 +48,34 @@ def test_ten_steps_of_the_embedded_task(tmp_path, cold_start, capsys):
     plain = [line for line in printed.splitlines() if str(tmp_path) not in line]
     assert len(plain) > 15 and max(map(len, plain)) <= 120
     assert main(["plot", str(folder)]) == 0
+    assert lines_of_memory(printed) == ("memory plan: below 0.1 GiB on cpu", 1)
+
+
+def lines_of_memory(printed):
+    """(what was planned before the first step, how often the outcome stands behind the last)."""
+    lines = printed.splitlines()
+    steps = [i for i, line in enumerate(lines) if line.startswith(("step ", "held out after"))]
+    plan = [i for i, line in enumerate(lines) if line.startswith("memory plan")]
+    outcome = [i for i, line in enumerate(lines) if line.startswith("memory over the loaded model")]
+    assert plan and plan[-1] < steps[0]
+    pattern = r"predicted \d+ MiB, measured \d+ MiB \((resident set|allocated).*\)$"
+    assert all(i > steps[-1] and re.search(pattern, lines[i]) for i in outcome)
+    return "\n".join(lines[i] for i in plan), len(outcome)
+
+
+def test_a_larger_run_prints_its_plan_by_moment(tmp_path, cold_start, capsys):
+    """Only the lengths are larger: what is planned for is what could be sampled."""
+    config = TrainConfig(
+        run_dir=str(tmp_path), steps=1, eval_every_steps=0, micro_batch_tokens=200_000,
+        max_prompt_tokens=150_000, max_response_tokens=8, **SMALL,
+    )  # fmt: skip
+    train(config)
+    plan, outcomes = lines_of_memory(capsys.readouterr().out)
+    moments, largest = plan.splitlines()
+    assert outcomes == 1
+    for doing in ("updating", "stepping", "reading prompts", "sampling"):
+        assert re.search(rf"{doing} (\d+\.\d|<0\.1)", moments), doing
+    assert largest.startswith("memory plan, largest: activations of all layers")
 
 
 @pytest.mark.parametrize("name", STRATEGIES)

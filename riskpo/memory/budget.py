@@ -2,10 +2,11 @@
 
 Derived from what autograd keeps in a transformers decoder layer (RMSNorm, rotary attention on a
 flash kernel, SwiGLU), and compared with measurements in docs/long-context.md. The peak is the
-largest of three moments, which share the fixed terms:
+largest of four moments, which share the fixed terms:
 
     update   checkpoints of all layers + what one layer needs in its backward, or the head
     step     the optimiser's float32 gradients and its temporaries
+    prompts  keys and values of all prompts + what one layer needs to read them, at once
     sampling keys and values of the rollouts + the logits of one step
 
 P parameters, L layers, T tokens of a micro-batch, H hidden width, I intermediate width, nq and nk
@@ -22,7 +23,12 @@ from riskpo.memory.shapes import ModelShape
 
 MIB, GIB = 2**20, 2**30
 PARKED_ON_DEVICE = IN_FLIGHT + 2  # layer inputs on their way out, back, and the layer's own
-MOMENTS = {"update": "updating", "step": "stepping", "sampling": "sampling"}
+MOMENTS = {
+    "update": "updating",
+    "step": "stepping",
+    "prompts": "reading prompts",
+    "sampling": "sampling",
+}
 # Bytes per element of the tensor that is being stepped. torch.optim.AdamW: the root of the second
 # moment, and its quotient by the bias correction. bitsandbytes unpacks both moments and scales a
 # copy of the gradient before that (backends/cpu/ops.py). On CUDA both are one kernel, without any.
@@ -38,6 +44,7 @@ class Workload:
     bytes_per_weight: int = 2  # 2: bfloat16 with float32 masters; 4: float32
     sequences: int = 8  # responses sampled at once
     context: int | None = None  # tokens of each, prompt included; None: `tokens`
+    prompt: int = 512  # of these, where the context has as many
     on_host: bool = False  # the model itself is on the CPU: nothing can be moved off it
     plain_head: bool = False  # [T, V] logits and autograd, to compare with
     head_tokens: int | None = None  # that meet the head, responses alone; None: all of them
@@ -45,18 +52,19 @@ class Workload:
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes by term. Only the largest moment of update, step and sampling is added to `fixed`."""
+    """Bytes by term. Only the largest of the MOMENTS is added to `fixed`."""
 
     fixed: dict[str, float]
     update: dict[str, float]
     step: dict[str, float]
+    prompts: dict[str, float]
     sampling: dict[str, float]
     host: dict[str, float]  # pinned and ordinary memory of the host
     other: dict[str, float]  # of the turns of the update that need less than the one in it
 
     @property
     def moments(self) -> dict[str, float]:
-        return {name: sum(getattr(self, name).values()) for name in ("update", "step", "sampling")}
+        return {name: sum(getattr(self, name).values()) for name in MOMENTS}
 
     @property
     def peak(self) -> float:
@@ -100,13 +108,13 @@ def budget(shape: ModelShape, memory: MemoryConfig, work: Workload) -> Budget:
     other, stage = sorted((layer, head), key=lambda x: sum(x.values()))
     other |= waiting
     step = _step(shape, memory, work, gradient)
-    sampling = _sampling(shape, work)
+    prompts, sampling = _prompts(shape, work), _sampling(shape, work)
     host = {}
     if away:
         host["masters, moments, gradients"] = 16.0 * P
     if memory.offload_checkpoints and not work.on_host:
         host["checkpoints"] = shape.layers * _power_of_two(T * shape.hidden * b)
-    return Budget(fixed, {**kept, **stage}, step, sampling, host, other)
+    return Budget(fixed, {**kept, **stage}, step, prompts, sampling, host, other)
 
 
 def _step(
@@ -183,13 +191,35 @@ def _head(shape: ModelShape, memory: MemoryConfig, work: Workload) -> float:
     return around + 4.0 * shape.vocab * H + workspace
 
 
-def _sampling(shape: ModelShape, work: Workload) -> dict[str, float]:
-    """Keys and values of all sequences; logits, their log-softmax and the sampler's copies."""
-    context, b = work.context or work.tokens, work.bytes_per_weight
+def _prompts(shape: ModelShape, work: Workload) -> dict[str, float]:
+    """All prompts go through the model together, padded to one length, without autograd.
+
+    The most that is alive is in an MLP: embeddings, the layer's input, its middle and the norm of
+    that, all [tokens, H]; gate, up and their product.
+    """
+    each = min(work.prompt, work.context or work.tokens)
+    rows = float(work.sequences * each)
+    alive = 4 * shape.hidden + 3 * shape.intermediate
     return {
-        "keys and values": 2.0 * b * shape.layers * shape.keys * work.sequences * context,
-        "logits of one step": work.sequences * shape.vocab * (b + 16.0),
+        "keys and values": rows * _keys_and_values(shape, work),
+        "activations of one layer": rows * work.bytes_per_weight * alive,
+        "mask of the padding": rows * each,
     }
+
+
+def _sampling(shape: ModelShape, work: Workload) -> dict[str, float]:
+    """Keys and values of all sequences, and what is drawn from: the logits, their copy and their
+    log-softmax in float32, and in float64 the probabilities and their running sum."""
+    rows = float(work.sequences * (work.context or work.tokens))
+    return {
+        "keys and values": rows * _keys_and_values(shape, work),
+        "logits of one step": work.sequences * shape.vocab * (work.bytes_per_weight + 24.0),
+    }
+
+
+def _keys_and_values(shape: ModelShape, work: Workload) -> float:
+    """Bytes of one token in all layers."""
+    return 2.0 * work.bytes_per_weight * shape.layers * shape.keys
 
 
 def _is_tiled(memory: MemoryConfig, work: Workload) -> bool:

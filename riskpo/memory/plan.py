@@ -79,6 +79,7 @@ class PlanConfig:
     gpu: tuple[str, ...] = ("24", "80", "141")  # GB, or a name: 4090, 3090, L4, A100, H100, H200
     dtype: str = "bfloat16"  # or float32
     sequences: int = 8  # responses that are sampled at once
+    prompt: int = 512  # tokens of their prompts, which are read at once
     head_mib: int = 300
     tflops: float | None = None  # of attention; None: a rough figure for the card
 
@@ -113,7 +114,7 @@ def _usable(gb: int) -> float:
 def plan_command(given: list[str]) -> None:
     """Print the plan of the command line."""
     config = tyro.cli(PlanConfig, prog="riskpo plan", args=given)
-    for name in ("context", "sequences", "head_mib"):
+    for name in ("context", "sequences", "prompt", "head_mib"):
         if getattr(config, name) < 1:
             raise ValueError(
                 f"plan: got --{name} {getattr(config, name)}; expected at least 1. Raise it."
@@ -129,7 +130,10 @@ def show(config: PlanConfig, shape: ModelShape, console: Console) -> None:
     """The two tables and the notes."""
     cards = [find_card(text) for text in config.gpu]
     work = Workload(
-        config.context, 2 if config.dtype == "bfloat16" else 4, sequences=config.sequences
+        config.context,
+        2 if config.dtype == "bfloat16" else 4,
+        sequences=config.sequences,
+        prompt=config.prompt,
     )
     settings = [
         (label, replace(memory, head_mib=config.head_mib), replace(work, plain_head=plain))
@@ -138,7 +142,7 @@ def show(config: PlanConfig, shape: ModelShape, console: Console) -> None:
     console.print(
         f"{shape.name}: {shape.parameters / 1e9:.2f}e9 parameters, all trained, {config.dtype}; "
         f"{config.context:,} tokens in a micro-batch; {config.sequences} sequences of that length "
-        "sampled at once"
+        f"sampled at once, {min(config.prompt, config.context):,} of it the prompt"
     )
     console.print(_terms([(label, budget(shape, m, w)) for label, m, w in settings]))
     console.print(LEGEND + "\n")
@@ -176,7 +180,7 @@ def _reach(
 
 def _terms(columns: list[tuple[str, Budget]]) -> Table:
     table = _table("GiB at the peak", [label for label, _ in columns])
-    for part in ("fixed", "update", "step", "sampling"):
+    for part in ("fixed", *MOMENTS):
         asides = [b.other if part == "update" else {} for _, b in columns]
         terms = [getattr(b, part) for _, b in columns]
         for name in dict.fromkeys(n for given in (*terms, *asides) for n in given):
@@ -187,9 +191,9 @@ def _terms(columns: list[tuple[str, Budget]]) -> Table:
             if any(cell != "-" for cell in cells):
                 table.add_row(f"{part}: {name}", *cells)
         table.add_section()
-    for moment in ("update", "step", "sampling"):
+    for moment, doing in MOMENTS.items():
         table.add_row(
-            f"all while {MOMENTS[moment]}",
+            f"all while {doing}",
             *(gib(sum(b.fixed.values()) + b.moments[moment]) for _, b in columns),
         )
     table.add_row("peak", *(gib(b.peak) for _, b in columns))

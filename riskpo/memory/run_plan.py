@@ -86,6 +86,7 @@ def _predicted(config: TrainConfig, model: Any, device: torch.device) -> Budget 
         bytes_per_weight=4 if config.dtype == "float32" else 2,
         sequences=min(config.sampler.sequences, responses),
         context=context,
+        prompt=config.max_prompt_tokens,
         on_host=device.type == "cpu",
     )
     return budget(shape, config.memory, work)

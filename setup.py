@@ -42,6 +42,7 @@ extras = {
         "liger-kernel>=0.8",
         "lightning>=2.5",
         "peft>=0.18",
+        "bitsandbytes>=0.48; platform_system=='Linux'",
         "ruff>=0.14",
         "mypy>=1.18",
     ],

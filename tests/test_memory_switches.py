@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import importlib.util
+import sys
 
 import pytest
 import torch
@@ -252,7 +253,8 @@ def test_resumed_state_changes_no_bit(state):
 
 
 needs_bitsandbytes = pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes"
+    importlib.util.find_spec("bitsandbytes") is None,
+    reason="needs bitsandbytes, which the extras test (Linux) and eightbit bring",
 )
 
 
@@ -273,10 +275,9 @@ def test_eight_bit_state_learns_alike_and_resumes():
     assert all(torch.equal(value, resumed[name]) for name, value in eight.items())
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed"
-)
-def test_eight_bit_state_says_what_is_missing():
+def test_eight_bit_state_says_what_is_missing(monkeypatch):
+    for name in ("bitsandbytes", "bitsandbytes.optim"):
+        monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
     with pytest.raises(ValueError, match="bitsandbytes is not installed"):
         trained("8bit", steps=0)
 

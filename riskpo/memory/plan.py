@@ -1,7 +1,7 @@
 """`riskpo plan`: what a model needs at a context, what each switch buys, what fits on which card.
 
 Made from a config alone, before any weight is loaded. The terms and their derivation are in
-riskpo/memory/budget.py, how far they are off in docs/long-context.md.
+riskpo/memory/budget.py, how far they are off in docs/long-context.md and docs/plan.md.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def show(config: PlanConfig, shape: ModelShape, console: Console) -> None:
         )
     console.print(
         f"A card counts {USABLE:.0%} of its size less {RESERVE_GIB} GiB (context, workspaces, "
-        "fragmentation). How far the plan is off: docs/long-context.md."
+        "fragmentation). How far the plan is off: docs/long-context.md, docs/plan.md."
     )
 
 

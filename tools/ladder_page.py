@@ -106,31 +106,38 @@ def _point(ladder: Ladder, record: dict[str, Any] | None) -> str:
 
 def _in_units(ladder: Ladder, size: float) -> str:
     name, unit = ladder.unit
-    return f"{size / unit:,.1f}" if name == "GiB" else f"{size / unit:,.0f}"
+    text = f"{size / unit:,.1f}" if name == "GiB" else f"{size / unit:,.0f}"
+    return text if float(text.replace(",", "")) else text.lstrip("-")
 
 
 def gains_table(ladder: Ladder, records: Records) -> str:
-    """What a row needs less than the one it stands over, at the two longest contexts of both."""
+    """What a row needs less than the one it stands over, in units and percent of that one."""
     name, _ = ladder.unit
     found = {(r["label"], r["tokens"]): r for r in records if "measured" in r}
+    contexts = sorted({tokens for _, tokens in found})
     lines = [
-        f"| row | over | tokens | buys, {name} | of the row it is over | the plan says, {name} |",
-        "|---|---|---:|---:|---:|---:|",
+        f"| row | over | {name} less at "
+        + " | ".join(f"{n:,}" for n in contexts)
+        + " |\n|---|---|"
+        + "---:|" * len(contexts)
     ]
     for row in ladder.rows:
-        pairs = [
-            (tokens, found[row.over, tokens], record)
-            for (label, tokens), record in found.items()
-            if label == row.label and (row.over, tokens) in found
-        ]
-        for tokens, over, record in pairs[-2:]:
-            gain = over["measured"] - record["measured"]
-            planned = _in_units(ladder, over["predicted"] - record["predicted"])
-            lines.append(
-                f"| {row.label} | {row.over} | {tokens:,} | {_in_units(ladder, gain)} "
-                f"| {gain / over['measured']:.0%} | {planned} |"
-            )
+        if row.over is None:
+            continue
+        pairs = [(found.get((row.over, n)), found.get((row.label, n))) for n in contexts]
+        if any(over and record for over, record in pairs):
+            cells = [_gain(ladder, *pair) for pair in pairs]
+            lines.append(f"| {row.label} | {row.over} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _gain(ladder: Ladder, over: dict[str, Any] | None, record: dict[str, Any] | None) -> str:
+    """Measured, its share of the row without the switch, and in brackets what the plan said."""
+    if over is None or record is None:
+        return "-"
+    gain = over["measured"] - record["measured"]
+    planned = _in_units(ladder, over["predicted"] - record["predicted"])
+    return f"{_in_units(ladder, gain)}, {gain / over['measured']:.0%} ({planned})"
 
 
 def picture(ladder: Ladder, records: Records, path: Path) -> None:

@@ -100,14 +100,15 @@ def finish(state: RowState) -> RowStats:
     """The statistics of complete rows."""
     m, s, u, zt = state
     log_s = torch.log(s)
-    d = torch.where(s > 0, (m - zt) + log_s, -torch.inf)  # no other column: the target is certain
+    # no other column: the target is certain (and a NaN is no zero)
+    d = torch.where(s == 0, -torch.inf, (m - zt) + log_s)
     logprob = -softplus(d)
     peak = torch.maximum(m, zt)
     log_sum = torch.where(zt >= m, softplus(d), log_s + softplus(-d))
     entropy = None
     if u is not None:
         p, q = torch.exp(logprob), -torch.expm1(logprob)
-        rest = torch.where(s > 0, (log_s - u / s).clamp(min=0), 0.0)
+        rest = torch.where(s == 0, 0.0, (log_s - u / s).clamp(min=0))
         against = softplus(-d).clamp(max=-FLOOR)  # 0 * inf where the target is certain
         entropy = p * softplus(d).clamp(max=-FLOOR) + q * (against + rest)
     return RowStats(logprob, entropy, peak, log_sum)

@@ -5,6 +5,12 @@ import triton.language as tl
 
 
 @triton.jit
+def at_least(x, floor):
+    # a NaN stays one: the device's plain maximum gives the other operand
+    return tl.maximum(x, floor, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def tanh(x):
     # libdevice is absent from the interpreter. Odd series where the quotient would cancel.
     y = x * x
@@ -39,8 +45,8 @@ def logits_of(x, scale, softcap, temperature, HAS_SOFTCAP: tl.constexpr):
 @triton.jit
 def logits_gradient(log_p, taken, logprob, h, c, g, HAS_G: tl.constexpr, FLOOR: tl.constexpr):
     # dz [R, C] for upstream c of logprob and g of the entropy h, all [R]; taken marks the target
-    log_p = tl.maximum(log_p, FLOOR)  # 0 * -inf is NaN
-    logprob = tl.maximum(logprob, FLOOR)
+    log_p = at_least(log_p, FLOOR)  # 0 * -inf is NaN
+    logprob = at_least(logprob, FLOOR)
     p = tl.exp(log_p)
     dz = -p * c[:, None]
     at_target = c * one_minus_exp(logprob)
@@ -54,13 +60,13 @@ def logits_gradient(log_p, taken, logprob, h, c, g, HAS_G: tl.constexpr, FLOOR: 
 def online_softmax(z, taken, here, m, s, u, zt, ENTROPY: tl.constexpr, FLOOR: tl.constexpr):
     # tile z [R, C] into m, s, u, z_t [R], the target kept out of the sums (softmax_rows.py); taken
     # marks the target, here the rows that have it in this tile. Also e^(z - anchor) and the anchor
-    zt = tl.where(here, tl.max(tl.where(taken, z, float("-inf")), 1), zt)
+    zt = tl.where(here, tl.sum(tl.where(taken, z, 0.0), 1), zt)  # a NaN stays one
     z = tl.where(taken, float("-inf"), z)
     new_m = tl.maximum(m, tl.max(z, 1))
     anchor = tl.where(new_m == float("-inf"), 0.0, new_m)  # -inf - -inf is NaN
     shift = tl.maximum(m - anchor, FLOOR)  # exp(FLOOR) = 0, and 0 * FLOOR is not NaN
     keep = tl.exp(shift)
-    z = tl.maximum(z - anchor[:, None], FLOOR)
+    z = at_least(z - anchor[:, None], FLOOR)
     e = tl.exp(z)
     if ENTROPY:
         u = keep * (u + s * shift) + tl.sum(e * z, 1)

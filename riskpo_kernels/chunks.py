@@ -94,13 +94,16 @@ class Products:
             return torch.mm(a, b, out_dtype=self.wide, out=out)  # type: ignore[call-overload]
         return torch.mm(a, b, out=out)
 
-    def add(self, out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-        """out += a @ b; rows of a beyond those of out are padding."""
+    def add(
+        self, out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, apart: bool = False
+    ) -> None:
+        """out += a @ b; rows of a beyond those of out are padding. apart: the product is rounded
+        before it is added whether or not there is padding: the bits do not tell."""
         executed(*a.shape, b.shape[1])
         if self.mixed:
             product = torch.mm(a, b, out_dtype=self.wide)  # type: ignore[call-overload]
             out.add_(product[: out.shape[0]])
-        elif a.shape[0] > out.shape[0]:
+        elif apart or a.shape[0] > out.shape[0]:
             out.add_(torch.mm(a, b)[: out.shape[0]])
         else:
             out.addmm_(a, b)

@@ -38,10 +38,11 @@ FORWARD: ContextVar[str] = ContextVar("forward", default="tiles")
 
 
 def padded(x: torch.Tensor, rows: int, value: float = 0.0) -> torch.Tensor:
-    """x with rows of `value` below it, `rows` in all; x itself when it has as many."""
-    if x.shape[0] >= rows:
+    """x with rows of `value` below it, `rows` in all; without rows to reach x itself, else always a
+    copy: a product's bits may depend on how its operands lie in memory."""
+    if not rows:
         return x
-    out = x.new_full((rows, *x.shape[1:]), value)
+    out = x.new_full((max(rows, x.shape[0]), *x.shape[1:]), value)
     out[: x.shape[0]] = x
     return out
 
@@ -265,7 +266,7 @@ def _gemm_way(
     def gemm(h: torch.Tensor, r: slice, part: RowState, blocks: torch.Tensor | None) -> None:
         if not head.vocab:
             return
-        target = padded(head.target[r], h.shape[0])
+        target = padded(head.target[r], h.shape[0])  # a copy: ids next to each other
         rows = (h if h.stride(1) == 1 else h.contiguous(), weight, target, head.bias)
         entropy = part.u is not None
         state = statistics(*rows, head.map_of(r, h.shape[0]), blocks, entropy=entropy, shape=way)
@@ -322,7 +323,7 @@ def dense_backward(head: Head, up: Upstream, o: Options, into: Gradients, rows_o
             if products.mixed:
                 dz.copy_(raw)
         if dh is not None:
-            products.add(dh, dz, w)
+            products.add(dh, dz, w, apart=o.deterministic)
         if dw is not None:
             products.add(dw, dz.T, h)
 

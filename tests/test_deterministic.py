@@ -82,3 +82,19 @@ def test_padded_rows_change_nothing(eps, device):
         truth = run(reference.linear_logprob, exact, target, temperature=t)
         plain = run(reference.linear_logprob, tensors, target, temperature=t)
         assert_all_close_as_plain(got, truth, plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_whole_and_padded_tiles_are_one(dtype, device):
+    """Several tiles of columns, rows that fill a tile beside rows that do not, hidden states that
+    lie by columns: dH is added up in the same way."""
+    h, w, _, target = head(140, 5000, D, dtype, device, bias=False)
+    by_columns = h.T.contiguous().T
+    grads = []
+    for x, rows in ((h, slice(0, 128)), (by_columns, slice(None)), (h, slice(5, 12))):
+        x = x[rows].detach().requires_grad_()
+        out = linear_logprob(x, w, target[rows], deterministic=True, tail_eps=0.0, backend="torch")
+        out.logprob.sum().backward()
+        grads.append(x.grad)
+    assert torch.equal(grads[0], grads[1][:128])
+    assert torch.equal(grads[0][5:12], grads[2])

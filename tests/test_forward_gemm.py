@@ -107,6 +107,15 @@ def test_blocks_are_those_of_the_other_forward(device):
     assert torch.equal(*zeros) and 0.1 < zeros[0].float().mean() < 0.99
 
 
+def test_strided_and_expanded_targets(device):
+    h, w, b, target = head(40, 300, 16, torch.float16, device)
+    for ids in (torch.stack((target, target.flip(0)), 1)[:, 0], target[:1].expand(40)):
+        assert not ids.is_contiguous()
+        plain = statistics_both_ways(h, w, b, ids.contiguous())
+        for got, want in zip(statistics_both_ways(h, w, b, ids), plain, strict=True):
+            assert torch.equal(got.logprob, want.logprob)
+
+
 def test_an_unknown_way_is_refused(device):
     h, w, _, target = head(4, 20, 8, torch.float16, device)
     with forward("fastest"), pytest.raises(ValueError, match="gemm, warp-specialised"):

@@ -42,9 +42,10 @@ def test_linear_logprob_without_a_wait(backend, device):
         got = linear_logprob(h, w, target, ignore_index=None, **options)
     want = linear_logprob(h, w, target, **options)
     assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
-    target[2] = -100
-    with pytest.raises(AssertionError, match="waits"), NoWait():
-        linear_logprob(h, w, target, **options)  # the mode does see the usual call's wait
+    if device.type == "cpu":  # the mode does see the usual call's wait; a device's is no operator
+        target[2] = -100
+        with pytest.raises(AssertionError, match="waits"), NoWait():
+            linear_logprob(h, w, target, **options)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

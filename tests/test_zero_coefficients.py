@@ -118,6 +118,8 @@ def test_clipped_and_rejected_rows_enter_no_product(monkeypatch, ratio, way, bac
     assert torch.equal((truth[0] != 0).any(1), sent), "the inputs are not what they are meant to be"
     assert torch.equal((got[0] != 0).any(1), sent)
     live = (len(FATES) - 1) * length
+    if device.type == "cuda" and way == "sparse":
+        backend = "torch"  # whose loop takes float32 there
     backward = products_of_rows(int(sent.sum()), vocab, width, way, backend)
     assert got[2] - live * vocab * width == backward
     assert backward < products_of_rows(live, vocab, width, way, backend), "nothing would show"

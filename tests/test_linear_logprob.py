@@ -211,3 +211,25 @@ def test_more_than_two_to_the_31_logits(n, vocab, tail_eps, device):
     p = torch.exp(h.double() @ w[v].double().T - out.lse[:, None].double())
     taken = (target[:, None] == torch.arange(v.start, v.stop, device=device)).double()
     assert errors(w.grad[v], (taken - p).T @ h.double())[0] < 0.01
+
+
+@pytest.mark.parametrize(
+    ("vocab", "width"), [(1025, 48), pytest.param(2**17 + 1, 2**14 + 16, marks=pytest.mark.gpu)]
+)
+@pytest.mark.parametrize("tail_eps", [0.0, 2.0**-14])
+def test_a_head_of_more_than_two_to_the_31_weights(vocab, width, tail_eps, device):
+    """Trap 23 once more: the last rows of the head, and what they give to dH."""
+    w = torch.randn(vocab, width, dtype=torch.bfloat16, device=device)
+    target = torch.arange(64, device=device) + vocab - 64
+    h = (w[target].float() * 8 / width + 0.01 * torch.randn(64, width, device=device)).bfloat16()
+    h, w = h.requires_grad_(), w.requires_grad_()
+    out = linear_logprob(h, w, target, tail_eps=tail_eps)
+    out.logprob.sum().backward()
+    with torch.no_grad():
+        log_p = (h.float() @ w.float().T).log_softmax(1)
+        rows = torch.arange(64, device=device)
+        assert (out.logprob - log_p[rows, target]).abs().max() < 1e-3
+        dz = -log_p.exp()
+        dz[rows, target] += 1
+        assert errors(h.grad, dz @ w.float())[0] < 0.02
+        assert errors(w.grad[-64:], dz[:, -64:].T @ h.float())[0] < 0.02

@@ -95,6 +95,7 @@ BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.skipif(not has_tri
         {"softcap": 5.0, "scale": 1.5},
         {"temperature": 0.7, "memory_mib": 0.1},
         {"ignore": True, "per_row": True},
+        {"softcap": 5.0, "per_row": True},
         {"deterministic": True, "c": False},
         {"g": False},
     ],
@@ -186,6 +187,21 @@ def test_frozen_sides(always_sparse):
     linear_logprob(h, only_w, target, tail_eps=1e-30).logprob.sum().backward()
     assert torch.allclose(only_h.grad, both_h.grad, atol=1e-6)
     assert torch.allclose(only_w.grad, both_w.grad, atol=1e-6)
+
+
+def test_the_way_is_chosen_by_chunk_or_by_row():
+    """By the mean share of the rows that are recorded together; with by_row each for itself."""
+    share = block_selection.DENSE_SHARE["cpu"]
+    keep = torch.zeros(6, 100, dtype=torch.bool)
+    for row, n in enumerate((100, 100, 55, 100, 5, 5)):
+        keep[row, :n] = True
+    assert 0.7 < share < 0.85, "the rows below were made for it"
+    for by_row, want in ((False, [1, 1, 1, 0, 0, 0]), (True, [1, 1, 0, 1, 0, 0])):
+        active = block_selection.ActiveBlocks.new(100 * BLOCK, 6, keep.device)
+        for chunk in (slice(0, 3), slice(3, 6)):
+            active.record(chunk, keep[chunk], by_row)
+        assert active.dense.tolist() == [bool(x) for x in want]
+        assert active.pairs.tolist() == keep.sum(1).tolist()
 
 
 def test_dense_and_sparse_rows_in_one_batch():

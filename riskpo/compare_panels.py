@@ -18,9 +18,9 @@ from riskpo.compare_numbers import RunLogs
 from riskpo.intervals import t_points
 from riskpo.plots import INK, smooth
 
-# Okabe and Ito's colours, told apart by colour-blind readers too.
-COLOURS = ("#0072b2", "#e69f00", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#6b5b95", "#222222")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+# Mostly Okabe and Ito's colours, told apart by colour-blind readers too.
+COLOURS = "0072b2 e69f00 d55e00 009e73 cc79a7 56b4e9 6b5b95 222222 999933 882255".split()
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 LINES = ("-", "--", ":")
 MARKS = 5  # markers on a line, about
 SERIES = dict[str, np.ndarray]  # system -> [seeds, n]
@@ -33,9 +33,9 @@ class Page:
     def __init__(self, runs: dict[str, dict[int, RunLogs]], against: str) -> None:
         self.runs = runs
         self.against = against
-        n = len(COLOURS)  # the second eight have other markers than the first
+        n = len(COLOURS)  # the second ten have other markers than the first
         self.style = {
-            name: {"color": COLOURS[i % n], "marker": MARKERS[(i + i // n) % n]}
+            name: {"color": "#" + COLOURS[i % n], "marker": MARKERS[(i + i // n) % n]}
             for i, name in enumerate(runs)
         }
         first = next(iter(runs.values()))

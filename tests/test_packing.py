@@ -195,6 +195,19 @@ def test_varlen_on_the_device(name):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0.05)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MODELS)
+def test_flash_attn_on_the_device(name):
+    pytest.importorskip("flash_attn")
+    rollouts = random_rollouts(14)
+    batch = pack(rollouts, range(len(rollouts)), torch.device("cuda"))
+    ours, theirs = (
+        hidden_states(model_of(name, x).to("cuda", torch.bfloat16), batch).float()
+        for x in ("flash_attention_2", SEQUENCES)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0.05)
+
+
 def test_choice_of_attention():
     model = tiny_policy().model
     assert choose("auto", model) == SEQUENCES

@@ -26,7 +26,7 @@ require "riskpo.compare_page, riskpo.cli, riskpo.train"
 config=docs/evidence-gpu.toml
 runs=${RUNS:-${DRY:+$out/runs}}
 runs=${runs:-runs/evidence-gpu}
-systems=${SYSTEMS:-grpo,dapo,riskpo-paper,riskpo-loo,riskpo-seeking}
+systems=${SYSTEMS:-grpo,dapo,riskpo-paper,riskpo-loo,riskpo-seeking,riskpo-seeking-loo}
 seeds=${SEEDS:-0 1 2 3 4}
 jobs=${JOBS:-5}
 if [ -n "${DRY:-}" ]; then

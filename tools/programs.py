@@ -3,6 +3,7 @@
 FOLDER holds the .jsonl files of programming tasks; each table row is one of them:
 
   references   the row's own solution against the row's tests: all have to be right
+  wrong line   rows without a solution, a program that prints nobody's answer: all have to be wrong
   completions  {task_id, completion} rows of a model, unlabelled, against the task's tests
 """
 
@@ -21,6 +22,8 @@ from riskpo.verdicts import OUTCOMES, Outcome
 from tools.agreement import heading, line
 
 TASKS = ("humaneval", "mbpp", "leetcode_functional", "codeforces_stdin")
+UNSOLVED = "codeforces_stdin"
+WRONG_LINE = "```python\nprint('~')\n```"
 COMPLETIONS = "humaneval_codegen16b_completions_x12"
 
 
@@ -55,6 +58,11 @@ def main() -> None:
             counts = references(scorer, questions)
             spent = f"{time.monotonic() - start:.0f}"
             line(name, len(questions), *(counts[side] for side in OUTCOMES), spent)
+        start = time.monotonic()
+        questions = load_questions(str(options.folder / f"{UNSOLVED}.jsonl"))
+        _, counts = scorer.score([WRONG_LINE] * len(questions), questions)
+        spent = f"{time.monotonic() - start:.0f}"
+        line(f"{UNSOLVED}, wrong line", sum(counts.values()), *(counts[x] for x in OUTCOMES), spent)
         start = time.monotonic()
         tasks = load_questions(str(options.folder / "humaneval.jsonl"))
         counts = completions(scorer, options.folder / f"{COMPLETIONS}.jsonl", tasks)

@@ -156,7 +156,8 @@ def show(config: PlanConfig, shape: ModelShape, console: Console) -> None:
         )
     console.print(
         f"A card counts {USABLE:.0%} of its size less {RESERVE_GIB} GiB (context, workspaces, "
-        "fragmentation). How far the plan is off: docs/long-context.md, docs/plan.md."
+        "fragmentation). How far the plan is off: docs/long-context.md, docs/plan.md. How "
+        "many positions a model knows is a limit of its own, not looked at here."
     )
 
 

@@ -118,15 +118,17 @@ def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[objec
 
 @contextlib.contextmanager
 def exact_products(device: torch.device) -> Iterator[None]:
-    """Neither autocast nor TF32 may touch the products inside: an op's precision is its own."""
+    """Neither autocast nor TF32 nor sums in fp16 may touch the products inside: an op's precision
+    is its own."""
     with no_autocast(device):
         if device.type != "cuda":
             yield
             return
         # not allow_tf32: reading that raises once anyone has used fp32_precision
         matmul = torch.backends.cuda.matmul
-        before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
+        before = matmul.fp32_precision, matmul.allow_fp16_accumulation
+        matmul.fp32_precision, matmul.allow_fp16_accumulation = "ieee", False
         try:
             yield
         finally:
-            matmul.fp32_precision = before
+            matmul.fp32_precision, matmul.allow_fp16_accumulation = before

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from riskpo_kernels import clipped_surrogate, linear_logprob, logits_logprob
+from riskpo_kernels.chunks import exact_products
 from tests.head_inputs import head
 from tests.surrogate_inputs import tokens
 
@@ -59,3 +60,16 @@ def test_autocast_does_change_a_plain_product(device):
     h, w, *_ = head(30, 300, 64, torch.float32, device)
     with torch.autocast(device.type, dtype=torch.bfloat16):
         assert (h @ w.T).dtype == torch.bfloat16
+
+
+def test_no_switch_of_a_gpu_reaches_the_products():
+    """TF32 and sums in fp16, which a user may have turned on, and gets back."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision, matmul.allow_fp16_accumulation
+    try:
+        matmul.fp32_precision, matmul.allow_fp16_accumulation = "tf32", True
+        with exact_products(torch.device("cuda")):
+            assert (matmul.fp32_precision, matmul.allow_fp16_accumulation) == ("ieee", False)
+        assert (matmul.fp32_precision, matmul.allow_fp16_accumulation) == ("tf32", True)
+    finally:
+        matmul.fp32_precision, matmul.allow_fp16_accumulation = before

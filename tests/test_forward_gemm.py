@@ -116,6 +116,13 @@ def test_strided_and_expanded_targets(device):
             assert torch.equal(got.logprob, want.logprob)
 
 
+def test_rows_of_an_expanded_tensor_have_no_tensor_map():
+    from riskpo_kernels.kernels.head_forward import _tma
+
+    x = torch.randn(8, 64, dtype=torch.float16)
+    assert _tma(x) and not _tma(x[:1].expand(8, 64)) and not _tma(x[:, 1:])
+
+
 def test_an_unknown_way_is_refused(device):
     h, w, _, target = head(4, 20, 8, torch.float16, device)
     with forward("fastest"), pytest.raises(ValueError, match="gemm, warp-specialised"):

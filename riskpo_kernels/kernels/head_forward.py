@@ -250,8 +250,9 @@ def shape_on(shape: str, capability: tuple[int, int], tma: bool) -> Shape:
 
 
 def _tma(x: torch.Tensor) -> bool:
-    """Whether x [n, D] can be read through a tensor map."""
+    """Whether x [n, D] can be read through a tensor map; rows of an expanded tensor cannot."""
     aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    aligned = aligned and x.stride(0) >= x.shape[1]
     return aligned and x.stride(1) == 1 and x.numel() > 0 and _capability(x.device) >= (9, 0)
 
 

@@ -1,6 +1,7 @@
 """`python -m benchmarks.report FILE.json ...`: Markdown tables and PNG plots of measured rows.
 
 --markdown FILE   the tables of every case (standard output without it)
+--readme FILE     the short table of the (one) report, between the marks in FILE
 --plots FOLDER    time against N, memory against N, error against time
 """
 
@@ -12,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import table
+from benchmarks import readme_table, table
 
 Row = dict[str, Any]
 REHEARSALS = ("quick", "dry")
@@ -246,13 +247,16 @@ def main(words: list[str] | None = None) -> int:
     )
     parser.add_argument("files", type=Path, nargs="+")
     parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--readme", type=Path)
     parser.add_argument("--plots", type=Path)
     a = parser.parse_args(words)
     reports = [load(path) for path in a.files]
     text = markdown(reports)
-    if a.markdown is None:
+    if a.readme is not None:
+        readme_table.write(reports[0], a.readme)
+    elif a.markdown is None:
         print(text)
-    else:
+    if a.markdown is not None:
         a.markdown.write_text(text, encoding="utf-8")
     if a.plots is not None:
         several = len(reports) > 1

@@ -72,6 +72,21 @@ def test_quick_writes_every_field(quick):
 
 
 @pytest.mark.slow
+def test_the_readme_holds_what_was_measured(tmp_path):
+    """Its table is that of the newest results: no number of it is written by hand."""
+    root = Path(__file__).resolve().parents[1]
+    newest = max((root / "benchmarks" / "results").glob("cpu-*.json"))
+    copy = tmp_path / "README.md"
+    copy.write_text((root / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
+    assert report.main([str(newest), "--readme", str(copy)]) == 0
+    text = copy.read_text(encoding="utf-8")
+    assert text == (root / "README.md").read_text(encoding="utf-8")
+    assert text.count("MiB) |") >= 8, "no rows"
+    copy.write_text("no marks", encoding="utf-8")
+    with pytest.raises(SystemExit, match="needs one line"):
+        report.main([str(newest), "--readme", str(copy)])
+
+
 def test_report_makes_tables_and_plots(quick, tmp_path):
     pytest.importorskip("matplotlib")
     tables = tmp_path / "tables.md"

@@ -18,7 +18,7 @@ import shutil
 import sys
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -221,6 +221,14 @@ def _mean(call: Callable[..., Any], why_not: Callable[..., str | None], **facts:
 
 
 ONCE = "one product"  # over all tokens: nothing is summed outside of it
+_CCE = Head(  # units: at most, it drops tiles
+    _cce,
+    _needs(*CCE, cuda=True),
+    (2, 6),
+    entropy=False,
+    logits_in="float32",
+    backend=_name("triton"),
+)
 HEADS: dict[str, Head] = {
     "plain": Head(plain, _nowhere_missing, (2, 4), sums_in=ONCE, materialises=12),
     "plain, torch.compile": Head(
@@ -244,22 +252,8 @@ HEADS: dict[str, Head] = {
     ),
     # dtypes of its torch path; its kernel for Hopper keeps the logits in registers
     "Liger fused scaled CE": Head(_liger, _no_liger, (2, 6), backend=_liger_backend),
-    "Cut Cross-Entropy": Head(  # units: at most, it drops tiles
-        _cce,
-        _needs(*CCE, cuda=True),
-        (2, 6),
-        entropy=False,
-        logits_in="float32",
-        backend=_name("triton"),
-    ),
-    "Cut Cross-Entropy, exact": Head(
-        _cce_exact,
-        _needs(*CCE, cuda=True),
-        (2, 6),
-        entropy=False,
-        logits_in="float32",
-        backend=_name("triton"),
-    ),
+    "Cut Cross-Entropy": _CCE,
+    "Cut Cross-Entropy, exact": replace(_CCE, call=_cce_exact),
     "verl Triton": Head(
         _verl_triton,
         _needs(*VERL_TRITON, cuda=True),

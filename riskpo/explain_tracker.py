@@ -83,20 +83,18 @@ def tracker(log: Log) -> Iterable[Finding]:
         shares[name] = interval.value
         lags[name] = abs(interval.value - level) > max(LAGGING, noise)
         yield Finding(TOPIC, _level(name, level, interval.value, lags[name], log), lags[name])
-    if any(lags.values()):
+    if len(lags) == 2 and any(lags.values()):
         yield Finding(TOPIC, _together(shares, lags, settings), True)
 
 
 def _together(shares: dict[str, float], lags: dict[str, bool], settings: Any) -> str:
     """What one or two lagging quantiles make of the middle."""
-    text = "Both lag" if all(lags.values()) else "The two differ in lag"
-    if len(shares) == 2:
-        band = max(shares["q_beta"] - shares["q_alpha"], 0.0)
-        text += f": {band:.0%} of the late scores lay between them,"
-        text += f" where the levels ask for {settings.beta - settings.alpha:.0%}"
+    both = "Both lag" if all(lags.values()) else "The two differ in lag"
+    band = max(shares["q_beta"] - shares["q_alpha"], 0.0)
     return (
-        f"{text}. A lower learning rate gives the tracker, which moves at most "
-        f"{settings.tracker_step:g} score units a step, time to follow."
+        f"{both}: {band:.0%} of the late scores lay between them, where the levels ask for "
+        f"{settings.beta - settings.alpha:.0%}. A lower learning rate gives the tracker, "
+        f"which moves at most {settings.tracker_step:g} score units a step, time to follow."
     )
 
 

@@ -216,6 +216,9 @@ def test_levels_that_differ_in_lag(tmp_path):
     rise = tracked(binomial(lambda i: 0.0 if i < 60 else 1.0, 100), (0.4, 0.6))
     *_, both = said(write(tmp_path, rise, alpha=0.4, beta=0.6), TRACKER)
     assert both.startswith("! Both lag: 0% of the late scores lay between them")
+    rise[-5]["q_beta_tracked"] = rise[-5]["q_alpha_tracked"]  # of the upper one nothing is known
+    (low,) = said(write(tmp_path, rise, alpha=0.4, beta=0.6), TRACKER)
+    assert low.startswith("! q_alpha")
 
 
 def test_levels_that_coincide(tmp_path):

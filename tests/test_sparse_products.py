@@ -60,6 +60,27 @@ def test_divided_blocks_are_exact(options, bias, device, finest):
     assert finest and all(1 < n <= room for n in finest)
 
 
+@pytest.mark.parametrize("fewest", [1, 10**6])  # blocks divided, and whole
+def test_rows_in_pieces_add_up(fewest, device, finest, monkeypatch):
+    """Rows that are many come in pieces: what one gives to dW and dbias is added to the others'."""
+    from riskpo_kernels import head_backward, sparse_launch
+
+    monkeypatch.setattr(head_backward, "_piece", lambda head, products, o: 256)
+    monkeypatch.setattr(sparse_launch, "FEWEST_TILES", fewest)
+    sixteen = torch.float16 if device.type == "cpu" else torch.bfloat16
+    for dtype in (torch.float32, sixteen):
+        h, w, b, target = head(700, 300, 12, dtype, device)
+        tensors = {"hidden": h, "weight": w, "bias": b}
+        exact = {k: x.double() for k, x in tensors.items()}
+        assert_all_close_as_plain(
+            run(linear_logprob, tensors, target, tail_eps=1e-30, backend="triton"),
+            run(reference.linear_logprob, exact, target),
+            run(reference.linear_logprob, tensors, target),
+            factor=5,
+        )
+    assert bool(finest) == (fewest == 1)
+
+
 @pytest.mark.parametrize("n", [280, 700])  # into the gradient itself, and through a buffer
 def test_common_unit_of_half_precision(n, device, finest, monkeypatch):
     """fp16 products divide the coefficients by their largest: divided sums get it back, once."""

@@ -3,7 +3,7 @@
 #
 #   tools/gpu_evidence.sh                pages to $OUT, or to benchmarks/results
 #   DRY=1 tools/gpu_evidence.sh          the same steps on a CPU, shrunk: two systems, two steps
-#   tools/gpu_evidence.sh --fetch        on a machine with a network: small wheels into wheels/
+#   tools/gpu_session.sh --fetch         with a network: the wheels that it needs too, into wheels/
 #   SEEDS="0 1" SYSTEMS=grpo,riskpo-loo tools/gpu_evidence.sh --steps 100
 #
 # One seed after the other, its systems side by side (JOBS at a time, 5). After each whole seed the
@@ -14,11 +14,6 @@
 # make one page with `riskpo compare ... --page-only`. Exit status: 0 complete, 124 or 137 out of
 # time, 2 nothing can run here, else a run failed.
 cd "$(dirname "$0")/.." || exit 1
-
-if [ "${1:-}" = "--fetch" ]; then # the rest of riskpo[train] is at hand wherever transformers is
-    exec "${PYTHON:-python3}" -m pip download --no-deps --only-binary=:all: --python-version 3.12 \
-        -d wheels tomli-w tyro docstring-parser typeguard shtab
-fi
 
 source tools/gpu_common.sh
 require "riskpo.compare_page, riskpo.cli, riskpo.train"

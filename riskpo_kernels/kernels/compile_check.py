@@ -4,9 +4,9 @@ For sm_80, sm_90 and sm_100, without a GPU. Fails on a register spill, on shared
 limit, on an unreadable compiler log, and (16-bit inputs) on a tl.dot that does not use the tensor
 cores as sm_90 and sm_100 have them, or a kernel named for TMA without a bulk copy. Widths and
 strides are taken as multiples of 16, as models have them: others are right but slower, and the
-sparse products spill up to 480 bytes. Prints one line
-per kernel and architecture, `--verbose` one per configuration: most registers and spills, shared
-memory, and how many matrix (HMMA, HGMMA, UTCHMMA) and bulk-copy (UTMALDG) instructions there are.
+sparse products spill up to 480 bytes. Prints one line per kernel and architecture, `--verbose` one
+per configuration: most registers and spills, shared memory, and how many matrix (HMMA, HGMMA,
+UTCHMMA) and bulk-copy (UTMALDG) instructions there are.
 """
 
 from __future__ import annotations

@@ -28,6 +28,37 @@ BD = 64  # columns of dW per program: 128 spill on sm_80
 REGISTERS = 168  # left alone, ptxas squeezes sm_100's into 64 and spills
 
 
+@triton.jit
+def put(
+    dw,
+    db,
+    p_dw,
+    p_db,
+    p_unit,
+    i_d,
+    o_v,
+    o_d,
+    D,
+    V,
+    stride_dw,
+    HAS_DB: tl.constexpr,
+    HAS_UNIT: tl.constexpr,
+    ADD: tl.constexpr,
+):
+    # complete sums [BLOCK, BD] of a block into dW; those of dbias by the first columns' program
+    m_d, m_v = o_d < D, o_v < V
+    p_out = p_dw + o_v[:, None] * stride_dw + o_d[None, :]
+    m_out = m_v[:, None] & m_d[None, :]
+    if ADD:
+        dw += tl.load(p_out, mask=m_out, other=0.0)
+    if HAS_UNIT:
+        dw *= tl.load(p_unit)
+    tl.store(p_out, dw.to(p_dw.dtype.element_ty), mask=m_out)
+    if HAS_DB:
+        m_db = m_v & (i_d == 0)
+        tl.store(p_db + o_v, db + tl.load(p_db + o_v, mask=m_db, other=0.0), mask=m_db)
+
+
 @triton.jit(do_not_specialize=["first_block", "most", "n_parts"])
 def dw_kernel(
     p_hidden,
@@ -92,16 +123,7 @@ def dw_kernel(
         if HAS_DB:
             tl.store(p_part_sums + o_part, db, mask=(i_d == 0) & m_v)
     else:
-        p_out = p_dw + o_v[:, None] * stride_dw + o_d[None, :]
-        m_out = m_v[:, None] & m_d[None, :]
-        if ADD:
-            dw += tl.load(p_out, mask=m_out, other=0.0)
-        if HAS_UNIT:
-            dw *= tl.load(p_unit)
-        tl.store(p_out, dw.to(p_dw.dtype.element_ty), mask=m_out)
-        if HAS_DB:
-            m_db = m_v & (i_d == 0)
-            tl.store(p_db + o_v, db + tl.load(p_db + o_v, mask=m_db, other=0.0), mask=m_db)
+        put(dw, db, p_dw, p_db, p_unit, i_d, o_v, o_d, D, V, stride_dw, HAS_DB, HAS_UNIT, ADD)
 
 
 @triton.jit(do_not_specialize=["first_block"])
@@ -129,7 +151,7 @@ def fold_kernel(
     first, last = tl.load(p_first_part + i_s), tl.load(p_first_part + i_s + 1)
     o_b = tl.arange(0, BLOCK)
     o_v = (first_block + tl.load(p_job_block + first)) * BLOCK + o_b  # [BLOCK]
-    m_d, m_v = o_d < D, o_v < V
+    m_d = o_d < D
 
     dw = tl.full((BLOCK, BD), 0.0, tl.float32)
     db = tl.full((BLOCK,), 0.0, tl.float32)
@@ -139,16 +161,7 @@ def fold_kernel(
         if HAS_DB:
             db += tl.load(p_part_sums + i * BLOCK + o_b)
 
-    p_out = p_dw + o_v[:, None] * stride_dw + o_d[None, :]
-    m_out = m_v[:, None] & m_d[None, :]
-    if ADD:
-        dw += tl.load(p_out, mask=m_out, other=0.0)
-    if HAS_UNIT:
-        dw *= tl.load(p_unit)
-    tl.store(p_out, dw.to(p_dw.dtype.element_ty), mask=m_out)
-    if HAS_DB:
-        m_db = m_v & (i_d == 0)
-        tl.store(p_db + o_v, db + tl.load(p_db + o_v, mask=m_db, other=0.0), mask=m_db)
+    put(dw, db, p_dw, p_db, p_unit, i_d, o_v, o_d, D, V, stride_dw, HAS_DB, HAS_UNIT, ADD)
 
 
 def compile_configurations() -> list[Configuration]:

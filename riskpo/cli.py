@@ -8,11 +8,11 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import tyro
 
-from riskpo.config import TrainConfig, read_toml, resolve, to_toml, validate
+from riskpo.config import ColumnsConfig, TrainConfig, read_toml, resolve, to_toml, validate
 
 USAGE = """riskpo: risk-averse policy optimisation of language models
 
@@ -51,6 +51,7 @@ class EvalConfig:
     # folder or hub name; a run_dir stands for its newest checkpoint; {seed} for each of the seeds
     model: str = "runs/demo"
     data: str | None = None  # as of `riskpo train`; of an embedded task the held-out questions
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     reward: str = "auto"
     questions: int = 200
     samples: int = 8

@@ -59,6 +59,15 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
+class ColumnsConfig:
+    """Names of your data's columns, where their form is not recognised; "a.b": b inside a."""
+
+    question: str | None = None  # text, or a list of messages
+    gold: str | None = None  # the reference answer
+    id: str | None = None  # None: a hash of the question
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Settings of `riskpo train`; a group is a table in TOML and `--group.name` on the line."""
 
@@ -67,6 +76,7 @@ class TrainConfig:
     model: str | None = None  # folder or hub name of a causal LM; None: the embedded tiny model
     data: str | None = None  # file, hub name, or embedded:mixed, :large, :tiny; None: the demo's
     eval_data: str | None = None  # None: a held-out part of data
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     reward: str = "auto"  # auto, math, code, exact, or your own "package.module:function"
     seed: int = 0
     steps: int = 300
@@ -174,6 +184,7 @@ def validate(config: TrainConfig) -> None:
     for name, wanted in needs_files.items():
         if wanted and c.model is None:
             _reject(f"{name} with the embedded model", "a model on disk or a hub", "Set model.")
+    check_columns(c.columns)
     for name in c.log_with:
         _choice("log_with", name, ("tensorboard", "wandb", "trackio"))
     for name, value in flat(c).items():
@@ -183,6 +194,16 @@ def validate(config: TrainConfig) -> None:
             f"questions_per_step={c.questions_per_step} with updates_per_step={c.updates_per_step}",
             "a multiple, since mini-batches are made of whole questions",
             "Change one of them.",
+        )
+
+
+def check_columns(columns: ColumnsConfig) -> None:
+    """ValueError for one of question and gold without the other."""
+    if (columns.question is None) != (columns.gold is None) or columns.id and not columns.gold:
+        _reject(
+            f"columns.question={columns.question!r} with columns.gold={columns.gold!r}",
+            "both, or neither",
+            "Name the column of the question and that of its answer.",
         )
 
 

@@ -13,6 +13,8 @@ import pickle
 import zlib
 from typing import Any
 
+from riskpo.data_values import Row, missing, scalar_text
+
 CODE_INSTRUCTION = "Put the whole program into one ```python code block at the end."
 STDIN_INSTRUCTION = "Write a Python program that reads standard input and writes standard output."
 # what the site imports before a solution
@@ -29,39 +31,60 @@ from string import *
 from typing import *
 """
 
-Row = dict[str, Any]
+
+def _text(row: Row, column: str) -> str:
+    return scalar_text(row[column], f"column {column!r}")
+
+
+def _optional(row: Row, column: str) -> str | None:
+    return None if missing(row.get(column)) else _text(row, column)
 
 
 def humaneval(row: Row) -> tuple[str, str]:
-    name, prompt = str(row["entry_point"]), str(row["prompt"])
-    solution = row.get("canonical_solution")
+    name, prompt = _text(row, "entry_point"), _text(row, "prompt")
+    solution = _optional(row, "canonical_solution")
     gold = _calls(
-        f"{row['test']}\ncheck({name})",
+        f"{_text(row, 'test')}\ncheck({name})",
         helpers=prompt,  # tests use the prompt's own helpers: never the program's version of them
         entries=[name],
         prompt=prompt,
-        reference=None if solution is None else prompt + str(solution),
+        reference=None if solution is None else prompt + solution,
     )
     return f"Complete this function:\n```python\n{prompt.rstrip()}\n```\n{CODE_INSTRUCTION}", gold
 
 
 def mbpp(row: Row) -> tuple[str, str]:
-    tests = [*row["test_list"], *(row.get("challenge_test_list") or [])]
-    text = row.get("text") or row.get("prompt")
-    code = row.get("code")
+    tests = [*_listed(row, "test_list"), *_listed(row, "challenge_test_list")]
+    text = _optional(row, "text") or _text(row, "prompt")
+    code = _optional(row, "code")
     gold = _calls(
         _lines(
-            "\n".join([*(row.get("test_imports") or []), row.get("test_setup_code") or "", *tests])
+            "\n".join(
+                [*_listed(row, "test_imports"), _optional(row, "test_setup_code") or "", *tests]
+            )
         ),
-        reference=None if code is None else _lines(str(code)),
+        reference=None if code is None else _lines(code),
     )
     return f"{text}\nIt has to pass tests such as:\n{tests[0]}\n{CODE_INSTRUCTION}", gold
+
+
+def _listed(row: Row, column: str) -> list[str]:
+    """A list of sources; [] for nothing."""
+    value = row.get(column)
+    if missing(value):
+        return []
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(
+            f"load_questions: got column {column!r} of type {type(value).__name__}; expected a "
+            "list of texts. Mend the row or drop it."
+        )
+    return [scalar_text(source, f"column {column!r}") for source in value]
 
 
 def rllm(row: Row) -> tuple[str, str]:
     """LeetCode rows carry {"functional": source}, Codeforces rows a list of input and output."""
     tests = json.loads(row["tests"]) if isinstance(row["tests"], str) else row["tests"]
-    problem, reference = str(row["problem"]), _first(row.get("solutions"))
+    problem, reference = _text(row, "problem"), _first(row.get("solutions"))
     if isinstance(tests, dict):
         source = tests.get("functional")
         if not isinstance(source, str):
@@ -71,23 +94,29 @@ def rllm(row: Row) -> tuple[str, str]:
         if reference is not None:
             reference = LEETCODE_IMPORTS + reference
         return problem, _calls(source, before=LEETCODE_IMPORTS, reference=reference)
-    gold = json.dumps({"kind": "stdin", "tests": tests, "reference": reference})
+    pairs = [{"input": _pair_text(t, "input"), "output": _pair_text(t, "output")} for t in tests]
+    gold = json.dumps({"kind": "stdin", "tests": pairs, "reference": reference})
     return f"{problem.strip()}\n\n{STDIN_INSTRUCTION} {CODE_INSTRUCTION}", gold
 
 
 def livecodebench(row: Row) -> tuple[str, str]:
     tests = [*_cases(row["public_test_cases"]), *_cases(row.get("private_test_cases") or "[]")]
-    starter = row.get("starter_code") or ""
-    prompt = str(row["question_content"])
+    starter = _optional(row, "starter_code") or ""
+    prompt = _text(row, "question_content")
     if all(test.get("testtype") == "functional" for test in tests):
         meta = row.get("metadata") or "{}"
         name = (json.loads(meta) if isinstance(meta, str) else meta)["func_name"]
         source = "\n".join(_assertion(name, test) for test in tests)
         prompt += f"\n\nComplete:\n```python\n{starter}\n```\n{CODE_INSTRUCTION}"
         return prompt, _calls(source, before=LEETCODE_IMPORTS)
-    pairs = [{"input": test["input"], "output": test["output"]} for test in tests]
+    pairs = [{"input": _pair_text(t, "input"), "output": _pair_text(t, "output")} for t in tests]
     gold = json.dumps({"kind": "stdin", "tests": pairs, "reference": None})
     return f"{prompt}\n\n{STDIN_INSTRUCTION} {CODE_INSTRUCTION}", gold
+
+
+def _pair_text(test: Row, name: str) -> str:
+    value = test[name]  # may be empty
+    return value if isinstance(value, str) else scalar_text(value, f"a test's {name}")
 
 
 def _assertion(name: str, test: Row) -> str:
@@ -138,7 +167,7 @@ def _calls(
 def _first(solutions: Any) -> str | None:
     if isinstance(solutions, (list, tuple)):
         solutions = solutions[0] if solutions else None
-    return None if solutions is None else _lines(str(solutions))
+    return None if missing(solutions) else _lines(scalar_text(solutions, "column 'solutions'"))
 
 
 def _lines(source: str) -> str:

@@ -11,7 +11,16 @@ import json
 import re
 from typing import Any
 
-Row = dict[str, Any]
+from riskpo.data_values import (
+    Row,
+    gold_text,
+    looks_like_messages,
+    missing,
+    refuse,
+    scalar_text,
+    shown,
+)
+
 Prompt = str | list[dict[str, str]]
 
 BESIDE = ("context", "options", "choices")  # columns that `asked` reads where a row has them
@@ -51,41 +60,100 @@ def texts_of(prompt: Prompt) -> list[str]:
     return [prompt] if isinstance(prompt, str) else [m["content"] for m in prompt]
 
 
-def messages(value: Any) -> Prompt:
-    """A list of {"role", "content"}; some files store it as JSON text, some as plain text."""
+def prompt_of(value: Any, column: str) -> Prompt:
+    """Text, or a list of {"role", "content"}, which some files store as JSON or Python text.
+
+    Text that only begins like a list is text. What an assistant says last is what is to be
+    sampled: such turns are left out (`ends_in_answer` tells).
+    """
     if isinstance(value, str):
-        if not value.lstrip().startswith("["):
-            return value
-        value = json.loads(value)
-    return [{"role": str(m["role"]), "content": _content(m["content"])} for m in value]
-
-
-def _content(value: Any) -> str:
-    """A message's text; of a list of parts, their texts with "<image>" for each picture."""
+        text = scalar_text(value, column)
+        if not looks_like_messages(text):
+            return text
+        value = _written_list(text, column)
+    if isinstance(value, dict):
+        value = [value]
     if not isinstance(value, (list, tuple)):
-        return str(value)
-    kinds = [part.get("type") for part in value]
-    if not {*kinds} <= {"text", "image", "image_url"}:
-        raise ValueError(
-            f"load_questions: got a message of the parts {kinds}; expected text and image. Drop "
-            "the row."
+        return scalar_text(value, column)
+    turns = [_message(turn, column) for turn in value]
+    while turns and turns[-1]["role"] == "assistant":
+        turns.pop()
+    if not turns or not turns[-1]["content"].strip() or {t["role"] for t in turns} == {"system"}:
+        raise refuse(
+            f"a chat of the roles {[_message(t, column)['role'] for t in value]} in {column}",
+            "one that ends in a user's question",
+            "Mend the row or drop it.",
         )
-    return "".join(part["text"] if part["type"] == "text" else "<image>" for part in value)
+    return turns
 
 
-def asked(row: Row, column: str) -> str:
+def ends_in_answer(value: Any) -> bool:
+    """Whether a list of messages, as the row holds it, ends in an assistant's turn."""
+    if isinstance(value, str) and looks_like_messages(value):
+        value = _written_list(value, "")
+    last = value[-1] if isinstance(value, (list, tuple)) and value else None
+    return isinstance(last, dict) and last.get("role") == "assistant"
+
+
+def _written_list(text: str, column: str) -> Any:
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(text.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue
+    raise refuse(
+        f"messages written as text that is neither JSON nor Python in {column}: {text[:60]!r}",
+        "a list of messages or plain text",
+        "Write the list itself into the file.",
+    )
+
+
+def _message(turn: Any, column: str) -> dict[str, str]:
+    if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
+        raise refuse(
+            f"the message {shown(turn)} in {column}", "an object with role and content", "Mend it."
+        )
+    role, content = turn["role"], turn["content"]
+    if not isinstance(role, str) or not role.strip():
+        raise refuse(f"the role {shown(role)} in {column}", "a name such as 'user'", "Mend it.")
+    return {"role": role, "content": _content(content, f"a message of {column}")}
+
+
+def _content(value: Any, column: str) -> str:
+    """A message's text; of a list of parts, their texts with "<image>" for each picture."""
+    if isinstance(value, str):
+        return scalar_text(value, column) if value.strip() else value
+    if not isinstance(value, (list, tuple)):
+        return scalar_text(value, column)
+    kinds = [part.get("type") if isinstance(part, dict) else part for part in value]
+    if not all(kind in ("text", "image", "image_url") for kind in kinds):
+        raise refuse(f"a message of the parts {kinds}", "text and image", "Drop the row.")
+    texts = (part.get("text") if part["type"] == "text" else "<image>" for part in value)
+    return "".join(text if text == "" else scalar_text(text, column) for text in texts)
+
+
+def asked(row: Row, column: str) -> Prompt:
     """The text of `column`, after the row's context and before its lettered choices.
 
-    ValueError for a context that is no text, and for choices that cannot be listed.
+    Of a chat its last message is completed so. ValueError for a context that is no text, and for
+    choices that cannot be listed.
     """
-    context = row.get("context") or ""
+    context = "" if missing(row.get("context")) else row["context"]
     if not isinstance(context, str):
         raise ValueError(
             f"load_questions: got a context of type {type(context).__name__}; expected text. Write "
             "it out, or remove the column if the question stands without it."
         )
-    parts = [context, str(row[column]), *listed_choices(row.get("options") or row.get("choices"))]
-    return "\n".join(part for part in parts if part.strip())
+    prompt = prompt_of(row[column], f"column {column!r}")
+    text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    parts = [context, text, *listed_choices(_choices(row))]
+    text = "\n".join(part for part in parts if part.strip())
+    return text if isinstance(prompt, str) else [*prompt[:-1], {**prompt[-1], "content": text}]
+
+
+def _choices(row: Row) -> Any:
+    given = (row.get(name) for name in ("options", "choices"))
+    return next((value for value in given if not missing(value) and value != []), None)
 
 
 def listed_choices(value: Any) -> list[str]:
@@ -101,7 +169,8 @@ def listed_choices(value: Any) -> list[str]:
             f"load_questions: got the choices {str(value)[:80]}; expected a list of at most "
             f"{len(LETTERS)} texts. Write them into the question and remove the column."
         )
-    named = list(zip(LETTERS, map(str, value), strict=False))
+    texts = [c if isinstance(c, str) else scalar_text(c, "the choices") for c in value]
+    named = list(zip(LETTERS, texts, strict=False))
     if all(re.match(rf"\(?{letter}[).:]", text) for letter, text in named):
         return [text for _, text in named]
     return [f"({letter}) {text}" for letter, text in named]
@@ -121,7 +190,7 @@ def _as_list(value: Any) -> list[Any] | str:
 
 def check_choice(row: Row, gold: str) -> None:
     """ValueError where a row lists choices and its gold is neither a letter nor a text of them."""
-    choices = _as_list(row.get("options") or row.get("choices"))
+    choices = _as_list(_choices(row))
     if not choices or isinstance(choices, str):
         return
     letters = LETTERS[: len(choices)]
@@ -131,15 +200,6 @@ def check_choice(row: Row, gold: str) -> None:
             f"one of the letters {letters[0]} to {letters[-1]}, or one of their texts. Write the "
             "letter into the answer column."
         )
-
-
-def gold_text(value: Any) -> str:
-    """A gold as text: 27.0 becomes "27", a list becomes "1, 2"."""
-    if isinstance(value, (list, tuple)):
-        return ", ".join(gold_text(v).replace("$", "") for v in value)
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return str(value).strip()
 
 
 def last_boxed(solution: str) -> str:

@@ -97,7 +97,9 @@ def questions_of(config: EvalConfig) -> list[Question]:
         everything = task_questions(find_task(config.data), config.seed)
         return split_holdout(everything, config.questions, config.seed)[1]
     instruction = BOXED_INSTRUCTION if config.reward in ("auto", "math") else None
-    return load_questions(config.data, limit=config.questions, instruction=instruction)
+    return load_questions(
+        config.data, limit=config.questions, instruction=instruction, columns=config.columns
+    )
 
 
 def report(result: EvalResult) -> str:

@@ -131,10 +131,10 @@ def load_data(config: TrainConfig) -> tuple[list[Question], list[Question]]:
         return split_holdout(everything, config.eval_questions, config.seed)
     assert config.data is not None  # validate has seen to it
     instruction = BOXED_INSTRUCTION if config.reward in ("auto", "math") else None
-    questions = load_questions(config.data, instruction=instruction)
+    questions = load_questions(config.data, instruction=instruction, columns=config.columns)
     if config.eval_data is None:
         return split_holdout(questions, config.eval_questions, config.seed)
-    held_out = load_questions(config.eval_data, instruction=instruction)
+    held_out = load_questions(config.eval_data, instruction=instruction, columns=config.columns)
     _, chosen = split_holdout(held_out, min(config.eval_questions, len(held_out) - 1), config.seed)
     return questions, chosen
 

@@ -27,7 +27,9 @@ def toml(tmp_path, text):
 
 
 def test_forty_fields_and_units():
-    assert len(dataclasses.fields(TrainConfig)) <= 40
+    """Groups are tables of their own."""
+    single = [f for f in dataclasses.fields(TrainConfig) if "Config" not in str(f.type)]
+    assert len(single) <= 40
 
 
 def test_round_trip_through_toml(tmp_path):

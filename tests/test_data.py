@@ -121,7 +121,7 @@ def test_a_row_of_livecodebench_in_its_own_form(tmp_path):
 
 def test_an_error_in_a_row_names_it(tmp_path):
     bad = {"problem": "q", "solution": "it is 5"}
-    with pytest.raises(ValueError, match=r"without a .boxed answer.*set.jsonl row 1\)"):
+    with pytest.raises(ValueError, match=r"without a .boxed answer.*set.jsonl line 2\)"):
         load(tmp_path, {"problem": "q", "answer": "1"}, bad)
 
 

@@ -112,7 +112,7 @@ def test_broken_pictures_are_named(tmp_path):
         + "\n"
         + json.dumps({"problem": "q", "answer": "1", "image": "absent.png"})
     )
-    with pytest.raises(ValueError, match="row 1, column 'image'.*absent.png"):
+    with pytest.raises(ValueError, match="line 2, column 'image'.*absent.png"):
         load_questions(str(tmp_path / "set.jsonl"))
     (question,) = load_parquet(tmp_path, verl(b"not a picture"))
     with pytest.raises(ValueError, match="cannot be opened"):
@@ -181,7 +181,7 @@ NUMBERED = {"question": "see <image_1> and <image_2>", "final_answer": ["1"]}
     ],
 )
 def test_a_place_without_its_picture_is_refused(tmp_path, row, came):
-    with pytest.raises(ValueError, match=f"set.jsonl row 0 has the places {came}") as caught:
+    with pytest.raises(ValueError, match=f"set.jsonl line 1 has the places {came}") as caught:
         load_jsonl(tmp_path, row)
     assert "expected one for each place" in str(caught.value) and "drop" in str(caught.value)
 
@@ -196,5 +196,5 @@ def test_messages_of_parts(tmp_path):
     row = {**verl(), "prompt": [{"role": "user", "content": content}], "images": [text(RED)]}
     assert shown(load_jsonl(tmp_path, row)) == [(255, 0, 0), "Find x."]
     row["prompt"][0]["content"] = [{"type": "video"}]
-    with pytest.raises(ValueError, match=r"parts \['video'\].*row 0"):
+    with pytest.raises(ValueError, match=r"parts \['video'\].*line 1"):
         load_jsonl(tmp_path, row)

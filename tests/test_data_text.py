@@ -68,7 +68,7 @@ def test_the_context_is_asked_with_the_question(tmp_path):
     for nothing in (None, "", " "):
         plain = load(tmp_path, **{**row, "context": nothing})
         assert plain.prompt == f"$a+1$?\n{BOXED_INSTRUCTION}"
-    with pytest.raises(ValueError, match="context of type dict; expected text.*row 0"):
+    with pytest.raises(ValueError, match="context of type dict; expected text.*line 1"):
         load(tmp_path, **{**row, "context": {"title": "x"}})
 
 
@@ -77,7 +77,7 @@ def test_the_choices_are_asked_with_the_question(tmp_path):
     assert question.prompt == f"x?\n(A) 3\n(B) 4\n{BOXED_INSTRUCTION}" and question.gold == "B"
     assert load(tmp_path, problem="x?", choices=["3", "4"], answer="4").prompt == question.prompt
     assert "(A)" not in load(tmp_path, question="x?", options=[], answer="5").prompt
-    with pytest.raises(ValueError, match="gold '1' beside 2 choices; .*letters A to B.*row 0"):
+    with pytest.raises(ValueError, match="gold '1' beside 2 choices; .*letters A to B.*line 1"):
         load(tmp_path, question="x?", choices=["red", "blue"], answer=1)  # an index
     with pytest.raises(ValueError, match="gold 'C' beside 2 choices"):
         load(tmp_path, question="x?", choices=["red", "blue"], answer="C")

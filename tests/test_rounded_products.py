@@ -7,6 +7,7 @@ rounded before its two products, in the dense and in the sparse backward of both
 import pytest
 import torch
 
+from riskpo.doctor import tolerance
 from riskpo_kernels import block_selection, linear_logprob, reference
 from riskpo_kernels.chunks import Products
 from riskpo_kernels.work import executed
@@ -45,7 +46,7 @@ def tensor_core(monkeypatch, recomputed):
     monkeypatch.setattr(Products, "__init__", init)
     monkeypatch.setattr(Products, "into", into)
     monkeypatch.setattr(Products, "add", add)
-    monkeypatch.setattr(compare, "tensor_core", lambda x: True)
+    monkeypatch.setattr(tolerance, "tensor_core", lambda x: True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -7,7 +7,16 @@ from dataclasses import dataclass
 import torch
 
 from riskpo.doctor.libraries import LIBRARIES
-from riskpo.doctor.problem import Problem, Results, largest_error, make_problem, ours, plain, within
+from riskpo.doctor.problem import (
+    Problem,
+    Results,
+    Yardstick,
+    largest_error,
+    make_problem,
+    ours,
+    plain,
+)
+from riskpo.doctor.tolerance import within
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -21,12 +30,13 @@ class Row:
     difference: float  # theirs - ours
     theirs: float  # theirs - float64
     ours: float  # ours - float64
-    plain: float  # plain PyTorch in this dtype - float64
+    plain: float  # plain PyTorch in this dtype - float64; of the loss: summed over its terms
+    size: float = 1.0  # the largest magnitude, or that of a sum's terms together
 
     @property
     def verdict(self) -> str:
         limit = {"theirs": self.theirs, "ours": self.ours}
-        off = [name for name, error in limit.items() if not within(error, self.plain)]
+        off = [name for name, error in limit.items() if not within(error, self.plain, self.size)]
         return "agree" if not off else f"beyond 2x plain PyTorch's error: {', '.join(off)}"
 
 
@@ -41,22 +51,20 @@ def against(name: str) -> tuple[list[Row], str]:
             "spelling."
         )
     problem = make_problem()
-    truth = ours(problem.to(torch.float64), backend="reference").values
     rows, note = [], ""
     for dtype, kind in DTYPES.items():
         cast = problem.to(kind)
         theirs = LIBRARIES[name](cast)
         note = theirs.note or note
-        rows += compare(dtype, theirs, cast, truth)
+        rows += compare(dtype, theirs, cast)
     return rows, note
 
 
-def compare(
-    dtype: str, theirs: Results, problem: Problem, truth: dict[str, torch.Tensor]
-) -> list[Row]:
+def compare(dtype: str, theirs: Results, problem: Problem) -> list[Row]:
     """One row for each quantity that `theirs` has."""
     mine = ours(problem, backend="auto").values
-    honest = plain(problem).values
+    yard = Yardstick.of(problem, plain(problem))
+    truth = yard.truth
     return [
         Row(
             dtype,
@@ -64,7 +72,8 @@ def compare(
             largest_error(got, mine[quantity]),
             largest_error(got, truth[quantity]),
             largest_error(mine[quantity], truth[quantity]),
-            largest_error(honest[quantity], truth[quantity]),
+            largest_error(yard.honest[quantity], truth[quantity]),
+            float(yard.size.get(quantity, truth[quantity]).abs().max()),
         )
         for quantity, got in theirs.values.items()
     ]

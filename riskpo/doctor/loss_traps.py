@@ -7,15 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from riskpo.doctor.problem import (
-    Problem,
-    Results,
-    make_problem,
-    ours,
-    plain,
-    relative_error,
-    within,
-)
+from riskpo.doctor.problem import Problem, Results, Yardstick, make_problem, ours, plain
 from riskpo.doctor.seen import Seen
 
 Loss = Callable[[Problem], Results]
@@ -72,8 +64,8 @@ def pose_loss(trap: LossTrap, loss: Loss) -> Seen:
     """Loss, dhidden and dweight against float64, float32 inputs; the worst one is reported."""
     problem = make_problem()
     clean = trap.clean(problem)
-    truth = ours(clean.to(torch.float64), backend="reference").values
     honest = plain(clean) if clean.mask.any(1).all() else ours(clean, backend="reference")
+    yard = Yardstick.of(clean, honest)
     try:
         got = loss(trap.spoil(problem)).values
     except Exception as error:  # an observation, not a failure of the report
@@ -81,9 +73,8 @@ def pose_loss(trap: LossTrap, loss: Loss) -> Seen:
         return Seen(None, f"raises {type(error).__name__}: {lines[0][:60]}")
     found = {}
     for name in ("loss", "dhidden", "dweight"):
-        off = relative_error(got[name], truth[name])
-        limit = relative_error(honest.values[name], truth[name])
-        found[name] = off, within(off, limit)
+        norm, largest = yard.bounds(name, got[name])
+        found[name] = norm.error, norm.holds and largest.holds
     bad = [f"{name} {off:.1e}" for name, (off, ok) in found.items() if not ok]
     if bad:
         return Seen(False, ", ".join(bad))

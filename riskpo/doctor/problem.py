@@ -1,16 +1,18 @@
-"""One small batch of a policy-gradient step, and how far a result is from float64."""
+"""One small batch of a policy-gradient step, and by how much a result may be off float64."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
 
+from riskpo.doctor.tolerance import Bound, bounds, errors, summed
 from riskpo_kernels import linear_logprob, riskpo_loss
 
-FACTOR = 2.0  # at most twice the error of plain PyTorch in the same dtype
-FLOOR = 2.0**-22  # plain PyTorch is sometimes exact by luck
+LEAVES = ("hidden", "weight", "bias")
+CLIP = (0.8, 1.2)
 
 
 @dataclass(frozen=True)
@@ -23,18 +25,24 @@ class Problem:
     mask: torch.Tensor  # [B, T] bool, true on tokens of the response
     old_logprob: torch.Tensor  # [B, T] float32, near the new ones: some ratios beyond 1 +- 0.2
     advantage: torch.Tensor  # [B] float32, both signs and one zero
+    bias: torch.Tensor | None = None  # [V]
 
     def to(self, dtype: torch.dtype) -> Problem:
-        """The same numbers with hidden and weight in another dtype."""
-        return replace(self, hidden=self.hidden.to(dtype), weight=self.weight.to(dtype))
+        """The same numbers with hidden, weight and bias in another dtype."""
+        return self._each(lambda name, x: x.to(dtype) if name in LEAVES else x)
 
     def on(self, device: str) -> Problem:
         """The same problem on another device."""
-        return Problem(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        return self._each(lambda name, x: x.to(device))
+
+    def _each(self, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Problem:
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: change(k, x) for k, x in given.items() if x is not None})
 
 
 class Results(NamedTuple):
-    """What one head and loss gave, by name: logprob, entropy, loss, dhidden, dweight."""
+    """What one head and loss gave: of logprob, entropy, lse, loss, ratio_mean, clip_fraction,
+    dhidden, dweight and dbias those that there are; per token on the response's tokens only."""
 
     values: dict[str, torch.Tensor]
     note: str = ""
@@ -43,23 +51,45 @@ class Results(NamedTuple):
 def make_problem(
     *, batch: int = 6, tokens: int = 12, width: int = 64, vocab: int = 509, seed: int = 0
 ) -> Problem:
-    """Peaked rows (about half of the targets likely), ragged lengths, float32."""
+    """Peaked rows (about half of the targets likely), ragged lengths, float32.
+
+    The loss is at least half as large as its terms together, and no ratio is within 1 % of a clip
+    bound: float32 decides neither its digits nor a branch.
+    """
     g = torch.Generator().manual_seed(seed)
     weight = torch.randn(vocab, width, generator=g)
     target = torch.randint(vocab, (batch, tokens), generator=g)
     lean = torch.rand(batch, tokens, 1, generator=g) * 8 / width**0.5
     hidden = torch.randn(batch, tokens, width, generator=g) * 0.3 + lean * weight[target]
+    # float32 values that every 16-bit dtype holds, so that the truth is the same for all
+    hidden, weight = hidden.bfloat16().float(), weight.bfloat16().float()
     lengths = torch.randint(tokens // 2, tokens + 1, (batch,), generator=g)
     mask = torch.arange(tokens) < lengths[:, None]
     new = linear_logprob(hidden.double(), weight.double(), target, backend="reference").logprob
-    old = new.float() + 0.4 * torch.randn(batch, tokens, generator=g)
+    old = (new.float() + 0.4 * torch.randn(batch, tokens, generator=g)).clamp(max=-1e-3)
+    cuts = torch.tensor(CLIP).log()[:, None, None]
+    old = torch.where(((new - old - cuts).abs() < 0.01).any(0), old - 0.05, old)
     advantage = torch.randn(batch, generator=g)
     advantage[0] = 0.0
-    # float32 values that every 16-bit dtype holds, so that the truth is the same for all
-    return Problem(
-        hidden.bfloat16().float(), weight.bfloat16().float(), target, mask, old.clamp(max=-1e-3),
-        advantage,
-    )  # fmt: skip
+    problem = Problem(hidden, weight, target, mask, old, advantage)
+    terms = sums(new[mask], problem)["loss"]
+    falls, rises = -terms.clamp(max=0).sum(), terms.clamp(min=0).sum()
+    larger = advantage.sign() == (1 if falls > rises else -1)
+    ratio = (3 * torch.min(falls, rises) / torch.max(falls, rises)).clamp(min=1).float()
+    return replace(problem, advantage=torch.where(larger, advantage * ratio, advantage))
+
+
+def with_bias(problem: Problem, seed: int = 0) -> Problem:
+    """The same problem with a bias on the logits; ratios stay as they are."""
+    g = torch.Generator().manual_seed(seed)
+    bias = (0.5 * torch.randn(len(problem.weight), generator=g)).bfloat16().float()
+    h, w = problem.hidden.double(), problem.weight.double()
+    before, after = (
+        linear_logprob(h, w, problem.target, bias=b, backend="reference").logprob
+        for b in (None, bias.double())
+    )
+    old = (problem.old_logprob + (after - before)).float()
+    return replace(problem, bias=bias, old_logprob=old)
 
 
 def leaves(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,26 +100,35 @@ def leaves(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
+def _bias(problem: Problem) -> torch.Tensor | None:
+    return None if problem.bias is None else problem.bias.detach().clone().requires_grad_()
+
+
 def ours(problem: Problem, *, backend: str, ratio: str = "token") -> Results:
-    """Log-prob, entropy, clipped loss (0.2 / 0.2, mean over sequences) and its gradients."""
-    h, w = leaves(problem)
+    """Log-prob, entropy, clipped loss (0.2 / 0.2, mean over sequences), stats and gradients."""
+    (h, w), b = leaves(problem), _bias(problem)
+    detached = None if b is None else b.detach()
     token = linear_logprob(
-        h.detach(), w.detach(), problem.target, return_entropy=True, backend=backend
+        h.detach(), w.detach(), problem.target, bias=detached, return_entropy=True, backend=backend
     )
-    loss = riskpo_loss(
+    loss, stats = riskpo_loss(
         h,
         w,
         problem.target,
         problem.old_logprob,
         problem.advantage,
+        bias=b,
         mask=problem.mask,
         ratio=ratio,
         clip_low=0.2,
         clip_high=0.2,
         backend=backend,
-    ).loss
+    )
     loss.backward()
-    return results(problem, token.logprob, token.entropy, loss, h.grad, w.grad)
+    found = results(problem, token.logprob, token.entropy, loss, h.grad, w.grad)
+    more = {"lse": token.lse[problem.mask], "dbias": None if b is None else b.grad}
+    more |= {name: stats[name] for name in ("ratio_mean", "clip_fraction")}
+    return Results(found.values | {k: x.detach() for k, x in more.items() if x is not None})
 
 
 def plain(problem: Problem, *, logits32: bool = False) -> Results:
@@ -97,23 +136,46 @@ def plain(problem: Problem, *, logits32: bool = False) -> Results:
 
     logits32 multiplies in float32 as well, so that only the gradients are rounded.
     """
-    h, w = leaves(problem)
+    (h, w), b = leaves(problem), _bias(problem)
     logits = h.float() @ w.float().T if logits32 else (h @ w.T).float()
+    logits = logits if b is None else logits + b.float()
     logp = torch.log_softmax(logits, -1)
     entropy = -(logp.exp() * logp).sum(-1)
     logprob = logp.gather(-1, problem.target[..., None])[..., 0]
     loss = clipped_mean(logprob, problem)
     loss.backward()
-    return results(problem, logprob, entropy, loss, h.grad, w.grad, "logits in the input dtype")
+    note = "logits in the input dtype"
+    found = results(problem, logprob, entropy, loss, h.grad, w.grad, note)
+    more = {"lse": logits.detach().logsumexp(-1)[problem.mask]}
+    more |= {} if b is None or b.grad is None else {"dbias": b.grad}
+    more |= {k: x.sum() for k, x in sums(found.values["logprob"], problem).items() if k != "loss"}
+    return Results(found.values | more, note)
 
 
 def clipped_mean(logprob: torch.Tensor, problem: Problem) -> torch.Tensor:
     """GRPO's token-level clipped loss in plain PyTorch (arXiv 2402.03300, eq. 3, without KL)."""
     ratio = (logprob - problem.old_logprob).exp()
     advantage = problem.advantage[:, None]
-    term = -torch.min(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+    term = -torch.min(ratio * advantage, ratio.clamp(*CLIP) * advantage)
     length = problem.mask.sum(1)
     return ((term * problem.mask).sum(1) / length).mean()
+
+
+def sums(logprob: torch.Tensor, problem: Problem) -> dict[str, torch.Tensor]:
+    """The terms of loss, ratio_mean and clip_fraction, one for each of the response's tokens.
+
+    logprob: of these tokens, as in Results; in its dtype and on its device.
+    """
+    at = problem.mask
+    ratio = (logprob - problem.old_logprob[at].to(logprob)).exp()
+    a = problem.advantage[:, None].expand(at.shape)[at].to(logprob)
+    share = 1 / (at.sum(1, keepdim=True).expand(at.shape)[at] * len(at))
+    cut = ((a > 0) & (ratio > CLIP[1])) | ((a < 0) & (ratio < CLIP[0]))
+    return {
+        "loss": -torch.min(ratio * a, ratio.clamp(*CLIP) * a) * share,
+        "ratio_mean": ratio / len(ratio),
+        "clip_fraction": cut.to(ratio) / len(ratio),
+    }
 
 
 def results(
@@ -133,24 +195,42 @@ def results(
         "dhidden": dhidden,
         "dweight": dweight,
     }
-    return Results({k: v.detach().double() for k, v in named.items() if v is not None}, note)
+    return Results({k: v.detach() for k, v in named.items() if v is not None}, note)
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """What a problem's results are held against, by name.
+
+    truth: the float64 reference. honest: plain PyTorch's, in sums without the luck that errors of
+    terms cancel. size: of the terms of sums.
+    """
+
+    truth: dict[str, torch.Tensor]
+    honest: dict[str, torch.Tensor]
+    size: dict[str, torch.Tensor]
+
+    @classmethod
+    def of(cls, problem: Problem, honest: Results) -> Yardstick:
+        """honest: plain PyTorch's results of `problem` in the dtype that is judged."""
+        truth = ours(problem.to(torch.float64), backend="reference").values
+        values, size = dict(honest.values), {}
+        exact, rounded = (sums(x["logprob"], problem) for x in (truth, values))
+        for name in exact:
+            truth[name], values[name], size[name] = summed(exact[name], rounded[name])
+        return cls(truth, values, size)
+
+    def bounds(self, name: str, got: torch.Tensor) -> tuple[Bound, Bound]:
+        """The rule of tolerance for one named result."""
+        got = got.reshape(self.truth[name].shape)
+        return bounds(got, self.truth[name], self.honest[name], size=self.size.get(name))
 
 
 def relative_error(x: torch.Tensor, truth: torch.Tensor) -> float:
-    """Frobenius norm of the difference over that of the truth; NaN where x is not finite.
-
-    Where the truth is 0, anything but 0 is infinitely wrong.
-    """
-    if not torch.isfinite(x).all():
-        return float("nan")
-    return float((x - truth).norm() / truth.norm().clamp(min=1e-300))
+    """Frobenius norm of the difference over that of the truth (absolute where that is 0)."""
+    return errors(x, truth)[0]
 
 
 def largest_error(x: torch.Tensor, truth: torch.Tensor) -> float:
     """Largest absolute difference; NaN where x is not finite."""
-    return float((x - truth).abs().max()) if torch.isfinite(x).all() else float("nan")
-
-
-def within(error: float, plain_error: float, floor: float = FLOOR) -> bool:
-    """The rule: at most FACTOR times plain PyTorch's error, and a floor. NaN is not within."""
-    return error <= FACTOR * plain_error + floor
+    return errors(x, truth)[1]

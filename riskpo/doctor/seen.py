@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from riskpo.doctor.libraries import Found, LogProb, Op
-from riskpo.doctor.problem import FACTOR, FLOOR, relative_error
+from riskpo.doctor.tolerance import bounds
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,9 @@ def against_plain(
             or (only and name not in only)
         ):
             continue
-        error = relative_error(g.double(), x.double())
-        limit = FACTOR * relative_error(p.double(), x.double()) + FLOOR
-        share = math.inf if math.isnan(error) else error / limit
-        if share > worst:
-            worst, seen = share, bounded(error, limit, f" {name}")
+        for metric, error, limit in bounds(g, x, p):
+            share = math.inf if math.isnan(error) else error / (limit or 1e-300)
+            if share > worst:
+                unit = f" {name}" if metric == "relative norm" else f" {name}, {metric}"
+                worst, seen = share, bounded(error, limit, unit)
     return seen

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from riskpo.doctor.libraries import Op, plain_op
-from riskpo.doctor.problem import FACTOR, largest_error, relative_error
+from riskpo.doctor.problem import relative_error
 from riskpo.doctor.seen import (
     Seen,
     against_plain,
@@ -24,6 +24,7 @@ from riskpo.doctor.seen import (
     gradients,
     rows,
 )
+from riskpo.doctor.tolerance import bounds as rule
 
 
 @dataclass(frozen=True)
@@ -135,8 +136,8 @@ def autocast(op: Op) -> Seen:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got, _ = op.call(h, w, t, 1.0)
         honest, _ = plain_op(h, w, t, 1.0)
-    limit = FACTOR * largest_error(honest.double(), truth)
-    return bounded(largest_error(got.double(), truth), limit, " nats")
+    _, (_, error, limit) = rule(got, truth, honest)
+    return bounded(error, limit, " nats")
 
 
 def nats(op: Op) -> Seen:
@@ -145,8 +146,8 @@ def nats(op: Op) -> Seen:
     truth = exact_plain(h.double(), w.double(), t, 1.0)[0]
     honest = exact_plain(h, w, t, 1.0)[0]
     got, _ = op.call(h, w, t, 1.0)
-    limit = FACTOR * largest_error(honest.double(), truth)
-    return bounded(largest_error(got.detach().double(), truth), limit, " nats")
+    _, (_, error, limit) = rule(got, truth, honest)
+    return bounded(error, limit, " nats")
 
 
 def leading_dimensions(op: Op) -> Seen:

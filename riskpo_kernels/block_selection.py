@@ -4,13 +4,16 @@ Under RL a policy's own tokens leave almost every block of 128 columns without p
 gradient of such a block is below the rounding of the result. With s_b the block's mass without the
 target column, H the row's entropy and m = max(1 - p_target, 2^-16), a block is dropped when
 
-    log-prob gradient alone:   s_b < theta                                theta = eps min(1, 16 m)
-    with an entropy gradient:  max(s_b, E_b) < theta / 2                  E_b as below
+    no entropy asked for:      s_b < theta                                theta = eps min(1, 16 m)
+    with an entropy:           max(s_b, E_b) < theta / 2                  E_b as below
 
 and the target's own block never. The row's dropped mass may not exceed 32 theta: its threshold is
-halved until it does not, or the row is kept whole. So for every row and any vocabulary
+halved until it does not, or the row is kept whole. A column beside the
+target gets -p_v (c - e) of the upstream gradients c of logprob and e of lse. So for every row and
+any vocabulary
 
-    ||dropped dz||_1 <= 32 eps |c|  and  ||dropped dz||_1 <= 256 eps max(||dz||_1, 2^-15 |c|)
+    ||dropped dz||_1 <= 32 eps |c - e|
+    ||dropped dz||_1 <= 256 eps max(||dz||_1 + |e|, 2^-15 |c - e|)
 
 E_b = s_b (|log s_b + H| + log 128) bounds the block's sum of p |log p + H|. A kept logit near its
 softcap has a smaller slope than a dropped one may have: eps is the row's own there, times the

@@ -20,11 +20,11 @@ from riskpo_kernels.head_tiles import (
     Gradients,
     Head,
     Options,
-    Upstream,
     dense_backward,
     products_of,
 )
 from riskpo_kernels.row_ways import Ways, find_ways
+from riskpo_kernels.softmax_rows import RowGradient
 from riskpo_kernels.sparse_blocks import sparse_backward
 
 ROUNDING_STEP = 4096  # rows of a float32 buffer that are rounded at a time
@@ -32,7 +32,7 @@ ROUNDING_STEP = 4096  # rows of a float32 buffer that are rounded at a time
 
 def backward_rows(
     head: Head,
-    up: Upstream,
+    up: RowGradient,
     active: ActiveBlocks | None,
     ways: Ways,
     needs: Sequence[bool],
@@ -45,8 +45,7 @@ def backward_rows(
     products = products_of(head)
     unit = _unit(up, products)
     if unit is not None:
-        c, g = (None if x is None else x / unit for x in (up.c, up.g))
-        up = Upstream(up.stats, c, g)
+        up = up.divided(unit)
     free = head.weight.dtype == products.wide  # dW is as wide as its sums: it needs no buffer
     dense, both = ways.dense, ways.dense is not None and bool(ways.sparse)
     rows_outer = both or free or not needs[1] or (needs[0] and head.vocab <= head.n)
@@ -129,10 +128,9 @@ def _set_unit(into: Gradients, unit: torch.Tensor | None) -> None:
             accumulator.unit = unit
 
 
-def _unit(up: Upstream, products: Products) -> torch.Tensor | None:
-    """Coefficients of a mean over many tokens vanish in fp16's range: they are divided by their
+def _unit(up: RowGradient, products: Products) -> torch.Tensor | None:
+    """Gradients of a mean over many tokens vanish in fp16's range: they are divided by their
     largest before they are rounded, and the sums are multiplied by it."""
-    if not products.mixed or products.dtype != torch.float16 or not up.stats.logprob.numel():
+    if not products.mixed or products.dtype != torch.float16 or not up.offset.numel():
         return None
-    parts = [x.abs().amax() for x in (up.c, up.g) if x is not None]
-    return torch.stack(parts).amax().clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.stack(up.parts).abs().amax().clamp(min=torch.finfo(torch.float32).tiny)

@@ -17,13 +17,13 @@ from riskpo_kernels.backends import choose
 from riskpo_kernels.block_selection import ActiveBlocks
 from riskpo_kernels.chunks import exact_products
 from riskpo_kernels.head_backward import backward_rows, ways_of
-from riskpo_kernels.head_tiles import Head, Options, Upstream, forward_rows
+from riskpo_kernels.head_tiles import Head, Options, forward_rows
 from riskpo_kernels.inputs import live_rows
 from riskpo_kernels.kept_logits import KeptLogits, kept_columns
 from riskpo_kernels.process_groups import group_called, sum_over
 from riskpo_kernels.registration import register
 from riskpo_kernels.row_ways import Ways
-from riskpo_kernels.softmax_rows import LogitMap, RowStats, finish
+from riskpo_kernels.softmax_rows import LogitMap, RowGradient, RowStats, finish
 from riskpo_kernels.vocab_parallel import VocabShard
 
 OP = "linear_logprob"
@@ -149,6 +149,7 @@ def _forward_fake(
 def _backward(
     c: torch.Tensor | None,
     g: torch.Tensor | None,
+    e: torch.Tensor | None,
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -170,14 +171,14 @@ def _backward(
 ) -> tuple[torch.Tensor, ...]:
     o, wide = _resolve(hidden, weight, numbers), logprob.dtype
     g = g if o.entropy else None  # a compiled graph sends zeros instead of nothing
-    c, g = (None if x is None else x.to(wide).contiguous() for x in (c, g))
+    c, g, e = (None if x is None else x.to(wide) for x in (c, g, e))
     bias = None if bias is None else bias.contiguous()
     map, local = _map(o, row_temperature, wide), target.long() - offset
     head = Head(hidden, weight, bias, None, local, map, KeptLogits(kept))
-    up = Upstream(RowStats(logprob, entropy if o.entropy else None, peak, log_sum), c, g)
+    stats = RowStats(logprob, entropy if o.entropy else None, peak, log_sum)
+    up = RowGradient.new(stats, c, g, e, map)
     active = ActiveBlocks(bits, dense, pairs) if dense.numel() else None
-    # Rows without a coefficient enter no product.
-    sent = sum((x != 0 for x in (c, g) if x is not None), start=torch.zeros_like(target) != 0)
+    sent = up.live()  # the other rows enter no product
     if ignore_index is not None:
         sent &= target != ignore_index
     ways = ways_of(head, active, sent, o)
@@ -194,7 +195,7 @@ def _backward(
 
 def _shard_backward(
     head: Head,
-    up: Upstream,
+    up: RowGradient,
     active: ActiveBlocks | None,
     ways: Ways,
     needs: list[bool],
@@ -212,7 +213,7 @@ def _shard_backward(
     return dh, dw, db
 
 
-def _backward_fake(c: Any, g: Any, *rest: Any) -> tuple[torch.Tensor, ...]:
+def _backward_fake(c: Any, g: Any, e: Any, *rest: Any) -> tuple[torch.Tensor, ...]:
     hidden, weight, bias, *_ = rest
     needs = rest[14]
     like = zip((hidden, weight, bias), needs, strict=True)
@@ -223,7 +224,7 @@ def _backward_fake(c: Any, g: Any, *rest: Any) -> tuple[torch.Tensor, ...]:
 
 _backward_operator = register(
     "linear_logprob_backward",
-    f"(Tensor? c, Tensor? g, {TENSORS}, Tensor logprob, Tensor entropy, Tensor peak, "
+    f"(Tensor? c, Tensor? g, Tensor? e, {TENSORS}, Tensor logprob, Tensor entropy, Tensor peak, "
     "Tensor log_sum, Tensor bits, Tensor dense, Tensor pairs, Tensor offset, "
     "Tensor kept, bool[] needs, "
     f"{OPTIONS}) -> (Tensor, Tensor, Tensor)",
@@ -233,21 +234,25 @@ _backward_operator = register(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    logprob, entropy, lse, *rest = output
+    logprob, entropy, _, *rest = output
     ctx.save_for_backward(*inputs[:5], logprob, entropy, *rest)
     ctx.options = inputs[5:]
     ctx.set_materialize_grads(False)  # a gradient nobody sent costs nothing
-    ctx.mark_non_differentiable(lse, *rest)
+    ctx.mark_non_differentiable(*rest)
 
 
 def _gradients(
-    ctx: Any, c: torch.Tensor | None, g: torch.Tensor | None, *_: None
+    ctx: Any,
+    c: torch.Tensor | None,
+    g: torch.Tensor | None,
+    e: torch.Tensor | None,
+    *_: None,
 ) -> tuple[torch.Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:3])
     nothing = (None,) * len(ctx.needs_input_grad)
-    if (c is None and g is None) or not any(needs):
+    if (c is None and g is None and e is None) or not any(needs):
         return nothing
-    gradients = _backward_operator(c, g, *ctx.saved_tensors, needs, *ctx.options)
+    gradients = _backward_operator(c, g, e, *ctx.saved_tensors, needs, *ctx.options)
     wanted = zip(gradients, needs, strict=True)
     return *(x if need else None for x, need in wanted), *nothing[3:]
 

@@ -20,7 +20,7 @@ from riskpo_kernels.block_selection import CAP, ActiveBlocks, n_blocks, row_eps,
 from riskpo_kernels.checks import reject
 from riskpo_kernels.chunks import Plan, Products, plan_tiles, spans
 from riskpo_kernels.kept_logits import KeptLogits
-from riskpo_kernels.softmax_rows import BLOCK, LogitMap, RowState, RowStats, finish
+from riskpo_kernels.softmax_rows import BLOCK, LogitMap, RowGradient, RowState, finish
 from riskpo_kernels.vocab_parallel import VocabShard
 
 # (rows, cols) of the largest tile. CUDA forward: 32 MiB of fp32 logits stay in the L2 cache between
@@ -45,6 +45,11 @@ def padded(x: torch.Tensor, rows: int, value: float = 0.0) -> torch.Tensor:
     out = x.new_full((max(rows, x.shape[0]), *x.shape[1:]), value)
     out[: x.shape[0]] = x
     return out
+
+
+def rows_of(up: RowGradient, rows: slice | torch.Tensor, pad: int) -> RowGradient:
+    """Some of the rows, and rows without a gradient up to `pad`."""
+    return RowGradient(*(None if x is None else padded(x, pad) for x in up.of(rows)))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -121,21 +126,6 @@ class Head:
 
     def bias_of(self, v: slice, dtype: torch.dtype) -> torch.Tensor | None:
         return None if self.bias is None else self.bias[v].to(dtype)
-
-
-@dataclass(frozen=True)
-class Upstream:
-    """What the backward knows of each row: its statistics and the gradients sent to it, [n]."""
-
-    stats: RowStats
-    c: torch.Tensor | None
-    g: torch.Tensor | None
-
-    def of(self, rows: slice | torch.Tensor, pad: int = 0) -> Upstream:
-        """Some of the rows, and rows without a gradient up to `pad`."""
-        c, g = (None if x is None else padded(x[rows], pad) for x in (self.c, self.g))
-        stats = (None if x is None else padded(x, pad) for x in self.stats.of(rows))
-        return Upstream(RowStats(*stats), c, g)  # type: ignore[arg-type]
 
 
 @dataclass
@@ -300,7 +290,9 @@ def _selection_bytes(o: Options, vocab: int, wide: int) -> int:
     return 0 if o.tail_eps == 0 else (4 + o.entropy) * wide * n_blocks(vocab)
 
 
-def dense_backward(head: Head, up: Upstream, o: Options, into: Gradients, rows_outer: bool) -> None:
+def dense_backward(
+    head: Head, up: RowGradient, o: Options, into: Gradients, rows_outer: bool
+) -> None:
     """Add every column of the rows to the gradients. The axis of the outer loop is opened and
     closed piece by piece; the other one is visited again and again."""
     products = products_of(head)
@@ -314,10 +306,10 @@ def dense_backward(head: Head, up: Upstream, o: Options, into: Gradients, rows_o
         h, w = head.take(r, products.dtype, pad), head.weight[v].to(products.dtype)
         raw, dz = (x[: h.shape[0] * w.shape[0]].view(h.shape[0], -1) for x in (tile, small))
         head.logits(products, r, v, h, w, raw)
-        bias, part, map = head.bias_of(v, products.wide), up.of(r, pad), head.map_of(r, pad)
+        bias, part, map = head.bias_of(v, products.wide), rows_of(up, r, pad), head.map_of(r, pad)
         # dbias is summed before the rounding; where there is none dz is raw under another name
         out = dz if products.mixed and into.db is None else raw
-        gradient(raw, head.targets(r, v, pad), bias, part.stats, part.c, part.g, map, out)
+        gradient(raw, head.targets(r, v, pad), bias, part, map, out)
         if into.db is not None:
             into.db[v] += raw.sum(0)
             if products.mixed:

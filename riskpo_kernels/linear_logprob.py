@@ -2,11 +2,11 @@
 
     z = softcap(scale * (h W^T + b)) / T       logprob = z_t - lse(z)       H = -sum p log p
 
-    tensor               shape            dtype
-    hidden, weight       [N, D], [V, D]   bf16, fp16, fp32 (fp64 in torch and reference)
-    logits tile          [rows, cols]     fp32 (fp64), never rounded to 16 bits
-    logprob, entropy     [N]              fp32 (fp64)
-    dH, dW, dbias        as their inputs  accumulated in fp32, rounded once
+    tensor                 shape            dtype
+    hidden, weight         [N, D], [V, D]   bf16, fp16, fp32 (fp64 in torch and reference)
+    logits tile            [rows, cols]     fp32 (fp64), never rounded to 16 bits
+    logprob, entropy, lse  [N]              fp32 (fp64)
+    dH, dW, dbias          as their inputs  accumulated in fp32, rounded once
 
 Cost in units of N D V (one product = 2): forward 2; backward 6 (recompute, dH, dW) times the share
 of (row, vocabulary block) pairs that hold probability, of live rows only: an ignored row enters no
@@ -90,9 +90,9 @@ def linear_logprob(
 
     Returns:
         TokenLogProbs(logprob, entropy, lse), each [...], in nats, float32 (float64 for float64
-        inputs). logprob and entropy are differentiable once, for any upstream gradients; entropy
-        is None unless asked for; lse is not differentiable. logprob <= 0 and entropy >= 0 hold
-        exactly.
+        inputs). All three are differentiable once, for any upstream gradients: lse for a z-loss,
+        or, as hidden @ weight[k] - lse, for another token's log-prob. entropy is None unless
+        asked for. logprob <= 0 and entropy >= 0 hold exactly.
 
     Raises:
         ValueError: wrong shapes, dtypes, devices or values, an empty or sharded weight, a backend

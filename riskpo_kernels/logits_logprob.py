@@ -2,10 +2,10 @@
 
     z = softcap(logits) / T       logprob = z_t - lse(z)       H = -sum p log p
 
-    tensor            shape     dtype
-    logits            [N, V]    bf16, fp16, fp32 (fp64 in torch and reference); any row stride
-    logprob, entropy  [N]       fp32 (fp64)
-    dlogits           [N, V]    dtype of logits, rounded once; may overwrite logits
+    tensor                 shape     dtype
+    logits                 [N, V]    bf16, fp16, fp32 (fp64 in torch and reference); any row stride
+    logprob, entropy, lse  [N]       fp32 (fp64)
+    dlogits                [N, V]    dtype of logits, rounded once; may overwrite logits
 
 Cost: the forward reads the logits once, the backward reads them once and writes the gradient once.
 Everything between is float32 and one row of numbers long; ignored rows are not read.

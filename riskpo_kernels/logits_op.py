@@ -13,7 +13,7 @@ from riskpo_kernels.backends import choose
 from riskpo_kernels.chunks import no_autocast, spans
 from riskpo_kernels.inputs import live_rows
 from riskpo_kernels.registration import register
-from riskpo_kernels.softmax_rows import IGNORED, LogitMap, RowState, RowStats, finish
+from riskpo_kernels.softmax_rows import IGNORED, LogitMap, RowGradient, RowState, RowStats, finish
 
 OP = "logits_logprob"
 ROWS, COLS = 1024, 4096  # tile of the torch backend: 16 MiB of float32
@@ -72,24 +72,19 @@ def _torch_fold(
 def _torch_gradient(
     z: torch.Tensor,
     target: torch.Tensor,
-    stats: RowStats,
-    c: torch.Tensor | None,
-    g: torch.Tensor | None,
+    up: RowGradient,
     map: LogitMap,
     out: torch.Tensor,
 ) -> None:
-    sent = sum((x != 0 for x in (c, g) if x is not None), start=torch.zeros_like(target) != 0)
-    active = sent & (target != IGNORED)
+    active = up.live() & (target != IGNORED)
     for r in spans(z.shape[0], ROWS):
         rows = active[r].nonzero()[:, 0] + r.start
-        at = stats.of(rows)
-        cr, gr = (None if x is None else x[rows] for x in (c, g))
+        at = up.of(rows)
         for v in spans(z.shape[1], COLS):
-            tile = _tile(z, rows, v, stats.logprob.dtype)
+            tile = _tile(z, rows, v, up.peak.dtype)
             t = target[rows] - v.start
-            out[rows, v] = softmax_rows.gradient(tile, t, None, at, cr, gr, map.of(rows), tile).to(
-                out.dtype
-            )
+            softmax_rows.gradient(tile, t, None, at, map.of(rows), tile)
+            out[rows, v] = tile.to(out.dtype)
         out[r].masked_fill_(~active[r, None], 0)
 
 
@@ -167,6 +162,7 @@ def _write_gradient(
     out: torch.Tensor,
     c: torch.Tensor | None,
     g: torch.Tensor | None,
+    e: torch.Tensor | None,
     logits: torch.Tensor,
     target: torch.Tensor,
     row_temperature: torch.Tensor | None,
@@ -182,20 +178,20 @@ def _write_gradient(
     stats = RowStats(logprob, entropy if o.entropy else None, peak, log_sum)
     map = o.map(row_temperature, wide)
     g = g if o.entropy else None  # a compiled graph sends zeros instead of nothing
-    c, g = (None if x is None else x.to(wide).contiguous() for x in (c, g))
+    c, g, e = (None if x is None else x.to(wide) for x in (c, g, e))
+    up = RowGradient.new(stats, c, g, e, map)
     with no_autocast(logits.device):
         for rows, z in _matrices(logits):
-            cg = (None if x is None else x[rows] for x in (c, g))
             dz = z if out is logits else out.view(-1, out.shape[-1])[rows]
-            _gradient(z, ids[rows], stats.of(rows), *cg, map.of(rows), dz, backend=o.backend)
+            _gradient(z, ids[rows], up.of(rows), map.of(rows), dz, backend=o.backend)
     return out
 
 
-def _backward(c: Any, g: Any, logits: torch.Tensor, *rest: Any) -> torch.Tensor:
-    return _write_gradient(_backward_fake(c, g, logits), c, g, logits, *rest)
+def _backward(c: Any, g: Any, e: Any, logits: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return _write_gradient(_backward_fake(c, g, e, logits), c, g, e, logits, *rest)
 
 
-def _backward_fake(c: Any, g: Any, logits: torch.Tensor, *_: Any) -> torch.Tensor:
+def _backward_fake(c: Any, g: Any, e: Any, logits: torch.Tensor, *_: Any) -> torch.Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
@@ -207,7 +203,7 @@ OPTIONS = (
 )
 _backward_operator = register(
     "logits_logprob_backward",
-    f"(Tensor? c, Tensor? g, {TENSORS}, Tensor logprob, Tensor entropy, Tensor peak, "
+    f"(Tensor? c, Tensor? g, Tensor? e, {TENSORS}, Tensor logprob, Tensor entropy, Tensor peak, "
     f"Tensor log_sum, {OPTIONS}) -> Tensor",
     _backward,
     fake=_backward_fake,
@@ -215,19 +211,23 @@ _backward_operator = register(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    logprob, entropy, lse, peak, log_sum = output
+    logprob, entropy, _, peak, log_sum = output
     ctx.save_for_backward(*inputs[:3], logprob, entropy, peak, log_sum)
     ctx.options = inputs[3:]
     ctx.spent = False
     ctx.set_materialize_grads(False)  # a gradient nobody sent costs nothing
-    ctx.mark_non_differentiable(lse, peak, log_sum)
+    ctx.mark_non_differentiable(peak, log_sum)
 
 
 def _gradients(
-    ctx: Any, c: torch.Tensor | None, g: torch.Tensor | None, *_: None
+    ctx: Any,
+    c: torch.Tensor | None,
+    g: torch.Tensor | None,
+    e: torch.Tensor | None,
+    *_: None,
 ) -> tuple[torch.Tensor | None, ...]:
     nothing = (None,) * len(ctx.needs_input_grad)
-    if c is None and g is None:
+    if c is None and g is None and e is None:
         return nothing
     if ctx.spent:
         raise RuntimeError(
@@ -235,11 +235,11 @@ def _gradients(
             "backward call the op with inplace_backward=False."
         )
     if not Options(*ctx.options).inplace_backward:
-        return _backward_operator(c, g, *ctx.saved_tensors, *ctx.options), *nothing[1:]
+        return _backward_operator(c, g, e, *ctx.saved_tensors, *ctx.options), *nothing[1:]
     ctx.spent = True
     logits, *rest = ctx.saved_tensors
     plain = logits.detach()
-    out = _write_gradient(plain, c, g, plain, *rest, *ctx.options)
+    out = _write_gradient(plain, c, g, e, plain, *rest, *ctx.options)
     torch.autograd.graph.increment_version(logits)  # whoever saved them must notice
     return out, *nothing[1:]
 

@@ -12,10 +12,10 @@ everything follows without a cancellation, however close the row is to one-hot:
     1 - p_t = -expm1(logprob)
     H       = p softplus(d) + q softplus(-d) + q (log s - u / s),   q = 1 - p     never below 0
 
-and the gradient for upstream c (of logprob) and g (of entropy) is
+and the gradient for upstream c (of logprob), g (of entropy) and e (of lse) is
 
-    dz_v = -p_v (c + g (log p_v + H))                  v != t
-    dz_t = (1 - p_t) c - p_t g (logprob + H)
+    dz_v = -p_v (c - e + g (log p_v + H))              v != t
+    dz_t = (1 - p_t) c + p_t e - p_t g (logprob + H)
 """
 
 from __future__ import annotations
@@ -89,6 +89,73 @@ class RowStats(NamedTuple):
 
     def of(self, rows: slice | torch.Tensor) -> RowStats:
         return RowStats(*(None if x is None else x[rows] for x in self))  # type: ignore[arg-type]
+
+
+class RowGradient(NamedTuple):
+    """What the gradient of a row needs beside its logits; lse = peak + log_sum.
+
+    dz_v = -p_v (offset + slope log p_v)   v != t        dz_t = at_target
+
+    All three are 0 where no gradient was sent; slope is None where none was sent to an entropy.
+    scale and temperature are in them: their chain rule costs no pass over a tile.
+    """
+
+    at_target: torch.Tensor
+    offset: torch.Tensor
+    slope: torch.Tensor | None
+    peak: torch.Tensor
+    log_sum: torch.Tensor
+
+    @staticmethod
+    def new(
+        stats: RowStats,
+        c: torch.Tensor | None,
+        g: torch.Tensor | None,
+        e: torch.Tensor | None,
+        map: LogitMap,
+    ) -> RowGradient:
+        """Of the upstream gradients of logprob, entropy and lse, None where none was sent."""
+        logprob = stats.logprob.clamp(min=FLOOR)  # 0 * -inf is NaN
+        p = torch.exp(logprob)
+        at_target, offset = torch.zeros_like(p), torch.zeros_like(p)
+        slope, sent = None, at_target != 0
+        if c is not None:
+            at_target -= c * torch.expm1(logprob)
+            offset += c
+            sent |= c != 0
+        if e is not None:
+            at_target += e * p
+            offset -= e
+            sent |= e != 0
+        if g is not None and stats.entropy is not None:
+            at_target -= g * p * (logprob + stats.entropy)
+            offset += g * stats.entropy
+            slope = g * (map.scale / map.temperature)
+            sent |= g != 0
+        # a row without an upstream gradient is not read: a NaN in it stays there
+        at_target, offset = (
+            torch.where(sent, x * (map.scale / map.temperature), 0.0) for x in (at_target, offset)
+        )
+        return RowGradient(at_target, offset, slope, stats.peak, stats.log_sum)
+
+    @property
+    def parts(self) -> list[torch.Tensor]:
+        """What is linear in the upstream gradients."""
+        return [x for x in (self.at_target, self.offset, self.slope) if x is not None]
+
+    def live(self) -> torch.Tensor:
+        """Rows whose gradient is not zero throughout, bool."""
+        return torch.stack([x != 0 for x in self.parts]).any(0)
+
+    def divided(self, unit: torch.Tensor) -> RowGradient:
+        """The gradient in units of another number."""
+        slope = None if self.slope is None else self.slope / unit
+        return self._replace(
+            at_target=self.at_target / unit, offset=self.offset / unit, slope=slope
+        )
+
+    def of(self, rows: slice | torch.Tensor) -> RowGradient:
+        return RowGradient(*(None if x is None else x[rows] for x in self))  # type: ignore[arg-type]
 
 
 def softplus(x: torch.Tensor) -> torch.Tensor:
@@ -183,34 +250,22 @@ def gradient(
     raw: torch.Tensor,
     target: torch.Tensor,
     bias: torch.Tensor | None,
-    stats: RowStats,
-    c: torch.Tensor | None,
-    g: torch.Tensor | None,
+    up: RowGradient,
     map: LogitMap,
     out: torch.Tensor,
 ) -> torch.Tensor:
     """The gradient of a tile's raw logits [R, C] (overwritten), into `out` (which may be raw)."""
     cols = raw.shape[1]
     z, slope = _logits(raw, bias, map, slope=True)
-    # dz is linear in c and g: the chain rule of scale and temperature costs no pass over the tile
-    c, g = (None if x is None else x * (map.scale / map.temperature) for x in (c, g))
-    log_p = z.sub_(stats.peak[:, None]).sub_(stats.log_sum[:, None])
-    logprob = stats.logprob.clamp(min=FLOOR)
-    at_target = torch.zeros_like(logprob)
-    if c is not None:
-        at_target -= c * torch.expm1(logprob)
-    if g is None or stats.entropy is None:
-        dz = log_p.exp_().mul_(-c[:, None])  # type: ignore[index]
+    log_p = z.sub_(up.peak[:, None]).sub_(up.log_sum[:, None])
+    if up.slope is None:
+        dz = log_p.exp_().mul_(-up.offset[:, None])
     else:
-        log_p.clamp_(min=FLOOR)
-        h = stats.entropy
-        at_target -= g * torch.exp(logprob) * (logprob + h)
-        offset = g * h if c is None else c + g * h
-        p = torch.exp(log_p)
-        dz = log_p.mul_(-g[:, None]).sub_(offset[:, None]).mul_(p)
+        p = log_p.clamp_(min=FLOOR).exp()
+        dz = log_p.mul_(-up.slope[:, None]).sub_(up.offset[:, None]).mul_(p)
     here = (target >= 0) & (target < cols)
     at = target.clamp(0, cols - 1)[:, None]
-    dz.scatter_(1, at, torch.where(here[:, None], at_target[:, None], dz.gather(1, at)))
+    dz.scatter_(1, at, torch.where(here[:, None], up.at_target[:, None], dz.gather(1, at)))
     if slope is not None:
         dz.mul_(slope)
     return dz if out is dz else out.copy_(dz)

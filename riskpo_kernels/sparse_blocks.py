@@ -19,11 +19,11 @@ from riskpo_kernels.head_tiles import (
     Gradients,
     Head,
     Options,
-    Upstream,
     padded,
     products_of,
+    rows_of,
 )
-from riskpo_kernels.softmax_rows import BLOCK
+from riskpo_kernels.softmax_rows import BLOCK, RowGradient
 
 FULL = 0.7  # of a block's rows active: then the others cost less than gathering (kernel-notes.md)
 STRIP = 8  # blocks of a run that are computed at once
@@ -33,7 +33,7 @@ class _Strips:
     """The products of one call: their operands live in buffers that are made once, since fresh
     pages for every block would have to be zeroed by the system."""
 
-    def __init__(self, head: Head, up: Upstream, o: Options, into: Gradients):
+    def __init__(self, head: Head, up: RowGradient, o: Options, into: Gradients):
         self.head, self.up, self.into = head, up, into
         self.products = products_of(head)
         width, wide = head.hidden.shape[1], self.products.wide
@@ -82,12 +82,12 @@ class _Strips:
     ) -> None:
         head, products, into = self.head, self.products, self.into
         h = padded(self.hidden(r), self.pad)
-        part = self.up.of(r, self.pad)
+        part = rows_of(self.up, r, self.pad)
         raw = self.logits[: h.shape[0] * w.shape[0]].view(h.shape[0], -1)
         head.logits(products, r, v, h, w, raw)
         target, bias = head.targets(r, v, self.pad), head.bias_of(v, products.wide)
         map = head.map_of(r, self.pad)
-        softmax_rows.gradient(raw, target, bias, part.stats, part.c, part.g, map, raw)
+        softmax_rows.gradient(raw, target, bias, part, map, raw)
         dz = raw.to(products.dtype)
         if self.dh is not None and self.scattered is not None:
             if isinstance(r, slice):
@@ -103,7 +103,7 @@ class _Strips:
 
 def sparse_backward(
     head: Head,
-    up: Upstream,
+    up: RowGradient,
     active: ActiveBlocks,
     counts: list[int],
     o: Options,

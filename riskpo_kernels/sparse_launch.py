@@ -14,7 +14,7 @@ import torch
 
 from riskpo_kernels.block_selection import ActiveBlocks, block_groups
 from riskpo_kernels.chunks import spans
-from riskpo_kernels.head_tiles import Gradients, Head, Options, Upstream, products_of
+from riskpo_kernels.head_tiles import Gradients, Head, Options, products_of
 from riskpo_kernels.kernels.head_forward import multiprocessors
 from riskpo_kernels.kernels.sparse_blocks import (
     BK,
@@ -27,7 +27,7 @@ from riskpo_kernels.kernels.sparse_blocks import (
 from riskpo_kernels.kernels.sparse_hidden import BD, GATHER_WARPS, dh_kernel, gather_kernel
 from riskpo_kernels.kernels.sparse_weight import BD as BD_W
 from riskpo_kernels.kernels.sparse_weight import REGISTERS, dw_kernel, fold_kernel
-from riskpo_kernels.softmax_rows import BLOCK
+from riskpo_kernels.softmax_rows import BLOCK, RowGradient
 from riskpo_kernels.work import executed
 
 # A job of dW is an eighth of a multiprocessor's share at most, but 16 tiles, beside which its sums
@@ -37,7 +37,7 @@ EVEN, FEWEST_TILES = 8, 16
 
 def sparse_backward(
     head: Head,
-    up: Upstream,
+    up: RowGradient,
     active: ActiveBlocks,
     counts: list[int],
     o: Options,
@@ -47,8 +47,6 @@ def sparse_backward(
     riskpo_kernels.sparse_blocks.sparse_backward."""
     products = products_of(head)
     head = _plain(head, products.dtype)
-    if up.c is None:
-        up = replace(up, c=torch.zeros_like(up.stats.logprob))
     # a half may hold a float32 piece of dH, an eighth the parts of dH, and after them of dW
     budget = int(o.memory_mib * 3 * 2**17)
     bm = tile_rows(head.map.softcap is not None)
@@ -76,7 +74,7 @@ def _plain(head: Head, dtype: torch.dtype) -> Head:
 
 def _one_group(
     head: Head,
-    up: Upstream,
+    up: RowGradient,
     active: ActiveBlocks,
     counts: list[int],
     blocks: slice,
@@ -110,7 +108,7 @@ def _one_group(
 
 def _launch_dz(
     head: Head,
-    up: Upstream,
+    up: RowGradient,
     dz: torch.Tensor,
     sums: torch.Tensor | None,
     tile_block: torch.Tensor,
@@ -118,7 +116,7 @@ def _launch_dz(
     sizes: dict[str, int],
 ) -> None:
     executed(dz.numel(), sizes["D"])
-    stats, map = up.stats, head.map
+    map = head.map
     per_row = map.temperature if isinstance(map.temperature, torch.Tensor) else None
     dz_kernel[(dz.shape[0],)](
         p_hidden=head.hidden,
@@ -128,12 +126,11 @@ def _launch_dz(
         p_tile_block=tile_block,
         p_target=head.target,
         p_temperature=per_row,
-        p_logprob=stats.logprob,
-        p_entropy=stats.entropy,
-        p_peak=stats.peak,
-        p_log_sum=stats.log_sum,
-        p_c=up.c,
-        p_g=up.g,
+        p_at_target=up.at_target,
+        p_offset=up.offset,
+        p_slope=up.slope,
+        p_peak=up.peak,
+        p_log_sum=up.log_sum,
         p_dz=dz,
         p_sums=sums,
         stride_h=head.hidden.stride(0),
@@ -144,7 +141,7 @@ def _launch_dz(
         HAS_BIAS=head.bias is not None,
         HAS_SOFTCAP=map.softcap is not None,
         HAS_TEMPERATURE=per_row is not None,
-        HAS_G=up.g is not None and stats.entropy is not None,
+        HAS_SLOPE=up.slope is not None,
         HAS_DB=sums is not None,
         BM=dz.shape[1],
         BLOCK=BLOCK,

@@ -28,11 +28,11 @@ def upstream(shape, device, seed=1):
     return c.to(device), e.to(device)
 
 
-def run(op, tensors, target, *, c=True, g=True, columns=True, **options):
+def run(op, tensors, target, *, c=True, g=True, e=True, columns=True, **options):
     """Results and gradients of `op(*tensors, target, **options)` by name.
 
-    tensors: dict of differentiable inputs; "bias" is passed by keyword. c, g: which upstream
-    gradients are sent. columns: dW and dbias are split into rows of targets and the rest, so that
+    tensors: dict of differentiable inputs; "bias" is passed by keyword. c, g, e: which
+    upstream gradients are sent, of logprob, entropy and lse. columns: dW and dbias are split into rows of targets and the rest, so that
     neither hides the other.
     """
     leaves = {k: v.detach().clone().requires_grad_() for k, v in tensors.items() if v is not None}
@@ -41,6 +41,7 @@ def run(op, tensors, target, *, c=True, g=True, columns=True, **options):
     out = op(*positional, target, return_entropy=True, **keywords, **options)
     cs, gs = upstream(out.logprob.shape, out.logprob.device)
     total = (out.logprob.double() * cs).sum() * c + (out.entropy.double() * gs).sum() * g
+    total = total + (out.lse.double() * upstream(out.lse.shape, cs.device, seed=2)[0]).sum() * e
     total.backward()
     results = {"logprob": out.logprob, "entropy": out.entropy, "lse": out.lse}
     for name, leaf in leaves.items():

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from riskpo_kernels import block_selection, linear_logprob
-from riskpo_kernels.softmax_rows import LogitMap, RowState, RowStats
+from riskpo_kernels.softmax_rows import LogitMap, RowGradient, RowState
 from tests.compare import errors
 from tests.conftest import has_triton
 from tests.head_inputs import head
@@ -64,7 +64,7 @@ from triton.runtime import driver
 from riskpo_kernels import block_selection, head_backward, head_tiles, sparse_launch
 from riskpo_kernels.chunks import Products
 from riskpo_kernels.row_ways import find_ways
-from riskpo_kernels.softmax_rows import LogitMap, RowState, RowStats
+from riskpo_kernels.softmax_rows import LogitMap, RowGradient, RowState
 
 class Driver:  # enough of a driver for the JIT to form its keys
     def get_current_device(self): return 0
@@ -88,7 +88,7 @@ for n in [1, 2, 15, 16, 17, *range(64, 1000, 64), 333]:
     head = head_tiles.Head(h, w, b, None, torch.randint(V, (n,)), LogitMap(1.0, None, t))
     o = head_tiles.Options(1.0, None, 1.0, True, "triton", 0.7, 1e-4, False, True)
     c = torch.ones(n)
-    up = head_tiles.Upstream(RowStats(-c, c, c, c), c, c)
+    up = RowGradient(c, c, c, c, c)
     for way in ("tiles", "gemm"):
         head_tiles.FORWARD.set(way)
         head_tiles.forward_rows(head, o)
@@ -162,7 +162,7 @@ def test_grids_of_many_rows(guards, monkeypatch):
     raw, target = torch.empty(n, vocab, device="meta"), row.long()
     map = LogitMap(1.0, None, 1.0)
     softmax_rows.fold(raw, target, None, RowState(row, row, row, row), map)
-    softmax_rows.gradient(raw, target, None, RowStats(row, row, row, row), row, row, map, raw)
+    softmax_rows.gradient(raw, target, None, RowGradient(*(row,) * 5), map, raw)
     hidden, weight = (torch.empty(x, 64, device="meta") for x in (n, vocab))
     options = dict(entropy=True, shape="gemm")
     head_forward.statistics(hidden, weight, target, None, map, None, **options)

@@ -52,10 +52,13 @@ def test_matches_reference(backend, shape, device):
         {"scale": 0.5},
         {"softcap": 4.0},
         {"softcap": 50.0, "scale": 2.0},
-        {"per_row": True, "softcap": 6.0},
+        {"per_row": True, "softcap": 5.0},
         {"per_row": True},
         {"c": False},
-        {"g": False},
+        {"e": False},
+        {"g": False, "e": False},
+        {"c": False, "g": False},
+        {"c": False, "g": False, "softcap": 4.0, "scale": 2.0, "per_row": True},
     ],
     ids=str,
 )
@@ -153,6 +156,27 @@ def test_sixteen_bit_hidden_with_float32_head(backend, device):
         assert torch.equal(inside[name], got[name]), name
 
 
+def z_loss(op, h, w, target, other, **options):
+    """Cross entropy + 1e-2 lse^2, and minus the log-prob of some other token; and its gradients."""
+    h, w = (x.detach().clone().requires_grad_() for x in (h, w))
+    out = op(h, w, target, **options)
+    other_logprob = (h * w[other]).sum(-1) - out.lse
+    loss = (1e-2 * out.lse.square() - out.logprob - 0.1 * other_logprob).mean()
+    loss.backward()
+    return {"other": other_logprob, "dhidden": h.grad, "dweight": w.grad}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_z_loss_and_other_tokens(backend, device):
+    h, w, _, target = head(41, 300, 16, torch.float32, device, bias=False)
+    other = target.roll(1)
+    assert_all_close_as_plain(
+        z_loss(linear_logprob, h, w, target, other, backend=backend),
+        z_loss(reference.linear_logprob, h.double(), w.double(), target, other),
+        z_loss(reference.linear_logprob, h, w, target, other),
+    )
+
+
 def test_reference_gradients_by_finite_differences():
     h, w, b, target = head(5, 9, 3, torch.float64, "cpu")
     target[1] = -100
@@ -162,7 +186,7 @@ def test_reference_gradients_by_finite_differences():
         out = reference.linear_logprob(
             h, w, target, bias=b, temperature=t, scale=0.7, softcap=3.0, return_entropy=True
         )
-        return out.logprob, out.entropy
+        return out.logprob, out.entropy, out.lse
 
     tensors = [x.requires_grad_() for x in (h, w, b)]
     assert torch.autograd.gradcheck(f, tensors)

@@ -165,16 +165,15 @@ def test_no_row_with_a_coefficient_in_half_precision():
     """fp16 on a tensor core divides by the largest coefficient: there may be none."""
     from riskpo_kernels import head_backward
     from riskpo_kernels.chunks import Products
-    from riskpo_kernels.head_tiles import Upstream
-    from riskpo_kernels.softmax_rows import RowStats
+    from riskpo_kernels.softmax_rows import RowGradient
 
     products = Products(torch.device("cpu"), torch.float16, torch.float16)
     products.mixed, products.dtype = True, torch.float16
     empty = torch.empty(0)
-    up = Upstream(RowStats(empty, None, empty, empty), empty, None)
+    up = RowGradient(empty, empty, None, empty, empty)
     assert head_backward._unit(up, products) is None
     some = torch.tensor([0.0, -3e-6])
-    up = Upstream(RowStats(some, None, some, some), some, None)
+    up = RowGradient(some / 2, some, None, some, some)
     assert head_backward._unit(up, products).item() == pytest.approx(3e-6)
 
 

@@ -45,7 +45,9 @@ def run(op, h, w, b, target, **options):
     h, w, b = (x.detach().clone().requires_grad_() for x in (h, w, b))
     out = op(h, w, target, bias=b, return_entropy=True, **options)
     c, g = (x.index_fill(0, torch.tensor([5, 6]), 0.0) for x in upstream((N,), "cpu"))
-    ((out.logprob.double() * c).sum() + (out.entropy.double() * g).sum()).backward()
+    e = c.flip(0).index_fill(0, torch.tensor([5, 6]), 0.0)
+    parts = zip((out.logprob, out.entropy, out.lse), (c, g, e), strict=True)
+    sum((x.double() * sent).sum() for x, sent in parts).backward()
     gradients = {"dhidden": h.grad, "dweight": w.grad, "dbias": b.grad}
     return {"logprob": out.logprob, "entropy": out.entropy, "lse": out.lse} | gradients
 

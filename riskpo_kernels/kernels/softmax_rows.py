@@ -5,16 +5,17 @@
 fold: with t the target and, over the other columns, m = max z, s = sum e^(z-m),
 u = sum e^(z-m) (z-m), one pass over the tile updates (m, s, u, z_t) of each row.
 
-gradient: with log p = z - peak - log_sum and upstream c (of logprob), g (of entropy H)
+gradient: with log p = z - peak - log_sum and three numbers a row (softmax_rows.RowGradient), which
+scale / T is in,
 
-    dz_v = -p_v (c + g (log p_v + H))           v != t
-    dz_t = (1 - p_t) c - p_t g (logprob + H)
-    draw = dz * softcap'(x) * scale / T
+    dz_v = -p_v (offset + slope log p_v)        v != t
+    dz_t = at_target
+    draw = dz * softcap'(x)
 
     tensor                      shape    dtype
     raw                         [R, C]   fp32, bf16, fp16; any row stride, unit column stride
     target                      [R]      int64, counted from the tile's first column
-    state, stats, c, g, T       [R]      fp32
+    state, numbers of a row, T  [R]      fp32
     out                         [R, C]   fp32, bf16, fp16; may be raw itself
 
 Cost per element: fold one read and one exp, gradient one read, one exp and one write. No atomics.
@@ -32,7 +33,7 @@ import triton.language as tl
 from riskpo_kernels import softmax_rows
 from riskpo_kernels.kernels import Configuration, signature_of
 from riskpo_kernels.kernels.tl_math import logits_gradient, logits_of, online_softmax
-from riskpo_kernels.softmax_rows import LogitMap, RowState, RowStats
+from riskpo_kernels.softmax_rows import LogitMap, RowGradient, RowState
 
 # One program holds BN rows x BV columns, 16 fp32 values a thread; rows are read in runs of 2 KB.
 BN, BV, WARPS = 8, 512, 8
@@ -43,7 +44,7 @@ FLOOR = tl.constexpr(softmax_rows.FLOOR)
 
 # Pieces of rows begin anywhere: without these lists every alignment of a piece, and every other
 # remainder of its length, would compile the kernels again.
-PER_ROW = "target temperature m s u zt blocks logprob entropy peak log_sum c g"
+PER_ROW = "target temperature m s u zt blocks at_target offset slope peak log_sum"
 ROW_POINTERS = [f"p_{name}" for name in PER_ROW.split()]
 
 
@@ -127,12 +128,11 @@ def _gradient_kernel(
     p_bias,
     p_target,
     p_temperature,
-    p_logprob,
-    p_entropy,
+    p_at_target,
+    p_offset,
+    p_slope,
     p_peak,
     p_log_sum,
-    p_c,
-    p_g,
     p_out,
     R,
     C,
@@ -144,7 +144,7 @@ def _gradient_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
-    HAS_G: tl.constexpr,
+    HAS_SLOPE: tl.constexpr,
     BN: tl.constexpr,
     BV: tl.constexpr,
 ):
@@ -156,12 +156,13 @@ def _gradient_kernel(
 
     target = tl.load(p_target + o_n, mask=m_n, other=-1)
     live = m_n & (target != IGNORED)
-    c = tl.load(p_c + o_n, mask=live, other=0.0)
-    g = tl.full((BN,), 0.0, tl.float32)
-    if HAS_G:
-        g = tl.load(p_g + o_n, mask=live, other=0.0)
-    live = live & ((c != 0) | (g != 0))  # a row without a coefficient is not read either
-    logprob = tl.load(p_logprob + o_n, mask=live, other=0.0)
+    at_target = tl.load(p_at_target + o_n, mask=live, other=0.0)
+    offset = tl.load(p_offset + o_n, mask=live, other=0.0)
+    slope = tl.full((BN,), 0.0, tl.float32)
+    if HAS_SLOPE:
+        slope = tl.load(p_slope + o_n, mask=live, other=0.0)
+    # a row without a gradient is not read either
+    live = live & ((at_target != 0) | (offset != 0) | (slope != 0))
     peak = tl.load(p_peak + o_n, mask=live, other=0.0)
     log_sum = tl.load(p_log_sum + o_n, mask=live, other=0.0)
     if HAS_TEMPERATURE:
@@ -173,16 +174,12 @@ def _gradient_kernel(
     ).to(tl.float32)  # [BN, BV]
     if HAS_BIAS:
         x += tl.load(p_bias + o_v, mask=m_v, other=0.0).to(tl.float32)[None, :]
-    z, slope = logits_of(x, scale, softcap, temperature, HAS_SOFTCAP)
+    z, cap_slope = logits_of(x, scale, softcap, temperature, HAS_SOFTCAP)
 
-    h = logprob
-    if HAS_G:
-        h = tl.load(p_entropy + o_n, mask=live, other=0.0)
     log_p = (z - peak[:, None]) - log_sum[:, None]
     taken = o_v[None, :] == target[:, None]
-    dz = logits_gradient(log_p, taken, logprob, h, c, g, HAS_G, FLOOR)
-    dz = dz * slope * scale / temperature
-    dz = tl.where(live[:, None], dz, 0.0)
+    dz = logits_gradient(log_p, taken, at_target, offset, slope, HAS_SLOPE, FLOOR)
+    dz = tl.where(live[:, None], dz * cap_slope, 0.0)
 
     tl.store(
         p_out + o_n[:, None] * stride_out + o_v[None, :],
@@ -246,9 +243,7 @@ def gradient(
     raw: torch.Tensor,
     target: torch.Tensor,
     bias: torch.Tensor | None,
-    stats: RowStats,
-    c: torch.Tensor | None,
-    g: torch.Tensor | None,
+    up: RowGradient,
     map: LogitMap,
     out: torch.Tensor,
 ) -> torch.Tensor:
@@ -264,12 +259,11 @@ def gradient(
             p_bias=bias,
             p_target=target,
             p_temperature=per_row,
-            p_logprob=stats.logprob,
-            p_entropy=stats.entropy,
-            p_peak=stats.peak,
-            p_log_sum=stats.log_sum,
-            p_c=torch.zeros_like(stats.logprob) if c is None else c,
-            p_g=g,
+            p_at_target=up.at_target,
+            p_offset=up.offset,
+            p_slope=up.slope,
+            p_peak=up.peak,
+            p_log_sum=up.log_sum,
             p_out=out,
             R=rows,
             C=cols,
@@ -281,7 +275,7 @@ def gradient(
             HAS_BIAS=bias is not None,
             HAS_SOFTCAP=map.softcap is not None,
             HAS_TEMPERATURE=per_row is not None,
-            HAS_G=g is not None and stats.entropy is not None,
+            HAS_SLOPE=up.slope is not None,
             BN=BN,
             BV=BV,
             num_warps=WARPS,
@@ -312,9 +306,14 @@ def compile_configurations() -> list[Configuration]:
     ):
         if bias and raw != "fp32":
             continue
-        flags = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "HAS_TEMPERATURE": per_row, "HAS_G": g}
+        flags = {
+            "HAS_BIAS": bias,
+            "HAS_SOFTCAP": softcap,
+            "HAS_TEMPERATURE": per_row,
+            "HAS_SLOPE": g,
+        }
         name = f"gradient {raw}->{out} bias={bias:d} softcap={softcap:d} rows={per_row:d} g={g:d}"
-        given = {"p_bias": bias, "p_temperature": per_row, "p_entropy": g, "p_g": g}
+        given = {"p_bias": bias, "p_temperature": per_row, "p_slope": g}
         types = {"p_raw": raw, "p_out": out, "p_target": "i64"}
         configurations.append(_configuration(name, _gradient_kernel, types, given, flags))
     return configurations

@@ -58,12 +58,11 @@ def dz_kernel(
     p_tile_block,
     p_target,
     p_temperature,
-    p_logprob,
-    p_entropy,
+    p_at_target,
+    p_offset,
+    p_slope,
     p_peak,
     p_log_sum,
-    p_c,
-    p_g,
     p_dz,
     p_sums,
     D,
@@ -77,7 +76,7 @@ def dz_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
-    HAS_G: tl.constexpr,
+    HAS_SLOPE: tl.constexpr,
     HAS_DB: tl.constexpr,
     BM: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -112,21 +111,20 @@ def dz_kernel(
         x += tl.load(p_bias + o_v, mask=m_v, other=0.0)[None, :]
     if HAS_TEMPERATURE:
         temperature = tl.load(p_temperature + r, mask=m_p, other=1.0)[:, None]
-    z, slope = logits_of(x, scale, softcap, temperature, HAS_SOFTCAP)
+    z, cap_slope = logits_of(x, scale, softcap, temperature, HAS_SOFTCAP)
 
     peak = tl.load(p_peak + r, mask=m_p, other=0.0)
     log_sum = tl.load(p_log_sum + r, mask=m_p, other=0.0)
-    logprob = tl.load(p_logprob + r, mask=m_p, other=0.0)
     target = tl.load(p_target + r, mask=m_p, other=-1)
-    c = tl.load(p_c + r, mask=m_p, other=0.0)
-    g, entropy = c, logprob
-    if HAS_G:
-        g = tl.load(p_g + r, mask=m_p, other=0.0)
-        entropy = tl.load(p_entropy + r, mask=m_p, other=0.0)
+    at_target = tl.load(p_at_target + r, mask=m_p, other=0.0)
+    offset = tl.load(p_offset + r, mask=m_p, other=0.0)
+    slope = offset
+    if HAS_SLOPE:
+        slope = tl.load(p_slope + r, mask=m_p, other=0.0)
     log_p = (z - peak[:, None]) - log_sum[:, None]
     taken = o_v[None, :] == target[:, None]
-    dz = logits_gradient(log_p, taken, logprob, entropy, c, g, HAS_G, LOWEST)
-    dz = tl.where(m_p[:, None] & m_v[None, :], dz * slope * scale / temperature, 0.0)
+    dz = logits_gradient(log_p, taken, at_target, offset, slope, HAS_SLOPE, LOWEST)
+    dz = tl.where(m_p[:, None] & m_v[None, :], dz * cap_slope, 0.0)
 
     o_dz = (i_t * BM + tl.arange(0, BM))[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     tl.store(p_dz + o_dz, dz.to(p_dz.dtype.element_ty))
@@ -142,10 +140,10 @@ def compile_configurations() -> list[Configuration]:
         biases = ((False, False), (True, False), (True, True))
         others = itertools.product(*((False, True),) * 3)
         for (bias, db), (softcap, per_row, g) in itertools.product(biases, others):
-            flags: dict[str, Any] = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "HAS_G": g}
+            flags: dict[str, Any] = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "HAS_SLOPE": g}
             flags |= {"HAS_TEMPERATURE": per_row, "HAS_DB": db}
             flags |= {"BK": BK, "BM": tile_rows(softcap)}
-            given = {"p_bias": bias, "p_temperature": per_row, "p_g": g, "p_entropy": g}
+            given = {"p_bias": bias, "p_temperature": per_row, "p_slope": g}
             given |= {"p_sums": db}
             name = f"dz-dot {dtype} bias={bias:d} softcap={softcap:d} rows={per_row:d} g={g:d} "
             name += f"db={db:d}"

@@ -22,15 +22,6 @@ def tanh(x):
 
 
 @triton.jit
-def one_minus_exp(log_p):
-    # series where the difference would cancel
-    x = -log_p
-    tail = 1.0 / 24.0 - x * (1.0 / 120.0 - x * (1.0 / 720.0))
-    series = x * (1.0 - x * (0.5 - x * (1.0 / 6.0 - x * tail)))
-    return tl.where(x < 0.25, series, 1.0 - tl.exp(log_p))
-
-
-@triton.jit
 def logits_of(x, scale, softcap, temperature, HAS_SOFTCAP: tl.constexpr):
     # z and softcap'(scale * x), for z = softcap(scale * x) / temperature
     x = x * scale
@@ -43,17 +34,15 @@ def logits_of(x, scale, softcap, temperature, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def logits_gradient(log_p, taken, logprob, h, c, g, HAS_G: tl.constexpr, FLOOR: tl.constexpr):
-    # dz [R, C] for upstream c of logprob and g of the entropy h, all [R]; taken marks the target
+def logits_gradient(
+    log_p, taken, at_target, offset, slope, HAS_SLOPE: tl.constexpr, FLOOR: tl.constexpr
+):
+    # dz [R, C] of softmax_rows.RowGradient's three numbers a row, [R]; taken marks the target
     log_p = at_least(log_p, FLOOR)  # 0 * -inf is NaN
-    logprob = at_least(logprob, FLOOR)
-    p = tl.exp(log_p)
-    dz = -p * c[:, None]
-    at_target = c * one_minus_exp(logprob)
-    if HAS_G:
-        dz -= p * g[:, None] * (log_p + h[:, None])
-        at_target -= tl.exp(logprob) * g * (logprob + h)
-    return tl.where(taken, at_target[:, None], dz)
+    by_mass = offset[:, None]
+    if HAS_SLOPE:
+        by_mass += slope[:, None] * log_p
+    return tl.where(taken, at_target[:, None], -tl.exp(log_p) * by_mass)
 
 
 @triton.jit

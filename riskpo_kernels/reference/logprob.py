@@ -14,7 +14,8 @@ from riskpo_kernels.reference.ranks import whole
 
 
 class TokenLogProbs(NamedTuple):
-    """Per-token results in nats; entropy is None unless asked for; lse carries no gradient."""
+    """Per-token results in nats; entropy is None unless asked for. All are
+    differentiable: with h w_k - lse, any other token's log-prob is too."""
 
     logprob: torch.Tensor
     entropy: torch.Tensor | None
@@ -92,7 +93,7 @@ def _log_probs(
     z = z / temperature
     log_p = torch.log_softmax(z, dim=-1)
     taken = log_p.gather(-1, target[kept].long()[:, None])[:, 0]
-    lse = torch.logsumexp(z.detach(), dim=-1)
+    lse = torch.logsumexp(z, dim=-1)
 
     def spread(x: torch.Tensor) -> torch.Tensor:  # back to the callers' rows, zero where ignored
         return torch.zeros(kept.shape, dtype=x.dtype, device=x.device).masked_scatter(kept, x)

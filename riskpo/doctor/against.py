@@ -18,6 +18,7 @@ from riskpo.doctor.problem import (
 )
 from riskpo.doctor.tolerance import within
 
+QUANTITIES = ("logprob", "entropy", "loss", "dhidden", "dweight")  # that libraries give
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -76,4 +77,5 @@ def compare(dtype: str, theirs: Results, problem: Problem) -> list[Row]:
             float(yard.size.get(quantity, truth[quantity]).abs().max()),
         )
         for quantity, got in theirs.values.items()
+        if quantity in QUANTITIES
     ]

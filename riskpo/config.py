@@ -77,7 +77,7 @@ class TrainConfig:
     data: str | None = None  # file, hub name, or embedded:mixed, :large, :tiny; None: the demo's
     eval_data: str | None = None  # None: a held-out part of data
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
-    reward: str = "auto"  # auto, math, code, exact, or your own "package.module:function"
+    reward: str = "auto"  # auto, math, code, exact, your "module:function" or "file.py:function"
     seed: int = 0
     steps: int = 300
 
@@ -136,6 +136,7 @@ REAL = {
 # What the paper's row needs in order to learn within the demo's few minutes (docs/demo.md).
 DEMO_OVERRIDES = {"riskpo-paper": {"baseline": "leave-one-out"}}
 
+DTYPES = ("float32", "bfloat16")
 ATTENTIONS = ("auto", "flash", "varlen", "sequences", "masked")
 # May differ from the saved run's.
 FREE_ON_RESUME = ("steps", "save_every_steps", "log_with", "memory.sharded")
@@ -164,15 +165,15 @@ def validate(config: TrainConfig) -> None:
     c = config
     if c.model is None and not is_embedded(c.data) or c.model is not None and c.data is None:
         missing = "model" if c.model is None else "data"
-        _reject(
+        reject(
             f"{missing}=None beside the other", "both model and data, or neither", f"Set {missing}."
         )
     _choice("backend", c.backend, ("auto", "triton", "torch", "reference"))
-    _choice("dtype", c.dtype, ("float32", "bfloat16"))
+    _choice("dtype", c.dtype, DTYPES)
     _choice("memory.optimizer", c.memory.optimizer, ("device", "host", "8bit"))
     _choice("memory.attention", c.memory.attention, ATTENTIONS)
     if c.memory.offload_checkpoints and not c.memory.checkpointing:
-        _reject(
+        reject(
             "memory.offload_checkpoints without memory.checkpointing",
             "both, since it is the checkpoints that move",
             "Set memory.checkpointing.",
@@ -183,14 +184,14 @@ def validate(config: TrainConfig) -> None:
     needs_files = {"sampler.engine='vllm'": c.sampler.engine == "vllm", "lora.rank": c.lora.rank}
     for name, wanted in needs_files.items():
         if wanted and c.model is None:
-            _reject(f"{name} with the embedded model", "a model on disk or a hub", "Set model.")
+            reject(f"{name} with the embedded model", "a model on disk or a hub", "Set model.")
     check_columns(c.columns)
     for name in c.log_with:
         _choice("log_with", name, ("tensorboard", "wandb", "trackio"))
     for name, value in flat(c).items():
         _check_number(name, value)
     if c.questions_per_step % c.updates_per_step:
-        _reject(
+        reject(
             f"questions_per_step={c.questions_per_step} with updates_per_step={c.updates_per_step}",
             "a multiple, since mini-batches are made of whole questions",
             "Change one of them.",
@@ -200,7 +201,7 @@ def validate(config: TrainConfig) -> None:
 def check_columns(columns: ColumnsConfig) -> None:
     """ValueError for one of question and gold without the other."""
     if (columns.question is None) != (columns.gold is None) or columns.id and not columns.gold:
-        _reject(
+        reject(
             f"columns.question={columns.question!r} with columns.gold={columns.gold!r}",
             "both, or neither",
             "Name the column of the question and that of its answer.",
@@ -233,24 +234,34 @@ def _check_number(name: str, value: object) -> None:
         return
     least = "at least 0" if name in _MAY_BE_ZERO else "above 0"
     if not (value >= 0 if name in _MAY_BE_ZERO else value > 0) or value == float("inf"):
-        _reject(f"{name}={value}", f"a finite number {least}", f"Set {name} accordingly.")
+        reject(f"{name}={value}", f"a finite number {least}", f"Set {name} accordingly.")
 
 
 def _choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        _reject(f"{name}={value!r}", f"one of {', '.join(choices)}", "Check the spelling.")
+        reject(f"{name}={value!r}", f"one of {', '.join(choices)}", "Check the spelling.")
 
 
-def _reject(came: str, expected: str, todo: str) -> None:
+def reject(came: str, expected: str, todo: str) -> None:
     raise ValueError(f"config: got {came}; expected {expected}. {todo}")
 
 
 def read_toml(path: str | Path, base: TrainConfig | None = None) -> TrainConfig:
     """`base` with the settings of a TOML file; an unknown key names the nearest known one."""
-    with open(path, "rb") as file:
-        given = tomllib.load(file)
-    config: TrainConfig = with_settings(base or TrainConfig(), given, str(path))
+    config: TrainConfig = with_settings(base or TrainConfig(), load_toml(path), str(path))
     return config
+
+
+def load_toml(path: str | Path) -> dict[str, Any]:
+    """The tables of a TOML file; ValueError that names the file."""
+    try:
+        with open(path, "rb") as file:
+            return tomllib.load(file)
+    except FileNotFoundError:
+        reject(f"config={str(path)!r}", "a TOML file that exists", "Check the path.")
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        reject(f"{path}, which is no TOML ({error})", "lines like steps = 10", "Mend it.")
+    return {}
 
 
 def with_settings(base: Any, given: dict[str, Any], path: str) -> Any:
@@ -261,7 +272,7 @@ def with_settings(base: Any, given: dict[str, Any], path: str) -> Any:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
             hint = f"Did you mean {near[0]!r}?" if near else "See `riskpo train --help`."
-            _reject(f"unknown key {key!r} in {path}", f"a field of {type(base).__name__}", hint)
+            reject(f"unknown key {key!r} in {path}", f"a field of {type(base).__name__}", hint)
         inner = getattr(base, key)
         if dataclasses.is_dataclass(inner) and isinstance(value, dict):
             found[key] = with_settings(inner, value, path)
@@ -279,7 +290,7 @@ def _typed(key: str, annotation: str, value: object) -> object:
         return float(value)
     elif type(value).__name__ == annotation.removesuffix(" | None"):
         return value
-    _reject(f"{key}={value!r}", annotation, "Change its type in the TOML file.")
+    reject(f"{key}={value!r}", annotation, "Change its type in the TOML file.")
     return None
 
 

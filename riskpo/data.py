@@ -2,9 +2,9 @@ r"""Questions from a file or from the Hugging Face hub.
 
 Local .jsonl, .json, .csv and .parquet files are read directly (no copy in a cache, and a column may
 mix numbers and text), compressed with gzip too; any other name is a hub data set, "owner/name" or
-"owner/name:config". What a row means is told by its fields, see riskpo/data_forms.py, or by the names of columns
-that you give. A value that is neither text nor number, or is missing, is refused with file and row:
-what str() makes of it would be trained on.
+"owner/name:config". What a row means is told by its fields, see riskpo/data_forms.py, or by names
+of columns that you give. A value that is neither text nor number, or is missing, is refused with
+file and row: what str() makes of it would be trained on.
 
 The same problem twice becomes one question (the official AIME file holds 30 problems 32 times):
 RiskPO groups rewards by question, and a problem drawn twice into one batch must not pass for one

@@ -8,7 +8,6 @@ number that the log does not have gives no sentence.
 
 from __future__ import annotations
 
-import argparse
 import math
 import textwrap
 from collections.abc import Callable, Iterable
@@ -26,12 +25,6 @@ SMALL_LOSS = 0.02  # of the order of the noise of a mean advantage
 LITTLE_GRADIENT = 1e-6
 COLLAPSED = 0.2  # of the early entropy
 WIDTH = 100  # columns of the printed report
-
-
-def explain_command(given: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="riskpo explain")
-    parser.add_argument("run_dir", help="folder of a `riskpo train` run")
-    print(report(explain(parser.parse_args(given).run_dir)))
 
 
 def explain(run_dir: str | Path) -> list[Finding]:

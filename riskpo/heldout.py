@@ -10,6 +10,7 @@ import torch
 from riskpo.evaluate import EvalResult, EvalSettings, evaluate, powers_of_two
 from riskpo.measures import by_stratum, sampled_entropy
 from riskpo.records import Question
+from riskpo.rewards import stop_if_all_crashed
 from riskpo.start import Run
 
 SHOWN_ANSWERS = 6
@@ -42,6 +43,7 @@ def evaluate_and_log(run: Run) -> None:
         ks=powers_of_two(c.eval_samples),
         settings=settings,
     )
+    stop_if_all_crashed(result.counts, run.scorer)
     name = f"avg@{c.eval_samples}"
     interval = {f"{name}_low": result.avg.low, f"{name}_high": result.avg.high}
     strata = stratum_rows(run.held_out, result) | {"entropy": entropies[0]}

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 
 from riskpo.arithmetic import find_task, task_questions
 from riskpo.checkpoint import latest_checkpoint
+from riskpo.cli import VERIFIER_SECONDS
 from riskpo.config import DEMO, REAL, is_embedded
 from riskpo.data import BOXED_INSTRUCTION, load_questions, split_holdout
 from riskpo.evaluate import EvalResult, EvalSettings, evaluate, over_seeds, write_json
 from riskpo.math_reward import extract
 from riskpo.records import Question
-from riskpo.rewards import EXACT_SOURCES, Scorer
+from riskpo.rewards import EXACT_SOURCES, Scorer, stop_if_all_crashed
 from riskpo.rollout import load_policy_for, sample
 
 if TYPE_CHECKING:
@@ -73,13 +74,13 @@ def evaluate_once(config: EvalConfig, questions: Sequence[Question]) -> EvalResu
     programs = config.reward.startswith("code") or any(
         question.meta.get("reward") == "code" for question in questions
     )
-    with Scorer(config.reward) as scorer:
-        return evaluate(
+    with Scorer(config.reward, seconds=VERIFIER_SECONDS) as scorer:
+        result = evaluate(
             answers,
             questions,
             scorer.score,
             samples=config.samples,
-            ks=[k for k in config.ks if k <= config.samples],
+            ks=config.ks or tuple(dict.fromkeys((1, config.samples))),
             settings=EvalSettings(
                 model=model,
                 data=config.data or "embedded",
@@ -89,6 +90,8 @@ def evaluate_once(config: EvalConfig, questions: Sequence[Question]) -> EvalResu
             ),
             vote=None if programs else vote,
         )
+        stop_if_all_crashed(result.counts, scorer)
+    return result
 
 
 def questions_of(config: EvalConfig) -> list[Question]:

@@ -9,9 +9,11 @@ Kinds of reward:
                      that allows no namespaces, and with it a program that can read your files
   "exact"            the response is the gold, character for character but for surrounding space;
                      nothing is parsed, so it runs here
-  "package.module:function"
+  "package.module:function" or "file.py:function"
                      your own (text, question) -> float, called in the same killable processes;
                      question has the fields of riskpo.records.Question; above zero counts as right
+                     and anything but one finite number is a crash. Modules are looked for in the
+                     current folder too
 
 "auto" takes "exact" for the embedded arithmetic task, "code" for programming tasks and "math" for
 everything else. Timeouts,
@@ -20,7 +22,8 @@ crashes and unreadable golds give reward 0 and are counted under their own names
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from types import TracebackType
 from typing import Any
@@ -29,7 +32,7 @@ import torch
 
 from riskpo.records import Question
 from riskpo.sandbox import require
-from riskpo.verdicts import Outcome, Verdict, failed, right, tally
+from riskpo.verdicts import OUTCOMES, Outcome, Verdict, crash_name, failed, right, tally
 from riskpo.verifier_pool import VerifierPool
 
 __all__ = ["Outcome", "Scorer", "Verdict", "VerifierPool", "check_golds", "verify_exact"]
@@ -41,6 +44,8 @@ CODE_LEVELS = {"code": "namespaces", "code-limits-only": "limits"}
 CODE_EXTRA_SECONDS = 30.0  # to start two sandboxes on a busy machine, beside the program's own time
 KINDS = ("auto", "math", "exact", *CODE_LEVELS)
 EXACT_SOURCES = ("arithmetic",)
+
+log = logging.getLogger("riskpo")
 
 
 def verify_exact(gold: str, answer: str) -> Verdict:
@@ -58,8 +63,8 @@ def verify_exact(gold: str, answer: str) -> Verdict:
 class Scorer:
     """Rewards for the training loop and for evaluation; a context manager.
 
-    reward      "auto", "math", "code", "code-limits-only", "exact" or an import path
-                "package.module:function"
+    reward      "auto", "math", "code", "code-limits-only", "exact", "package.module:function" or
+                "file.py:function"
     workers, seconds, memory_mib   see VerifierPool; the processes start when first needed. For
                 code, seconds is the time of a program over all its tests, without the sandbox's own
 
@@ -87,6 +92,7 @@ class Scorer:
             "memory_mib": memory_mib,
         }
         self._pools: dict[str, VerifierPool] = {}
+        self.crashes: dict[str, str] = {}  # by exception: its text, and what it was raised over
         if ":" in reward or reward in CODE_LEVELS:  # told now, not after the first rollouts
             self._running_pool(reward if ":" in reward else CODE)
 
@@ -123,7 +129,25 @@ class Scorer:
             items = [self._item(path, texts[i], rows[i]) for i in chosen]
             for i, verdict in zip(chosen, self._running_pool(path).run(items), strict=True):
                 verdicts[i] = verdict
+        self._tell_crashes(texts, rows, verdicts)
         return [v for v in verdicts if v is not None]
+
+    def _tell_crashes(
+        self,
+        texts: Sequence[str],
+        rows: Sequence[Question],
+        verdicts: Sequence[Verdict | None],
+    ) -> None:
+        """The text of an exception, once for each kind of it."""
+        for text, question, verdict in zip(texts, rows, verdicts, strict=True):
+            if verdict is None or verdict.outcome is not Outcome.CRASH:
+                continue
+            name = crash_name(verdict.detail)
+            if name not in self.crashes:
+                self.crashes[name] = (
+                    f"{verdict.detail} (response {text[:60]!r} to question {question.id!r})"
+                )
+                log.warning("reward %s crashed: %s", self.reward, self.crashes[name])
 
     def check_golds(self, questions: Sequence[Question]) -> list[tuple[Question, Verdict]]:
         """Questions whose gold does not verify against itself, with why; run before training.
@@ -189,6 +213,17 @@ class Scorer:
         at: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def stop_if_all_crashed(counts: Mapping[str, int], scorer: Scorer) -> None:
+    """ValueError where every verdict of a batch is a crash: a reward of 0 that means nothing."""
+    every = sum(counts.get(outcome, 0) for outcome in OUTCOMES)
+    if every and counts.get("crash", 0) == every:
+        text = next(iter(scorer.crashes.values()), "see the warnings of the other processes")
+        raise ValueError(
+            f"reward: all {every} verdicts of {scorer.reward} crashed: {text}. Mend the reward; "
+            "the same command goes on from the last checkpoint."
+        )
 
 
 def check_golds(

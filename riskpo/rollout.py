@@ -152,7 +152,8 @@ class _Draw(LogitsProcessor):
 
     Row i's t-th token is where its cumulative probability passes uniform[i, t] (inverse transform
     sampling): a function of that number and of the policy, whoever else is in the batch. generate
-    is left with one possible token, which its argmax finds.
+    is left with one possible token, which its argmax finds. Temperature 0 takes the likeliest token
+    and notes its log-prob at 1.
     """
 
     def __init__(self, temperature: float, uniform: torch.Tensor) -> None:
@@ -161,13 +162,15 @@ class _Draw(LogitsProcessor):
         self.columns: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        logprob = torch.log_softmax(scores.float() / self.temperature, dim=-1)
+        logprob = torch.log_softmax(scores.float() / (self.temperature or 1.0), dim=-1)
         # In float64: a running sum in float32 need not grow, and would favour rare tokens.
         below = logprob.double().exp().cumsum(-1)
         total = below[:, -1:]
         place = self.uniform[:, len(self.columns), None] * total
         place = torch.minimum(place, torch.nextafter(total, torch.zeros_like(total)))
         chosen = torch.searchsorted(below, place, right=True)
+        if self.temperature == 0:
+            chosen = logprob.argmax(-1, keepdim=True)
         self.columns.append(logprob.gather(1, chosen)[:, 0])
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
 

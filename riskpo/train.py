@@ -19,6 +19,7 @@ from riskpo.config import TrainConfig
 from riskpo.heldout import evaluate_and_log, show_answers
 from riskpo.measures import all_equal, by_stratum, covariances, risk_curves, sampled_entropy
 from riskpo.plots import plot
+from riskpo.rewards import stop_if_all_crashed
 from riskpo.start import Run, start
 from riskpo.update import update
 from riskpo.verdicts import metric_name
@@ -60,6 +61,7 @@ def train_step(run: Run, step: int) -> None:
         step=step,
     )
     sampled = time.perf_counter()
+    stop_if_all_crashed(batch.outcomes, run.scorer)
     numbers = {"reward_mean": float(batch.seen_QG.mean()), **risk_curves(batch.seen_QG)}
     numbers |= by_stratum(batch.seen, batch.seen_QG) | all_equal(batch.seen_QG)
     numbers["sampled_entropy"] = sampled_entropy(batch.seen_logprob)

@@ -56,15 +56,24 @@ def tally(verdicts: Iterable[Verdict]) -> dict[str, int]:
     watched, not_watched  verdicts of DENIED behind which it was looked, or should have been
     swallowed             watched ones during which at least one exception was swallowed
     swallowed_TypeError   of these, those with a TypeError; only the names that were seen
+    crash_KeyError        crashes with a KeyError, or crash_process: the process died; as they occur
     """
     counts = Counter(dict.fromkeys((*OUTCOMES, "watched", "not_watched", "swallowed"), 0))
     for verdict in verdicts:
         counts[verdict.outcome.value] += 1
+        if verdict.outcome is Outcome.CRASH:
+            counts[f"crash_{crash_name(verdict.detail)}"] += 1
         if verdict.watched is not None:
             counts["watched" if verdict.watched else "not_watched"] += 1
         counts["swallowed"] += bool(verdict.swallowed)
         counts.update({f"swallowed_{entry.split()[0]}" for entry in verdict.swallowed})
     return dict(counts)
+
+
+def crash_name(detail: str) -> str:
+    """ "KeyError" of "KeyError: 'x'"; "process" where no exception is named."""
+    name = detail.partition(":")[0]
+    return name if name.isidentifier() else "process"
 
 
 def metric_name(count: str) -> str:

@@ -58,7 +58,8 @@ class _Worker:
     def _popen(self) -> subprocess.Popen[bytes]:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         return subprocess.Popen(
-            [sys.executable, "-c", BOOT, json.dumps(sys.path)],
+            # A console script does not look into the current folder, where a reward may well be.
+            [sys.executable, "-c", BOOT, json.dumps([*sys.path, os.getcwd()])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
@@ -76,7 +77,7 @@ class _Worker:
             self.stop()
             raise RuntimeError(
                 f"verifier {self._setup['function']} cannot be imported: {reply['error']}. "
-                "Check the import path, and that the module imports on its own."
+                f"Check the path, and that it imports on its own in {os.getcwd()}."
             )
 
     def ensure(self) -> None:
@@ -200,8 +201,8 @@ class _Worker:
 class VerifierPool:
     """Calls `verify` on many items in killable processes; results keep the order of the items.
 
-    verify      import path "package.module:function", called with the parts of one item (JSON
-                values; a dict arrives as a SimpleNamespace); returns a Verdict or a number
+    verify      "package.module:function" or "file.py:function", called with the parts of one item
+                (JSON values; a dict arrives as a SimpleNamespace); returns a Verdict or a number
     workers     processes
     seconds     wall clock per item; the process is killed and replaced there: `timeout`
     memory_mib  address space per process, where the system can limit it

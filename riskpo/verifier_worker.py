@@ -12,15 +12,18 @@ trainer. Imports stay light: a worker is up in about a second and holds about 10
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import logging
 import math
+import numbers
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from types import SimpleNamespace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import IO, Any
 
 from riskpo.swallowed import swallowed
@@ -32,25 +35,57 @@ ENTRIES, ENTRY_CHARACTERS = 16, 120  # of swallowed exceptions, in a reply
 
 
 def load_function(path: str) -> Callable[..., Any]:
-    """The callable named "package.module:function"."""
-    module, _, name = path.partition(":")
-    if not module or not name:
+    """The callable named "package.module:function" or "folder/file.py:function"."""
+    where, _, name = path.rpartition(":")
+    if not where or not name:
         raise ValueError(
-            f"verifier: got {path!r}; expected package.module:function. Write the import path."
+            f"got {path!r}; expected package.module:function or file.py:function. Write where the "
+            "function is"
         )
-    found = getattr(importlib.import_module(module), name)
+    module = _module_of(Path(where)) if where.endswith(".py") else importlib.import_module(where)
+    if not hasattr(module, name):
+        known = [k for k, v in vars(module).items() if callable(v) and not k.startswith("_")]
+        raise ValueError(f"{where} has no {name!r}; it has {', '.join(known) or 'no function'}")
+    found = getattr(module, name)
     if not callable(found):
-        raise ValueError(f"verifier: {path} is a {type(found).__name__}; expected a function.")
+        raise ValueError(f"{path} is a {type(found).__name__}; expected a function")
     return found  # type: ignore[no-any-return]
 
 
+def _module_of(file: Path) -> ModuleType:
+    """A file as a module, whose neighbours it can import."""
+    if not file.is_file():
+        raise ValueError(f"there is no file {file} in {Path.cwd()}")
+    sys.path.append(str(file.resolve().parent))
+    spec = importlib.util.spec_from_file_location(f"riskpo_reward_{file.stem}", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+LARGEST = 3.4028234663852886e38  # of float32, in which rewards are kept
+
+
 def to_verdict(value: object) -> Verdict:
-    """What a verifier returned as a Verdict; a plain number is right above zero."""
+    """What a verifier returned as a Verdict; a plain number is right above zero.
+
+    TypeError or ValueError for anything but one finite number: text, None, a list of rewards.
+    """
+    given = value.reward if isinstance(value, Verdict) else value
+    if getattr(given, "shape", None) == ():  # a number of numpy's or torch's
+        given = given.item()  # type: ignore[attr-defined]
+    if not isinstance(given, numbers.Real):
+        kind = type(given).__name__
+        raise TypeError(
+            f"the reward function returned {given!r:.60} of type {kind}; expected one finite number"
+        )
+    reward = float(given)
+    if not abs(reward) <= LARGEST:
+        raise ValueError(f"the reward function returned {reward}; expected one finite number")
     if isinstance(value, Verdict):
-        return value
-    reward = float(value)  # type: ignore[arg-type]
-    if not math.isfinite(reward):
-        return failed(Outcome.CRASH, f"the reward function returned {reward}")
+        return replace(value, reward=reward, outcome=Outcome(value.outcome))
     return Verdict(reward, Outcome.RIGHT if reward > 0 else Outcome.WRONG)
 
 
@@ -121,8 +156,8 @@ def main() -> None:
         function = load_function(setup["function"])
         for package in setup["watch"]:
             importlib.import_module(package)
-    except Exception as error:
-        _send(outgoing, error=f"{type(error).__name__}: {error}")
+    except BaseException as error:  # a script may end itself, or read our arguments
+        _send(outgoing, error=f"{type(error).__name__}: {error}"[:4000])
         sys.exit(1)
     _send(outgoing, ready=True)
     for line in incoming:

@@ -100,3 +100,26 @@ def half_for_short(text: str, question) -> float:
 
 def no_torch(_: str) -> float:
     return 0.0 if "torch" in sys.modules or "transformers" in sys.modules else 1.0
+
+
+def for_ever(text: str, question: object) -> float:
+    while True:
+        time.sleep(1.0)
+
+
+def odd_values(text: str, question: object) -> object:
+    """What the response names, as its reward."""
+    import numpy
+    import torch
+
+    return {
+        "none": None, "nan": float("nan"), "inf": float("inf"), "text": "1.0", "list": [1.0],
+        "many": [1.0, 0.0], "tensor of two": torch.ones(2), "object": {"reward": 1.0},
+        "huge": 1e39, "complex": 1j, "verdict": Verdict(float("nan"), Outcome.RIGHT),
+        "word": Verdict(1.0, "good"), "tensor": torch.tensor(0.5), "numpy": numpy.float32(0.5),
+        "bool": True, "int": 2,
+    }[text]  # fmt: skip
+
+
+def picky(text: str, question: object) -> float:
+    return {"42": 1.0}[text]

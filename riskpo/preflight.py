@@ -1,0 +1,122 @@
+"""What can be told before any library that takes seconds to import: settings, files, the reward.
+
+Nothing here imports torch or transformers, so that a mistake costs a second and not a minute.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from riskpo.config import ColumnsConfig, is_embedded
+from riskpo.data_files import is_file, read_file
+from riskpo.verdicts import Outcome
+
+if TYPE_CHECKING:
+    from riskpo.records import Question
+
+METRICS = "metrics.jsonl"  # in run_dir
+FIRST_ROWS = 100  # of a file that are read here; the rest is read when the run starts
+SAMPLES = ("", "42", "The answer is 42.")  # responses that a reward of yours is tried on
+
+
+def check_data(source: str | None, columns: ColumnsConfig) -> Question | None:
+    """The first question of a local file; ValueError for a file that cannot be read."""
+    if source is None or is_embedded(source) or not is_file(source):
+        return None
+    from riskpo.data import to_question
+
+    path = Path(source).expanduser()
+    rows = islice(read_file(path), FIRST_ROWS)
+    questions = [to_question(row, path, place, columns) for place, row in rows]
+    if not questions:
+        raise ValueError(f"load_questions: {source} holds no question. Check the file.")
+    return questions[0]
+
+
+def check_model(name: str | None) -> None:
+    """ValueError for what is meant as a folder and is none, or holds no model."""
+    if name is None or "{seed}" in name:
+        return
+    path = Path(name).expanduser()
+    meant = name.startswith(("/", ".", "~")) or name.count("/") > 1
+    if path.is_dir():
+        if not any(path.glob("*.json")) and not (path / "checkpoints").is_dir():
+            raise ValueError(
+                f"model: the folder {name} holds neither a config.json nor checkpoints. Give a "
+                "folder that save_pretrained or `riskpo train` wrote."
+            )
+    elif meant or path.is_file():
+        raise ValueError(
+            f"model: there is no folder {name}. Give a folder that save_pretrained or `riskpo "
+            "train` wrote, or the name of a model on the hub."
+        )
+
+
+def check_folder(run_dir: str) -> None:
+    """ValueError, or the system's own error, where nothing can be written into `run_dir`."""
+    path = Path(run_dir)
+    path.mkdir(parents=True, exist_ok=True)
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"run_dir: nothing can be written into {run_dir}. Choose another one, or change its "
+            "permissions."
+        )
+
+
+def check_out(out: str | None) -> None:
+    """The same for a file that will be written at the end."""
+    if out is not None:
+        if Path(out).is_dir():
+            raise ValueError(f"out: {out} is a folder; expected a file. Add a name to it.")
+        check_folder(str(Path(out).parent))
+
+
+def check_log(run_dir: str) -> None:
+    """ValueError where `run_dir` has no log of a run."""
+    if not (Path(run_dir) / METRICS).is_file():
+        raise ValueError(
+            f"log: there is no {Path(run_dir) / METRICS}. Give the run_dir of a `riskpo train` run."
+        )
+
+
+def try_reward(reward: str, question: Question | None, seconds: float) -> list[str]:
+    """Call a reward of yours on sample responses; lines that say what it gave.
+
+    ValueError when it fails on all of them; RuntimeError when it cannot be imported.
+    """
+    if ":" not in reward:
+        return []
+    from riskpo.records import Question
+    from riskpo.verifier_pool import VerifierPool
+
+    question = question or Question("sample", "6*7=", "42", "arithmetic")
+    asked = asdict(replace(question, images=()))
+    texts = list(dict.fromkeys([question.gold, *SAMPLES]))
+    with VerifierPool(reward, workers=1, seconds=seconds) as pool:
+        verdicts = pool.run([(text, asked) for text in texts])
+    lost = [v for v in verdicts if v.outcome in (Outcome.CRASH, Outcome.TIMEOUT)]
+    if len(lost) == len(verdicts):
+        raise ValueError(
+            f"reward: {reward} fails on each of {len(texts)} sample responses, such as "
+            f"{texts[0][:60]!r} to question {question.id!r}: {lost[0].detail}. It takes (text, "
+            "question) and returns one finite number. Mend it."
+        )
+    return [
+        f"reward {reward} of the response {text[:60]!r} to question {question.id!r}: "
+        + (
+            f"{verdict.outcome.value}: {verdict.detail}"
+            if verdict in lost
+            else f"{verdict.reward:g}"
+        )
+        for text, verdict in zip(texts[:2], verdicts, strict=False)
+    ]
+
+
+def say(*lines: str) -> None:
+    """On the terminal at once, from the first process of a run alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(*lines, sep="\n", flush=True)

@@ -11,15 +11,17 @@ import functools
 import logging
 import types
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import GRPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
-from riskpo.head import HeadOptions, find_head, head_options
+from riskpo.head import Head, find_head
+from riskpo.head_weight import unwrapped
 from riskpo_kernels import full_weight, linear_logprob
 
 IGNORE = -100
@@ -56,19 +58,22 @@ def use_riskpo_head(
     The keywords are those of linear_logprob. bfloat16 heads drop blocks of the vocabulary below
     2^-14 from the gradient by default; tail_eps=0 is exact.
 
-    ValueError for what this path does not compute: an adapter on the head, a mixture of experts
+    ValueError for what this path does not compute: an adapter of products on the head (LoRA;
+    modules_to_save and trainable tokens are computed), virtual tokens, a mixture of experts
     with its auxiliary loss, images, DeepSpeed ZeRO-3, a head the formula does not describe.
     """
     _refuse(trainer)
-    model = _plain(trainer.model)
     float32: bool = trainer.args.cast_lm_head_to_fp32  # type: ignore[attr-defined]
-    options = _options(model)
+    head = _head(trainer.model)
+    model = unwrapped(trainer.model)
     settings = HeadSettings(trainer.temperature, backend, memory_mib, tail_eps, deterministic)
-    _patch(model, options, settings, float32)
+    _patch(model, head, settings, float32)
     if trainer.ref_model is not None:  # built from the policy's own checkpoint: the same formula
         reference = trainer.accelerator.unwrap_model(trainer.ref_model)
-        _patch(reference, options, settings, float32)
-    log.info("%s: %s with %s, %s", OP, type(model).__name__, settings, options)
+        _patch(
+            reference, replace(head, module=reference.get_output_embeddings()), settings, float32
+        )
+    log.info("%s: %s with %s, %s", OP, type(model).__name__, settings, head.options)
 
 
 def _refuse(trainer: GRPOTrainer) -> None:
@@ -84,26 +89,28 @@ def _refuse(trainer: GRPOTrainer) -> None:
         _reject("DeepSpeed ZeRO-3", "a head that is whole in the backward too", todo)
 
 
-def _plain(model: Any) -> Any:
-    """The causal LM inside a PEFT wrapper, whose head must be the plain one."""
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-    head = plain.get_output_embeddings()
-    for name in ("base_layer", "original_module"):
-        if hasattr(head, name):
-            came = f"a PEFT adapter on the head ({type(head).__name__})"
-            todo = "Take lm_head out of target_modules and modules_to_save."
-            _reject(came, "a plain head, whose weight is all there is", todo)
-    return plain
+def _head(model: Any) -> Head:
+    """Verified on the model's own logits; ranks without weights yet are told. All raise or none."""
+    module = unwrapped(model).get_output_embeddings()
+    holds = module is None or not any(p.is_meta for p in module.parameters())
+    found: Head | None = None
+    error: str | None = None
+    try:
+        found = find_head(model) if holds else None
+    except ValueError as raised:
+        error = str(raised)
+    told = [(None if found is None else (found.options, found.rows), error)]
+    if dist.is_available() and dist.is_initialized():
+        told *= dist.get_world_size()
+        dist.all_gather_object(told, told[0])
+    error = next((text for _, text in told if text is not None), None)
+    if error is not None:
+        raise ValueError(f"{OP}: {error}")
+    options, rows = next(formula for formula, _ in told if formula is not None)
+    return Head(module, options, rows)
 
 
-def _options(model: Any) -> HeadOptions:
-    """Verified on the model's own logits, except where this rank holds no weights yet."""
-    if model.get_output_embeddings().weight.is_meta:
-        return head_options(model.config)
-    return find_head(model).options
-
-
-def _patch(model: Any, options: HeadOptions, settings: HeadSettings, float32: bool) -> None:
+def _patch(model: Any, head: Head, settings: HeadSettings, float32: bool) -> None:
     host_forward = model.forward
 
     # generate() reads the signature of forward through __wrapped__
@@ -111,7 +118,7 @@ def _patch(model: Any, options: HeadOptions, settings: HeadSettings, float32: bo
     def forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
         if not fused_lm_head:
             return host_forward(*args, **kwargs)
-        return _score(self, args, kwargs, options, settings, float32)
+        return _score(self, args, kwargs, head, settings, float32)
 
     model.forward = types.MethodType(forward, model)
 
@@ -120,7 +127,7 @@ def _score(
     model: Any,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    options: HeadOptions,
+    head: Head,
     settings: HeadSettings,
     float32: bool,
 ) -> FusedCausalLMOutput:
@@ -133,10 +140,8 @@ def _score(
     hidden = model.get_decoder()(*args, **kwargs, use_cache=False).last_hidden_state
     # The labels move, not the hidden states: a slice of those would be a copy.
     target = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
-    head = model.get_output_embeddings()
-    bias = getattr(head, "bias", None)
     # a head that FSDP2 shards as a module of its own; one gather per forward
-    bias, weight = None if bias is None else full_weight(bias), full_weight(head.weight)
+    bias, weight = None if head.bias is None else full_weight(head.bias), full_weight(head.weight)
     hidden, weight = _as_computed(hidden.to(weight.device), weight, float32)
     device = hidden.device.type
     with torch.autocast(device, enabled=False) if float32 else nullcontext():
@@ -147,7 +152,7 @@ def _score(
             bias=None if bias is None else bias.to(weight.dtype),
             return_entropy=True,
             ignore_index=IGNORE,
-            **asdict(options),
+            **asdict(head.options),
             **asdict(settings),
         )
     assert token.entropy is not None  # asked for

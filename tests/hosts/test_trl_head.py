@@ -92,7 +92,7 @@ def results(model, logprob, entropy) -> dict[str, torch.Tensor]:
     g = torch.Generator().manual_seed(2)
     up = [torch.randn(B, KEEP, generator=g).to(x) for x in (logprob, entropy)]
     ((up[0] * logprob).sum() + (up[1] * entropy).sum()).backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return {"logprob": logprob, "entropy": entropy, **gradients}
 
 
@@ -167,16 +167,72 @@ def test_autocast_multiplies_in_its_own_dtype(tmp_path, calls, monkeypatch):
     assert seen == [(torch.bfloat16,) * 2, (torch.float32,) * 2]
 
 
-@pytest.mark.parametrize(
-    "where", [{"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]}], ids=str
-)
-def test_an_adapter_on_the_head_is_refused(tmp_path, where):
+@pytest.mark.parametrize("moved", [False, True], ids=["fresh", "trained"])
+def test_an_adapter_on_the_head_is_refused(tmp_path, moved):
+    policy = adapted(moved=moved, target_modules=["lm_head"])
+    with pytest.raises(ValueError, match="(?i)adapter to .*head"):  # by TRL
+        trainer(tmp_path, policy=policy)
+    with pytest.raises(ValueError, match="use_riskpo_head: head: got the adapter peft.*lm_head"):
+        trl_head._head(policy.model)
+
+
+@pytest.mark.parametrize("kind", ["PrefixTuningConfig", "PromptTuningConfig"])
+def test_virtual_tokens_are_refused(tmp_path, kind):
     peft = pytest.importorskip("peft", reason="peft is not installed")
     policy = tiny_policy()
-    adapters = peft.LoraConfig(r=2, **{"target_modules": ["q_proj"], **where})
-    model = peft.get_peft_model(policy.model, adapters)
-    with pytest.raises(ValueError, match="(?i)adapter (to|on) .*head"):
-        trainer(tmp_path, policy=Policy(model, policy.tokenizer))
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    policy = Policy(peft.get_peft_model(policy.model, config), policy.tokenizer)
+    with pytest.raises(ValueError, match="head: got P.*_TUNING by peft; .*Use LoRA"):
+        trainer(tmp_path, policy=policy)
+
+
+def adapted(*, moved: bool = True, **changes) -> Policy:
+    """A policy inside peft's wrapper; its adapters have been trained where `moved`."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    policy = tiny_policy()
+    config = peft.LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **changes})
+    model = peft.get_peft_model(policy.model, config)
+    g = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in model.parameters():
+            if moved and p.requires_grad:
+                p.add_(0.3 * torch.randn(p.shape, generator=g))
+    return Policy(model, policy.tokenizer)
+
+
+WEIGHTS = {
+    "modules_to_save": {"modules_to_save": ["lm_head"]},
+    "trainable tokens": {"trainable_token_indices": {"lm_head": [3, 5], "embed_tokens": [4]}},
+    "LoRA of the embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+}
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["fresh", "trained"])
+@pytest.mark.parametrize("where", WEIGHTS)
+def test_what_peft_makes_a_weight_of_is_computed(tmp_path, calls, where, moved):
+    policy = adapted(moved=moved, **WEIGHTS[where])
+    run = trainer(tmp_path, policy=policy, temperature=0.7)
+    with torch.no_grad():  # and it follows what is trained
+        for p in run.model.parameters():
+            if p.requires_grad:
+                p.mul_(1.5)
+    got = by_host(run)
+    assert len(calls) == 1
+    plain = by_torch(policy.model, 0.7)
+    assert got.keys() == plain.keys()
+    truth = by_torch(policy.model.double(), 0.7)
+    assert_all_close_as_plain(got, truth, plain, factor=4.0)
+
+
+@pytest.mark.parametrize("where", WEIGHTS)
+def test_a_run_trains_it(tmp_path, calls, where):
+    policy = adapted(**WEIGHTS[where])
+    before = {n: p.detach().clone() for n, p in policy.model.named_parameters()}
+    trainer(tmp_path, policy=policy, max_steps=1, beta=0.1, learning_rate=1.0).train()
+    assert len(calls) == 2  # the loss, and the reference with adapters off or as they were
+    after = dict(policy.model.named_parameters())  # and TRL's copies for the reference
+    trained = {name for name, p in before.items() if not torch.equal(p, after[name])}
+    assert trained == {name for name in before if after[name].requires_grad}
 
 
 def test_adapters_elsewhere_train(tmp_path, calls):
@@ -201,7 +257,7 @@ def test_a_router_loss_is_refused(tmp_path):
 def test_a_head_that_does_more_is_refused(tmp_path):
     policy = tiny_policy()
     policy.model.lm_head.register_forward_hook(lambda module, given, out: 1.5 * out)
-    with pytest.raises(ValueError, match="logits differ"):
+    with pytest.raises(ValueError, match="head: got the hook .*lambda.* on lm_head"):
         trainer(tmp_path, policy=policy)
 
 

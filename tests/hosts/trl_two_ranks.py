@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from riskpo.head import find_head
 from riskpo.hosts import trl_head
 from riskpo.hosts.trl_rows import answer_key
 from tests.hosts.test_trl_loss import batch, old_logprob
@@ -92,7 +93,7 @@ def log_prob_gradients(units: str, rows_of: list[int]) -> dict[str, list[float]]
     """Of the mean over `rows_of` ranks' rows; FSDP2 shards the model, or its head apart, or not."""
     model = tiny_policy().model
     settings = trl_head.HeadSettings(temperature=1.0)
-    trl_head._patch(model, trl_head.HeadOptions(), settings, float32=False)
+    trl_head._patch(model, find_head(model), settings, float32=False)
     if units == "head":
         fully_shard(model.lm_head)
     if units != "none":

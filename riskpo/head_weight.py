@@ -1,0 +1,134 @@
+"""Which weight a head multiplies with, through what is wrapped around it.
+
+peft's modules_to_save and trainable tokens are weights, read anew at every call, so that the active
+adapter's is taken and its parameters get their gradients. Everything else that a head can be (an
+adapter of products, a quantised or another kind of layer, a hook) computes logits that no weight
+alone gives, some of it only once it has been trained: refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+# Their hooks and replaced forwards gather, move and cast; they leave the mathematics.
+KEEP_VALUES = ("torch.distributed", "accelerate", "deepspeed", "transformers", "trl", "riskpo")
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def unwrapped(model: Any) -> Any:
+    """The causal LM inside torch.compile's and peft's wrappers; ValueError for virtual tokens."""
+    model = getattr(model, "_orig_mod", model)
+    if not hasattr(model, "get_base_model"):
+        return model
+    if model.active_peft_config.is_prompt_learning:
+        raise ValueError(
+            f"head: got {model.active_peft_config.peft_type.value} by peft; expected adapters "
+            "inside the model's layers, since packed sequences have no room for virtual tokens. "
+            "Use LoRA."
+        )
+    return model.get_base_model()
+
+
+def computed(module: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(weight, bias) as the head's forward takes them now; differentiable in what makes them."""
+    parts = getattr(module, "_modules", {})
+    if "modules_to_save" in parts:
+        active = module.modules_to_save[module.active_adapters[0]] if _acts(module) else None
+        return computed(module.original_module if active is None else active)
+    if "token_adapter" in parts:
+        return computed(module.token_adapter if _acts(module) else module.original_module)
+    if hasattr(module, "trainable_tokens_delta"):
+        if module.disable_adapters or module.merged or not module.active_adapters:
+            return computed(module.base_layer)
+        # peft's forward takes no bias here
+        return module.get_merged_weights(module.active_adapters), None
+    return module.weight, module.bias
+
+
+def _acts(wrapper: Any) -> bool:
+    """Whether a wrapper of peft's is on: not disabled, and it has what is active."""
+    names = wrapper.active_adapters
+    return not wrapper.disable_adapters and bool(names) and set(names) <= wrapper._adapters
+
+
+def refuse_wrapped_head(model: Any, module: Any) -> None:
+    """ValueError, with the module's name, for a head that is more than a weight and a bias."""
+    names = {id(part): name for name, part in model.named_modules()}
+    for part in (model, *_layers(module)):
+        where = f"{names.get(id(part), '')} of a {type(model).__name__}".removeprefix(" of ")
+        for hook in _strange_hooks(part, forward=part is not model):
+            raise ValueError(
+                f"head: got the hook {hook} on {where}; expected none, since log-probs are "
+                "computed from the head's weight and would pass it by. Remove it (torch's "
+                "parametrizations take the place of weight_norm and of masks)."
+            )
+    for part in _layers(module):
+        where = f"{names.get(id(part), 'the head')} of a {type(model).__name__}"
+        kind = f"{type(part).__module__}.{type(part).__qualname__}"
+        if _is_peft(part):
+            if hasattr(part, "base_layer") and not hasattr(part, "trainable_tokens_delta"):
+                raise ValueError(
+                    f"head: got the adapter {kind} on {where}; expected a plain weight, since log-"
+                    "probs are computed from it and the adapter would get no gradient. Take it "
+                    "out of target_modules; modules_to_save trains the head as a whole."
+                )
+            continue
+        weight = getattr(part, "weight", None)
+        plain = isinstance(part, torch.nn.Linear) and type(part).forward is torch.nn.Linear.forward
+        if not plain or not _is_matrix(weight):
+            raise ValueError(
+                f"head: got a {kind} with {_described(weight)} as {where}; expected a "
+                "torch.nn.Linear with a floating-point weight [V, D]. Leave a quantised head in "
+                "16 or 32 bits (modules_to_not_convert, llm_int8_skip_modules); no other kind is "
+                "supported."
+            )
+
+
+def _layers(module: Any) -> Iterator[Any]:
+    """The head and every layer behind peft's wrappers that may compute in its stead."""
+    yield module
+    parts = getattr(module, "_modules", {})
+    if "modules_to_save" in parts:
+        yield from _layers(module.original_module)
+        for copy in module.modules_to_save.values():
+            yield from _layers(copy)
+    elif "token_adapter" in parts:
+        yield from _layers(module.token_adapter)
+    elif hasattr(module, "trainable_tokens_delta"):
+        yield from _layers(module.base_layer)
+
+
+def _is_peft(part: Any) -> bool:
+    parts = getattr(part, "_modules", {})
+    return bool({"modules_to_save", "token_adapter", "base_layer"} & set(parts))
+
+
+def _is_matrix(weight: Any) -> bool:
+    """A floating-point matrix that torch multiplies as it stands (or a shard of one)."""
+    kinds = (torch.Tensor, torch.nn.Parameter)
+    sharded = hasattr(weight, "full_tensor")
+    return (type(weight) in kinds or sharded) and weight.dim() == 2 and weight.is_floating_point()
+
+
+def _described(weight: Any) -> str:
+    if not isinstance(weight, torch.Tensor):
+        return "no weight"
+    return f"a weight {list(weight.shape)} ({type(weight).__name__}, {weight.dtype})"
+
+
+def _strange_hooks(part: Any, *, forward: bool) -> Iterator[str]:
+    """Names of hooks, and of a forward set on the object, that may change what it computes."""
+    found = [hook for kind in HOOKS for hook in getattr(part, kind, {}).values()]
+    if forward and "forward" in vars(part) and not hasattr(part, "_hf_hook"):
+        found.append(part.forward)
+    for hook in found:
+        function = hook
+        while isinstance(function, partial):
+            function = function.func
+        home = getattr(function, "__module__", None) or type(function).__module__
+        if not home.startswith(KEEP_VALUES):
+            yield f"{home}.{getattr(function, '__qualname__', type(function).__qualname__)}"

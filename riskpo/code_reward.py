@@ -28,6 +28,7 @@ import re
 import time
 from typing import Any
 
+from riskpo.final_answer import after_thinking
 from riskpo.sandbox import Limits, run_program, run_tests
 from riskpo.sandbox_roles import asserts
 from riskpo.verdicts import Outcome, Verdict, failed, right
@@ -86,7 +87,7 @@ def program_of(response: str, task: dict[str, Any]) -> str | None:
     prompt, entries = task.get("prompt", ""), task.get("entries", [])
     if block is None and _fences(response):
         return None
-    found = response.rpartition("</think>")[2] if block is None else block
+    found = after_thinking(response) if block is None else block
     if prompt and not any(_defines(found, name) for name in entries):
         whole = f"{prompt}{found}"
         return whole if block is not None or _parses(whole) else None
@@ -98,7 +99,7 @@ def program_of(response: str, task: dict[str, Any]) -> str | None:
 
 def last_block(response: str) -> str | None:
     """The last closed python block, else the last closed block that names no language."""
-    blocks = _BLOCK.findall(response.rpartition("</think>")[2])
+    blocks = _BLOCK.findall(after_thinking(response))
     for languages in (_PYTHON, ("",)):
         chosen = [code for language, code in blocks if language.lower() in languages]
         if chosen:
@@ -107,7 +108,7 @@ def last_block(response: str) -> str | None:
 
 
 def _fences(response: str) -> bool:
-    return "```" in response.rpartition("</think>")[2]
+    return "```" in after_thinking(response)
 
 
 def _parses(source: str) -> bool:

@@ -1,23 +1,12 @@
 r"""Is the final answer of a response equal to the reference answer? Runs in verifier processes.
 
-Which part of a response is its answer, first rule that finds something (text before the last
-</think> is dropped):
-
-  1. the last \boxed{...}. Only the last: two boxes would otherwise become the set of both. A base
-     model that runs on into a question of its own is graded on what it boxed there, hence mostly
-     wrong: stopping is part of the task. An empty, unclosed or endless last box is `no_answer`.
-  2. the last "#### x" line (GSM8K).
-  3. the last "answer": "x" of a JSON object; no JSON parser: models write LaTeX into it.
-  4. the last "Answer: x", "A: x" or "the answer is x".
-  5. what math-verify finds in the last paragraph (1,000 characters at most), as a rule its last
-     number or formula. No more than that: further back it is a guess at some step of the way.
-
-Equality is math-verify's, gold first, with set-relation comparison, so that 1 <= x < 2 is [1,2).
-Never the other way round as well: verify is asymmetric on purpose, and with the answer in the
-gold's place "25" would be right for x^2+y^2=25 and {1,3} for (3,1). Policies, all lenient about
-writing and strict about value: thousands separators 1,234  1{,}234  1\,234  "1 234" are dropped;
-$ and units are dropped; 25\% is equal to 25 and to 0.25; a comma list is a set, in any order; x=5
-is 5. Golds that are a choice ("A", "(B)") or words ("yes", "\text{even}") are compared as text.
+Where the answer is: riskpo/final_answer.py. How it may be written: riskpo/answer_writing.py. What
+is compared as a form of its own (clock, ratio, base, words, plain numbers): riskpo/answer_forms.py.
+When two values are equal: riskpo/answer_values.py. The rest is math-verify's, gold first, with
+set-relation comparison, so that 1 <= x < 2 is [1,2). Never the other way round as well: verify is
+asymmetric on purpose, and with the answer in the gold's place "25" would be right for x^2+y^2=25
+and {1,3} for (3,1). The policies stand in one table in docs/verifier.md: lenient about writing,
+strict about value. Golds that are a choice ("A", "(B)") are compared as text.
 Nothing here has a time limit: the pool kills.
 """
 
@@ -29,38 +18,36 @@ from functools import lru_cache
 from itertools import product
 from typing import Any
 
-from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
+from sympy import FiniteSet, Intersection, Union
 
+from riskpo.answer_echo import is_plain, is_worked_out
+from riskpo.answer_forms import compare, form_in, parts, special
+from riskpo.answer_values import equal
+from riskpo.answer_writing import numbers, sentence, tidy, without_text
+from riskpo.final_answer import LONGEST_ANSWER, boxes, extract, final
 from riskpo.verdicts import Outcome, Verdict, failed, right
 
-TAIL_CHARACTERS = 1000
-LONGEST_ANSWER = 1000
+__all__ = ["extract", "final", "parse_answer", "parsed_gold", "verify_math"]
 
 _LATEX = LatexExtractionConfig(boxed_match_priority=0)
 _EXPR = ExprExtractionConfig()
-_HASHES = re.compile(r"####[ \t]*(\S[^\n]*)")
-_JSON = re.compile(r'"answer"\s*:\s*(?:"((?:[^"\\\n]|\\.)*)"|(-?[\d.,]+))', re.IGNORECASE)
-_MARKED = re.compile(
-    r"(?:\banswer(?:\s+is)?[*\s]*:|\banswer\s+is\b|^[*\s]*A:)[*\s]*(\S[^\n]*)",
-    re.IGNORECASE | re.MULTILINE,
-)
-_THOUSANDS = re.compile(r"(?<=\d)(?:\\[,! ]|\{,\}|,\\!|~| )(?=\d{3}(?!\d))")
-_SCIENTIFIC = re.compile(r"(?<![A-Za-z\\])(-?\d+(?:\.\d+)?)[eE]([+-]?\d+)(?![A-Za-z\d])")
-_FUNCTION = re.compile(  # "\sin^2 t": math-verify would drop the t as a unit, tonnes
-    r"(\\(?:sin|cos|tan|cot|sec|csc|log|ln)(?:\^(?:\d|\{[^{}]*\}))?) *([A-Za-z])(?![A-Za-z])"
-)
-_WITH_UNIT = re.compile(r"^(\\?\$?-?[\d,]*\.?\d+)\s+([A-Za-z][A-Za-z .]+)$")
-_TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|rm|bf)\s*\{([^{}]*)\}")
 _WORD = re.compile(r"(?<![\\A-Za-z{=^_])[A-Za-z][a-z]{2,}(?=[\s,.;:!?]|$)")
 _CHOICE = re.compile(r"^(?:\(([A-J])\)|([A-J]))$")
 _CHOSEN = re.compile(r"^(?:\(([A-J])\).*|([A-J])(?:[.:)].*)?)$", re.IGNORECASE | re.DOTALL)
-_NOT_UNITS = ("pi", "million", "billion", "thousand", "hundred", "dozen", "percent", "or", "and")
+_RELATION = re.compile(r"[<>]|\\(?:l|g|n)eq?(?![a-z])|\\(?:l|g)(?:t|eqslant)(?![a-z])")
+_JUNCTION = re.compile(
+    r"\\(?:text|mathrm|mbox) *\{ *(or|and) *\}|\\(lor|vee|land|wedge)(?![a-z])|\b(or|and)\b"
+)
+_COMMAND = re.compile(r"\\(?:begin|end) *\{[a-z]+\}|\\[A-Za-z]+")
+_SHORT = 80  # characters of an unmarked line that is all answer
 
 
-def verify_math(gold: str, answer: str | None) -> Verdict:
+def verify_math(gold: str, answer: str | None, worked_out: bool = True) -> Verdict:
     """Compare the final answer of the response `answer` with the reference `gold`, both text.
 
     Without an answer the gold is compared with itself: anything but `right` makes it a bad gold.
+    worked_out: where the gold is a plain number, 1 + 5 for 6 is `unevaluated` instead of right.
     """
     if answer is None:
         return _check_gold(gold)
@@ -71,69 +58,56 @@ def verify_math(gold: str, answer: str | None) -> Verdict:
         if chosen is None:
             return failed(Outcome.NO_ANSWER, f"no choice in {found[-80:]!r}")
         return _judge((choice[1] or choice[2]) == (chosen[1] or chosen[2]).upper(), gold, found)
+    verdict = _compare(gold, found, marked)
+    several = boxes(answer) if verdict.outcome is Outcome.WRONG else []
+    if len(several) > 1 and len(several) == len(parts(tidy(final(gold)))):
+        verdict, found = _compare(gold, ", ".join(several), True), ", ".join(several)
+    if verdict.outcome is Outcome.RIGHT and worked_out and is_plain(final(gold)):
+        if not is_worked_out(final(gold), verdict.detail):
+            return failed(Outcome.UNEVALUATED, f"{verdict.detail!r} is not worked out")
+    return verdict
+
+
+def _compare(gold: str, found: str, marked: bool) -> Verdict:
+    """The verdict on one extracted answer; its detail is the answer where that is right."""
+    reference = final(gold)
+    formed = special(reference)
+    whole = marked or _is_whole(found) and (formed or re.search(r"[\d\\]", found) is not None)
+    if whole and found and _letters(found) == _letters(reference) != "":
+        return right(found[:LONGEST_ANSWER])
+    if formed and (not whole or _is_prose(found)):
+        found = form_in(found, reference) or found
+    if len(found) <= LONGEST_ANSWER and (whole or formed):
+        verdict = compare(reference, found)
+        if verdict is not None:
+            return _judge(verdict, gold, found)
     golds = parsed_gold(gold)
     if not golds:
         return failed(Outcome.UNPARSABLE_GOLD, f"gold {gold[:80]!r}")
-    if marked and _letters(found) == _letters(final(gold)) != "":
-        return right(found[:80])
-    answers = parse_answer(found, marked)
+    answers = parse_answer(found, whole)
     found = next((a for a in answers if isinstance(a, str)), found)
-    if not _expressions(answers) and not (answers and _is_words(final(gold))):
+    if not _expressions(answers) and not (answers and _is_words(reference)):
         return failed(Outcome.NO_ANSWER, f"nothing to compare in {found[-80:]!r}")
     if _any_equal(golds, answers):
-        return right(found[:80])
+        return right(found)
     if not _expressions(list(golds)):
         return failed(Outcome.UNPARSABLE_GOLD, f"gold {gold[:80]!r} is not an expression")
     return _judge(False, gold, found)
 
 
 def _check_gold(gold: str) -> Verdict:
-    if _CHOICE.match(_plain(gold)) or _is_words(final(gold)):
+    reference = final(gold)
+    if _CHOICE.match(_plain(gold)) or _is_words(reference) or compare(reference, reference):
         return right("text")
     golds = _expressions(list(parsed_gold(gold)))
     if not golds:
         return failed(Outcome.UNPARSABLE_GOLD, f"gold {gold[-80:]!r} cannot be read")
     probe = _parse_boxed("1234567")  # some golds equal themselves at sight and hang on all else
     for g in golds:
-        _equal(g, probe[0])
-    if not any(_equal(g, g) for g in golds):
+        equal(g, probe[0])
+    if not any(equal(g, g) for g in golds):
         return failed(Outcome.UNPARSABLE_GOLD, f"gold {gold[-80:]!r} does not equal itself")
     return right()
-
-
-def extract(response: str) -> tuple[str, bool]:
-    """The final answer of a response, and whether it was marked as such (rules 1 to 4)."""
-    text = response.rpartition("</think>")[2]
-    for command in ("\\boxed", "\\fbox"):
-        start = text.rfind(command)
-        if start >= 0:
-            return _braced(text[start + len(command) :]), True
-    for pattern in (_HASHES, _JSON, _MARKED):
-        matches = list(pattern.finditer(text))
-        if matches:
-            return next(g for g in matches[-1].groups() if g is not None).strip(), True
-    return text[-TAIL_CHARACTERS:].rstrip().rpartition("\n\n")[2].strip(), False
-
-
-def _braced(text: str) -> str:
-    """What follows \\boxed: the balanced group, or one token; empty when it never closes."""
-    text = text.lstrip()
-    if not text.startswith("{"):  # \boxed 5
-        return re.split(r"[\s$]", text, maxsplit=1)[0]
-    depth = 0
-    for i, character in enumerate(text[: LONGEST_ANSWER + 2]):
-        if text[i - 1 : i] == "\\":  # \{ and \} are symbols
-            continue
-        depth += (character == "{") - (character == "}")
-        if depth == 0:
-            return text[1:i].strip()
-    return ""
-
-
-def final(gold: str) -> str:
-    """The answer inside a gold that may be a whole worked solution."""
-    found, marked = extract(gold)
-    return found if marked else gold.strip()
 
 
 @lru_cache(maxsize=4096)
@@ -155,49 +129,79 @@ def parsed_gold(gold: str) -> tuple[Any, ...]:
 
 def parse_answer(found: str, marked: bool) -> list[Any]:
     """An extracted answer as math-verify's values."""
-    if not found or (marked and len(found) > LONGEST_ANSWER):
+    text = sentence(found) if marked else found
+    if not text or len(text) > LONGEST_ANSWER:
         return []
     if not marked:
-        return _parse(found, _LATEX, _EXPR)
-    sentence = _sentence(found)
-    if not _is_prose(sentence):
-        return _parse_boxed(sentence)
-    return _parse(f"answer: {sentence}", _LATEX, _EXPR)
+        return _parse(numbers(found), _LATEX, _EXPR)
+    if not _is_prose(text):
+        return _parse_boxed(text)
+    return _parse(f"answer: {numbers(text)}", _LATEX, _EXPR)
 
 
 def _parse_boxed(text: str) -> list[Any]:
-    return _parse(f"\\boxed{{{_tidy(text)}}}", _LATEX) if text else []
+    """One formula as values; \\pm and inequalities with "or" are read here, not by math-verify."""
+    text = tidy(text)
+    if "\\pm" in text or "\\mp" in text:
+        members = [_formula(sign) for part in parts(text) for sign in _both_signs(part)]
+        if all(members):
+            return [FiniteSet(*(member[0] for member in members)), text]
+    if _RELATION.search(text) and _JUNCTION.search(text):
+        joined = _junction(text)
+        if joined is not None:
+            return [joined, text]
+    return _formula(text)
 
 
-def _tidy(text: str) -> str:
-    """One formula in the form math-verify reads best; see the policies above."""
-    text = _sentence(text)
-    text = _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", _THOUSANDS.sub("", text))
-    text = _FUNCTION.sub(r"\1(\2)", text)
-    with_unit = _WITH_UNIT.match(text)
-    if with_unit and not set(with_unit[2].lower().split()) & set(_NOT_UNITS):
-        return with_unit[1]
-    return text
+def _formula(text: str) -> list[Any]:
+    return _parse(f"\\boxed{{{text}}}", _LATEX) if text else []
 
 
-def _sentence(text: str) -> str:
-    """Up to the end of the sentence, without emphasis, dollar signs or a full stop around it."""
-    text = re.split(r"\.\s+(?=[A-Z])", text.strip(), maxsplit=1)[0]
-    text = text.replace("\\\\(", "\\(").strip().strip("*").strip().rstrip(".").strip()
-    for opening, closing in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
-        inside = text[len(opening) : -len(closing)]
-        if text.startswith(opening) and text.endswith(closing) and opening not in inside:
-            return inside.strip()
-    return text
+def _both_signs(text: str) -> list[str]:
+    r"""x = a \pm b as a + b and a - b; with two \pm, and no \mp, all four."""
+    text = text.rpartition("=")[2]
+    if "\\mp" not in text and text.count("\\pm") == 2:
+        first, second, third = text.split("\\pm")
+        return [f"{first}{s}{second}{t}{third}" for s in "+-" for t in "+-"]
+    return [
+        text.replace("\\pm", upper).replace("\\mp", lower)
+        for upper, lower in (("+", "-"), ("-", "+"))
+    ][: 2 if "\\pm" in text or "\\mp" in text else 1]
+
+
+def _junction(text: str) -> Any:
+    """Inequalities with "or" or "and" between them as one set; None for anything else."""
+    pieces = _JUNCTION.split(text)
+    relations = [piece.strip(" ,~\\") for piece in pieces[:: _JUNCTION.groups + 1]]
+    words = (next(filter(None, match.groups())) for match in _JUNCTION.finditer(text))
+    joints = {"and" if word in ("and", "land", "wedge") else "or" for word in words}
+    if len(joints) != 1 or not all(_RELATION.search(relation) for relation in relations):
+        return None
+    values = [_expressions(_formula(relation)) for relation in relations]
+    if not all(v and hasattr(v[0], "as_set") and len(v[0].free_symbols) == 1 for v in values):
+        return None
+    if len(set().union(*(v[0].free_symbols for v in values))) != 1:
+        return None
+    sets = [v[0].as_set() for v in values]
+    return Union(*sets) if joints == {"or"} else Intersection(*sets)
 
 
 def _plain(text: str) -> str:
     """Text without markup, for choices and words."""
-    return _TEXT.sub(r"\1", _sentence(text)).strip(" .$*\\~")
+    return without_text(sentence(text)).strip(" .$*\\~")
 
 
 def _letters(text: str) -> str:
-    return "".join(_plain(text).casefold().split())
+    """Text without its blanks, but for those between digits: 1 2 is not 12."""
+    return re.sub(r"(?<!\d)\s|\s(?!\d)", "", " ".join(_plain(text).casefold().split()))
+
+
+def _is_whole(found: str) -> bool:
+    """Whether an unmarked last line is all answer."""
+    if len(found) > _SHORT or "\n" in found:
+        return False
+    talk = re.sub(r"\b(?:or|and)\b", "", _COMMAND.sub("", without_text(found)))
+    return " " not in found or not re.search(r"[A-Za-z]{4}|[a-z]{2} [a-z]", talk)
 
 
 def _is_words(text: str) -> bool:
@@ -207,7 +211,7 @@ def _is_words(text: str) -> bool:
 
 def _is_prose(text: str) -> bool:
     """Two or more English words outside \\text, so that only a part of it can be the answer."""
-    return len(_WORD.findall(_TEXT.sub("", text))) > 1
+    return len(_WORD.findall(without_text(text))) > 1
 
 
 def _expressions(values: list[Any]) -> list[Any]:
@@ -219,8 +223,10 @@ def _any_equal(golds: Sequence[Any], answers: Sequence[Any]) -> bool:
     answer that could not be compared is a crash with a name, not a wrong answer."""
     problem: Exception | None = None
     for gold, answer in product(golds, answers):
+        if isinstance(gold, str) != isinstance(answer, str):
+            continue
         try:
-            if _equal(gold, answer):
+            if equal(gold, answer):
                 return True
         except (MemoryError, RecursionError):
             raise
@@ -231,23 +237,11 @@ def _any_equal(golds: Sequence[Any], answers: Sequence[Any]) -> bool:
     return False
 
 
-def _equal(gold: Any, answer: Any) -> bool:
-    return bool(
-        verify(
-            gold,
-            answer,
-            timeout_seconds=None,
-            raise_on_error=True,
-            allow_set_relation_comp=True,
-        )
-    )
-
-
 def _parse(text: str, *configs: Any) -> list[Any]:
     return list(parse(text, configs, parsing_timeout=None, raise_on_error=True))
 
 
-def _judge(equal: bool, gold: str, found: str) -> Verdict:
-    if equal:
-        return right(found[:80])
+def _judge(verdict: bool, gold: str, found: str) -> Verdict:
+    if verdict:
+        return right(found)
     return failed(Outcome.WRONG, f"{found[:80]!r} is not {gold[:80]!r}")

@@ -19,7 +19,7 @@ from riskpo.data import BOXED_INSTRUCTION, load_questions, split_holdout
 from riskpo.evaluate import EvalResult, EvalSettings, evaluate, over_seeds, write_json
 from riskpo.math_reward import extract
 from riskpo.records import Question
-from riskpo.rewards import EXACT_SOURCES, Scorer, stop_if_all_crashed
+from riskpo.rewards import EXACT_SOURCES, MATH_KINDS, Scorer, stop_if_all_crashed
 from riskpo.rollout import load_policy_for, sample
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def questions_of(config: EvalConfig) -> list[Question]:
     if config.data is None or is_embedded(config.data):
         everything = task_questions(find_task(config.data), config.seed)
         return split_holdout(everything, config.questions, config.seed)[1]
-    instruction = BOXED_INSTRUCTION if config.reward in ("auto", "math") else None
+    instruction = BOXED_INSTRUCTION if config.reward in MATH_KINDS else None
     return load_questions(
         config.data, limit=config.questions, instruction=instruction, columns=config.columns
     )

@@ -4,6 +4,8 @@ Kinds of reward:
 
   "math"             final answer equal to the gold, math-verify in killable processes; see
                      riskpo/math_reward.py for what counts as the answer and as equal
+  "math-unevaluated" the same, and 1 + 5 is right for the gold 6: "math" counts such an answer as
+                     `unevaluated`, without reward, since it may be a copy of the question
   "code"             the program in the response passes the tests of its question, in a sandbox; see
                      riskpo/code_reward.py and docs/sandbox.md. "code-limits-only" accepts a machine
                      that allows no namespaces, and with it a program that can read your files
@@ -38,11 +40,12 @@ from riskpo.verifier_pool import VerifierPool
 __all__ = ["Outcome", "Scorer", "Verdict", "VerifierPool", "check_golds", "verify_exact"]
 
 MATH = "riskpo.math_reward:verify_math"
-MATH_WATCH = ("math_verify", "latex2sympy2_extended", "riskpo.math_reward")  # see VerifierPool
+MATH_WATCH = ("math_verify", "latex2sympy2_extended", "riskpo.math_reward", "riskpo.answer_values")
 CODE = "riskpo.code_reward:verify_code"
 CODE_LEVELS = {"code": "namespaces", "code-limits-only": "limits"}
 CODE_EXTRA_SECONDS = 30.0  # to start two sandboxes on a busy machine, beside the program's own time
-KINDS = ("auto", "math", "exact", *CODE_LEVELS)
+MATH_KINDS = ("auto", "math", "math-unevaluated")
+KINDS = (*MATH_KINDS, "exact", *CODE_LEVELS)
 EXACT_SOURCES = ("arithmetic",)
 
 log = logging.getLogger("riskpo")
@@ -102,7 +105,7 @@ class Scorer:
         """Rewards float32 [R] and how many of the R responses had which outcome.
 
         texts are R responses, question-major: with Q questions, rows i * R / Q .. belong to
-        question i (R = Q is one response each). All six outcomes are in the counts, zeros too,
+        question i (R = Q is one response each). All seven outcomes are in the counts, zeros too,
         and what the watch over math answers without reward saw: see riskpo.verdicts.tally.
         """
         verdicts = self.verdicts(texts, questions)
@@ -178,7 +181,7 @@ class Scorer:
 
     def _item(self, path: str, text: str | None, question: Question) -> tuple[Any, ...]:
         if path == MATH:
-            return (question.gold, text)
+            return (question.gold, text, self.reward != "math-unevaluated")
         asked = asdict(replace(question, images=()))  # pictures stay in the trainer
         if path == CODE:
             return (text, asked, self._options["seconds"], self._level)

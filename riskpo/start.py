@@ -29,7 +29,7 @@ from riskpo.mismatch import Correction
 from riskpo.optimizer import Optimizer
 from riskpo.ranks import Ranks, Score, SharedSampler, shared_score
 from riskpo.records import Question
-from riskpo.rewards import Scorer
+from riskpo.rewards import MATH_KINDS, Scorer
 from riskpo.rollout import (
     Policy,
     best_device,
@@ -130,7 +130,7 @@ def load_data(config: TrainConfig) -> tuple[list[Question], list[Question]]:
         everything = task_questions(find_task(config.data), config.seed)
         return split_holdout(everything, config.eval_questions, config.seed)
     assert config.data is not None  # validate has seen to it
-    instruction = BOXED_INSTRUCTION if config.reward in ("auto", "math") else None
+    instruction = BOXED_INSTRUCTION if config.reward in MATH_KINDS else None
     questions = load_questions(config.data, instruction=instruction, columns=config.columns)
     if config.eval_data is None:
         return split_holdout(questions, config.eval_questions, config.seed)

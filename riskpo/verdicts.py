@@ -15,6 +15,7 @@ class Outcome(str, Enum):
 
     RIGHT = "right"
     WRONG = "wrong"
+    UNEVALUATED = "unevaluated"  # equal to a plain number, but only a sum that has it as its result
     NO_ANSWER = "no_answer"  # the response holds nothing that could be compared
     UNPARSABLE_GOLD = "unparsable_gold"  # the reference answer could not be read
     TIMEOUT = "timeout"  # the verifier was killed at the wall-clock limit
@@ -51,7 +52,7 @@ def failed(outcome: Outcome, detail: str = "") -> Verdict:
 
 
 def tally(verdicts: Iterable[Verdict]) -> dict[str, int]:
-    """How many verdicts had which outcome, all six, and what the watch over the denied ones saw.
+    """How many verdicts had which outcome, all seven, and what the watch over the denied ones saw.
 
     watched, not_watched  verdicts of DENIED behind which it was looked, or should have been
     swallowed             watched ones during which at least one exception was swallowed

@@ -1,0 +1,114 @@
+"""Text of any shape is read in linear time: every pattern of riskpo, and whole answers."""
+
+import importlib
+import multiprocessing
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from riskpo.answer_writing import ascii_writing
+from riskpo.final_answer import after_thinking, boxes, extract
+from riskpo.math_reward import verify_math
+
+SIZE = 300_000
+CPU_SECONDS = 2.0  # of one scan; a linear one takes some tens of milliseconds
+CHARACTERS = "0 \n\tA.:,;#*$\\({)}]^_-+/=%<\"'`~!axé\u00b2\u221a\u200b"
+LOOPS = (
+    "1 ", "1,", "1.", ".1", "a ", "a.", "A:", "A:\n", "*A", "answer", "answer ", "answer:\n",
+    "answer is ", '"answer":', '"answer":"', '"answer":"\\', "####", "#### ", "####\n", "\\boxed{",
+    "\\boxed{1}", "\\boxed{1}, ", "\\boxed ", "\\fbox{", "<think>", "</think>", "<th", "\\text{",
+    "\\text {", "\\frac{", "\\frac1", "1\\,", "1{,}", "0.(", "0.\\dot", "1e", "1/", "1:", "1_",
+    "^{", "\\sin^{", "\\overline{", "```\n", "```", "``` \n", "x<1 or ", "\\pm ", "\u221a(",
+    "\u00b2x", "- ",
+)  # fmt: skip
+
+
+def patterns():
+    root = Path(__file__).resolve().parents[1] / "riskpo"
+    for path in sorted(root.glob("*.py")):
+        if "re.compile(" in path.read_text(encoding="utf-8"):
+            module = importlib.import_module(f"riskpo.{path.stem}")
+            for name, value in vars(module).items():
+                for pattern in value if isinstance(value, tuple) else (value,):
+                    if isinstance(pattern, re.Pattern) and isinstance(pattern.pattern, str):
+                        yield f"{path.stem}.{name}", pattern
+
+
+def texts():
+    for unit in (*CHARACTERS, *LOOPS):
+        yield unit, (unit * (SIZE // len(unit) + 1))[:SIZE]
+
+
+def slow(scan):
+    """The texts on which a scan takes too long, each with its CPU time."""
+    found = {}
+    for unit, text in texts():
+        start = time.process_time()
+        scan(text)
+        if time.process_time() - start > CPU_SECONDS:
+            found[unit] = time.process_time() - start
+    return found
+
+
+def in_a_process(target, *arguments, seconds):
+    """Ends what does not end: the scan of a pattern holds the interpreter."""
+    process = multiprocessing.get_context("fork").Process(target=target, args=arguments)
+    process.start()
+    process.join(seconds)
+    alive = process.is_alive()
+    process.kill()
+    process.join()
+    return not alive and process.exitcode == 0
+
+
+def scan_all(names):
+    for name, pattern in patterns():
+        if name in names:
+            found = slow(lambda text, p=pattern: [None for _ in p.finditer(text)])
+            assert not found, (name, found)
+
+
+def test_every_pattern_is_linear():
+    names = sorted({name for name, _ in patterns()})
+    assert len(names) > 30
+    assert in_a_process(scan_all, names, seconds=240)
+
+
+def test_a_planted_quadratic_pattern_is_found():
+    planted = re.compile(r"\s+$")
+    unit = " " * 40_000 + "x"
+    start = time.process_time()
+    planted.search(unit)
+    assert time.process_time() - start > 0.05  # at 300 kB it is 56 times as much
+
+
+@pytest.mark.parametrize("scan", [extract, boxes, after_thinking, ascii_writing])
+def test_whole_responses_are_read_in_linear_time(scan):
+    assert not slow(scan)
+
+
+@pytest.mark.parametrize("answer", ["Answer: 5", "\\boxed{5}", "#### 5", '{"answer": "5"}', "5"])
+@pytest.mark.parametrize("tail", ["\n", "\n\n", " \n", "\n\t", "\u00a0\n"])
+def test_a_long_tail_of_blanks_costs_neither_time_nor_the_answer(answer, tail):
+    start = time.process_time()
+    verdict = verify_math("5", answer + tail * (SIZE // len(tail)))
+    assert verdict.outcome.value == "right"
+    assert time.process_time() - start < CPU_SECONDS
+
+
+def ends_of_responses():
+    for unit in (*CHARACTERS, *LOOPS):
+        for text in (unit * 1000, f"so 5 {unit * 500}", f"Answer: {unit * 300}"):
+            start = time.process_time()
+            try:
+                verify_math("5", text)
+            except Exception:
+                continue
+            finally:
+                assert time.process_time() - start < 2 * CPU_SECONDS, (unit, text[:20])
+
+
+def test_what_math_verify_is_given_is_short_enough_for_its_own_patterns():
+    assert in_a_process(ends_of_responses, seconds=240)

@@ -62,6 +62,7 @@ def covariance_terms(
 
 
 def _centred(x: torch.Tensor) -> torch.Tensor:
+    x = x - x[:, :1]  # so that equal values give exactly 0
     return x - x.mean(1, keepdim=True)
 
 

@@ -48,10 +48,12 @@ def all_equal(rewards_QG: torch.Tensor) -> dict[str, float]:
 
 def sampled_entropy(logprob: torch.Tensor) -> float:
     """Minus the mean log-prob of the tokens that were sampled: an unbiased estimate of the token
-    entropy, in nats, over everything that was sampled. The update's own "entropy" is exact, but
-    only sees what is learned from, which for DAPO are the questions of middle difficulty.
+    entropy, in nats, over everything sampled that has a log-prob. The update's own "entropy"
+    is exact, but only sees what is learned from, which for DAPO are the questions of middle
+    difficulty.
     """
-    return -float(logprob.mean()) if len(logprob) else 0.0
+    given = logprob[~logprob.isnan()]
+    return -float(given.mean()) if len(given) else 0.0
 
 
 def by_stratum(questions: Sequence[Question], rewards_QG: torch.Tensor) -> dict[str, float]:
@@ -66,6 +68,8 @@ def by_stratum(questions: Sequence[Question], rewards_QG: torch.Tensor) -> dict[
 def covariances(batch: Batch) -> dict[str, float]:
     """`covariance_terms` of the responses that are learned from, as their sampler saw them."""
     each = [float(x.sum()) for x in batch.rollouts.logprob]
+    if any(x != x for x in each):  # without a log-prob of every token there is no covariance
+        return {}
     return covariance_terms(
         torch.tensor(each, dtype=torch.float64).view_as(batch.rewards_QG),
         batch.rewards_QG,

@@ -9,6 +9,10 @@ the sampler's draws that over the trainer's. The weight is bounded, or it would 
 
 level="sequence" takes the product of r over the response's tokens and gives the response one
 weight; level="token" gives each token its own (under a sequence ratio their mean acts).
+
+A sampler may fail to give a log-prob (vLLM: NaN or None). Such a token is NaN in Rollouts.logprob.
+Its r is unknown: its weight, or its response's for level="sequence", is 0; it is left out of every
+mean here, and counted as sampler_missing.
 """
 
 from __future__ import annotations
@@ -30,13 +34,18 @@ class Correction:
     cap: float = 2.0
 
     def weight(self, trainer: torch.Tensor, sampler: torch.Tensor) -> torch.Tensor:
-        """Weights of one response from its tokens' log-probs [n]: [n], or [] for a sequence."""
+        """Weights of one response from its tokens' log-probs [n]: [n], or [] for a sequence.
+
+        0 where the sampler's is missing; a NaN of the trainer's stays one.
+        """
         ratio = self.ratio(trainer, sampler)
-        if self.kind == "tis":
-            return ratio.clamp(max=self.cap)
-        return ratio * (ratio <= self.cap)
+        missing = sampler.isnan()
+        missing = missing.any() if self.level == "sequence" else missing
+        held = ratio.clamp(max=self.cap) if self.kind == "tis" else ratio * (ratio <= self.cap)
+        return torch.where(missing, 0.0, held)
 
     def ratio(self, trainer: torch.Tensor, sampler: torch.Tensor) -> torch.Tensor:
+        """r of each token, or of the response; NaN where the sampler's log-prob is missing."""
         gap = trainer - sampler
         gap = gap.sum() if self.level == "sequence" else gap
         return gap.clamp(-LOG_LIMIT, LOG_LIMIT).exp()
@@ -52,10 +61,11 @@ class MismatchSums:
     weight: float = 0.0
     square: float = 0.0
     beyond: float = 0.0  # units whose r is above the cap
+    missing: float = 0.0  # tokens without a log-prob of the sampler
     largest: float = 0.0
 
     def add(self, other: MismatchSums) -> None:
-        for name in ("tokens", "k3", "units", "weight", "square", "beyond"):
+        for name in ("tokens", "k3", "units", "weight", "square", "beyond", "missing"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.largest = max(self.largest, other.largest)
 
@@ -64,10 +74,15 @@ class MismatchSums:
 
         sampler_ratio_max: the largest r. sampler_ess: (sum w)^2 / (n sum w^2), the share of the
         sample that its weights leave; sampler_truncated or sampler_masked: share of weights that
-        the cap changed.
+        the cap changed; sampler_missing: tokens whose log-prob the sampler did not give, which the
+        other numbers leave out.
         """
         units = max(self.units, 1.0)
-        found = {"sampler_kl": self.k3 / max(self.tokens, 1.0), "sampler_ratio_max": self.largest}
+        found = {
+            "sampler_kl": self.k3 / max(self.tokens, 1.0),
+            "sampler_ratio_max": self.largest,
+            "sampler_missing": self.missing,
+        }
         if kind == "none":
             return found
         changed = {"tis": "sampler_truncated", "mis": "sampler_masked"}[kind]
@@ -81,9 +96,11 @@ def mismatch_sums(
     """Sums over responses, each given as (trainer's, sampler's) log-probs [n] of its tokens."""
     total = MismatchSums()
     for trainer, sampler in pairs:
-        gap = (trainer - sampler).double().clamp(-LOG_LIMIT, LOG_LIMIT)
-        ratio = correction.ratio(trainer, sampler).double()
-        weight = correction.weight(trainer, sampler).double()
+        given = ~sampler.isnan()
+        gap = (trainer - sampler).double()[given].clamp(-LOG_LIMIT, LOG_LIMIT)
+        whole = given if correction.level == "token" else given.all()
+        ratio = correction.ratio(trainer, sampler).double()[whole]
+        weight = correction.weight(trainer, sampler).double()[whole]
         total.add(
             MismatchSums(
                 tokens=float(len(gap)),
@@ -92,7 +109,8 @@ def mismatch_sums(
                 weight=float(weight.sum()),
                 square=float(weight.square().sum()),
                 beyond=float((ratio > correction.cap).sum()),
-                largest=float(ratio.max()),
+                missing=float((~given).sum()),
+                largest=float(ratio.max()) if ratio.numel() else 0.0,
             )
         )
     return total

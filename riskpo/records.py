@@ -34,7 +34,8 @@ class Rollouts:
 
     tokens      list of R int64 tensors, prompt followed by response (no padding)
     prompt_len  list of R ints
-    logprob     list of R float32 tensors, one entry per response token, as the sampler saw them
+    logprob     list of R float32 tensors, one entry per response token, as the sampler saw them;
+                NaN where it did not say
     text        list of R decoded responses
     truncated   list of R bools: the length limit was hit before an end-of-sequence token
     inputs      by question id, what a vision-language model reads beside the prompt's tokens, a

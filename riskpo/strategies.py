@@ -34,6 +34,16 @@ class Advantage(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+def check_responses(what: str, responses: int) -> None:
+    """ValueError with one response per question, where the advantage is 0 whatever happens."""
+    if responses < 2:
+        raise ValueError(
+            f"config: got responses_per_question={responses} with {what}; expected at least 2: it "
+            "compares the responses to a question, and would be 0 for ever. Raise "
+            "responses_per_question."
+        )
+
+
 class GroupAdvantage:
     """GRPO: reward minus the mean of its question's G, over their std (ddof 1) where asked for."""
 
@@ -44,10 +54,13 @@ class GroupAdvantage:
         self, rewards: torch.Tensor, question_id: Sequence[str], *, step: int
     ) -> tuple[torch.Tensor, dict[str, float]]:
         rewards_QG = by_question(rewards, question_id)
-        centred = rewards_QG - rewards_QG.mean(1, keepdim=True)
-        if self.over_std and rewards_QG.shape[1] > 1:
-            centred = centred / (rewards_QG.std(1, keepdim=True) + GROUP_STD_EPS)
-        return centred.flatten(), {"zero_advantage_fraction": float((centred == 0).float().mean())}
+        check_responses("the advantage of a group", rewards_QG.shape[1])
+        shifted = (rewards_QG - rewards_QG[:, :1]).double()  # equal rewards give exactly 0
+        centred = shifted - shifted.mean(1, keepdim=True)
+        if self.over_std:
+            centred = centred / (shifted.std(1, keepdim=True) + GROUP_STD_EPS)
+        advantage = centred.to(rewards.dtype).flatten()
+        return advantage, {"zero_advantage_fraction": float((advantage == 0).float().mean())}
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -84,6 +97,8 @@ def risk(preset: str, **row: Any) -> Callable[[TrainConfig], Advantage]:
     def build(config: TrainConfig) -> Advantage:
         given = {k: getattr(config, k) for k in RISK_SETTINGS if getattr(config, k) is not None}
         advantage = RiskPOAdvantage(preset, seed=config.seed, **{**row, **given})
+        if advantage.settings.compares_responses:
+            check_responses(f"algorithm={config.algorithm!r}", config.responses_per_question)
         size = advantage.settings.bundle_size
         if config.questions_per_step % size:
             raise ValueError(
@@ -106,6 +121,7 @@ def group(*, over_std: bool = True) -> Callable[[TrainConfig], Advantage]:
                 "none of them, since its advantage has no bundles. Remove them or choose a bundled "
                 "algorithm."
             )
+        check_responses(f"algorithm={config.algorithm!r}", config.responses_per_question)
         return GroupAdvantage(over_std=over_std)
 
     return build

@@ -87,6 +87,7 @@ def update(
     live = advantage.ne(0).tolist() if plan.skip_zero_advantage and not plan.entropy_coef else None
     cuts = [share_of(rollouts, rows, plan.micro_batch_tokens, ranks, live) for rows in batches]
     tally, first = _Tally(), None
+    warn_of_missing(rollouts, plan.correction)
     if plan.updates > 1 or plan.correction.kind != "none":
         first, tally.mismatch = first_pass(trainee, head, rollouts, sum(cuts, []), plan)
     for rows, parts in zip(batches, cuts, strict=True):
@@ -100,7 +101,8 @@ def update(
                 result = trainee(surrogate, head, *given)
                 result.loss.backward()
             total += result.loss.detach()
-            tally.add(result.stats, len(part) if loss.ratio == "sequence" else None)
+            missing = int(batch.sampled.isnan().sum()) if part else 0
+            tally.add(result.stats, len(part) if loss.ratio == "sequence" else None, missing)
         total = ranks.mean(total)
         norm, taken = optimizer.step(total)
         if not taken:
@@ -114,6 +116,23 @@ def update(
     model.eval()
     tally.gather(ranks)
     return tally.numbers(plan.correction.kind) | {"skipped_updates": float(optimizer.skipped)}
+
+
+def warn_of_missing(rollouts: Rollouts, correction: Correction) -> None:
+    """One line where the sampler left out log-probs, with what that costs."""
+    missing = sum(int(x.isnan().sum()) for x in rollouts.logprob)
+    if missing:
+        rows = sum(bool(x.isnan().any()) for x in rollouts.logprob)
+        cost = {"token": "these tokens have weight 0", "sequence": "these responses have weight 0"}
+        log.warning(
+            "the sampler gave no log-prob for %d tokens in %d of %d responses: %s",
+            missing,
+            rows,
+            len(rollouts),
+            "only the sampler's metrics leave them out"
+            if correction.kind == "none"
+            else cost[correction.level],
+        )
 
 
 def share_of(
@@ -179,6 +198,8 @@ def surrogate(
         denominator=share,
         ref_logprob=batch.sampled,
         correction=correction_of(batch, first, plan.correction.level),
+        advantage_per="sequence",
+        correction_per=plan.correction.level,
         **asdict(head.options),
         **asdict(loss),
     )
@@ -247,19 +268,22 @@ class _Tally:
 
     def __init__(self) -> None:
         self.sums: dict[str, float] = {}
-        self.units = self.tokens = 0.0
+        self.units = self.tokens = self.missing = 0.0
         self.ratio_max = 0.0
         self.steps: list[tuple[float, float]] = []
         self.mismatch: MismatchSums | None = None
 
-    def add(self, stats: dict[str, torch.Tensor], sequences: int | None) -> None:
-        """A micro-batch's stats; `sequences` where each sequence has one ratio."""
+    def add(self, stats: dict[str, torch.Tensor], sequences: int | None, missing: int) -> None:
+        """A micro-batch's stats; `sequences` where each sequence has one ratio; `missing` tokens
+        without a log-prob of the sampler, which are not in "kl"."""
         tokens = float(stats["tokens"])
         units = tokens if sequences is None else sequences
         self.units += units
         self.tokens += tokens
+        self.missing += missing
         for name in (*self.MEANS_OF_UNITS, "zero_coefficient_fraction", "entropy", "kl"):
             weight = units if name in self.MEANS_OF_UNITS else tokens
+            weight -= missing if name == "kl" else 0
             self.sums[name] = self.sums.get(name, 0.0) + weight * float(stats[name])
         self.ratio_max = max(self.ratio_max, float(stats["ratio_max"]))
 
@@ -272,6 +296,7 @@ class _Tally:
         for other in others:
             self.units += other.units
             self.tokens += other.tokens
+            self.missing += other.missing
             for name, value in other.sums.items():
                 self.sums[name] = self.sums.get(name, 0.0) + value
             self.ratio_max = max(self.ratio_max, other.ratio_max)
@@ -280,14 +305,16 @@ class _Tally:
 
     def numbers(self, correction: str) -> dict[str, float]:
         """The step's loss and gradient norm are means over its updates."""
+        counts = dict.fromkeys(self.MEANS_OF_UNITS, self.units) | {"kl": self.tokens - self.missing}
         means = {
-            name: value / max(self.units if name in self.MEANS_OF_UNITS else self.tokens, 1.0)
+            name: value / max(counts.get(name, self.tokens), 1.0)
             for name, value in self.sums.items()
         }
         loss, norm = (sum(x) / len(self.steps) for x in zip(*self.steps, strict=True))
         mismatch = {} if self.mismatch is None else self.mismatch.numbers(correction)
         return means | {
             "sampler_kl": means.pop("kl"),
+            "sampler_missing": self.missing,
             "loss": loss,
             "grad_norm": norm,
             "ratio_max": self.ratio_max,

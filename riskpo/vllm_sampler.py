@@ -12,6 +12,7 @@ of the same surface:
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -78,6 +79,21 @@ def sampling_params(**settings: Any) -> Any:
     return SamplingParams(**settings)
 
 
+def drawn_logprobs(tokens: Sequence[int], steps: Sequence[Any] | None) -> list[float]:
+    """Log-prob of each drawn token, NaN where vLLM gives none: no list, no entry for the step or
+    for the token, None, or NaN. ValueError where it gives them for another number of tokens."""
+    if steps is None:
+        return [math.nan] * len(tokens)
+    if len(steps) != len(tokens):
+        raise ValueError(
+            f"sampler: got {len(steps)} log-probs for {len(tokens)} drawn tokens; expected one "
+            "each. Check that the engine's vLLM is a version that riskpo was tried with."
+        )
+    entries = [(step or {}).get(token) for token, step in zip(tokens, steps, strict=True)]
+    given = [None if entry is None else entry.logprob for entry in entries]
+    return [math.nan if x is None else float(x) for x in given]
+
+
 class VLLMSampler:
     """A riskpo.samplers.Sampler on an engine that is asleep, such as start_engine returns."""
 
@@ -105,9 +121,7 @@ class VLLMSampler:
         for question, prompt, request in zip(questions, prompts, answered, strict=True):
             for answer in sorted(request.outputs, key=lambda output: output.index):
                 tokens = list(answer.token_ids)
-                logprob = [
-                    step[token].logprob for token, step in zip(tokens, answer.logprobs, strict=True)
-                ]
+                logprob = drawn_logprobs(tokens, answer.logprobs)
                 append_response(
                     done,
                     tokenizer,

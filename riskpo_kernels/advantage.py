@@ -88,7 +88,8 @@ class RiskPOAdvantage:
         parallelism every rank passes the whole gathered batch. stats: see `batch_stats`.
 
         ValueError on non-finite rewards, ragged groups, a falling step, leftover questions (unless
-        dropped), or baseline="leave-one-out" with one response per question.
+        dropped), or one response per question where papers are only compared within their bundle
+        (baseline="leave-one-out", quantiles="bundle", form="mean" with baseline="natural").
         """
         s = self.settings
         r = _checked_rewards(rewards)
@@ -155,9 +156,10 @@ class RiskPOAdvantage:
             came = f"{questions} questions with bundle_size={s.bundle_size}"
             reject(OP, came, "a multiple of bundle_size", todo)
         draws = len(next(iter(groups.values())))
-        if s.baseline == "leave-one-out" and draws < 2:
-            todo = "Sample more responses or use baseline='natural'."
-            reject(OP, "baseline='leave-one-out' with 1 response per question", "2 or more", todo)
+        if s.compares_responses and draws < 2:
+            came = f"1 response per question with baseline={s.baseline!r}, form={s.form!r}, "
+            todo = "Sample more responses: alone, each would get advantage 0 for ever."
+            reject(OP, f"{came}quantiles={s.quantiles!r}", "2 or more responses", todo)
         if surplus and not self._warned:
             self._warned = True
             text = (

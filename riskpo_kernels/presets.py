@@ -34,6 +34,13 @@ class RiskPOSettings:
     leftover: str = "error"  # error | drop
     seed: int = 0  # of the pairing
 
+    @property
+    def compares_responses(self) -> bool:
+        """Whether a paper is only compared with the others of its bundle: one alone gets 0."""
+        if self.form == "mean":
+            return self.baseline in ("natural", "leave-one-out")
+        return self.quantiles == "bundle" or self.baseline == "leave-one-out"
+
 
 # What the released trainer executes: its tracked quantiles never reach the advantage.
 _OFFICIAL = RiskPOSettings(

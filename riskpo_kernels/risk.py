@@ -191,10 +191,10 @@ def pass_at_k(n: int | torch.Tensor, c: int | torch.Tensor, k: int) -> float | t
         came = f"n={_brief(n)}, c={_brief(c)}, k={k!r}"
         reject("pass_at_k", came, "0 <= c <= n and 1 <= k <= n", "Draw at least k samples.")
     i = torch.arange(k, dtype=torch.float64, device=(n_all + c_all).device)
-    wrong = (n_all - c_all).double()[..., None]
-    # A product of k ratios instead of binomials, 0 once n - c < k. Without the clamp the ratios
-    # past that zero grow, and a device that multiplies in blocks may meet inf * 0.
-    result = 1 - ((wrong - i).clamp(min=0) / (n_all.double()[..., None] - i)).prod(-1)
+    # A sum of k logarithms of 1 - c / (n - i), -inf once n - c < k: neither binomials, nor a
+    # product that is subtracted from 1, which for c much below n leaves few digits.
+    share = (c_all.double()[..., None] / (n_all.double()[..., None] - i)).clamp(max=1)
+    result = -torch.expm1(torch.log1p(-share).sum(-1))
     return result if isinstance(n, torch.Tensor) or isinstance(c, torch.Tensor) else result.item()
 
 

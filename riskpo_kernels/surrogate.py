@@ -78,20 +78,27 @@ def clipped_surrogate(
     aggregate: str = "sequence-mean",
     constant: float | None = None,
     denominator: float | torch.Tensor | None = None,
+    advantage_per: str | None = None,
+    correction_per: str | None = None,
     sequence_group: Any = None,
     backend: str = "auto",
 ) -> SurrogateLoss:
     """Clipped policy loss to minimise: surrogate + kl_coef * KL - entropy_coef * entropy.
 
     Differentiable in logprob and entropy; everything else is a constant. A masked token never
-    counts and its values (NaN, inf) are never read into a result.
+    counts and its values (NaN, inf) are never read into a result. Nor is what has coefficient 0:
+    ref_logprob with kl_coef=0, entropy with entropy_coef=0, the ratio of a token (of a sequence)
+    whose advantage or correction is 0, and of these two the other. What is used and NaN makes the
+    loss NaN.
 
     logprob, old_logprob    [N] flat, or [B, T] padded with a mask; nats, any float dtype. Computed
                             in float32 (float64 for float64); gradients come in the input's dtype.
-    advantage               [S] (padded: [B]) per sequence, read so where S == N; or per token for
-                            ratio="token"; floating, without grad.
+    advantage               [S] (padded: [B]) per sequence, or per token for ratio="token";
+                            floating, without grad.
+    advantage_per,          "sequence" or "token": needed where flat tokens have S == N and not
+    correction_per          every sequence is one token, for there the shape does not tell.
     cu_seqlens              int32 or int64 [S + 1] from 0 to N, non-decreasing; flat tokens only.
-                            Its check is the only wait for the device (sequence_group: one more).
+                            Its check is the only wait for the device (sequence_group: a few more).
     mask                    shape of logprob, bool, int or float; nonzero counts.
     ratio                   "sequence": exp of the mean log-ratio over the sequence's counted
                             tokens, clamped to +-10 (arXiv 2510.00911 sec. 4; GSPO, arXiv
@@ -120,7 +127,8 @@ def clipped_surrogate(
           "sequence-sum-norm"  weight 1             S * constant (Dr. GRPO, arXiv 2503.20783)
                             denominator, a number or a detached 0-d tensor, replaces it: give the
                             global one when a batch is split over micro-batches or ranks. A
-                            denominator of 0 counts as 1.
+                            denominator of 0, number or tensor, counts as 1: nothing was counted
+                            anywhere, so the loss is 0. A tensor below 0 makes the loss NaN.
     sequence_group          process group whose ranks hold different tokens of the same sequences
                             (sequence or context parallelism): cu_seqlens, or the rows of a padded
                             batch, are this rank's parts of the same S sequences in the same order,
@@ -135,7 +143,8 @@ def clipped_surrogate(
     the sequence ratio) whose gradient the bound cuts; clip_fraction: the same with dual_clip's;
     ratio_mean, ratio_max over the same units; zero_coefficient_fraction: share of tokens whose
     slopes are all exactly 0; tokens: how many count; kl (with ref_logprob) and entropy (with
-    entropy): means over tokens. Nothing to count gives zeros.
+    entropy): means over tokens. Values that are NaN and have coefficient 0 are left out of the
+    means and the maximum. Nothing to count gives zeros.
 
     Raises ValueError where shapes, dtypes, devices, words or numbers do not fit.
     """
@@ -150,6 +159,8 @@ def clipped_surrogate(
         entropy_coef=entropy_coef,
         aggregate=aggregate,
         constant=constant,
+        advantage_per=advantage_per,
+        correction_per=correction_per,
         denominator=denominator,
     )
     per_token = {"old_logprob": old_logprob, "ref_logprob": ref_logprob, "entropy": entropy}

@@ -35,6 +35,8 @@ class Options:
     entropy_coef: float
     aggregate: str
     constant: float | None
+    advantage_per: str | None
+    correction_per: str | None
     denominator: float | torch.Tensor | None
 
 
@@ -113,7 +115,9 @@ def check_options(op: str, o: Options) -> None:
             came = f"denominator = {describe(o.denominator)}"
             reject(op, came, "a number or a detached 0-d tensor", "Sum the counts, then detach.")
     elif o.denominator is not None:
-        check_positive(op, "denominator", o.denominator)
+        check_positive(op, "denominator", o.denominator, zero_ok=True)
+    for name in ("advantage_per", "correction_per"):
+        check_choice(op, name, getattr(o, name), (None, "sequence", "token"))
 
 
 def check_tensors(
@@ -140,11 +144,13 @@ def check_tensors(
     ):
         if value != 0 and per_token[name] is None:
             reject(op, f"{coef}={value!r} without {name}", name, f"Pass {name} or {coef}=0.")
-    _check_weight(op, "advantage", advantage, logprob, sequences, per_token=o.ratio == "token")
+    whose = logprob, sequences, o.advantage_per
+    _check_weight(op, "advantage", advantage, *whose, per_token=o.ratio == "token")
     if advantage.requires_grad:
         reject(op, "an advantage that requires grad", "a constant", "Pass advantage.detach().")
     if correction is not None:
-        _check_weight(op, "correction", correction, logprob, sequences, per_token=True)
+        whose = logprob, sequences, o.correction_per
+        _check_weight(op, "correction", correction, *whose, per_token=True)
     number = o.denominator if isinstance(o.denominator, torch.Tensor) else None
     others = {"advantage": advantage, "correction": correction, "denominator": number}
     check_device(op, logprob=logprob, **others, **per_token)
@@ -156,12 +162,16 @@ def _check_weight(
     x: torch.Tensor,
     logprob: torch.Tensor,
     sequences: int | None,
+    given: str | None,
     *,
     per_token: bool,
 ) -> None:
     check_float(op, name, x)
-    shapes = [] if sequences is None else [[sequences]]
-    shapes += [list(logprob.shape)] if per_token else []
+    shapes = [] if sequences is None or given == "token" else [[sequences]]
+    shapes += [list(logprob.shape)] if per_token and given != "sequence" else []
+    if not shapes:
+        known = "the sequences, by cu_seqlens or a mask" if per_token else "ratio='token'"
+        reject(op, f"{name}_per={given!r}", known, "Pass them, or leave out the word.")
     if list(x.shape) not in shapes:
         todo = "" if per_token else " Only ratio='token' takes it per token."
         expected = " or ".join(str(shape) for shape in shapes)

@@ -40,7 +40,8 @@ TENSORS = (
 # from ratio on the fields of surrogate_checks.Options, in their order
 OPTIONS = (
     "str group, str backend, str ratio, float? clip_low, float? clip_high, float? dual_clip, "
-    "float kl_coef, str kl, float entropy_coef, str aggregate, float? constant, float? number"
+    "float kl_coef, str kl, float entropy_coef, str aggregate, float? constant, "
+    "str? advantage_per, str? correction_per, float? number"
 )
 
 
@@ -106,9 +107,17 @@ def _over_ranks(sums: Sums, group: Any) -> Sums:
 
 def _stats(sums: Sums, dtype: torch.dtype) -> torch.Tensor:
     units, tokens = sums.units.clamp(min=1), sums.tokens.clamp(min=1)
-    per_unit = [x / units for x in (sums.cut, sums.low, sums.high, sums.ratio)]
-    per_token = [x / tokens for x in (sums.zero, sums.kl, sums.entropy)]
-    return torch.stack([x.to(dtype) for x in (*per_unit, sums.ratio_max, *per_token)])
+    shares = [x / units for x in (sums.cut, sums.low, sums.high)]
+    ratio, kl, entropy = (
+        x / count.clamp(min=1)
+        for x, count in (
+            (sums.ratio, sums.ratio_units),
+            (sums.kl, sums.kl_tokens),
+            (sums.entropy, sums.entropy_tokens),
+        )
+    )
+    values = (*shares, ratio, sums.ratio_max, sums.zero / tokens, kl, entropy)
+    return torch.stack([x.to(dtype) for x in values])
 
 
 def _triton_pass(logprob: torch.Tensor, entropy: torch.Tensor | None, p: Problem) -> PassResult:
@@ -131,7 +140,7 @@ def _triton_pass(logprob: torch.Tensor, entropy: torch.Tensor | None, p: Problem
         sequence_ratio=o.ratio == "sequence",
         sequence_mean=o.aggregate == "sequence-mean",
     )
-    of_tokens, of_units, ratio_max = columns[:, :5], columns[:, 5:9], columns[:, 9]
+    of_tokens, of_units, ratio_max = columns[:, :7], columns[:, 7:12], columns[:, 12]
     lengths = of_tokens[:, 1]
     if o.ratio == "sequence":  # a sequence is one unit, not as many as it has tokens
         units = (lengths > 0).sum()
@@ -144,19 +153,16 @@ def _triton_pass(logprob: torch.Tensor, entropy: torch.Tensor | None, p: Problem
 
 
 def _weigh(
-    advantage: torch.Tensor, correction: torch.Tensor, layout: Sequences, ratio: str
+    a: tuple[torch.Tensor, bool], w: tuple[torch.Tensor, bool], layout: Sequences
 ) -> tuple[torch.Tensor, bool]:
-    """advantage times correction, [S] or flat [N], and whether it is per token.
+    """advantage times correction, [S] or flat [N], and whether it is per token; so are both given.
 
     f is positively homogeneous in the advantage, so a weight of f is a weight of the advantage.
     """
-    per_sequence = (layout.count,)
-    if ratio == "sequence" and correction.shape != per_sequence:
-        correction = layout.mean(layout.tokens(correction, advantage.dtype))
-    if advantage.shape == correction.shape == per_sequence:
-        return advantage * correction, False
-    dtype = advantage.dtype
-    return layout.spread(advantage, dtype) * layout.spread(correction, dtype), True
+    if not a[1] and not w[1]:
+        return reference.weighted(a[0], w[0]), False
+    flat = (layout.spread(x, x.dtype, per_token=each) for x, each in (a, w))
+    return reference.weighted(*flat), True
 
 
 def _bounds(logprob: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
@@ -186,10 +192,16 @@ def _problem(
     ranks = group_called(group)
     if ranks is not None:
         agree(OP, ranks, logprob.device, same={"sequences": 1 if sequences is None else sequences})
-    weighted, per_token = advantage.detach().to(wide), advantage.shape != (sequences,)
+    where, weighted = (logprob, cu_seqlens), advantage.detach().to(wide)
+    per = "sequence" if options.ratio == "sequence" else options.advantage_per
+    per_token = reference.is_per_token("advantage", advantage, *where, given=per, group=ranks)
     if correction is not None:
-        layout = Sequences.of(logprob, cu_seqlens, mask, ranks)
-        weighted, per_token = _weigh(weighted, correction.detach(), layout, options.ratio)
+        layout, per = Sequences.of(logprob, cu_seqlens, mask, ranks), options.correction_per
+        each = reference.is_per_token("correction", correction, *where, given=per, group=ranks)
+        if options.ratio == "sequence" and each:
+            correction, each = layout.mean(layout.tokens(correction.detach(), wide)), False
+        weights = (weighted, per_token), (correction.detach().to(wide), each)
+        weighted, per_token = _weigh(*weights, layout)
     return Problem(
         old=old.detach().reshape(-1),
         advantage=weighted.reshape(-1),

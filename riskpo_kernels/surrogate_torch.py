@@ -40,13 +40,16 @@ class Sums(NamedTuple):
     loss: torch.Tensor
     tokens: torch.Tensor
     kl: torch.Tensor
+    kl_tokens: torch.Tensor  # what has no weight and is NaN is left out of its mean
     entropy: torch.Tensor
+    entropy_tokens: torch.Tensor
     zero: torch.Tensor  # tokens whose slopes are all zero
     units: torch.Tensor
     low: torch.Tensor
     high: torch.Tensor
     cut: torch.Tensor
     ratio: torch.Tensor
+    ratio_units: torch.Tensor
     ratio_max: torch.Tensor
 
 
@@ -76,23 +79,35 @@ def torch_pass(logprob: torch.Tensor, entropy: torch.Tensor | None, p: Problem) 
     term = formulas.surrogate(r, a, *p.clip)
     slope = formulas.surrogate_slope(r, a, cut | formulas.saturated(x, BOUND[o.ratio]))
 
+    counted = sequences.counted
     kl = h = torch.zeros_like(new)
     if p.ref is not None:
         kl, kl_slope = _kl(sequences.tokens(p.ref, wide) - new, o.kl)
-        term, slope = term + o.kl_coef * kl, slope + o.kl_coef * kl_slope
+        if o.kl_coef != 0:
+            term, slope = term + o.kl_coef * kl, slope + o.kl_coef * kl_slope
     if entropy is not None:
         h = sequences.tokens(entropy, wide)
-        term = term - o.entropy_coef * h
+        term = term - o.entropy_coef * h if o.entropy_coef != 0 else term
     # where, not only weight: a NaN that counts makes the whole sequence's slopes NaN
-    dlogprob = torch.where(sequences.counted, weight * slope, 0.0)
+    dlogprob = torch.where(counted, weight * slope, 0.0)
     dentropy = None if entropy is None else -o.entropy_coef * weight
     zero = dlogprob == 0 if dentropy is None else (dlogprob == 0) & (dentropy == 0)
 
-    counted = sequences.counted
-    tokens = ((weight * term).sum(), counted.sum(), kl.sum(), h.sum(), (counted & zero).sum())
-    units = (unit.sum(), *((unit * y).sum() for y in (low, high, cut, r)))
-    ratio_max = torch.where(counted, r, 0.0).amax() if len(r) else r.sum()
-    return PassResult(dlogprob, dentropy, Sums._make((*tokens, *units, ratio_max)))
+    seen = counted & ((a != 0) | (r == r))
+    means = (*_sum_and_count(kl, counted, o.kl_coef), *_sum_and_count(h, counted, o.entropy_coef))
+    tokens = ((weight * term).sum(), counted.sum(), *means, (counted & zero).sum())
+    units = (unit.sum(), *((unit * y).sum() for y in (low, high, cut)))
+    ratio = (torch.where(seen, unit * r, 0.0).sum(), torch.where(seen, unit, 0.0).sum())
+    ratio_max = torch.where(seen, r, 0.0).amax() if len(r) else r.sum()
+    return PassResult(dlogprob, dentropy, Sums._make((*tokens, *units, *ratio, ratio_max)))
+
+
+def _sum_and_count(
+    x: torch.Tensor, counted: torch.Tensor, coef: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Over the counted tokens, without the NaN among them where nothing rests on x."""
+    seen = counted if coef != 0 else counted & (x == x)
+    return torch.where(seen, x, 0.0).sum(), seen.sum()
 
 
 def _kl(u: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:

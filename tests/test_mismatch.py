@@ -51,6 +51,7 @@ def test_metrics_by_hand():
         {
             "sampler_kl": k3 / 3,
             "sampler_ratio_max": E,
+            "sampler_missing": 0.0,
             "sampler_ess": ess,
             "sampler_truncated": 1 / 3,
         },
@@ -61,6 +62,7 @@ def test_metrics_by_hand():
     assert set(mismatch_sums([(TRAINER, SAMPLER)], Correction()).numbers("none")) == {
         "sampler_kl",
         "sampler_ratio_max",
+        "sampler_missing",
     }
     assert MismatchSums().numbers("mis")["sampler_ess"] == 0.0
 
@@ -148,3 +150,51 @@ def test_a_shifted_sampler_weighs_rows_as_by_hand(kind, level, ratio):
     assert numbers["ratio_mean"] == 1.0  # the ratio of new to old stays that of the trainer
     for name, gradient in by_hand.items():
         torch.testing.assert_close(ours[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
+# A sampler that leaves a log-prob out ------------------------------------------------------
+
+
+def test_a_missing_log_prob_costs_its_own_unit():
+    sampler = torch.where(torch.tensor([False, True, False]), torch.nan, SAMPLER)
+    for kind, first in (("tis", 2.0), ("mis", 0.0)):
+        each = Correction(kind, "token").weight(TRAINER, sampler)
+        torch.testing.assert_close(each, torch.tensor([first, 0.0, ROOT]))
+        assert Correction(kind, "sequence").weight(TRAINER, sampler) == 0.0
+        broken = Correction(kind, "token").weight(TRAINER * torch.nan, SAMPLER)
+        assert broken.isnan().all(), "a NaN of the trainer's own is not hidden"
+    k3 = ((E - 1 - 1) + (ROOT - 1 + 0.5)) / 2
+    for level, ratio in (("token", E), ("sequence", 0.0)):
+        numbers = mismatch_sums([(TRAINER, sampler)], Correction("tis", level)).numbers("tis")
+        assert numbers["sampler_kl"] == pytest.approx(k3, rel=1e-6)
+        assert numbers["sampler_missing"] == 1 and numbers["sampler_ratio_max"] == pytest.approx(
+            ratio, rel=1e-6
+        )
+        assert all(math.isfinite(x) for x in numbers.values())
+    nothing = mismatch_sums([(TRAINER, sampler * torch.nan)], Correction("tis")).numbers("tis")
+    assert nothing["sampler_missing"] == 3 and all(math.isfinite(x) for x in nothing.values())
+
+
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+@pytest.mark.parametrize(
+    "correction", [Correction(), Correction("tis", "token"), Correction("mis", "sequence")]
+)
+@pytest.mark.parametrize("updates", [1, 2])
+def test_an_update_survives_missing_log_probs(correction, ratio, updates, caplog):
+    """Nothing is lost without a correction; else the token's, or the response's, weight is 0."""
+    whole, advantage = sampled_by_the_trainer(), torch.randn(20)
+    holed = sampled_by_the_trainer()
+    holed.logprob[3][0] = holed.logprob[7][-1] = torch.nan
+    expected, without = updated(whole, advantage, Correction(), LOSSES[ratio], updates)
+    with caplog.at_level("WARNING", "riskpo"):
+        numbers, gradients = updated(holed, advantage, correction, LOSSES[ratio], updates)
+    assert "no log-prob for 2 tokens in 2 of 20 responses" in caplog.text
+    assert numbers["sampler_missing"] == 2 and numbers["skipped_updates"] == 0
+    assert expected["sampler_missing"] == 0 and all(math.isfinite(x) for x in numbers.values())
+    assert numbers["sampler_kl"] == pytest.approx(expected["sampler_kl"], abs=1e-7)
+    if correction.level == "sequence":
+        left = torch.ones(20)
+        left[3] = left[7] = 0.0
+        _, without = updated(whole, advantage * left, Correction(), LOSSES[ratio], updates)
+    alike = all(torch.allclose(gradients[n], g, 1e-4, 1e-6) for n, g in without.items())
+    assert alike == (correction != Correction("tis", "token")), "its own tokens, and only they"

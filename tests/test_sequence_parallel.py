@@ -106,6 +106,38 @@ def refusals(rank, world):
         clipped_surrogate(**x, cu_seqlens=cu, sequence_group=group)
 
 
+def a_denominator_of_0_on_one_rank(rank, world):
+    """It counts as 1 there, number or tensor: no error that would leave the others waiting."""
+    x, cu, mask = tokens(lengths=LENGTHS, dtype=torch.float64)
+    x = {k: x[k] for k in ("logprob", "old_logprob", "advantage")}
+    words = {"cu_seqlens": cu, "mask": mask if rank == 0 else mask & False}
+    for backend in ("torch", "reference"):
+        for zero in (0, torch.tensor(0)):
+            own = words | {"denominator": zero if rank else 3, "backend": backend}
+            loss, stats = clipped_surrogate(**x, **own, sequence_group=dist.group.WORLD)
+            alone = clipped_surrogate(**x, **words, denominator=3, backend="reference")
+            assert torch.allclose(loss, alone.loss) and stats["tokens"] == mask.sum()
+            assert bool(loss) == (rank == 0)
+
+
+def as_many_sequences_as_tokens_on_one_rank(rank, world):
+    """The word that is then needed is asked for on every rank, and nobody waits."""
+    x, cu, _ = tokens(lengths=(3, 2, 2), dtype=torch.float64)
+    index = torch.tensor([[0, 3, 4], [1, 2, 5, 6]][rank])
+    own_cu = torch.tensor([[0, 1, 3, 3], [0, 2, 2, 4]][rank])
+    whole = {k: x[k] for k in ("logprob", "old_logprob", "advantage")}
+    local = {k: v if k == "advantage" else v[index] for k, v in whole.items()}
+    words = {"ratio": "token", "sequence_group": dist.group.WORLD, "cu_seqlens": own_cu}
+    expected = clipped_surrogate(**whole, cu_seqlens=cu, ratio="token", backend="reference").loss
+    for backend in ("torch", "reference"):
+        words["backend"] = backend
+        with pytest.raises(ValueError, match="advantage_per="):
+            clipped_surrogate(**local, **words)
+        loss = clipped_surrogate(**local, **words, advantage_per="sequence").loss
+        dist.all_reduce(loss)
+        assert torch.allclose(loss, expected)
+
+
 def every_case(rank, world):
     for choice in itertools.product(WIDE, AGGREGATES, ("torch", "reference"), (False, True)):
         try:
@@ -114,6 +146,8 @@ def every_case(rank, world):
             raise AssertionError(f"{choice}: {error}") from error
     a_rank_without_tokens(rank, world)
     through_the_head(rank, world)
+    a_denominator_of_0_on_one_rank(rank, world)
+    as_many_sequences_as_tokens_on_one_rank(rank, world)
     refusals(rank, world)
 
 

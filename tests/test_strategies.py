@@ -18,6 +18,7 @@ from riskpo.strategies import (
     loss_options,
     overlong_penalty,
 )
+from riskpo_kernels import RiskPOAdvantage
 
 QUESTIONS = [Question(f"q{i}", f"{i}", str(i)) for i in range(50)]
 
@@ -36,9 +37,47 @@ def test_grpo_golden():
     assert stats["zero_advantage_fraction"] == 0.5
 
 
-def test_one_response_has_no_std():
-    advantage, _ = GroupAdvantage(over_std=True)(torch.tensor([1.0, 0.0]), ["a", "b"], step=1)
-    assert advantage.tolist() == [0.0, 0.0]
+ALONE = ("riskpo-paper", "riskpo-batch", "riskpo-none", "riskpo-seeking")  # compare with quantiles
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_one_response_is_refused_where_its_advantage_would_always_be_0(name):
+    config = TrainConfig(algorithm=name, responses_per_question=1, max_response_tokens=16)
+    if name in ALONE:
+        advantage = find_strategy(name).advantage(config)
+        ids = [f"q{i}" for i in range(40)]
+        assert advantage((torch.arange(40) % 3 == 0).float(), ids, step=1)[0].any()
+        return
+    with pytest.raises(ValueError, match="responses_per_question=1 .* at least 2"):
+        find_strategy(name).advantage(config)
+
+
+def test_one_response_is_refused_where_no_config_is_seen():
+    rewards = torch.tensor([1.0, 0.0])
+    with pytest.raises(ValueError, match="at least 2"):
+        GroupAdvantage(over_std=False)(rewards, ["a", "b"], step=1)
+    for settings in (
+        {"baseline": "leave-one-out"},
+        {"form": "mean"},
+        {"preset": "official-easy"},
+        {"preset": "official-hard"},
+    ):
+        with pytest.raises(ValueError, match="1 response per question"):
+            RiskPOAdvantage(**{"bundle_size": 2} | settings)(rewards, ["a", "b"], step=1)
+
+
+@pytest.mark.parametrize("over_std", [True, False])
+def test_equal_rewards_give_exactly_0(over_std):
+    """0.1 + ... + 0.1 over 5 is not 0.1 in float32, and its std is divided by."""
+    for reward in (0.1, -0.7, 1e4 / 3):
+        for responses in (3, 5, 7, 10):
+            rewards = torch.full((responses,), reward)
+            advantage, stats = GroupAdvantage(over_std=over_std)(rewards, ["a"] * responses, step=1)
+            assert not advantage.any() and stats["zero_advantage_fraction"] == 1.0
+    offset = torch.tensor([1e6, 1e6 + 1, 1e6, 1e6 + 1])
+    advantage, _ = GroupAdvantage(over_std=over_std)(offset, ["a"] * 4, step=1)
+    near, _ = GroupAdvantage(over_std=over_std)(offset - 1e6, ["a"] * 4, step=1)
+    assert torch.equal(advantage, near)
 
 
 @pytest.mark.parametrize(
@@ -114,6 +153,11 @@ def test_entropy_of_what_was_sampled():
     """All tokens of a uniform choice among four have the log-prob of a quarter."""
     assert sampled_entropy(torch.full((7,), 0.25).log()) == pytest.approx(torch.tensor(4.0).log())
     assert sampled_entropy(torch.zeros(0)) == 0.0
+
+
+def test_missing_log_probs_are_left_out_of_what_was_sampled():
+    given = torch.tensor([-1.0, float("nan"), -3.0])
+    assert sampled_entropy(given) == 2.0 and sampled_entropy(given[1:2]) == 0.0
 
 
 def test_groups_that_are_all_equal():

@@ -241,7 +241,7 @@ def test_errors_at_the_door():
     refused("entropy_coef=0.1 without", entropy_coef=0.1, entropy=None)
     refused("entropy_coef", entropy_coef=NAN)
     refused("constant or denominator", aggregate="sequence-sum-norm")
-    refused("denominator", denominator=0)
+    refused("denominator", denominator=-1)
     refused("0-d tensor", denominator=torch.ones(1))
     refused("backend=", backend="cuda")
 

@@ -15,7 +15,7 @@ import torch
 from riskpo.records import Question
 from riskpo.rollout import sample, stream_seed
 from riskpo.samplers import SamplingLimits
-from riskpo.vllm_sampler import SEEDS, VLLMSampler, start_engine
+from riskpo.vllm_sampler import SEEDS, VLLMSampler, drawn_logprobs, start_engine
 from tests.toy import tiny_policy
 
 QUESTIONS = [Question(p, p, "") for p in ("1+2=", "012+345=", "9=")]
@@ -193,3 +193,12 @@ def test_without_vllm_the_error_says_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ValueError, match=r"pip install 'riskpo\[vllm\]'"):
         start_engine("m", dtype="float32", tokens=9, sequences=1, gpu_share=0.3, seed=0)
+
+
+def test_log_probs_that_vllm_leaves_out_are_nan():
+    entry, none, nan = (SimpleNamespace(logprob=x) for x in (-0.5, None, float("nan")))
+    got = drawn_logprobs([5, 6, 7, 8, 9], [{5: entry}, {6: none}, {7: nan}, {4: entry}, None])
+    assert got[0] == -0.5 and torch.tensor(got[1:]).isnan().all()
+    assert torch.tensor(drawn_logprobs([5, 6], None)).isnan().all()
+    with pytest.raises(ValueError, match="got 1 log-probs for 2 drawn tokens"):
+        drawn_logprobs([5, 6], [{5: entry}])

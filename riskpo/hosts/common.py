@@ -134,11 +134,37 @@ def read_state(op: str, folder: str | os.PathLike[str]) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def check_per_token(op: str, name: str, x: torch.Tensor, mask: torch.Tensor) -> None:
+    """ValueError unless x has the mask's shape: in a square batch [B] would spread over tokens."""
+    if x.shape != mask.shape:
+        raise ValueError(
+            f"{op}: got {name} {list(x.shape)}; expected {list(mask.shape)}, one per token as the "
+            "mask. Spread it over the tokens."
+        )
+
+
+def known_weights(
+    op: str, weights: torch.Tensor | None, mask: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """A host's sampler-mismatch weights with 0 in place of NaN, and how many counted ones were NaN.
+
+    NaN is what a sampler's missing log-prob leaves: it costs its token, or in weights that a host
+    has spread over a sequence its sequence, not the step.
+    """
+    if weights is None:
+        return None, torch.zeros((), dtype=torch.int64, device=mask.device)
+    check_per_token(op, "weights", weights, mask)
+    missing = weights.isnan() & (mask != 0)
+    return torch.where((mask != 0) & ~missing, weights, 0.0).detach(), missing.sum()
+
+
 def sequence_advantage(op: str, advantages: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """[B] from advantages [B, T] that hosts spread over the counted tokens; 0 for empty rows.
 
-    ValueError where a sequence's tokens differ: a sequence ratio has one advantage per sequence.
+    ValueError where a sequence's tokens differ: a sequence ratio has one advantage per sequence;
+    and on another shape than the mask's, which a square batch would not betray.
     """
+    check_per_token(op, "advantages", advantages, mask)
     live = mask != 0
     first = live.int().argmax(-1, keepdim=True)
     value = torch.where(live.any(-1), advantages.gather(-1, first)[:, 0], 0.0)

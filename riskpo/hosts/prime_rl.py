@@ -40,11 +40,19 @@ def riskpo_loss(
     the sum over sequences by the batch's number of tokens, so by default every token weighs the
     same (token-mean). mean_tokens=M scales a sequence's mean by M instead: the paper's mean over
     sequences, exactly where M is the batch's mean length. loss_weights multiply the surrogate by
-    their mean. ValueError where advantages differ within the sequence.
+    their mean. A token whose inference log-prob is NaN, as vLLM may give, has no ratio: it does not
+    count, and the metric riskpo_sampler_missing says how many. ValueError where advantages differ
+    within the sequence, and on mean_tokens that is not above 0.
     """
     from prime_rl.trainer.rl.loss import LossOutputs
 
-    mask = inputs.loss_mask[None]
+    if mean_tokens is not None and not mean_tokens > 0:
+        raise ValueError(
+            f"{OP}: got mean_tokens={mean_tokens}; expected a number above 0. Give the batch's "
+            "mean length in tokens."
+        )
+    missing = inputs.inference_logprobs.isnan() & (inputs.loss_mask != 0)
+    mask = (inputs.loss_mask != 0)[None] & ~missing[None]
     weights = inputs.loss_weights
     loss, stats = clipped_surrogate(
         inputs.trainer_logprobs[None],
@@ -60,7 +68,9 @@ def riskpo_loss(
         denominator=1.0 if mean_tokens is None else 1.0 / mean_tokens,
     )
     names = ("ratio_mean", "clip_fraction")
-    return LossOutputs(loss=loss, metrics={f"riskpo_{name}": stats[name] for name in names})
+    metrics = {f"riskpo_{name}": stats[name] for name in names}
+    metrics["riskpo_sampler_missing"] = missing.sum()
+    return LossOutputs(loss=loss, metrics=metrics)
 
 
 class BundleBuffer:

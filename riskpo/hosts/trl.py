@@ -180,7 +180,7 @@ class RiskPOTrainer(GRPOTrainer):
             clip_low=self.epsilon_low,
             clip_high=self.epsilon_high,
             dual_clip=self.args.delta,
-            correction=_per_sequence(inputs.get("importance_sampling_ratio")),
+            correction=_per_sequence(inputs.get("importance_sampling_ratio"), mask),
             ref_logprob=inputs.get("ref_per_token_logps"),
             kl_coef=self.beta,
             entropy=entropy,
@@ -189,6 +189,7 @@ class RiskPOTrainer(GRPOTrainer):
             backend=self.args.riskpo_backend,
         )
         self._log_loss(stats, mask)
+        self._log_missing(inputs.get("sampling_per_token_logps"), mask)
         return self._with_entropy(loss, entropy, mask)
 
     def _score(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -261,6 +262,14 @@ class RiskPOTrainer(GRPOTrainer):
             count = all_units if name in of_units else all_tokens
             self._metrics[mode][name].append(total / max(count, 1.0))
 
+    def _log_missing(self, sampled: torch.Tensor | None, mask: torch.Tensor) -> None:
+        """Tokens without a log-prob of the sampler, to which TRL gives the weight 1."""
+        if sampled is not None:
+            missing = (sampled.isnan() & (mask != 0)).sum()
+            total = self.accelerator.reduce(missing, "sum").item()
+            mode = "train" if self.model.training else "eval"
+            self._metrics[mode]["riskpo/sampler_missing"].append(float(total))
+
     def _riskpo_state(self) -> dict[str, Any]:
         return {
             "generation_batches": self._generation_batches,
@@ -308,8 +317,8 @@ class RiskPOTrainer(GRPOTrainer):
         self._generation_batches = state["generation_batches"]
 
 
-def _per_sequence(weight: torch.Tensor | None) -> torch.Tensor | None:
+def _per_sequence(weight: torch.Tensor | None, mask: torch.Tensor) -> torch.Tensor | None:
     """Sampler-mismatch weights: [B, C] per token as they are, [B, 1] per sequence as [B]."""
-    if weight is None or weight.shape[1] > 1:
+    if weight is None or weight.shape == mask.shape:
         return weight
     return weight[:, 0]

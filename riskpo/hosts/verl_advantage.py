@@ -172,6 +172,12 @@ def _refuse(config: Any, advantage: CountedAdvantage) -> None:
             "False: questions without spread carry the tail's signal",
         ),
         (
+            advantage.advantage.settings.compares_responses
+            and config.actor_rollout_ref.rollout.n < 2,
+            f"actor_rollout_ref.rollout.n={config.actor_rollout_ref.rollout.n}",
+            "at least 2: compared with nothing, every advantage would be 0 for ever",
+        ),
+        (
             questions < bundle or surplus,
             f"data.train_batch_size={questions}",
             f"a multiple of bundle_size={bundle}, or +algorithm.riskpo.leftover=drop",

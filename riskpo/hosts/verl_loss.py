@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from verl.trainer.ppo.core_algos import register_policy_loss
 
-from riskpo.hosts.common import sequence_advantage
+from riskpo.hosts.common import check_per_token, known_weights, sequence_advantage
 from riskpo_kernels import clipped_surrogate
 
 OP = "riskpo in verl"
@@ -41,11 +41,12 @@ def riskpo_policy_loss(
     """The paper's loss: one clipped ratio per sequence (arXiv 2510.00911 sec. 4).
 
     old_log_prob, log_prob, advantages, response_mask, rollout_is_weights: [B, T] of a micro-batch;
-    masked values are never read. Bounds: config.clip_ratio_low, clip_ratio_high (the paper's
-    implementation in this repository: 3e-4 and 4e-4; verl's default 0.2 draws a warning) and
-    clip_ratio_c for negative advantages. loss_agg_mode: all five of verl's. Returns (loss 0-d,
-    metrics). ValueError on an unknown mode, a missing global size, or advantages that differ
-    within a sequence.
+    masked values are never read; a weight that is NaN, since the sampler gave no log-prob, is taken
+    as 0 and counted in actor/riskpo_sampler_missing. Bounds: config.clip_ratio_low, clip_ratio_high
+    (the paper's implementation in this repository: 3e-4 and 4e-4; verl's default 0.2 draws a
+    warning) and clip_ratio_c for negative advantages. loss_agg_mode: all five of verl's. Returns
+    (loss 0-d, metrics). ValueError on an unknown mode, a missing global size, or advantages that
+    differ within a sequence.
     """
     _warn_wide(config)
     each = sequence_advantage(OP, advantages, response_mask)
@@ -69,6 +70,7 @@ def riskpo_token_policy_loss(
 
     Arguments and results as for `riskpo`; advantages may differ between tokens.
     """
+    check_per_token(OP, "advantages", advantages, response_mask)
     each = torch.where(response_mask != 0, advantages, 0.0)
     return _surrogate(
         "token", old_log_prob, log_prob, each, response_mask, loss_agg_mode, config,
@@ -89,6 +91,7 @@ def _surrogate(
     if mode not in AGGREGATES:
         raise ValueError(f"{OP}: got loss_agg_mode={mode!r}; expected one of {list(AGGREGATES)}.")
     low, high = config.clip_ratio_low, config.clip_ratio_high
+    weights, missing = known_weights(OP, weights, mask)
     loss, stats = clipped_surrogate(
         log_prob,
         old_log_prob.detach(),
@@ -98,7 +101,7 @@ def _surrogate(
         clip_low=config.clip_ratio if low is None else low,
         clip_high=config.clip_ratio if high is None else high,
         dual_clip=config.get("clip_ratio_c", 3.0),
-        correction=None if weights is None else torch.where(mask != 0, weights, 0.0).detach(),
+        correction=weights,
         aggregate=AGGREGATES[mode],
         constant=1.0 if mode == "seq-mean-token-sum-norm" else None,
         denominator=_share(mode, mask, config.global_batch_info),
@@ -110,6 +113,7 @@ def _surrogate(
         "actor/pg_clipfrac_lower": stats["clip_fraction"] - clipped,
         "actor/ppo_kl": moved.sum() / (mask != 0).sum().clamp(min=1),
         "actor/riskpo_ratio_mean": stats["ratio_mean"],
+        "actor/riskpo_sampler_missing": missing,
         "actor/riskpo_zero_coefficient_fraction": stats["zero_coefficient_fraction"],
     }
     values = torch.stack([value.float() for value in metrics.values()]).tolist()

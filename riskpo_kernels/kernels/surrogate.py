@@ -8,8 +8,12 @@ weight = 1, or 1 / counted tokens of the sequence. Nothing is divided by the den
 N tokens, S sequences
 logprob, old, ref, entropy, dlogprob, dentropy   [N] fp32      mask [N] uint8, nonzero counts
 advantage   [S] or [N] fp32                      cu [S + 1] int64
-partial     [S, 10] fp32: weighted terms | counts: tokens | sums over tokens: kl, entropy,
-            zero slopes, cut low, high, any, r | maximum of r
+partial     [S, 13] fp32: weighted terms | counts: tokens | sums over tokens: kl, those with a
+            kl, entropy, those with one, zero slopes, cut low, high, any, r, those with one |
+            maximum of r
+
+What has coefficient 0 (kl_coef, entropy_coef, a) is not read into the loss, and where it is NaN not
+into a sum either.
 
 Cost: 16 to 28 bytes per token (the sequence ratio reads logprob and old twice, the second time
 from L2), about 30 FLOPs; eager PyTorch moves some 40 arrays. One program walks one sequence, so
@@ -47,7 +51,7 @@ kl_k3 = _for_triton(formulas.kl_k3)
 
 TOKEN_BOUND = tl.constexpr(formulas.TOKEN_BOUND)
 SEQUENCE_BOUND = tl.constexpr(formulas.SEQUENCE_BOUND)
-COLUMNS = 10
+COLUMNS = 13
 KL_KINDS = {"none": 0, "k1": 1, "k2": 2, "k3": 3}
 
 # 512 tokens are 4 per thread, with the running sums in registers; most responses are a few blocks.
@@ -153,8 +157,8 @@ def surrogate_kernel(
     )
     weight = tl.where(sequence_mean != 0, 1.0 / length, 1.0)
     nil = tl.full([BLOCK], 0.0, tl.float32)
-    b_loss, b_kl, b_h, b_zero = nil, nil, nil, nil
-    b_low, b_high, b_cut, b_r, b_max = nil, nil, nil, nil, nil
+    b_loss, b_kl, b_kls, b_h, b_hs, b_zero = nil, nil, nil, nil, nil, nil
+    b_low, b_high, b_cut, b_r, b_rs, b_max = nil, nil, nil, nil, nil, nil
     for first in range(0, n, BLOCK):
         i = first + tl.arange(0, BLOCK)
         inside = i < n
@@ -175,15 +179,19 @@ def surrogate_kernel(
         slope = surrogate_slope(r, a, cut | saturated(x, bound))
         if KL != 0:
             kl, kl_slope = divergence(tl.load(p_ref + start + i, mask=m, other=0.0) - new, KL)
-            term += kl_coef * kl
-            slope += kl_coef * kl_slope
-            b_kl += kl
+            term += tl.where(kl_coef != 0.0, kl_coef * kl, 0.0)
+            slope += tl.where(kl_coef != 0.0, kl_coef * kl_slope, 0.0)
+            seen = m & ((kl_coef != 0.0) | (kl == kl))
+            b_kl += tl.where(seen, kl, 0.0)
+            b_kls += tl.where(seen, 1.0, 0.0)
         dlogprob = tl.where(m, weight * slope, 0.0)
         zero = dlogprob == 0.0
         if HAS_ENTROPY:
             h = tl.load(p_entropy + start + i, mask=m, other=0.0)
-            term -= entropy_coef * h
-            b_h += h
+            term -= tl.where(entropy_coef != 0.0, entropy_coef * h, 0.0)
+            seen = m & ((entropy_coef != 0.0) | (h == h))
+            b_h += tl.where(seen, h, 0.0)
+            b_hs += tl.where(seen, 1.0, 0.0)
             dentropy = tl.where(m, -weight * entropy_coef, 0.0)
             zero = zero & (dentropy == 0.0)
             tl.store(o_dentropy + start + i, dentropy, mask=inside)
@@ -194,20 +202,26 @@ def surrogate_kernel(
         b_low += tl.where(m & low, 1.0, 0.0)
         b_high += tl.where(m & high, 1.0, 0.0)
         b_cut += tl.where(m & cut, 1.0, 0.0)
-        b_r += tl.where(m, r, 0.0)
-        b_max = tl.where(m & (r > b_max), r, b_max)
+        seen = m & ((a != 0.0) | (r == r))
+        b_r += tl.where(seen, r, 0.0)
+        b_rs += tl.where(seen, 1.0, 0.0)
+        b_max = tl.where(seen & (r > b_max), r, b_max)
 
-    o = o_partial + s * 10
+    o = o_partial + s * 13
     tl.store(o, tl.sum(b_loss, 0))
     tl.store(o + 1, count)
     tl.store(o + 2, tl.sum(b_kl, 0))
-    tl.store(o + 3, tl.sum(b_h, 0))
-    tl.store(o + 4, tl.sum(b_zero, 0))
-    tl.store(o + 5, tl.sum(b_low, 0))
-    tl.store(o + 6, tl.sum(b_high, 0))
-    tl.store(o + 7, tl.sum(b_cut, 0))
-    tl.store(o + 8, tl.sum(b_r, 0))
-    tl.store(o + 9, tl.max(b_max, 0))
+    tl.store(o + 3, tl.sum(b_kls, 0))
+    tl.store(o + 4, tl.sum(b_h, 0))
+    tl.store(o + 5, tl.sum(b_hs, 0))
+    tl.store(o + 6, tl.sum(b_zero, 0))
+    tl.store(o + 7, tl.sum(b_low, 0))
+    tl.store(o + 8, tl.sum(b_high, 0))
+    tl.store(o + 9, tl.sum(b_cut, 0))
+    sum_r = tl.sum(b_r, 0)
+    tl.store(o + 10, sum_r)
+    tl.store(o + 11, tl.sum(b_rs, 0))
+    tl.store(o + 12, tl.where(sum_r == sum_r, tl.max(b_max, 0), sum_r))  # a NaN stays one
 
 
 def surrogate_pass(
@@ -227,7 +241,7 @@ def surrogate_pass(
     kl_coef: float,
     entropy_coef: float,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """(dlogprob [N], dentropy [N] or None, partial [S, 10]); N and S at least 1, any strides."""
+    """(dlogprob [N], dentropy [N] or None, partial [S, 13]); N and S at least 1, any strides."""
     dlogprob = torch.empty(logprob.shape, dtype=torch.float32, device=logprob.device)
     dentropy = None if entropy is None else torch.empty_like(dlogprob)
     programs = len(cu_seqlens) - 1

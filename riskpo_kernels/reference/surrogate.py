@@ -6,6 +6,9 @@ r_t = exp(clamp(x_t))                           clamp at +-20 (token), +-10 (seq
 term_t = f(r_t, w_t A_t) + kl_coef KL_t - entropy_coef H_t
 loss = sum_t weight_t term_t / denominator      over the counted tokens; weight_t is 1, or
                                                 1 / length of t's sequence for "sequence-mean"
+
+What has coefficient 0 is not read: a part of a term whose w_t A_t, kl_coef or entropy_coef is 0 is
+0 even where its values are NaN, and so is w_t A_t where either is 0.
 """
 
 from __future__ import annotations
@@ -68,10 +71,9 @@ class Sequences:
         """Tokens as flat [N]; 0 where they do not count, whatever stood there."""
         return torch.where(self.counted, x.reshape(-1).to(dtype), 0.0)
 
-    def spread(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Per-sequence [S] or per-token values as flat [N]; [S] wins where S == N."""
-        per_sequence = x.dim() == 1 and len(x) == self.count
-        return self.tokens(x[self.segment] if per_sequence else x, dtype)
+    def spread(self, x: torch.Tensor, dtype: torch.dtype, *, per_token: bool) -> torch.Tensor:
+        """Per-sequence [S] or per-token values as flat [N]."""
+        return self.tokens(x if per_token else x[self.segment], dtype)
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """Flat [N] to [S], over all ranks."""
@@ -89,6 +91,38 @@ class Sequences:
     def mean(self, x: torch.Tensor) -> torch.Tensor:
         """Flat [N] to [S]; 0 for a sequence without counted tokens."""
         return self.sum(x) / self.lengths.clamp(min=1).to(x.dtype)
+
+
+def is_per_token(
+    name: str,
+    x: torch.Tensor,
+    logprob: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    *,
+    given: str | None,
+    group: Any = None,
+) -> bool:
+    """Whether x has one value per token, not per sequence; `given` says so, else its shape.
+
+    ValueError, on all ranks of a group, where S == N leaves both open. Without a group the two
+    readings are one if every sequence is one token.
+    """
+    flat = logprob.dim() == 1
+    if given is not None or (flat and cu_seqlens is None):
+        return given != "sequence"
+    count = logprob.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    per_sequence = x.shape == (count,)
+    unclear = per_sequence and flat and count == len(logprob)
+    if group is not None:
+        unclear = bool(summed(torch.tensor(int(unclear), device=x.device), group) > 0)
+    elif unclear and cu_seqlens is not None:
+        unclear = not bool((cu_seqlens.diff() == 1).all())
+    if unclear:
+        raise ValueError(
+            f"clipped_surrogate: got {name} {list(x.shape)} for as many sequences as tokens; "
+            f"expected a word. Pass {name}_per='sequence' or {name}_per='token'."
+        )
+    return not per_sequence
 
 
 def sequence_logprob(
@@ -116,10 +150,17 @@ def default_denominator(
 
 
 def nonzero(denominator: torch.Tensor | float) -> torch.Tensor | float:
-    """Where nothing counts on any rank, the global count is 0: the loss is 0, not NaN."""
+    """Where nothing counts on any rank, the global count is 0: the loss is 0, not NaN. Below 0 it
+    is NaN: a tensor's value cannot be refused without waiting for the device."""
     if isinstance(denominator, torch.Tensor):
-        return torch.where(denominator == 0, 1, denominator)
+        sound = torch.where(denominator > 0, denominator, float("nan"))
+        return torch.where(denominator == 0, 1.0, sound)
     return denominator or 1.0
+
+
+def weighted(advantage: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Their product, 0 where either is 0, whatever the other is."""
+    return torch.where((advantage == 0) | (weight == 0), 0.0, advantage * weight)
 
 
 def clip_bounds(
@@ -152,6 +193,8 @@ def clipped_surrogate(
     aggregate: str = "sequence-mean",
     constant: float | None = None,
     denominator: float | torch.Tensor | None = None,
+    advantage_per: str | None = None,
+    correction_per: str | None = None,
     sequence_group: Any = None,
     backend: str = "reference",
 ) -> SurrogateLoss:
@@ -161,63 +204,76 @@ def clipped_surrogate(
     old = sequences.tokens(old_logprob.detach(), wide)
     clip = clip_bounds(ratio, clip_low, clip_high, dual_clip)
     ref = None if ref_logprob is None else sequences.tokens(ref_logprob.detach(), wide)
-    a = sequences.spread(advantage, wide)
+    per = "sequence" if ratio == "sequence" else advantage_per
+    where = logprob, cu_seqlens
+    each = is_per_token("advantage", advantage, *where, given=per, group=sequence_group)
+    a = sequences.spread(advantage, wide, per_token=each)
     if correction is not None:  # f is homogeneous in a: a weight of f is a weight of a
-        w = sequences.spread(correction.detach(), wide)
-        a = a * (sequences.mean(w)[sequences.segment] if ratio == "sequence" else w)
+        per = correction_per
+        each = is_per_token("correction", correction, *where, given=per, group=sequence_group)
+        w = sequences.spread(correction.detach(), wide, per_token=each)
+        a = weighted(a, sequences.mean(w)[sequences.segment] if ratio == "sequence" else w)
     weight = sequences.weight(mean=aggregate == "sequence-mean", dtype=wide)
 
     def policy_terms(new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         x = new - old
         x = sequences.mean(x)[sequences.segment] if ratio == "sequence" else x
-        r = torch.exp(formulas.bounded(x, BOUND[ratio]))
+        unread = (a == 0) & x.isnan()  # away before autograd multiplies it by 0
+        r = torch.exp(formulas.bounded(torch.where(unread, 0.0, x), BOUND[ratio]))
         u = torch.zeros_like(new) if ref is None else ref - new
         divergence, _ = KL[kl](formulas.bounded(u, formulas.TOKEN_BOUND))
-        return formulas.surrogate(r, a, *clip) + kl_coef * divergence, r, divergence
+        f = formulas.surrogate(r, a, *clip)
+        r = torch.where(unread, float("nan"), r.detach())
+        return (f + kl_coef * divergence if kl_coef else f), r, divergence
 
     term, r, divergence = policy_terms(sequences.tokens(logprob, wide))
     unit = sequences.weight(mean=ratio == "sequence", dtype=wide)
-    stats = _ratio_stats(r.detach(), formulas.cuts(r, a, *clip), unit, sequences)
+    stats = _ratio_stats(r, a, clip, unit, sequences)
     with torch.enable_grad():
         leaf = sequences.tokens(logprob.detach(), wide).requires_grad_()
         (slope,) = torch.autograd.grad((weight * policy_terms(leaf)[0]).sum(), leaf)
     zero = (slope == 0) & ((weight * entropy_coef == 0) | (entropy is None))
     stats["zero_coefficient_fraction"] = _mean(zero.to(wide), sequences)
     if ref is not None:
-        stats["kl"] = _mean(divergence, sequences)
+        stats["kl"] = _mean(divergence, sequences, skip_nan=kl_coef == 0)
     if entropy is not None:
         h = sequences.tokens(entropy, wide)
-        stats["entropy"] = _mean(h, sequences)
+        stats["entropy"] = _mean(h, sequences, skip_nan=entropy_coef == 0)
         term = term - entropy_coef * h if entropy_coef else term
     share = default_denominator(aggregate, sequences, constant)
     loss = (weight * term).sum() / nonzero(share if denominator is None else denominator)
     return SurrogateLoss(loss, stats)
 
 
-def _mean(x: torch.Tensor, sequences: Sequences) -> torch.Tensor:
-    total = sequences.over_ranks(torch.where(sequences.counted, x.detach(), 0.0).sum())
-    return total / sequences.lengths.sum().clamp(min=1)
+def _mean(x: torch.Tensor, sequences: Sequences, *, skip_nan: bool = False) -> torch.Tensor:
+    """Over the counted tokens; `skip_nan`: those of them that have a value."""
+    seen = sequences.counted & ~x.isnan() if skip_nan else sequences.counted
+    total = sequences.over_ranks(torch.where(seen, x.detach(), 0.0).sum())
+    return total / sequences.over_ranks(seen.sum()).clamp(min=1)
 
 
 def _ratio_stats(
     r: torch.Tensor,
-    cut: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    a: torch.Tensor,
+    clip: tuple[float, float, float],
     unit: torch.Tensor,
     sequences: Sequences,
 ) -> dict[str, torch.Tensor]:
-    low, high, dual = cut
-    units = sequences.over_ranks(unit.sum()).clamp(min=1)
+    """Shares of all units; the ratio's mean and maximum over those that have one or need one."""
+    low, high, dual = formulas.cuts(r, a, *clip)
+    seen = torch.where((a == 0) & r.isnan(), 0.0, unit)
 
-    def mean(x: torch.Tensor) -> torch.Tensor:
-        return sequences.over_ranks((unit * x).sum()) / units
+    def mean(x: torch.Tensor, unit: torch.Tensor = unit) -> torch.Tensor:
+        total = sequences.over_ranks(torch.where(unit > 0, unit * x, 0.0).sum())
+        return total / sequences.over_ranks(unit.sum()).clamp(min=1)
 
     return {
         "clip_fraction": mean(low | high | dual),
         "clip_low_fraction": mean(low),
         "clip_high_fraction": mean(high),
-        "ratio_mean": mean(r),
+        "ratio_mean": mean(r, seen),
         "ratio_max": largest(
-            torch.where(unit > 0, r, 0.0).amax() if len(r) else r.sum(), sequences.group
+            torch.where(seen > 0, r, 0.0).amax() if len(r) else r.sum(), sequences.group
         ),
         "tokens": sequences.lengths.sum(),
     }

@@ -77,13 +77,29 @@ def test_summed_over_sequences_and_divided_outside_it_is_the_reference(aggregate
         torch.autograd.grad(loss, given), torch.autograd.grad(expected, given), strict=True
     ):
         torch.testing.assert_close(a, b)
-    assert set(outs[0].metrics) == {"riskpo_ratio_mean", "riskpo_clip_fraction"}
+    names = {"riskpo_ratio_mean", "riskpo_clip_fraction", "riskpo_sampler_missing"}
+    assert set(outs[0].metrics) == names
 
 
 def test_loss_weights_scale_the_sequence():
     weights = torch.full((T,), 0.25, dtype=torch.float64)
     whole, weighted = prime_rl.riskpo_loss(sequence(3)), prime_rl.riskpo_loss(sequence(3, weights))
     torch.testing.assert_close(weighted.loss, whole.loss / 4)
+
+
+def test_a_missing_inference_log_prob_costs_its_token():
+    given, shorter = sequence(1), sequence(1)
+    given.inference_logprobs[3] = torch.nan
+    shorter.loss_mask[3] = False
+    got, expected = prime_rl.riskpo_loss(given), prime_rl.riskpo_loss(shorter)
+    assert got.metrics["riskpo_sampler_missing"] == 1 and torch.equal(got.loss, expected.loss)
+    slopes = [
+        torch.autograd.grad(out.loss, x.trainer_logprobs)[0]
+        for out, x in ((got, given), (expected, shorter))
+    ]
+    assert torch.equal(*slopes) and slopes[0].any()
+    with pytest.raises(ValueError, match="mean_tokens=0"):
+        prime_rl.riskpo_loss(given, mean_tokens=0)
 
 
 REWARDS = {"a": [1.0, 0.0, 1.0], "b": [0.0, 0.0, 0.0], "c": [1.0, 1.0, 0.0], "d": [0.0, 1.0, 0.0]}

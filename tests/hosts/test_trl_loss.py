@@ -120,6 +120,17 @@ def test_sampler_mismatch_weights_are_native(tmp_path, monkeypatch, shape, ratio
     assert distance(gradient, expected_gradient) < ROUNDING
 
 
+def test_log_probs_that_the_sampler_left_out_are_counted(tmp_path):
+    """TRL has given their tokens the weight 1; those of padding are not missing."""
+    ours = trainer(tmp_path, **PLAIN, **TOKEN)
+    inputs = batch(ours.model.config.vocab_size)
+    sampled = torch.where(inputs["completion_mask"] != 0, -1.0, torch.nan)
+    sampled[0, 0] = torch.nan
+    assert inputs["completion_mask"][0, 0] == 1
+    loss, _ = loss_and_gradient(ours, inputs | {"sampling_per_token_logps": sampled})
+    assert loss == loss and ours._metrics["train"]["riskpo/sampler_missing"] == [1.0]
+
+
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
 def test_tokens_that_a_tool_wrote_do_not_count(tmp_path, loss_type):
     options = {**PLAIN, **SEQUENCE, "loss_type": loss_type}

@@ -207,6 +207,10 @@ def test_a_checkpoint_without_the_state_or_with_other_settings_is_refused(tmp_pa
         ({"algorithm__use_kl_in_reward": True}, "use_kl_in_reward"),
         ({"algorithm__filter_groups": {"enable": True}}, "filter_groups"),
         ({"data__train_batch_size": 7}, "multiple of bundle_size=3"),
+        (
+            {"actor_rollout_ref__rollout__n": 1, "algorithm__riskpo__baseline": "leave-one-out"},
+            "rollout.n=1; expected at least 2",
+        ),
         ({"algorithm__adv_estimator": "grpo"}, "expected riskpo"),
         ({"algorithm__riskpo__bundle_sise": 3}, "bundle_size"),
     ],

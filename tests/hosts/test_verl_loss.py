@@ -129,8 +129,45 @@ def test_masked_values_are_never_read(name):
     assert got[2] == expected[2]
 
 
+@pytest.mark.parametrize("name", ["riskpo", "riskpo_token"])
+def test_a_weight_that_is_missing_counts_as_0(name):
+    given = inputs()
+    weights = torch.rand(B, T, generator=torch.Generator().manual_seed(0)) + 0.5
+    hole = torch.zeros(B, T, dtype=torch.bool)
+    hole[2, :2] = True
+    assert given["response_mask"][2, :2].all()
+    zero, holed = weights.masked_fill(hole, 0.0), weights.masked_fill(hole, torch.nan)
+    expected = gradient(name, given | {"rollout_is_weights": zero}, config=config())
+    got = gradient(name, given | {"rollout_is_weights": holed}, config=config())
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+    missing = "actor/riskpo_sampler_missing"
+    assert got[2] == expected[2] | {missing: 2.0} and expected[2][missing] == 0
+
+
+@pytest.mark.parametrize("name", ["riskpo", "riskpo_token"])
+@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-mean"])
+def test_a_batch_of_which_nothing_counts_has_loss_0(name, mode):
+    given = inputs()
+    given["response_mask"] = torch.zeros_like(given["response_mask"])
+    given["rollout_is_weights"] = torch.full((B, T), torch.nan)
+    for sizes in ({}, {"dp_size": 2, "batch_num_tokens": 0, "global_batch_size": 0}):
+        loss, slope, metrics = gradient(
+            name, given, loss_agg_mode=mode, config=config(3e-4, 4e-4, **sizes)
+        )
+        assert loss == 0 and not slope.any() and not any(metrics.values())
+
+
 def test_what_does_not_fit_is_named():
     given = inputs()
+    with pytest.raises(ValueError, match=r"advantages \[8\]; expected"):
+        short = given | {"advantages": given["advantages"][:, 0]}
+        verl_loss.riskpo_policy_loss(**short, config=config())
+    square = {name: x[:, :B] for name, x in given.items()}  # here [B] would fit the tokens
+    for loss in (verl_loss.riskpo_policy_loss, verl_loss.riskpo_token_policy_loss):
+        for name in ("advantages", "rollout_is_weights"):
+            each = square | {name: given["advantages"][:, 0]}
+            with pytest.raises(ValueError, match=r"\[8\]; expected \[8, 8\]"):
+                loss(**each, config=config())
     with pytest.raises(ValueError, match="got loss_agg_mode='mean'"):
         verl_loss.riskpo_policy_loss(**given, loss_agg_mode="mean", config=config())
     with pytest.raises(ValueError, match="dp_size=2 without global_batch_size"):

@@ -10,7 +10,8 @@ from dataclasses import replace
 
 import pytest
 
-from riskpo.config import TrainConfig, resolve
+from riskpo.config import MemoryConfig, TrainConfig, resolve
+from riskpo.memory import run_plan
 from riskpo.memory.budget import GIB, MIB, Workload, attention_flop, budget, longest
 from riskpo.memory.plan import CHECKPOINTS, LADDER, WIDTH, find_card, plan_command
 from riskpo.memory.run_plan import plan_run
@@ -52,10 +53,11 @@ def test_terms_by_hand():
     keys and values a token."""
     shape, work = find_shape("Llama-3.1-8B"), Workload(1000, sequences=3)
     found = budget(shape, CHECKPOINTS, work)
-    assert sum(found.fixed.values()) == 16 * shape.parameters
+    assert sum(found.fixed.values()) == 14 * shape.parameters  # and a gradient while it updates
+    assert found.update["gradients"] == found.step["gradients"] == 2 * shape.parameters
     assert found.update["checkpoints"] == 1000 * 32 * 4096 * 2
     assert found.sampling["keys and values"] == 3000 * 131072
-    assert found.fixed["gradients"] + found.step["gradients in float32"] == 4 * shape.parameters
+    assert found.step["gradients in float32"] == 2 * shape.parameters
     assert found.step["temporaries of the step"] == 2 * 128256 * 4096  # a gradient twice
     host = budget(shape, replace(CHECKPOINTS, optimizer="host"), work)
     assert sum(host.fixed.values()) == 2 * shape.parameters
@@ -94,7 +96,7 @@ def test_terms_on_the_cpu_by_hand():
     for state, bytes_each in (("device", 8), ("8bit", 20), ("host", 8)):
         found = budget(shape, replace(CHECKPOINTS, optimizer=state), work)
         assert found.step["temporaries of the step"] == bytes_each * largest, state
-        gradients = found.fixed["gradients"], found.step["gradients in float32"]
+        gradients = found.step["gradients"], found.step["gradients in float32"]
         assert sum(gradients) == 4 * shape.parameters
         assert (gradients[1] == 0) == (state == "host") and not found.host
     assert found.fixed["optimiser moments"] == 8 * shape.parameters
@@ -228,13 +230,14 @@ def test_a_run_s_plan_and_its_outcome():
     plan = plan_run(config, tiny_policy().model)
     assert plan.predicted is not None and plan.predicted.fixed["master copies"] == 0
     assert "checkpoints" not in plan.predicted.update
-    assert plan.lines() == ["memory plan: below 0.1 GiB on cpu"]
+    assert plan.lines() == ["memory plan: below 0.1 GiB on cpu"] and plan.capacity > GIB
     assert plan.predicted.run_increase < 64 * 2**20  # the demo is small, and said to be
     assert "predicted" in plan.outcome() and "measured" in plan.outcome()
     plan.capacity = 1.0
     assert "hardly fit" in plan.lines()[1]
     large = replace(config, max_response_tokens=100_000)
-    first, second = plan_run(large, tiny_policy().model).lines()
+    plan = replace(plan_run(large, tiny_policy().model), capacity=None)
+    first, second = plan.lines()
     assert "GiB on cpu: updating" in first and "largest: " in second
 
 
@@ -242,7 +245,46 @@ def test_frozen_weights_have_no_state():
     model = tiny_policy().model
     model.model.requires_grad_(False)
     predicted = plan_run(resolve(TrainConfig())[0], model).predicted
-    assert predicted.fixed["gradients"] == 4 * model.lm_head.weight.numel()
+    assert predicted.step["gradients"] == 4 * model.lm_head.weight.numel()
+
+
+def test_gradients_are_planned_where_they_are():
+    """None is there while it samples. A single micro-batch makes them while its activations go; a
+    second one finds all of them. A tied head's own waits for the embedding's; a frozen head has
+    none, and no sum of its gradient."""
+    shape = replace(find_shape("Qwen2.5-1.5B"), tied=True)
+    P, head = shape.parameters, shape.vocab * shape.hidden
+    for work in (Workload(65536, 4, micro_batches=1), Workload(65536, 4)):
+        found = budget(shape, MemoryConfig(), work)
+        assert "gradients" not in found.fixed | found.prompts | found.sampling
+        assert found.step["gradients"] == 4 * P
+        once = work.micro_batches == 1
+        assert (found.update["gradients"] < P) if once else (found.update["gradients"] == 4 * P)
+        assert found.update["gradient of the tied head"] == 4 * head
+    few = budget(shape, MemoryConfig(), Workload(8, 4, micro_batches=1)).moments["update"]
+    assert 4 * P < few < 4.2 * P, "with few tokens the end of the backward counts"
+    untied = budget(replace(shape, tied=False), MemoryConfig(), Workload(65536, 4)).update
+    assert "gradient of the tied head" not in untied
+    frozen = budget(replace(shape, trained=10**6, head_learns=False), CHECKPOINTS, Workload(8, 4))
+    learns = budget(shape, CHECKPOINTS, Workload(8, 4))
+    both = [(b.update | b.other)["head workspace"] for b in (learns, frozen)]
+    assert both[0] - both[1] == 4 * head
+
+
+def test_a_run_is_planned_by_its_micro_batches():
+    """Several of them: gradients wait beside the activations."""
+    config = replace(resolve(TrainConfig())[0], max_prompt_tokens=400, micro_batch_tokens=10**6)
+    model = tiny_policy().model
+    one = plan_run(config, model).predicted
+    several = plan_run(replace(config, micro_batch_tokens=450), model).predicted
+    assert several.update["gradients"] == several.step["gradients"] == one.step["gradients"]
+    assert one.update["gradients"] < one.step["gradients"]
+
+
+def test_a_plan_beyond_the_machine_is_said_on_the_cpu_too(monkeypatch):
+    monkeypatch.setattr(run_plan, "memory_of_this_machine", lambda: 1.0 * MIB)
+    plan = plan_run(resolve(TrainConfig())[0], tiny_policy().model)
+    assert "hardly fit" in plan.lines()[-1]
 
 
 PROGRAM = """

@@ -4,8 +4,9 @@ Derived from what autograd keeps in a transformers decoder layer (RMSNorm, rotar
 flash kernel, SwiGLU), and compared with measurements in docs/long-context.md. The peak is the
 largest of four moments, which share the fixed terms:
 
-    update   checkpoints of all layers + what one layer needs in its backward, or the head
-    step     the optimiser's float32 gradients and its temporaries
+    update   checkpoints of all layers + what one layer needs in its backward, or the head, beside
+             the gradients: of earlier micro-batches, or those that this one has already made
+    step     the gradients, in float32, and the optimiser's temporaries
     prompts  keys and values of all prompts + what one layer needs to read them, at once
     sampling keys and values of the rollouts + the logits of one step
 
@@ -48,6 +49,7 @@ class Workload:
     on_host: bool = False  # the model itself is on the CPU: nothing can be moved off it
     plain_head: bool = False  # [T, V] logits and autograd, to compare with
     head_tokens: int | None = None  # that meet the head, responses alone; None: all of them
+    micro_batches: int = 2  # of an update; from the second on its gradients wait beside activations
 
 
 @dataclass(frozen=True)
@@ -96,10 +98,10 @@ def budget(shape: ModelShape, memory: MemoryConfig, work: Workload) -> Budget:
     gradient = 4.0 if memory.optimizer == "host" else float(b)
     fixed = {
         "weights": float(shape.parameters * b),
-        "gradients": 0.0 if away else gradient * P,
         "optimiser moments": moments * P,
         "master copies": masters * P,
     }
+    gradients = {"gradients": 0.0 if away else gradient * P}
     kept, layer = _kept(shape, memory, work), _layer(shape, memory, work)
     head = {"head workspace": _head(shape, memory, work)}
     # a layer's MLP and its attention take turns, and so do the head and the layers
@@ -107,14 +109,43 @@ def budget(shape: ModelShape, memory: MemoryConfig, work: Workload) -> Budget:
     waiting = {less: layer.pop(less)}
     other, stage = sorted((layer, head), key=lambda x: sum(x.values()))
     other |= waiting
-    step = _step(shape, memory, work, gradient)
+    waiting_too = _gradients(shape, work, sum(gradients.values()), kept, layer, stage)
+    step = gradients | _step(shape, memory, work, gradient)
     prompts, sampling = _prompts(shape, work), _sampling(shape, work)
     host = {}
     if away:
         host["masters, moments, gradients"] = 16.0 * P
     if memory.offload_checkpoints and not work.on_host:
         host["checkpoints"] = shape.layers * _power_of_two(T * shape.hidden * b)
-    return Budget(fixed, {**kept, **stage}, step, prompts, sampling, host, other)
+    return Budget(fixed, {**waiting_too, **kept, **stage}, step, prompts, sampling, host, other)
+
+
+def _gradients(
+    shape: ModelShape,
+    work: Workload,
+    all_of_them: float,
+    kept: dict[str, float],
+    layer: dict[str, float],
+    stage: dict[str, float],
+) -> dict[str, float]:
+    """Gradients beside the largest turn of the update.
+
+    From the second micro-batch on all of them wait there. In a single one they grow while the
+    activations of the layers go: the last layer's turn has all gradients and its own activations.
+    A tied head's gradient waits besides until the embedding's is there, at the end.
+    """
+    found = {"gradients": all_of_them}
+    if work.micro_batches == 1:
+        last = all_of_them + sum(kept.values()) / shape.layers + sum(layer.values())
+        found["gradients"] = max(0.0, last - sum(kept.values()) - sum(stage.values()))
+    if shape.tied and shape.head_learns and "head workspace" not in stage:
+        found["gradient of the tied head"] = float(
+            shape.vocab * shape.hidden * work.bytes_per_weight
+        )
+        if work.micro_batches == 1:  # one of the gradients, but there before the layers'
+            rest = found["gradients"] - found["gradient of the tied head"]
+            found["gradients"] = max(0.0, rest)
+    return found
 
 
 def _step(
@@ -188,7 +219,7 @@ def _head(shape: ModelShape, memory: MemoryConfig, work: Workload) -> float:
         return around + rows * (12.0 + (b if b < 4 else 0)) * shape.vocab
     # no workspace outgrows the logits, their gradient and one more of their size
     workspace = min(memory.head_mib * MIB, 12.0 * rows * shape.vocab)
-    return around + 4.0 * shape.vocab * H + workspace
+    return around + 4.0 * shape.vocab * H * shape.head_learns + workspace
 
 
 def _prompts(shape: ModelShape, work: Workload) -> dict[str, float]:

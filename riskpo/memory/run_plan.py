@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,10 +12,29 @@ import torch
 from riskpo.config import TrainConfig
 from riskpo.memory.budget import GIB, MIB, MOMENTS, Budget, Workload, budget, gib
 from riskpo.memory.meter import PeakMeter
-from riskpo.memory.shapes import with_parameters
+from riskpo.memory.shapes import shape_of_model
 
 SMALL_GIB = 0.1  # below it there is nothing to plan
 TELLING_MIB = 500  # below it a process' own buffers are a large part of what is measured
+
+
+# what a container may use, and all of it where it is not limited (cgroup v2, v1)
+LIMITS = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
+
+
+def memory_of_this_machine() -> float | None:
+    """Bytes of its main memory, or of the part that a container may use; None: it does not tell."""
+    try:
+        found = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, OSError, ValueError):
+        return None
+    for limit in LIMITS:
+        if limit.is_file() and (text := limit.read_text(encoding="utf-8").strip()).isdigit():
+            found = min(found, float(text))
+    return found
 
 
 @dataclass
@@ -22,7 +43,7 @@ class RunPlan:
 
     meter: PeakMeter
     predicted: Budget | None  # None: the plan does not know this kind of model
-    capacity: float | None  # bytes of the device; None: the CPU
+    capacity: float | None  # bytes of the device; None: this machine does not tell
 
     def lines(self) -> list[str]:
         """What is expected, in three lines at most."""
@@ -41,7 +62,7 @@ class RunPlan:
             ]
         if self.capacity is not None and b.peak > self.capacity:
             found.append(
-                f"memory plan: {gib(b.peak)} GiB will hardly fit in {gib(self.capacity)}; "
+                f"warning: {gib(b.peak)} GiB will hardly fit in {gib(self.capacity)}; "
                 "`riskpo plan --model ...` shows what each switch buys"
             )
         return found
@@ -63,30 +84,34 @@ class RunPlan:
 def plan_run(config: TrainConfig, model: Any) -> RunPlan:
     """The plan of a resolved config and its loaded model; the meter starts here."""
     device = next(model.parameters()).device
-    capacity = None
+    capacity = memory_of_this_machine()
     if device.type == "cuda":
         capacity = float(torch.cuda.get_device_properties(device).total_memory)
     return RunPlan(PeakMeter(device), _predicted(config, model, device), capacity)
 
 
 def _predicted(config: TrainConfig, model: Any, device: torch.device) -> Budget | None:
-    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    everything, trained = sum(n for n, _ in counts), sum(n for n, learns in counts if learns)
     try:
-        shape = with_parameters(model.config, type(model).__name__, everything, trained)
+        shape = shape_of_model(model)
     except ValueError:
         return None
     # resolve has seen to all three
     assert config.micro_batch_tokens and config.max_prompt_tokens and config.max_response_tokens
-    context = config.max_prompt_tokens + config.max_response_tokens
+    prompt, response = config.max_prompt_tokens, config.max_response_tokens
+    context = prompt + response
     responses = config.questions_per_step * config.responses_per_question
-    mini_batch = context * responses // config.updates_per_step
+    # a mini-batch has whole questions; the last token of a sequence is a target only
+    rows = -(-config.questions_per_step // config.updates_per_step) * config.responses_per_question
+    mini_batch = rows * (context - 1)
+    tokens = max(context - 1, min(config.micro_batch_tokens, mini_batch))
     work = Workload(
-        tokens=max(context, min(config.micro_batch_tokens, mini_batch)),
+        tokens=tokens,
+        head_tokens=min(tokens, rows * response),
+        micro_batches=1 if mini_batch <= config.micro_batch_tokens else 2,
         bytes_per_weight=4 if config.dtype == "float32" else 2,
         sequences=min(config.sampler.sequences, responses),
         context=context,
-        prompt=config.max_prompt_tokens,
+        prompt=prompt,
         on_host=device.type == "cpu",
     )
     return budget(shape, config.memory, work)

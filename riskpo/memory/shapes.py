@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,8 @@ class ModelShape:
     keys: int
     vocab: int
     trained: int | None = None  # parameters that are; None: all of them
+    tied: bool = False  # the head is the embedding
+    head_learns: bool = True
 
     @property
     def trainable(self) -> int:
@@ -134,4 +136,14 @@ def with_parameters(
         keys=keys * head_width(text),
         vocab=text.vocab_size,
         trained=trained,
+        tied=bool(getattr(text, "tie_word_embeddings", False)),
     )
+
+
+def shape_of_model(model: Any) -> ModelShape:
+    """The shape of a loaded model, frozen parameters told apart; ValueError if it is not dense."""
+    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    everything, trained = sum(n for n, _ in counts), sum(n for n, learns in counts if learns)
+    shape = with_parameters(model.config, type(model).__name__, everything, trained)
+    head = model.get_output_embeddings()
+    return replace(shape, head_learns=head is None or head.weight.requires_grad)

@@ -31,9 +31,9 @@ def upstream(shape, device, seed=1):
 def run(op, tensors, target, *, c=True, g=True, e=True, columns=True, **options):
     """Results and gradients of `op(*tensors, target, **options)` by name.
 
-    tensors: dict of differentiable inputs; "bias" is passed by keyword. c, g, e: which
-    upstream gradients are sent, of logprob, entropy and lse. columns: dW and dbias are split into rows of targets and the rest, so that
-    neither hides the other.
+    tensors: dict of differentiable inputs; "bias" is passed by keyword. c, g, e: which upstream
+    gradients are sent, of logprob, entropy and lse. columns: dW and dbias are split into rows of
+    targets and the rest, so that neither hides the other.
     """
     leaves = {k: v.detach().clone().requires_grad_() for k, v in tensors.items() if v is not None}
     positional = [v for k, v in leaves.items() if k != "bias"]

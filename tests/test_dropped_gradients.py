@@ -99,7 +99,7 @@ def logit_gradient(h, w, target, c, g, e):
 @pytest.mark.parametrize("name", ROWS)
 def test_what_a_row_loses_is_bounded(name, c, g, e):
     """float32 at 2^-14: values as ever; the dropped columns hold at most 32 eps (|c - e| + |g|),
-    without an entropy 256 eps (||dz||_1 + |e|) as well; dH and dW are off by that and rounding only."""
+    without an entropy 256 eps (||dz||_1 + |e|) as well; dH, dW are off by that and rounding."""
     h, w, target = ROWS[name]()
     truth = results(reference.linear_logprob, h, w, target, c, g, e, torch.float64)
     plain = results(reference.linear_logprob, h, w, target, c, g, e, torch.float32)

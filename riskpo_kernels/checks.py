@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -58,3 +58,17 @@ def check_positive(op: str, name: str, value: float, *, zero_ok: bool = False) -
     fits = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not fits or not (0 <= value if zero_ok else 0 < value) or value == float("inf"):
         reject(op, f"{name}={value!r}", f"a finite number {bound}", f"Set {name} accordingly.")
+
+
+def constant(x: Any) -> Any:
+    """An option's number as a constant of the graph that is being made; x itself outside of one.
+
+    From its second value on torch.compile hands a Python float on as a symbol, and Inductor gives
+    an operator's float argument the value of an earlier call. A constant is guarded instead:
+    another value makes another graph.
+    """
+    if not torch.compiler.is_compiling() or not isinstance(x, (int, float)):
+        return x
+    from torch.fx.experimental.symbolic_shapes import guard_scalar  # slow to import
+
+    return guard_scalar(x)

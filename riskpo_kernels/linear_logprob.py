@@ -25,7 +25,7 @@ import torch
 from riskpo_kernels import reference
 from riskpo_kernels.backends import BACKENDS
 from riskpo_kernels.block_selection import DEFAULT_EPS
-from riskpo_kernels.checks import check_choice
+from riskpo_kernels.checks import check_choice, constant
 from riskpo_kernels.chunks import no_autocast
 from riskpo_kernels.head_op import head_operator
 from riskpo_kernels.inputs import check_head, check_options, live_rows
@@ -99,6 +99,9 @@ def linear_logprob(
             that cannot run here, a memory_mib below one small tile, or (on every rank) ranks of
             vocab_group that were given different rows or options.
     """
+    temperature, scale, softcap, ignore_index, tail_eps, memory_mib = map(
+        constant, (temperature, scale, softcap, ignore_index, tail_eps, memory_mib)
+    )
     check_head(OP, hidden, weight, target, bias, sharded_ok=vocab_group is not None)
     check_options(
         OP,

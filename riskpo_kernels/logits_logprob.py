@@ -17,7 +17,14 @@ import torch
 
 from riskpo_kernels import reference
 from riskpo_kernels.backends import BACKENDS
-from riskpo_kernels.checks import check_choice, check_device, check_float, check_shape, reject
+from riskpo_kernels.checks import (
+    check_choice,
+    check_device,
+    check_float,
+    check_shape,
+    constant,
+    reject,
+)
 from riskpo_kernels.chunks import no_autocast
 from riskpo_kernels.inputs import check_options, live_rows
 from riskpo_kernels.logits_op import OP, logits_operator
@@ -60,6 +67,7 @@ def logits_logprob(
     Raises:
         ValueError: wrong shapes, dtypes, devices or values, or a backend that cannot run here.
     """
+    temperature, softcap, ignore_index = map(constant, (temperature, softcap, ignore_index))
     check_float(OP, "logits", logits)
     check_device(OP, logits=logits, target=target)
     if logits.dim() < 1 or logits.shape[-1] == 0:

@@ -14,6 +14,7 @@ import torch
 
 from riskpo_kernels.backends import BACKENDS
 from riskpo_kernels.checks import check_choice, reject
+from riskpo_kernels.checks import constant as guarded
 from riskpo_kernels.chunks import no_autocast
 from riskpo_kernels.process_groups import name_of
 from riskpo_kernels.reference import surrogate as reference
@@ -151,17 +152,17 @@ def clipped_surrogate(
     sequences = check_layout(OP, logprob, cu_seqlens, mask)
     options = Options(
         ratio=ratio,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
-        kl_coef=kl_coef,
+        clip_low=guarded(clip_low),
+        clip_high=guarded(clip_high),
+        dual_clip=guarded(dual_clip),
+        kl_coef=guarded(kl_coef),
         kl=kl,
-        entropy_coef=entropy_coef,
+        entropy_coef=guarded(entropy_coef),
         aggregate=aggregate,
-        constant=constant,
+        constant=guarded(constant),
         advantage_per=advantage_per,
         correction_per=correction_per,
-        denominator=denominator,
+        denominator=guarded(denominator),
     )
     per_token = {"old_logprob": old_logprob, "ref_logprob": ref_logprob, "entropy": entropy}
     check_options(OP, options)
@@ -188,7 +189,7 @@ def clipped_surrogate(
     words = [getattr(options, name) for name in WORDS]
     loss, values, tokens, *_ = surrogate_operator(
         logprob,
-        entropy.detach() if entropy is not None and entropy_coef == 0 else entropy,
+        entropy.detach() if entropy is not None and options.entropy_coef == 0 else entropy,
         old_logprob,
         advantage,
         correction,
@@ -199,7 +200,7 @@ def clipped_surrogate(
         group,
         backend,
         *words,
-        None if is_tensor else denominator,
+        None if is_tensor else options.denominator,
     )
     stats = dict(zip(STATS, values.unbind(), strict=True))
     absent = {"kl": ref_logprob is None, "entropy": entropy is None}

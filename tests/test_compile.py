@@ -10,6 +10,7 @@ from riskpo_kernels import (
     clipped_surrogate,
     linear_logprob,
     logits_logprob,
+    reference,
     riskpo_loss,
     riskpo_loss_from_logits,
     sequence_logprob,
@@ -97,6 +98,53 @@ def test_temperature_as_a_number_and_as_a_tensor():
     numbers = [torch.full((N,), t) for t in (0.5, 0.9, 1.1)]
     torch._dynamo.reset()
     same(f, [((h, w), (target, t)) for t in numbers], graphs=1)
+
+
+def numbers(v):
+    """Every number that is an option, of the value v."""
+    both = dict(temperature=v + 0.1, softcap=20 * v, clip_low=0.1 * v, clip_high=0.15 * v)
+    both |= dict(dual_clip=1 + v, kl_coef=0.1 * v, entropy_coef=0.05 * v)
+    head = dict(scale=0.8 + 0.2 * v, tail_eps=1e-3 * v, memory_mib=300 * v, constant=10 * v)
+    return both, head, {"denominator": 3 * v}
+
+
+def losses(h, w, target, cu, advantage, old, ref, both, head, logits):
+    common = dict(cu_seqlens=cu, ratio="token", ref_logprob=ref, **both)
+    norm = "sequence-sum-norm"
+    a = riskpo_loss(h, w, target, old, advantage, aggregate=norm, **common, **head)
+    b = riskpo_loss_from_logits(h @ w.T, target, old, advantage, **common, **logits)
+    return a.loss + b.loss
+
+
+def numbers_case():
+    h, w, _, target, cu, _ = inputs()
+    near = reference.linear_logprob(h, w, target, temperature=1.1, softcap=20.0).logprob
+    old = near + torch.randn(N)
+    return (h, w), (target, cu, torch.randn(N), old, old + 0.2 * torch.randn(N))
+
+
+def test_numbers_that_change_between_calls():
+    """A float that a graph knows as a symbol, where else it is used, is right in an option too."""
+
+    def f(h, w, target, cu, advantage, old, ref, v):
+        return losses(h * v, w, target, cu, advantage, old, ref, *numbers(v))
+
+    leaves, rest = numbers_case()
+    with torch._inductor.config.patch(compile_threads=1):
+        cases = [(leaves, (*rest, v)) for v in (1.0, 0.9, 0.8)]
+        same(f, cases, graphs=9, backend="inductor")
+
+
+def test_every_number_matters_there():
+    """Else the test above could not fail."""
+    (h, w), rest = numbers_case()
+    want = losses(h, w, *rest, *numbers(1.0))
+    for i, group in enumerate(numbers(0.8)):
+        for name, value in group.items():
+            if name not in ("tail_eps", "memory_mib"):
+                changed = list(numbers(1.0))
+                changed[i] = changed[i] | {name: value}
+                assert (losses(h, w, *rest, *changed) - want).abs() > 1e-4, name
 
 
 def test_options_that_change_the_graph():

@@ -167,10 +167,10 @@ def _same_at_points(gold: Expr, answer: Expr) -> bool | None:
     differ = 0
     for values in POINTS:
         point = {s: v + Rational(1, 13) for s, v in zip(letters, values, strict=False)}
-        x, y = (_digits(_exact(e).subs(point), DIGITS[0]) for e in (gold, answer))
+        x, y = (_digits(_exact(e).subs(point), DIGITS[1]) for e in (gold, answer))
         if x is None or y is None:
             return None
-        differ += bool(Abs(x - y) > max(Abs(x), Abs(y)) * Rational(1, 10**20))
+        differ += bool(Abs(x - y) > max(Abs(x), Abs(y)) * Rational(1, 10 ** (DIGITS[1] - 20)))
     return False if differ else None
 
 

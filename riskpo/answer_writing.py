@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from fractions import Fraction
 from functools import lru_cache, partial
 
 _SIGNS = {
@@ -62,6 +63,7 @@ _DEGREE = re.compile(
 )
 
 _WITH_UNIT = re.compile(r"^(-?(?:[\d,]*\d(?:\.\d+)?|\.\d+))\s+([A-Za-z][A-Za-z .]+)$")
+_BEFORE_UNIT = re.compile(rf"(?<=[\d}}]){BLANK}+(?=\\(?:text|textrm|mathrm|mbox) *\{{)")
 _SENTENCE = re.compile(r"\.\s+(?=[A-Z])")
 _DOTS = re.compile(r"(?<=\d)\.\.\.$")  # 0.333...
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|rm|bf)\s*\{([^{}]*)\}")
@@ -121,7 +123,7 @@ def without_text(text: str) -> str:
 
 def tidy(text: str) -> str:
     """One formula in the form that math-verify and riskpo/answer_forms.py read."""
-    text = numbers(sentence(text))
+    text = _BEFORE_UNIT.sub("", numbers(sentence(text)))
     text = _FUNCTION.sub(r"\1(\2)", text)
     if re.search(r"\d", text):
         text = _DEGREE.sub("", text) if not re.search(r"\\(?:sin|cos|tan|cot)", text) else text
@@ -174,7 +176,10 @@ def _fraction(whole: str, head: str, period: str) -> str:
     """0.1(6) from "0", "1" and "6"."""
     before = int(f"0{whole}{head}")
     top = int(f"0{whole}{head}{period}") - before
-    return f"\\frac{{{top}}}{{{10 ** len(head) * (10 ** len(period) - 1)}}}"
+    value = Fraction(top, 10 ** len(head) * (10 ** len(period) - 1))
+    if value.denominator == 1:
+        return str(value.numerator)
+    return f"\\frac{{{value.numerator}}}{{{value.denominator}}}"
 
 
 def _repeating(match: re.Match[str]) -> str:

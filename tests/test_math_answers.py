@@ -81,6 +81,7 @@ VALUES = r"""
 10^{400}+1 | 1+10^{400} | right
 \frac{x}{2^{99}} | \frac{x}{2^{98}} | wrong
 \frac{x}{2^{99}} | 2^{-99}x | right
+x+2^{-99} | x+2^{-98} | wrong
 \frac{\sqrt{2}}{2^{99}} | \frac{\sqrt{2}}{2^{98}} | wrong
 \frac{\sqrt{2}}{2^{99}} | \frac{1}{2^{98}\sqrt{2}} | right
 e^{-100} | e^{-101} | wrong
@@ -141,6 +142,7 @@ x<2\text{ or }x>3 | (-\infty,2)\cup(3,\infty) | right
 \frac{1}{3} | 0.(3) | right
 \frac{1}{3} | 0.333... | right
 \frac{1}{3} | 0.\dot{3} | right
+1 | 0.\overline{9} | right
 \frac{1}{3} | 0.\overline{4} | wrong
 30 | 30° | right
 30^\circ | 30 | right
@@ -161,6 +163,7 @@ x \le 2 | x ≤ 2 | right
 \$5 | US\$5 | right
 1234 | ¥1,234 | right
 0,111 | 0.111 | right
+5 | 5\,\text{cm} | right
 """
 
 

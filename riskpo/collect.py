@@ -28,7 +28,8 @@ class Batch:
     """What a step learns from, question-major, and what it cost to get.
 
     seen_QG holds the rewards of everything that was sampled, kept or not: its mean is the policy's;
-    seen says which questions these were, seen_logprob holds the sampler's log-probs [tokens].
+    seen says which questions these were, seen_logprob holds the sampler's log-probs [tokens],
+    seen_text and seen_cut, question-major too, what was said and whether it hit the length limit.
     """
 
     questions: list[Question] = field(default_factory=list)
@@ -38,6 +39,8 @@ class Batch:
     outcomes: Counter[str] = field(default_factory=Counter)
     seen: list[Question] = field(default_factory=list)
     seen_logprob: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    seen_text: list[str] = field(default_factory=list)
+    seen_cut: list[bool] = field(default_factory=list)
 
 
 def draw(
@@ -95,6 +98,8 @@ def collect(
         rewards.append(rewards_QG[kept])
         seen.append(rewards_QG)
         batch.seen += fresh
+        batch.seen_text += rollouts.text
+        batch.seen_cut += rollouts.truncated
         batch.seen_logprob = torch.cat([batch.seen_logprob, *rollouts.logprob])
         if len(batch.questions) == count:
             break

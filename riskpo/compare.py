@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import multiprocessing
 import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,12 +32,15 @@ from riskpo.checkpoint import latest_checkpoint, read_about
 from riskpo.config import (
     TrainConfig,
     is_embedded,
+    load_toml,
     resolve,
     tomllib,
     validate,
     with_settings,
 )
-from riskpo.logs import read_records
+from riskpo.errors import refusals_in_one_line
+from riskpo.logs import METRICS, read_records
+from riskpo.progress import EVERY_S, FIRST_S, spoken
 from riskpo.strategies import find_strategy
 
 START = "start"  # folder of the warm starts, beside the systems'
@@ -63,7 +67,8 @@ def compare_command(given: list[str]) -> None:
     parser.add_argument("--against", help="the system that differences are taken to; the first")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
     parser.add_argument("--page-only", action="store_true", help="train nothing, write the page")
-    a = parser.parse_args(given)
+    with refusals_in_one_line(parser.prog):
+        a = parser.parse_args(given)
     base, named = read_config(a.config)
     base = base if a.steps is None else replace(base, steps=a.steps)
     systems = [parse_system(spec, named) for spec in a.algorithms.split(",")]
@@ -87,8 +92,7 @@ def read_config(path: str | None) -> tuple[TrainConfig, dict[str, dict[str, Any]
     """The common settings and the [systems] of a file; the harder embedded task without one."""
     if path is None:
         return TrainConfig(data="embedded:mixed"), {}
-    with open(path, "rb") as file:
-        given = tomllib.load(file)
+    given = load_toml(path)
     systems = given.pop("systems", {})
     return with_settings(TrainConfig(), given, path), systems
 
@@ -153,25 +157,59 @@ def run_all(
     with ProcessPoolExecutor(jobs, mp_context=spawn) as pool:
         if base.model is None:
             starts = {f"start, seed {s}": partial(warm, base, s, out) for s in seeds}
-            _gather(pool, starts, threads)
+            _gather(pool, "warm starts", starts, threads, {})
         runs = {f"{name}, seed {s}": partial(train_run, c) for (name, s), c in configs.items()}
-        _gather(pool, runs, threads)
+        shares = {f"{name}, seed {s}": partial(share_done, c) for (name, s), c in configs.items()}
+        _gather(pool, "runs", runs, threads, shares)
 
 
-def _gather(pool: ProcessPoolExecutor, work: Mapping[str, Callable[[], str]], threads: int) -> None:
-    """Run the jobs, one line each as they end."""
+def _gather(
+    pool: ProcessPoolExecutor,
+    what: str,
+    work: Mapping[str, Callable[[], str]],
+    threads: int,
+    shares: Mapping[str, Callable[[], float]],
+) -> None:
+    """Run the jobs, one line each as they end, and in between how far they are."""
+    print(f"compare: {len(work)} {what}", flush=True)
     waiting = {pool.submit(_quietly, do, threads): name for name, do in work.items()}
-    failed = []
-    for done, future in enumerate(as_completed(waiting), 1):
-        name, error = waiting[future], future.exception()
-        if error is not None:
-            failed.append(f"{name}: {type(error).__name__}: {error}")
-        print(f"[{done}/{len(waiting)}] {name}: {error or future.result()}", flush=True)
+    began, pending, failed, patience = time.monotonic(), set(waiting), list[str](), FIRST_S
+    while pending:
+        ended, pending = wait(pending, timeout=patience, return_when=FIRST_COMPLETED)
+        for done, future in enumerate(ended, len(waiting) - len(pending) - len(ended) + 1):
+            name, error = waiting[future], future.exception()
+            if error is not None:
+                failed.append(f"{name}: {type(error).__name__}: {error}")
+            print(f"[{done}/{len(waiting)}] {name}: {error or future.result()}", flush=True)
+        if not ended:
+            patience = min(2 * patience, EVERY_S)
+            running = [waiting[f] for f in pending if f.running()]
+            parts = {name: shares[name]() if name in shares else 0.0 for name in running}
+            over = len(waiting) - len(pending)
+            print(how_far(over, len(waiting), parts, time.monotonic() - began), flush=True)
     if failed:
         raise ValueError(
             f"compare: {len(failed)} of {len(waiting)} jobs failed; the first: {failed[0]}. Mend "
             "the cause and give the same command again: finished runs are kept."
         )
+
+
+def how_far(done: int, count: int, running: Mapping[str, float], seconds: float) -> str:
+    """Jobs that are over, those that run with the share each has done, and the time left."""
+    names = ", ".join(f"{n} {share:.0%}" if share else n for n, share in running.items())
+    share = (done + sum(running.values())) / count
+    left = f"about {spoken(seconds / share * (1 - share))} left" if share else "no estimate yet"
+    return f"compare: {done} of {count} done after {spoken(seconds)}, {left}; running: {names}"
+
+
+def share_done(config: TrainConfig) -> float:
+    """Of a run's steps, by the last line of its log."""
+    path = Path(config.run_dir) / METRICS
+    try:
+        last = path.read_text(encoding="utf-8").rpartition("\n")[0].rpartition("\n")[2]
+        return min(int(json.loads(last)["step"]) / max(config.steps, 1), 1.0)
+    except (OSError, ValueError, KeyError):
+        return 0.0
 
 
 def _quietly(do: Callable[[], str], threads: int) -> str:

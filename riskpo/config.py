@@ -31,7 +31,7 @@ class MemoryConfig:
     mlp_tile_tokens: int = 0  # tokens of an MLP at a time; 0: all of them
     optimizer: str = "device"  # where its state is: device, host, or 8bit (needs bitsandbytes)
     attention: str = "auto"  # of packed rows: auto, flash, varlen, sequences, masked
-    skip_zero_advantage: bool = False  # such responses stay out of the update and of its stats
+    skip_zero_advantage: bool = True  # they stay out of the update, unless entropy_coef is set
     head_mib: int = 300  # workspace of the fused head
     sharded: bool = False  # several processes: FSDP2, each holds its shard of all states
 
@@ -116,6 +116,7 @@ class TrainConfig:
     eval_questions: int = 200
     eval_samples: int = 8  # avg@k with k = this
     save_every_steps: int = 100
+    log_texts: int = 8  # responses of each step that are kept in run_dir/rollouts.jsonl
     log_with: tuple[str, ...] = ()  # besides JSONL: tensorboard, wandb, trackio
     verifier_seconds: float = 5.0  # wall clock per answer
 
@@ -139,7 +140,7 @@ DEMO_OVERRIDES = {"riskpo-paper": {"baseline": "leave-one-out"}}
 DTYPES = ("float32", "bfloat16")
 ATTENTIONS = ("auto", "flash", "varlen", "sequences", "masked")
 # May differ from the saved run's.
-FREE_ON_RESUME = ("steps", "save_every_steps", "log_with", "memory.sharded")
+FREE_ON_RESUME = ("steps", "save_every_steps", "log_texts", "log_with", "memory.sharded")
 
 
 def resolve(config: TrainConfig) -> tuple[TrainConfig, dict[str, Any]]:
@@ -226,6 +227,7 @@ _MAY_BE_ZERO = (
     "clip_high", "eval_every_steps", "eval_questions", "save_every_steps", "steps",
     "memory.mlp_tile_tokens",
     "lora.rank",
+    "log_texts",
 )  # fmt: skip
 
 

@@ -7,9 +7,11 @@
              right answer, over all draws of k; see riskpo/majority.py
 
 The intervals are percentile bootstraps over questions: they say how far the numbers would move on
-other questions of the kind, given these responses. `over_seeds` adds Student's t over repetitions,
-which says how far they move with the sampling, or the training, alone. Numbers are only comparable
-at equal decoding settings, so the result carries them.
+other questions of the kind, given these responses. Where fewer than five questions' worth is right,
+or wrong, a bootstrap sees too little (nothing at 0 of 6): Wilson's interval is taken in too.
+`over_seeds` adds Student's t over repetitions, which says how far they move with the sampling, or
+the training, alone. Numbers are only comparable at equal decoding settings, so the result carries
+them.
 """
 
 from __future__ import annotations
@@ -17,12 +19,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from riskpo.intervals import Interval, t_interval
+from riskpo.intervals import Interval, near_the_ends, t_interval
 from riskpo.majority import group_sizes, maj_at_k
 from riskpo.records import Question
 from riskpo_kernels import pass_at_k
@@ -67,6 +70,7 @@ class EvalResult:
               what the watch for swallowed exceptions saw (riskpo.verdicts.tally)
     rewards   {question id: its `samples` rewards}, for tails and paired comparisons
     values    {"avg@8": one number per question, ...}, in the order of rewards: what is averaged
+    texts     {question id: {"prompt", "gold", "responses"}}, in the order of rewards
     """
 
     avg: Estimate
@@ -78,6 +82,7 @@ class EvalResult:
     rewards: dict[str, list[float]]
     values: dict[str, list[float]]
     settings: EvalSettings
+    texts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def estimates(self) -> dict[str, Estimate]:
         """All of them by name: avg@n, then pass@k, then maj@k."""
@@ -156,6 +161,14 @@ def evaluate(
         rewards=dict(zip(ids, table.tolist(), strict=True)),
         values={name: v.tolist() for name, v in values.items()},
         settings=settings,
+        texts={
+            q.id: {
+                "prompt": q.prompt,
+                "gold": q.gold,
+                "responses": list(texts[i * samples : (i + 1) * samples]),
+            }
+            for i, q in enumerate(questions)
+        },
     )
 
 
@@ -183,8 +196,15 @@ def over_seeds(results: Sequence[EvalResult]) -> dict[str, tuple[Estimate, Inter
     found = {}
     for name in results[0].values:
         each = torch.tensor([r.values[name] for r in results], dtype=torch.float64)  # [seeds, Q]
-        questions = _estimate(each.mean(0) if shared else each.flatten(), results[0].settings.seed)
-        found[name] = questions, t_interval(each.mean(1).tolist())
+        drawn = each.mean(0) if shared else each.flatten()
+        questions, seeds = (
+            _estimate(drawn, results[0].settings.seed),
+            t_interval(each.mean(1).tolist()),
+        )
+        if seeds.n > 1 and seeds.low == seeds.high:  # seeds that agree at 0 or 1 are no certainty
+            low, high = near_the_ends(seeds.value, seeds.low, seeds.high, drawn.tolist())
+            seeds = replace(seeds, low=low, high=high)
+        found[name] = questions, seeds
     return found
 
 
@@ -209,4 +229,5 @@ def _estimate(per_question: torch.Tensor, seed: int) -> Estimate:
     )
     tail = (1 - CONFIDENCE) / 2
     low, high = torch.quantile(drawn, torch.tensor([tail, 1 - tail], dtype=drawn.dtype)).tolist()
-    return Estimate(per_question.mean().item(), low, high)
+    mean = per_question.mean().item()
+    return Estimate(mean, *near_the_ends(mean, low, high, per_question.tolist()))

@@ -1,4 +1,4 @@
-"""Student's t-interval of a mean: the one that few seeds ask for."""
+"""Intervals of a mean: Student's for few seeds, Wilson's for shares near 0 or 1."""
 
 from __future__ import annotations
 
@@ -41,3 +41,29 @@ def t_interval(values: Sequence[float]) -> Interval:
         return Interval(mean, mean, mean, n)
     half = t_points(n) * statistics.stdev(values) / math.sqrt(n)
     return Interval(mean, mean - half, mean + half, n)
+
+
+Z_975 = 1.959964  # of the normal distribution
+FEW = 5.0  # questions' worth of right, or wrong, below which a bootstrap sees too little
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share of n; for means of values in [0, 1] it is a wide one."""
+    z2 = Z_975**2 / n
+    centre = (share + z2 / 2) / (1 + z2)
+    half = Z_975 * math.sqrt(max(share * (1 - share), 0.0) / n + z2 / (4 * n)) / (1 + z2)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def near_the_ends(
+    mean: float, low: float, high: float, values: Sequence[float]
+) -> tuple[float, float]:
+    """[low, high], widened to Wilson's interval where few of the values are right, or wrong.
+
+    Values beyond [0, 1] are no shares and keep their interval.
+    """
+    n = len(values)
+    if not all(0.0 <= v <= 1.0 for v in values) or min(mean, 1 - mean) * n >= FEW:
+        return low, high
+    least, most = wilson(mean, n)
+    return min(low, least), max(high, most)

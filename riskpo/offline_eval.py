@@ -7,8 +7,10 @@ sampled again on the same questions.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from riskpo.arithmetic import find_task, task_questions
@@ -18,6 +20,7 @@ from riskpo.config import DEMO, REAL, is_embedded
 from riskpo.data import BOXED_INSTRUCTION, load_questions, split_holdout
 from riskpo.evaluate import EvalResult, EvalSettings, evaluate, over_seeds, write_json
 from riskpo.math_reward import extract
+from riskpo.progress import sampling_progress
 from riskpo.records import Question
 from riskpo.rewards import EXACT_SOURCES, MATH_KINDS, Scorer, stop_if_all_crashed
 from riskpo.rollout import load_policy_for, sample
@@ -66,6 +69,19 @@ def evaluate_once(config: EvalConfig, questions: Sequence[Question]) -> EvalResu
             batch_sequences=config.sample_sequences,
         ).text
 
+    def watched(questions: Sequence[Question], samples: int) -> list[str]:
+        responses = len(questions) * samples
+        say = partial(print, file=sys.stderr, flush=True)
+        say(f"evaluation: {responses} responses of at most {response_tokens} tokens")
+        with sampling_progress(
+            policy.model,
+            responses=responses,
+            sequences=config.sample_sequences,
+            tokens=response_tokens,
+            say=say,
+        ):
+            return answers(questions, samples)
+
     def vote(text: str, question: Question) -> str | None:
         exact = config.reward == "exact" or question.source in EXACT_SOURCES
         return (text.strip() if exact else extract(text)[0]) or None
@@ -76,7 +92,7 @@ def evaluate_once(config: EvalConfig, questions: Sequence[Question]) -> EvalResu
     )
     with Scorer(config.reward, seconds=VERIFIER_SECONDS) as scorer:
         result = evaluate(
-            answers,
+            watched,
             questions,
             scorer.score,
             samples=config.samples,

@@ -16,7 +16,7 @@ from pathlib import Path
 from riskpo.checkpoint import save_checkpoint
 from riskpo.collect import collect, shaped_rewards
 from riskpo.config import TrainConfig
-from riskpo.heldout import evaluate_and_log, show_answers
+from riskpo.heldout import evaluate_and_log, show_answers, show_first, some_texts
 from riskpo.measures import all_equal, by_stratum, covariances, risk_curves, sampled_entropy
 from riskpo.plots import plot
 from riskpo.rewards import stop_if_all_crashed
@@ -30,6 +30,7 @@ def train(config: TrainConfig) -> Path:
     run = start(config)
     try:
         if run.step == 0:
+            show_first(run)
             evaluate_and_log(run)
         for step in range(run.step + 1, run.config.steps + 1):
             train_step(run, step)
@@ -83,12 +84,13 @@ def train_step(run: Run, step: int) -> None:
     else:
         run.log.note(f"step {step}: no question was kept, nothing to learn from")
     run.step = step
+    run.log.texts(step, some_texts(batch, c.log_texts))
     numbers |= {metric_name(name): float(n) for name, n in batch.outcomes.items()}
     numbers |= {
         "sampled_questions": float(len(batch.seen_QG)),
         "sampled_responses": float(batch.seen_QG.numel()),
         "learning_rate": run.optimizer.learning_rate,
-        "truncated_fraction": sum(batch.rollouts.truncated) / max(len(batch.rollouts), 1),
+        "truncated_fraction": sum(batch.seen_cut) / max(len(batch.seen_cut), 1),
         "sample_time_s": sampled - began,
         "time_s": time.perf_counter() - began,
     }

@@ -77,6 +77,7 @@ def update(
     data are on-policy and the old log-probs are the detached new ones, so every ratio is exactly
     1. With more, or with a correction for the sampler, the trainer computes its own log-probs
     once, before the first step: one more forward pass, from which the correction is taken too.
+    skipped_responses were left out of the update and of its numbers: their gradient is 0.
     """
     trainee = model if isinstance(model, Trainee) else Trainee(model)
     model, ranks = trainee.model, trainee.ranks
@@ -115,7 +116,10 @@ def update(
         tally.step(float(total), norm)
     model.eval()
     tally.gather(ranks)
-    return tally.numbers(plan.correction.kind) | {"skipped_updates": float(optimizer.skipped)}
+    return tally.numbers(plan.correction.kind) | {
+        "skipped_updates": float(optimizer.skipped),
+        "skipped_responses": float(live.count(False)) if live else 0.0,
+    }
 
 
 def warn_of_missing(rollouts: Rollouts, correction: Correction) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from riskpo.cli import main
 from riskpo.evaluate import EvalSettings, evaluate, over_seeds
-from riskpo.intervals import t_interval, t_points
+from riskpo.intervals import t_interval, t_points, wilson
 from riskpo.records import Question
 from riskpo.rewards import Scorer
 from tests.toy import save_arithmetic
@@ -125,12 +125,21 @@ def test_two_intervals_around_one_mean():
     assert questions.value == pytest.approx(0.5) == seeds.value
     assert (seeds.low, seeds.high) == pytest.approx((0.5 - 12.706 / 6, 0.5 + 12.706 / 6))
     each = [(2 / 3 + 1) / 2, 1 / 6]  # of the two questions, over the seeds
-    assert (questions.low, questions.high) == pytest.approx((each[1], each[0]))
+    low, high = wilson(0.5, 2)  # two questions are few
+    assert low < each[1] and (questions.low, questions.high) == pytest.approx((low, high))
 
 
 def test_shared_questions_are_redrawn_whole():
     """Each question is right with one seed and wrong with the other: all questions are alike."""
-    results = [voting(["7"] * 3 + ["8"] * 3), voting(["8"] * 3 + ["7"] * 3)]
+    questions = [Question(str(i), "?", "7") for i in range(12)]
+    halves = [["7"] * 6 + ["8"] * 6, ["8"] * 6 + ["7"] * 6]
+    results = [
+        evaluate(
+            lambda q, n, texts=texts: texts, questions, Scorer("exact").score,
+            samples=1, ks=(1,), settings=SETTINGS,
+        )
+        for texts in halves
+    ]  # fmt: skip
     questions, seeds = over_seeds(results)["pass@1"]
     assert (questions.low, questions.high) == (0.5, 0.5) == (seeds.low, seeds.high)
 
@@ -181,3 +190,38 @@ def test_eval_command_over_seeds(tmp_path, capsys):
     assert [r["settings"]["seed"] for r in written["seeds"]] == [0, 1]
     assert written["seeds"][0]["rewards"].keys() != written["seeds"][1]["rewards"].keys()
     assert set(written["numbers"]) == {"avg@2", "pass@1", "pass@2", "maj@1", "maj@2"}
+
+
+# Near 0 and 1 ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("right", range(7))
+def test_few_questions_leave_doubt_at_both_ends(right):
+    """0 of 6 had the interval [0, 0]. Wilson's is where the score test does not reject."""
+    questions = [Question(str(i), "?", "7") for i in range(6)]
+    result = evaluate(
+        lambda q, n: ["7"] * right + ["8"] * (6 - right), questions, Scorer("exact").score,
+        samples=1, ks=(1,), settings=SETTINGS,
+    )  # fmt: skip
+    low, high = wilson(right / 6, 6)
+    for share in (low, high):
+        if 0 < share < 1:
+            z = (right / 6 - share) / math.sqrt(share * (1 - share) / 6)
+            assert abs(z) == pytest.approx(1.959964, rel=1e-6)
+    for estimate in result.estimates().values():
+        assert estimate.low <= low and estimate.high >= high and estimate.low < estimate.high
+    twice = over_seeds([result, result])["pass@1"][1]
+    assert (twice.low < twice.high) or 0 < right < 6
+    assert result.texts["0"] == {
+        "prompt": "?", "gold": "7", "responses": ["7" if right else "8"]
+    }  # fmt: skip
+
+
+def test_rewards_that_are_no_shares_keep_their_interval():
+    questions = [Question(str(i), "?", "7") for i in range(6)]
+    rewards = torch.tensor([-1.0] * 3 + [2.0] * 3)
+    result = evaluate(
+        lambda q, n: [""] * 6, questions, lambda t, q: (rewards, {}),
+        samples=1, ks=(1,), settings=SETTINGS,
+    )  # fmt: skip
+    assert -1 <= result.avg.low < result.avg.high <= 2 and result.avg.high > 1

@@ -282,12 +282,12 @@ def test_eight_bit_state_says_what_is_missing(monkeypatch):
         trained("8bit", steps=0)
 
 
-def with_zero_rows(skip, advantage):
+def with_zero_rows(skip, advantage, entropy_coef=0.0):
     model = tiny_policy().model
     optimizer = Optimizer(
         model.parameters(), learning_rate=1e-3, warmup_steps=0, weight_decay=0.1, max_grad_norm=1e9
     )
-    plan = UpdatePlan(micro_batch_tokens=40, skip_zero_advantage=skip)
+    plan = UpdatePlan(micro_batch_tokens=40, skip_zero_advantage=skip, entropy_coef=entropy_coef)
     numbers = update(model, find_head(model), optimizer, random_rollouts(14), advantage, LOSS, plan)
     return model.state_dict(), numbers
 
@@ -299,9 +299,18 @@ def test_responses_without_advantage_may_stay_out(zeros):
     advantage[:zeros] = 0
     (all_in, seen), (skipped, fewer) = (with_zero_rows(x, advantage) for x in (False, True))
     assert fewer["tokens"] < seen["tokens"]
+    assert (seen["skipped_responses"], fewer["skipped_responses"]) == (0.0, zeros)
+    assert MemoryConfig().skip_zero_advantage
     assert fewer["loss"] == pytest.approx(seen["loss"], rel=1e-5, abs=1e-9)
     for name, value in all_in.items():
         torch.testing.assert_close(skipped[name], value, rtol=1e-4, atol=2e-6, msg=name)
+
+
+def test_an_entropy_bonus_is_earned_by_every_response():
+    advantage = torch.tensor([0.0] * 10 + [1.0] * 10)
+    (all_in, seen), (skipped, fewer) = (with_zero_rows(x, advantage, 0.1) for x in (False, True))
+    assert fewer["skipped_responses"] == 0.0 and fewer["tokens"] == seen["tokens"]
+    assert all(torch.equal(skipped[name], value) for name, value in all_in.items())
 
 
 def test_offloading_needs_checkpoints():

@@ -16,6 +16,7 @@ from riskpo.doctor.machine import machine_checks, version, versions
 from riskpo.doctor.problem import make_problem, ours
 from riskpo.doctor.seen import rows
 from riskpo.doctor.traps import TRAPS, Trap, pose
+from riskpo.errors import refusals_in_one_line
 
 HEADER = ("dtype", "quantity", "theirs - ours", "theirs - fp64", "ours - fp64", "plain - fp64")
 REPORTED = ("torch", "liger", "trl", "verl")
@@ -26,7 +27,8 @@ def doctor_command(given: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="riskpo doctor", description=__doc__)
     parser.add_argument("--against", choices=sorted(LIBRARIES), help="compare with this library")
     parser.add_argument("--report", help="write machine, comparisons and traps as Markdown")
-    options = parser.parse_args(given)
+    with refusals_in_one_line(parser.prog):
+        options = parser.parse_args(given)
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     if options.report:

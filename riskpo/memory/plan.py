@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from riskpo.config import MemoryConfig
+from riskpo.errors import refusals_in_one_line
 from riskpo.memory.budget import (
     ENOUGH,
     GIB,
@@ -113,7 +114,8 @@ def _usable(gb: int) -> float:
 
 def plan_command(given: list[str]) -> None:
     """Print the plan of the command line."""
-    config = tyro.cli(PlanConfig, prog="riskpo plan", args=given)
+    with refusals_in_one_line("riskpo plan"):
+        config = tyro.cli(PlanConfig, prog="riskpo plan", args=given)
     for name in ("context", "sequences", "prompt", "head_mib"):
         if getattr(config, name) < 1:
             raise ValueError(

@@ -108,10 +108,10 @@ def runs(tmp_path, monkeypatch):
 
 def test_one_sleep_a_step_and_always_the_weights_of_the_last_update(runs):
     folder, engine, updates = runs("whole", 4)
-    step, evaluation, answers = ["generate"], ["generate"], ["generate"]
+    first, step, evaluation, answers = (["generate"] for _ in range(4))
     assert engine.calls == [
         "sleep 2",
-        *[*WOKEN, *evaluation, *step, "sleep 2"],
+        *[*WOKEN, *first, *evaluation, *step, "sleep 2"],
         *[*WOKEN, *step, "sleep 2"],
         *[*WOKEN, *evaluation, *step, "sleep 2"],
         *[*WOKEN, *step, "sleep 2"],

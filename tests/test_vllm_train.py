@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import riskpo.train
-from riskpo.config import SamplerConfig, TrainConfig
+from riskpo.config import MemoryConfig, SamplerConfig, TrainConfig
 from riskpo.logs import read_records
 from riskpo.train import train
 from tests.test_vllm_sampler import Engine
@@ -89,6 +89,7 @@ def runs(tmp_path, monkeypatch):
             data=str(data),
             steps=steps,
             sampler=SamplerConfig(engine="vllm", correction="tis"),
+            memory=MemoryConfig(skip_zero_advantage=False),  # the fake counts every response
             updates_per_step=2,
             questions_per_step=10,
             responses_per_question=2,

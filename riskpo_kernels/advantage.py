@@ -16,20 +16,14 @@ from typing import Any
 
 import torch
 
+from riskpo_kernels.batch_stats import TIED_STD, batch_stats, sample_std
 from riskpo_kernels.checks import describe, reject
+from riskpo_kernels.conditional import conditional_advantage, left_one_out
 from riskpo_kernels.credit import CREDITS
-from riskpo_kernels.grouping import Question, group_rows, pair_rows
+from riskpo_kernels.difficulty import RewardHistory, prior_of
+from riskpo_kernels.grouping import bundle_order, group_rows, named, pair_rows
 from riskpo_kernels.presets import OP, RiskPOSettings, settings_from
-from riskpo_kernels.risk import (
-    QuantileTracker,
-    bundle_scores,
-    cvar,
-    mvar,
-    mvar_advantage,
-    official_monitor,
-)
-
-TIED_STD = 1e-9  # rounding in sums of rewards; a real spread of scores is far above it
+from riskpo_kernels.risk import QuantileTracker, bundle_scores, mvar_advantage
 
 
 class RiskPOAdvantage:
@@ -40,6 +34,8 @@ class RiskPOAdvantage:
       "official-easy"  what the released code (RTkenny/RiskPO) runs on easy data: each bundle's own
                        quantiles, index pairing, w_mix form over the bundle's std, credit std
       "official-hard"  the same on hard data: credit sum-mean, beta 0.8, no natural baseline
+      "matched"        not the authors': conditional credit in bundles of like difficulty (history),
+                       leave-one-out; the weight of hard questions is real then (docs/risk.md)
 
     Overrides:
       form, alpha, beta, omega, w_mix, eps   as in `mvar_advantage`
@@ -49,10 +45,15 @@ class RiskPOAdvantage:
                     linearly interpolated; "mix": the average of the two
       baseline      "natural": the form's constant (0 at and above q_beta; form mean: the bundle's
                     mean); "none"; "leave-one-out": "none" minus the mean over the bundle's other
-                    papers; "batch": "none" minus the mean over all papers
+                    papers; "batch": "none" minus the mean over all papers. With conditional credit
+                    read responses for papers, and the question's for the bundle's
       scale         "none"; "bundle-std": over (std of the bundle's G scores + eps), n - 1, 1 when
                     they tie; "batch-std": over (max(std of all scores, std_floor) + eps)
-      credit        "uniform" | "score" | "std" | "sum-mean": see riskpo_kernels.credit
+      credit        "uniform" | "score" | "std" | "sum-mean": see riskpo_kernels.credit;
+                    "conditional": the mean over all pairings, see riskpo_kernels.conditional
+      bundling      "random"; "matched": questions of like difficulty, by `difficulty`: "history"
+                    (history_rate; kept in state_dict), "prior" or "cross-fit" (each half of the
+                    responses in bundles chosen by the other), see riskpo_kernels.difficulty
       pairing       "permuted": bundles and papers drawn from (seed, step, question id) alone;
                     "index": bundles in order of first appearance and j-th response to paper j, as
                     the official code does, so these do depend on the order of the rows
@@ -67,12 +68,20 @@ class RiskPOAdvantage:
         self.settings: RiskPOSettings = settings_from(preset, overrides)
         s = self.settings
         self._tracker = QuantileTracker((s.alpha, s.beta), s.tracker_step)
+        self._history = RewardHistory(s.history_rate)
+        self._older = RewardHistory(s.history_rate)  # of last_step's questions, before it
         self._used: torch.Tensor | None = None  # tracked quantiles that last_step worked with
         self._last_step: int | None = None
         self._warned = False
 
     def __call__(
-        self, rewards: torch.Tensor, question_id: Any, *, step: int, draw: Any = None
+        self,
+        rewards: torch.Tensor,
+        question_id: Any,
+        *,
+        step: int,
+        draw: Any = None,
+        prior: Any = None,
     ) -> tuple[torch.Tensor, dict[str, float]]:
         """Advantage [N] (float32, detached, on the rewards' device) and this step's statistics.
 
@@ -80,46 +89,102 @@ class RiskPOAdvantage:
         question has the same number of responses and is one question wherever its rows stand.
         draw [N], ints, numbers the responses within a question; by default they count as they
         occur. With it, "permuted" results do not depend on the order of the rows at all; without
-        it, not on the order between questions.
+        it, not on the order between questions. prior [N], with difficulty="prior" only: a number
+        per question, larger for easier ones.
 
-        step, an int that never falls: the tracked quantiles in use are those of earlier steps; a
-        step above the last one moves the tracker once, after the advantages. The same step again
-        (a retry, an evaluation) works with the same quantiles and moves nothing. Under data
+        step, an int that never falls: the tracked quantiles and the history in use are those of
+        earlier steps; a step above the last one moves them once, after the advantages. The same
+        step again (a retry, an evaluation) works with the same ones and moves nothing. Under data
         parallelism every rank passes the whole gathered batch. stats: see `batch_stats`.
 
         ValueError on non-finite rewards, ragged groups, a falling step, leftover questions (unless
-        dropped), or one response per question where papers are only compared within their bundle
-        (baseline="leave-one-out", quantiles="bundle", form="mean" with baseline="natural").
+        dropped), a missing prior, too few responses to cross-fit, or one response per question
+        where they are only compared with each other (baseline="leave-one-out", quantiles="bundle",
+        form="mean" with baseline="natural").
         """
         s = self.settings
         r = _checked_rewards(rewards)
         self._check_step(step)
-        groups = group_rows(question_id, draw, r.numel())
+        groups = named(group_rows(question_id, draw, r.numel()))
         dropped = self._check_counts(groups)
-        rows = pair_rows(
-            groups, bundle_size=s.bundle_size, pairing=s.pairing, seed=s.seed, step=step
-        )
-        paper_rewards = r[rows]
-        scores = bundle_scores(paper_rewards, s.bundle_size)
+        given = prior_of(prior, groups) if s.difficulty == "prior" and self._matches else None
+        tables = self._tables(groups, r, step, given)
+        scores = torch.cat([bundle_scores(r[rows], s.bundle_size) for _, rows in tables], 1)
         tracked = self._tracked(scores, step)
 
         q = _quantiles(scores, tracked, s)
-        a = scaled(baselined(scores, q, s), scores, s)
-        by_bundle = paper_rewards.unflatten(0, (-1, s.bundle_size))
-        advantage = torch.zeros_like(r)
-        advantage[rows] = CREDITS[s.credit](a, by_bundle, s.eps).flatten(0, 1)
+        stats: dict[str, float] = {}
+        if s.credit == "conditional":
+            a, stats = conditional_advantage(r, tables, (q[0][0].item(), q[1][0].item()), s, step)
+            advantage = scaled(a[None], scores, s)[0]
+        else:
+            advantage = torch.zeros_like(r)
+            by_bundle = r[tables[0][1]].unflatten(0, (-1, s.bundle_size))
+            a = scaled(baselined(scores, q, s), scores, s)
+            advantage[tables[0][1]] = CREDITS[s.credit](a, by_bundle, s.eps).flatten(0, 1)
+        if self._matches and s.difficulty == "history":
+            stats["history_known_fraction"] = self._history_before(step).known(list(groups))
 
         moves = self._last_step is None or step > self._last_step
         if moves:
-            self._tracker.update(scores)
-            self._last_step, self._used = step, tracked
-        stats = batch_stats(r, groups, scores, q, tracked, advantage, s)
+            self._move(r, groups, scores, tracked, step)
+        stats |= batch_stats(r, groups, scores, q, tracked, advantage, s)
         stats |= {"dropped_questions": float(dropped), "tracker_moved": float(moves)}
         return advantage.float().to(rewards.device), stats
 
+    @property
+    def _matches(self) -> bool:
+        return self.settings.bundling == "matched"
+
+    def _tables(
+        self,
+        groups: dict[str, list[int]],
+        r: torch.Tensor,
+        step: int,
+        prior: dict[str, float] | None,
+    ) -> list[tuple[list[str], torch.Tensor]]:
+        """(questions, rows [Q', G]) of each bundling: one, or two of half of the columns each."""
+        s, names = self.settings, list(groups)
+        how: dict[str, Any] = {"pairing": s.pairing, "seed": s.seed, "step": step}
+        if self._matches and s.difficulty == "history":
+            prior = self._history_before(step).difficulty(names)
+        order = bundle_order(names, bundle_size=s.bundle_size, difficulty=prior, **how)
+        rows = pair_rows(groups, order, **how)
+        if not (self._matches and s.difficulty == "cross-fit"):
+            return [(order, rows)]
+        half = rows.shape[1] // 2
+        parts = (rows[:, :half], rows[:, half:])
+        tables = []
+        for own, other in (parts, parts[::-1]):
+            by = r[other].mean(1).argsort(stable=True)
+            tables.append(([order[i] for i in by.tolist()], own[by]))
+        return tables
+
+    def _history_before(self, step: int) -> RewardHistory:
+        """The history that this step works with: as it was before the step moved it."""
+        return self._older if step == self._last_step else self._history
+
+    def _move(
+        self,
+        r: torch.Tensor,
+        groups: dict[str, list[int]],
+        scores: torch.Tensor,
+        tracked: torch.Tensor,
+        step: int,
+    ) -> None:
+        """Tracker, history and last step as the next step finds them."""
+        self._tracker.update(scores)
+        self._last_step, self._used = step, tracked
+        if self._matches and self.settings.difficulty == "history":
+            means = {name: float(r[rows].mean()) for name, rows in groups.items()}
+            self._older = self._history.only(means)
+            self._history.update(means)
+
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers: tracker, last step and the quantiles it used, pairing seed."""
+        """Plain numbers: tracker, history, last step and what it used, pairing seed."""
         return {
+            "history": dict(self._history.means),
+            "older": dict(self._older.means),
             "tracker": self._tracker.state_dict(),
             "last_step": self._last_step,
             "used": None if self._used is None else self._used.tolist(),
@@ -133,6 +198,8 @@ class RiskPOAdvantage:
         """
         self._tracker.load_state_dict(state["tracker"])
         self._last_step = state["last_step"]
+        self._history.means = dict(state.get("history", {}))  # older checkpoints have none
+        self._older.means = dict(state.get("older", {}))
         used = state["used"]
         self._used = None if used is None else torch.tensor(used, dtype=torch.float64, device="cpu")
         self.settings = dataclasses.replace(self.settings, seed=state["seed"])
@@ -145,7 +212,7 @@ class RiskPOAdvantage:
             todo = "Pass a rising step; after a restart load the state_dict saved at that step."
             reject(OP, f"step={step}", f"at least {self._last_step}, the last step seen", todo)
 
-    def _check_counts(self, groups: dict[Question, list[int]]) -> int:
+    def _check_counts(self, groups: dict[str, list[int]]) -> int:
         """How many questions have to be dropped."""
         s, questions = self.settings, len(groups)
         surplus = questions % s.bundle_size
@@ -160,6 +227,11 @@ class RiskPOAdvantage:
             came = f"1 response per question with baseline={s.baseline!r}, form={s.form!r}, "
             todo = "Sample more responses: alone, each would get advantage 0 for ever."
             reject(OP, f"{came}quantiles={s.quantiles!r}", "2 or more responses", todo)
+        if self._matches and s.difficulty == "cross-fit":
+            least = 4 if s.baseline == "leave-one-out" else 2
+            if draws < least:
+                came = f"difficulty='cross-fit' with {draws} responses per question"
+                reject(OP, came, f"{least} or more", "Sample more, or use difficulty='history'.")
         if surplus and not self._warned:
             self._warned = True
             text = (
@@ -220,14 +292,15 @@ def baselined(
         natural=s.baseline == "natural",
         eps=s.eps,
     )
-    # Subtracting one of the values first makes equal advantages come out as exactly 0.
     if s.baseline == "leave-one-out":
-        d = a - a[:, :1]
-        return d - (d.sum(1, keepdim=True) - d) / (d.shape[1] - 1)
-    if s.baseline == "batch":
-        d = a - a[0, 0]
-        return d - d.mean()
-    return a
+        return left_one_out(a)
+    return centred(a) if s.baseline == "batch" else a
+
+
+def centred(a: torch.Tensor) -> torch.Tensor:
+    """Each value minus the mean of all."""
+    d = a - a.flatten()[0]
+    return d - d.mean()
 
 
 def scaled(a: torch.Tensor, scores: torch.Tensor, s: RiskPOSettings) -> torch.Tensor:
@@ -235,63 +308,6 @@ def scaled(a: torch.Tensor, scores: torch.Tensor, s: RiskPOSettings) -> torch.Te
     if s.scale == "none":
         return a
     if s.scale == "batch-std":
-        return a / (max(_std(scores.flatten()).item(), s.std_floor) + s.eps)
-    std = _std(scores)[:, None]
+        return a / (max(sample_std(scores.flatten()).item(), s.std_floor) + s.eps)
+    std = sample_std(scores)[:, None]
     return a / (torch.where(std > TIED_STD, std, torch.ones_like(std)) + s.eps)
-
-
-def _std(x: torch.Tensor) -> torch.Tensor:
-    """Sample std (n - 1) of the last dimension, 0 for a single value."""
-    return x.std(-1) if x.shape[-1] > 1 else torch.zeros_like(x[..., 0])
-
-
-def batch_stats(
-    r: torch.Tensor,
-    groups: dict[Question, list[int]],
-    scores: torch.Tensor,
-    q: tuple[torch.Tensor, torch.Tensor],
-    tracked: torch.Tensor,
-    advantage: torch.Tensor,
-    s: RiskPOSettings,
-) -> dict[str, float]:
-    """Numbers of one step; `scores` are the K * G papers' and rewards and advantages all N.
-
-    q_alpha, q_beta                        quantiles in use, mean over bundles
-    q_alpha_tracked, q_beta_tracked        those of the tracker before this step
-    rvar_lower, mvar                       RVaR_{0:alpha} and MVaR of the scores
-    monitor_rvar, _cvar, _mvar             `official_monitor` at the tracked quantiles
-    reward_mean, bundle_score_mean, bundle_score_std
-    tied_bundle_fraction                   bundles whose papers all have one score
-    all_equal_question_fraction            questions whose rewards are all alike
-    zero_advantage_fraction, advantage_mean, _min, _max
-    bundles, and beside these dropped_questions and tracker_moved (1 or 0)
-    """
-    pooled = scores.flatten()
-    by_question = r[torch.tensor(list(groups.values()), device="cpu")]
-    monitor = official_monitor(pooled, tracked[0], tracked[1], w_mix=s.w_mix)
-    values: dict[str, torch.Tensor | float] = {
-        "q_alpha": q[0].mean(),
-        "q_beta": q[1].mean(),
-        "q_alpha_tracked": tracked[0],
-        "q_beta_tracked": tracked[1],
-        "rvar_lower": cvar(pooled, s.alpha),
-        "mvar": mvar(pooled, s.alpha, s.beta, s.omega),
-        "monitor_rvar": monitor.rvar,
-        "monitor_cvar": monitor.cvar,
-        "monitor_mvar": monitor.mvar,
-        "reward_mean": r.mean(),
-        "bundle_score_mean": pooled.mean(),
-        "bundle_score_std": _std(pooled),
-        "tied_bundle_fraction": (_std(scores) <= TIED_STD).double().mean(),
-        "all_equal_question_fraction": _all_equal(by_question).double().mean(),
-        "zero_advantage_fraction": (advantage == 0).double().mean(),
-        "advantage_mean": advantage.mean(),
-        "advantage_min": advantage.min(),
-        "advantage_max": advantage.max(),
-        "bundles": scores.shape[0],
-    }
-    return {name: float(value) for name, value in values.items()}
-
-
-def _all_equal(x: torch.Tensor) -> torch.Tensor:
-    return (x == x[..., :1]).all(-1)

@@ -6,7 +6,7 @@ in consecutive questions, papers in columns; rows[i, j] indexes the caller's fla
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,23 +57,43 @@ def group_rows(question_id: Any, draw: Any, count: int) -> dict[Question, list[i
     return groups
 
 
-def pair_rows(
-    groups: dict[Question, list[int]], *, bundle_size: int, pairing: str, seed: int, step: int
-) -> torch.Tensor:
-    """Rows [Q', G] of the bundled questions, Q' the largest multiple of bundle_size.
+def named(groups: dict[Question, list[int]]) -> dict[str, list[int]]:
+    """The groups by name: as text 1 and "1" stay apart, and lists and tensors name ints alike."""
+    return {f"{'s' if isinstance(q, str) else 'i'}:{q}": rows for q, rows in groups.items()}
 
-    "permuted": questions in a random order, each question's draws permuted independently, both a
-    function of (seed, step, question) alone. "index": order of appearance, j-th draw to paper j.
+
+def bundle_order(
+    names: Sequence[str],
+    *,
+    bundle_size: int,
+    pairing: str,
+    seed: int,
+    step: int,
+    difficulty: Mapping[str, float] | None = None,
+) -> list[str]:
+    """The bundled questions, Q' the largest multiple of bundle_size; a run of B is a bundle.
+
+    "permuted": a random order, a function of (seed, step, question) alone; "index": as they came.
+    With a difficulty, rising by it afterwards: like stands beside like, ties stay in that order.
     """
-    # As text, 1 and "1" stay apart, and an int is the same from a list and from a tensor.
-    named = {f"{'s' if isinstance(q, str) else 'i'}:{q}": rows for q, rows in groups.items()}
-    order = list(named)
+    order = list(names)
     if pairing == "permuted":
         order = question_order(order, seed=seed, step=step)
-    whole = len(order) - len(order) % bundle_size
+    order = order[: len(order) - len(order) % bundle_size]
+    return order if difficulty is None else sorted(order, key=lambda name: difficulty[name])
+
+
+def pair_rows(
+    groups: Mapping[str, list[int]], order: Sequence[str], *, pairing: str, seed: int, step: int
+) -> torch.Tensor:
+    """Rows [Q', G] of the questions in `order`, a paper in each column of a bundle.
+
+    "permuted": each question's draws permuted independently, a function of (seed, step, question)
+    alone. "index": j-th draw to paper j.
+    """
     table = []
-    for name in order[:whole]:
-        rows = named[name]
+    for name in order:
+        rows = groups[name]
         if pairing == "permuted":
             rows = [rows[j] for j in draw_permutation(name, len(rows), seed=seed, step=step)]
         table.append(rows)

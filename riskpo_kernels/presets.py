@@ -26,7 +26,10 @@ class RiskPOSettings:
     bundle_size: int = 5  # B, questions per bundle
     quantiles: str = "tracked"  # tracked | bundle | mix
     tracker_step: float = 0.1  # of the tracked quantiles, in score units
-    credit: str = "uniform"  # uniform | score | std | sum-mean
+    credit: str = "uniform"  # uniform | score | std | sum-mean | conditional
+    bundling: str = "random"  # random | matched: questions of like difficulty
+    difficulty: str = "history"  # history | prior | cross-fit: where matched bundles know it from
+    history_rate: float = 0.3  # of the exponential mean of a question's rewards
     baseline: str = "natural"  # natural | none | leave-one-out | batch
     scale: str = "none"  # none | bundle-std | batch-std
     std_floor: float = 0.5  # smallest divisor of scale="batch-std", in score units
@@ -49,11 +52,16 @@ _OFFICIAL = RiskPOSettings(
 PRESETS = {
     "paper": RiskPOSettings(),
     "official-easy": dataclasses.replace(_OFFICIAL, beta=0.9, credit="std"),
+    # Not the authors': the paper's objective over bundles of like questions, without the noise of
+    # the pairing. docs/risk.md derives it.
+    "matched": RiskPOSettings(credit="conditional", bundling="matched", baseline="leave-one-out"),
     "official-hard": dataclasses.replace(_OFFICIAL, credit="sum-mean", baseline="none"),
 }
 CHOICES = {
     "quantiles": ("tracked", "bundle", "mix"),
-    "credit": ("uniform", "score", "std", "sum-mean"),
+    "credit": ("uniform", "score", "std", "sum-mean", "conditional"),
+    "bundling": ("random", "matched"),
+    "difficulty": ("history", "prior", "cross-fit"),
     "baseline": ("natural", "none", "leave-one-out", "batch"),
     "scale": ("none", "bundle-std", "batch-std"),
     "pairing": ("permuted", "index"),
@@ -74,7 +82,7 @@ def settings_from(preset: str, overrides: dict[str, Any]) -> RiskPOSettings:
     check_risk(OP, form=s.form, alpha=s.alpha, beta=s.beta, omega=s.omega, w_mix=s.w_mix, eps=s.eps)
     for name, choices in CHOICES.items():
         check_choice(OP, name, getattr(s, name), choices)
-    for name in ("tracker_step", "std_floor"):
+    for name in ("tracker_step", "std_floor", "history_rate"):
         check_positive(OP, name, getattr(s, name))
     for name, least in (("bundle_size", 1), ("seed", None)):
         value = getattr(s, name)
@@ -82,7 +90,32 @@ def settings_from(preset: str, overrides: dict[str, Any]) -> RiskPOSettings:
             bound = "" if least is None else f" of at least {least}"
             reject(OP, f"{name}={value!r}", f"an int{bound}", f"Set {name} accordingly.")
     _check_scale(s)
+    _check_conditional(s)
     return s
+
+
+def _check_conditional(s: RiskPOSettings) -> None:
+    """What an average over pairings, or a bundle of half of the responses, cannot go with."""
+    if s.history_rate > 1:
+        todo = "1 keeps the last visit alone."
+        reject(OP, f"history_rate={s.history_rate}", "a number above 0 and at most 1", todo)
+    conditional = s.credit == "conditional"
+    wrong = {
+        "quantiles": conditional and s.quantiles != "tracked",  # a bundle's own vary by pairing
+        "scale": conditional and s.scale == "bundle-std",
+        "baseline": conditional and s.form == "mean" and s.baseline == "natural",
+        "credit": s.bundling == "matched" and s.difficulty == "cross-fit" and not conditional,
+    }
+    for name, refused in wrong.items():
+        if refused:
+            reject(
+                OP,
+                f"{name}={getattr(s, name)!r} with credit={s.credit!r}, difficulty="
+                f"{s.difficulty!r}",
+                "conditional credit with tracked quantiles, no scale by bundle, a baseline other "
+                "than the bundle's mean, and cross-fit with conditional credit only",
+                f"Change {name}, or use the preset 'matched'.",
+            )
 
 
 def _check_scale(s: RiskPOSettings) -> None:

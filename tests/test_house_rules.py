@@ -46,9 +46,12 @@ FLOORS = {
     "logits_op": 7,
     "surrogate": 8,
     "risk": 8,
-    "advantage": 9,
-    "fused": 9,
-    "__init__": 10,
+    "difficulty": 8,
+    "batch_stats": 9,
+    "conditional": 9,
+    "advantage": 10,
+    "fused": 10,
+    "__init__": 11,
 }
 # every public op: riskpo_kernels/<stem>.py, tests/test_<stem>.py, benchmarks/bench_<stem>.py
 STEMS = ("linear_logprob", "logits_logprob", "surrogate", "fused", "risk", "advantage")
@@ -119,6 +122,7 @@ STANDARD = (
     "functools",
     "hashlib",
     "inspect",
+    "itertools",
     "math",
     "struct",
     "types",

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from riskpo_kernels.reference.conditional import Bundling, Rows, conditional
 from riskpo_kernels.reference.pairing import draw_permutation, question_order
 from riskpo_kernels.reference.risk import (
     QuantileTracker,
@@ -33,6 +34,9 @@ PAPER: dict[str, Any] = {
     "quantiles": "tracked",
     "tracker_step": 0.1,
     "credit": "uniform",
+    "bundling": "random",
+    "difficulty": "history",
+    "history_rate": 0.3,
     "baseline": "natural",
     "scale": "none",
     "std_floor": 0.5,
@@ -49,10 +53,11 @@ OFFICIAL: dict[str, Any] = PAPER | {
 }
 PRESETS = {
     "paper": PAPER,
+    "matched": PAPER
+    | {"credit": "conditional", "bundling": "matched", "baseline": "leave-one-out"},
     "official-easy": OFFICIAL | {"beta": 0.9, "credit": "std"},
     "official-hard": OFFICIAL | {"credit": "sum-mean", "baseline": "none"},
 }
-Rows = dict[str, list[int]]  # question -> its rows, by draw
 
 
 class RiskPOAdvantage:
@@ -62,41 +67,93 @@ class RiskPOAdvantage:
         self.o = PRESETS[preset] | overrides
         self.tracker = QuantileTracker((self.o["alpha"], self.o["beta"]), self.o["tracker_step"])
         self.used: list[float] = []
+        self.history: dict[str, float] = {}  # mean reward by question, exponential
+        self.known: dict[str, float] = {}  # the history as the last step found it
         self.last_step = -1
 
     def __call__(
-        self, rewards: torch.Tensor, question_id: Any, *, step: int, draw: Any = None
+        self,
+        rewards: torch.Tensor,
+        question_id: Any,
+        *,
+        step: int,
+        draw: Any = None,
+        prior: Any = None,
     ) -> tuple[torch.Tensor, dict[str, float]]:
         o = self.o
         r = [float(x) for x in rewards.tolist()]
         rows = rows_of_questions(question_id, draw)
-        bundles = form_bundles(rows, o, step)
-        if sum(len(bundle) for bundle in bundles) < len(rows) and o["leftover"] == "error":
+        if step > self.last_step:
+            self.known = dict(self.history)
+        bundlings = self.bundlings(r, rows, step, prior)
+        kept = sum(len(bundle) for bundle in bundlings[0][0])
+        if kept < len(rows) and o["leftover"] == "error":
             raise ValueError("reference.RiskPOAdvantage: bundle_size does not divide the questions")
-        papers = [pair(bundle, rows, o, step) for bundle in bundles]
-        scores = [[sum(r[row] for row in paper) for paper in bundle] for bundle in papers]
-        pooled = [score for bundle in scores for score in bundle]
+        more: dict[str, float] = {}
+        papers, scores = [], []  # by bundling, by bundle, by paper
+        for bundles, own in bundlings:
+            papers.append([pair(bundle, own, o, step) for bundle in bundles])
+            scores.append([[sum(r[i] for i in p) for p in bundle] for bundle in papers[-1]])
+        joined: list[list[float]] = [sum(parts, []) for parts in zip(*scores, strict=True)]
+        pooled = [score for bundle in joined for score in bundle]
 
         if step > self.last_step:
             self.used = self.quantiles_before(pooled)
-        q = [quantiles_of(bundle, self.used, o) for bundle in scores]
-        a = [paper_advantages(bundle, *q_k, o) for bundle, q_k in zip(scores, q, strict=True)]
-        a = baseline(a, o)
-        a = scale(a, scores, o)
-
-        advantage = [0.0] * len(r)
-        for k, bundle in enumerate(papers):
-            for j, paper in enumerate(bundle):
-                for row, share in zip(paper, credit(a[k][j], paper, r, rows, o), strict=True):
-                    advantage[row] = share
+        q = [quantiles_of(bundle, self.used, o) for bundle in joined]
+        if o["credit"] == "conditional":
+            own, more = conditional(r, bundlings, lambda x: paper_advantages(x, *q[0], o), o)
+            shares = dict(zip(own, scale([list(own.values())], joined, o)[0], strict=True))
+            advantage = [shares.get(row, 0.0) for row in range(len(r))]
+        else:
+            a = [paper_advantages(bundle, *q_k, o) for bundle, q_k in zip(joined, q, strict=True)]
+            a = scale(baseline(a, o), joined, o)
+            advantage = [0.0] * len(r)
+            for k, bundle in enumerate(papers[0]):
+                for j, paper in enumerate(bundle):
+                    for row, x in zip(paper, credit(a[k][j], paper, r, rows, o), strict=True):
+                        advantage[row] = x
         moved = step > self.last_step
         if moved:
             self.tracker.update(torch.tensor(pooled, dtype=torch.float64))
             self.last_step = step
-        stats = statistics(r, rows, scores, q, self.used, advantage, o)
-        stats["dropped_questions"] = float(len(rows) - sum(len(b) for b in bundles))
+            for name, group in rows.items():
+                now = mean([r[row] for row in group])
+                before = self.history.get(name, now)
+                self.history[name] = (1 - o["history_rate"]) * before + o["history_rate"] * now
+        stats = more | statistics(r, rows, joined, q, self.used, advantage, o)
+        if o["bundling"] == "matched" and o["difficulty"] == "history":
+            stats["history_known_fraction"] = mean([float(name in self.known) for name in rows])
+        stats["dropped_questions"] = float(len(rows) - kept)
         stats["tracker_moved"] = float(moved)
         return torch.tensor(advantage).float(), stats
+
+    def bundlings(self, r: list[float], rows: Rows, step: int, prior: Any) -> list[Bundling]:
+        """(bundles, rows of each question in them): one, or one for each half."""
+        o = self.o
+        if o["bundling"] == "random":
+            return [(form_bundles(rows, o, step, None), rows)]
+        if o["difficulty"] == "prior":
+            given = {name: float(prior[group[0]]) for name, group in rows.items()}
+            return [(form_bundles(rows, o, step, given), rows)]
+        if o["difficulty"] == "history":
+            seen = [self.known[name] for name in rows if name in self.known]
+            unseen = mean(seen) if seen else 0.0
+            given = {name: self.known.get(name, unseen) for name in rows}
+            return [(form_bundles(rows, o, step, given), rows)]
+        order: dict[str, list[int]] = {}
+        for name, group in rows.items():
+            xi = list(range(len(group)))
+            if o["pairing"] == "permuted":
+                xi = draw_permutation(name, len(group), seed=o["seed"], step=step)
+            order[name] = [group[j] for j in xi]
+        half = len(next(iter(order.values()))) // 2
+        first = {name: group[:half] for name, group in order.items()}
+        second = {name: group[half:] for name, group in order.items()}
+        found = []
+        for own, other in ((first, second), (second, first)):
+            given = {name: mean([r[row] for row in other[name]]) for name in rows}
+            found.append((form_bundles(rows, o, step, given), own))
+        return found
 
     def quantiles_before(self, pooled: list[float]) -> list[float]:
         """The tracked pair from earlier steps; this batch's own where there was none."""
@@ -126,20 +183,26 @@ def rows_of_questions(question_id: Any, draw: Any) -> Rows:
     return rows
 
 
-def form_bundles(rows: Rows, o: dict[str, Any], step: int) -> list[list[str]]:
-    """Whole bundles of question names."""
+def form_bundles(
+    rows: Rows, o: dict[str, Any], step: int, difficulty: dict[str, float] | None
+) -> list[list[str]]:
+    """Whole bundles of question names; with a difficulty, like beside like."""
     order = list(rows)
     if o["pairing"] == "permuted":
         order = question_order(order, seed=o["seed"], step=step)
     size = o["bundle_size"]
-    return [order[k * size : (k + 1) * size] for k in range(len(order) // size)]
+    order = order[: len(order) // size * size]
+    if difficulty is not None:
+        order = sorted(order, key=lambda name: difficulty[name])
+    return [order[k : k + size] for k in range(0, len(order), size)]
 
 
 def pair(bundle: list[str], rows: Rows, o: dict[str, Any], step: int) -> list[list[int]]:
     """Papers of one bundle: paper j holds row xi_i(j) of each of its questions i."""
     draws = len(rows[bundle[0]])
     xi = {name: list(range(draws)) for name in bundle}
-    if o["pairing"] == "permuted":
+    halved = o["bundling"] == "matched" and o["difficulty"] == "cross-fit"  # permuted before
+    if o["pairing"] == "permuted" and not halved:
         xi = {name: draw_permutation(name, draws, seed=o["seed"], step=step) for name in bundle}
     return [[rows[name][xi[name][j]] for name in bundle] for j in range(draws)]
 

@@ -25,3 +25,8 @@ def draw_permutation(question: str, draws: int, *, seed: int, step: int) -> list
     """xi of one question: a uniform permutation of 0..draws-1; xi[j] is the draw in paper j."""
     keys = _keys("draws", seed, step, question, draws)
     return sorted(range(draws), key=lambda j: (keys[j], j))
+
+
+def sampling_seed(question: str, *, seed: int, step: int) -> int:
+    """A seed in [0, 2^63) of one question's own random numbers in one step."""
+    return _keys("sampling", seed, step, question, 1)[0] >> 1

@@ -3,7 +3,7 @@
 Q questions, G responses each, R = Q * G rollouts, question-major. A row says how rewards become
 advantages, which questions are kept, and how the loss treats ratio, clipping and averaging. All
 numbers with their sources: arXiv 2510.00911 (RiskPO), 2402.03300 (GRPO), 2503.14476 (DAPO),
-2503.20783 (Dr. GRPO), 2507.18071 (GSPO).
+2503.20783 (Dr. GRPO), 2507.18071 (GSPO); RLOO, MaxRL and RS-GRPO at their formulas.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from riskpo_kernels import RiskPOAdvantage
 
 RISK_SETTINGS = ("bundle_size", "omega", "alpha", "beta", "baseline", "scale", "credit")
 GROUP_STD_EPS = 1e-6
+RS_BETA = 2.0
 
 
 class Advantage(Protocol):
@@ -44,22 +45,47 @@ def check_responses(what: str, responses: int) -> None:
         )
 
 
-class GroupAdvantage:
-    """GRPO: reward minus the mean of its question's G, over their std (ddof 1) where asked for."""
+def over_std(r: torch.Tensor) -> torch.Tensor:
+    """GRPO (arXiv 2402.03300): minus the mean of the question's G, over their std (ddof 1)."""
+    return minus_mean(r) / ((r - r[:, :1]).std(1, keepdim=True) + GROUP_STD_EPS)
 
-    def __init__(self, *, over_std: bool) -> None:
-        self.over_std = over_std
+
+def minus_mean(r: torch.Tensor) -> torch.Tensor:
+    """Dr. GRPO (2503.20783): minus the mean of the question's G."""
+    d = r - r[:, :1]  # equal rewards give exactly 0
+    return d - d.mean(1, keepdim=True)
+
+
+def minus_others(r: torch.Tensor) -> torch.Tensor:
+    """RLOO (2402.14740): minus the mean of the question's other responses."""
+    return minus_mean(r) * (r.shape[1] / (r.shape[1] - 1))
+
+
+def over_mean(r: torch.Tensor) -> torch.Tensor:
+    """MaxRL (2602.02710): minus the mean and over it; 0 where the mean is 0."""
+    mean = r.mean(1, keepdim=True)
+    return torch.where(mean > 0, minus_mean(r) / mean.clamp(min=1e-12), 0.0)
+
+
+def risk_seeking(r: torch.Tensor) -> torch.Tensor:
+    """RS-GRPO (2509.24261): (e^(beta r) over its mean, minus 1) / beta, with beta = 2."""
+    d = RS_BETA * (r - r.amax(1, keepdim=True))  # never overflows
+    e = d.exp()
+    return minus_mean(e) / (RS_BETA * e.mean(1, keepdim=True))
+
+
+class GroupAdvantage:
+    """A formula over the G rewards of each question, [Q, G] -> [Q, G], in float64."""
+
+    def __init__(self, formula: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.formula = formula
 
     def __call__(
         self, rewards: torch.Tensor, question_id: Sequence[str], *, step: int
     ) -> tuple[torch.Tensor, dict[str, float]]:
         rewards_QG = by_question(rewards, question_id)
         check_responses("the advantage of a group", rewards_QG.shape[1])
-        shifted = (rewards_QG - rewards_QG[:, :1]).double()  # equal rewards give exactly 0
-        centred = shifted - shifted.mean(1, keepdim=True)
-        if self.over_std:
-            centred = centred / (shifted.std(1, keepdim=True) + GROUP_STD_EPS)
-        advantage = centred.to(rewards.dtype).flatten()
+        advantage = self.formula(rewards_QG.double()).to(rewards.dtype).flatten()
         return advantage, {"zero_advantage_fraction": float((advantage == 0).float().mean())}
 
     def state_dict(self) -> dict[str, Any]:
@@ -110,7 +136,7 @@ def risk(preset: str, **row: Any) -> Callable[[TrainConfig], Advantage]:
     return build
 
 
-def group(*, over_std: bool = True) -> Callable[[TrainConfig], Advantage]:
+def group(formula: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[TrainConfig], Advantage]:
     """A factory of GroupAdvantage."""
 
     def build(config: TrainConfig) -> Advantage:
@@ -122,7 +148,7 @@ def group(*, over_std: bool = True) -> Callable[[TrainConfig], Advantage]:
                 "algorithm."
             )
         check_responses(f"algorithm={config.algorithm!r}", config.responses_per_question)
-        return GroupAdvantage(over_std=over_std)
+        return GroupAdvantage(formula)
 
     return build
 
@@ -160,10 +186,18 @@ STRATEGIES: dict[str, Strategy] = {
         risk("paper", form="seeking", baseline="leave-one-out"), loss=PAPER
     ),
     "bundle-mean": Strategy(risk("paper", form="mean"), loss=PAPER),
-    "grpo": Strategy(group(), loss=TOKEN),
-    "dr-grpo": Strategy(group(over_std=False), loss=DR_GRPO),
-    "gspo": Strategy(group(), loss=PAPER),
-    "dapo": Strategy(group(), keep=keep_mixed, loss=DAPO, overlong=0.2),
+    # Not the authors': see docs/risk.md.
+    "riskpo-conditional": Strategy(
+        risk("paper", baseline="leave-one-out", credit="conditional"), loss=PAPER
+    ),
+    "riskpo-matched": Strategy(risk("matched"), loss=PAPER),
+    "grpo": Strategy(group(over_std), loss=TOKEN),
+    "dr-grpo": Strategy(group(minus_mean), loss=DR_GRPO),
+    "rloo": Strategy(group(minus_others), loss=TOKEN),
+    "maxrl": Strategy(group(over_mean), loss=TOKEN),
+    "rs-grpo": Strategy(group(risk_seeking), loss=TOKEN),
+    "gspo": Strategy(group(over_std), loss=PAPER),
+    "dapo": Strategy(group(over_std), keep=keep_mixed, loss=DAPO, overlong=0.2),
 }
 
 

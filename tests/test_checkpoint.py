@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from riskpo.checkpoint import latest_checkpoint, save_checkpoint, set_aside, truncate_log
 from riskpo.config import TrainConfig
 from riskpo.optimizer import Optimizer
-from riskpo.strategies import GroupAdvantage
+from riskpo.strategies import GroupAdvantage, over_std
 from riskpo.trainee import Trainee
 from tests.toy import save_arithmetic, tiny_policy
 
@@ -114,7 +114,7 @@ def parts(policy):
         "trainee": Trainee(policy.model),
         "tokenizer": policy.tokenizer,
         "optimizer": optimizer,
-        "advantage": GroupAdvantage(over_std=True),
+        "advantage": GroupAdvantage(over_std),
         "config": TrainConfig(),
     }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -16,7 +18,12 @@ from riskpo.strategies import (
     find_strategy,
     keep_mixed,
     loss_options,
+    minus_mean,
+    minus_others,
+    over_mean,
+    over_std,
     overlong_penalty,
+    risk_seeking,
 )
 from riskpo_kernels import RiskPOAdvantage
 
@@ -27,14 +34,31 @@ def test_grpo_golden():
     """Algorithm notes G9: rewards 1, 0, 0, 1, 0."""
     rewards = torch.tensor([1.0, 0, 0, 1, 0, 0, 0, 0, 0, 0])
     ids = ["a"] * 5 + ["b"] * 5
-    grpo, _ = GroupAdvantage(over_std=True)(rewards, ids, step=1)
+    grpo, _ = GroupAdvantage(over_std)(rewards, ids, step=1)
     up, down = 1.095443, -0.730295
     torch.testing.assert_close(
         grpo, torch.tensor([up, down, down, up, down] + [0.0] * 5), rtol=0, atol=5e-6
     )
-    dr_grpo, stats = GroupAdvantage(over_std=False)(rewards, ids, step=1)
+    dr_grpo, stats = GroupAdvantage(minus_mean)(rewards, ids, step=1)
     torch.testing.assert_close(dr_grpo, torch.tensor([0.6, -0.4, -0.4, 0.6, -0.4] + [0.0] * 5))
     assert stats["zero_advantage_fraction"] == 0.5
+
+
+def test_rivals_golden():
+    """Rewards 1, 0, 0, 1, 0: RLOO, MaxRL and RS-GRPO by hand, and 0 for a question never right."""
+    rewards = torch.tensor([1.0, 0, 0, 1, 0, 0, 0, 0, 0, 0], dtype=torch.float64)
+    ids = ["a"] * 5 + ["b"] * 5
+    mean = (2 * math.e**2 + 3) / 5
+    golden = {
+        minus_others: (0.75, -0.5),
+        over_mean: (1.5, -1.0),
+        risk_seeking: ((math.e**2 / mean - 1) / 2, (1 / mean - 1) / 2),
+    }
+    for formula, (up, down) in golden.items():
+        found, stats = GroupAdvantage(formula)(rewards, ids, step=1)
+        want = torch.tensor([up, down, down, up, down] + [0.0] * 5, dtype=torch.float64)
+        torch.testing.assert_close(found, want, rtol=1e-12, atol=0)
+        assert stats["zero_advantage_fraction"] == 0.5
 
 
 ALONE = ("riskpo-paper", "riskpo-batch", "riskpo-none", "riskpo-seeking")  # compare with quantiles
@@ -55,7 +79,7 @@ def test_one_response_is_refused_where_its_advantage_would_always_be_0(name):
 def test_one_response_is_refused_where_no_config_is_seen():
     rewards = torch.tensor([1.0, 0.0])
     with pytest.raises(ValueError, match="at least 2"):
-        GroupAdvantage(over_std=False)(rewards, ["a", "b"], step=1)
+        GroupAdvantage(minus_mean)(rewards, ["a", "b"], step=1)
     for settings in (
         {"baseline": "leave-one-out"},
         {"form": "mean"},
@@ -66,17 +90,19 @@ def test_one_response_is_refused_where_no_config_is_seen():
             RiskPOAdvantage(**{"bundle_size": 2} | settings)(rewards, ["a", "b"], step=1)
 
 
-@pytest.mark.parametrize("over_std", [True, False])
-def test_equal_rewards_give_exactly_0(over_std):
+@pytest.mark.parametrize("formula", [over_std, minus_mean, minus_others, over_mean, risk_seeking])
+def test_equal_rewards_give_exactly_0(formula):
     """0.1 + ... + 0.1 over 5 is not 0.1 in float32, and its std is divided by."""
     for reward in (0.1, -0.7, 1e4 / 3):
         for responses in (3, 5, 7, 10):
             rewards = torch.full((responses,), reward)
-            advantage, stats = GroupAdvantage(over_std=over_std)(rewards, ["a"] * responses, step=1)
+            advantage, stats = GroupAdvantage(formula)(rewards, ["a"] * responses, step=1)
             assert not advantage.any() and stats["zero_advantage_fraction"] == 1.0
+    if formula is over_mean:
+        return  # a mean of rewards is no difference
     offset = torch.tensor([1e6, 1e6 + 1, 1e6, 1e6 + 1])
-    advantage, _ = GroupAdvantage(over_std=over_std)(offset, ["a"] * 4, step=1)
-    near, _ = GroupAdvantage(over_std=over_std)(offset - 1e6, ["a"] * 4, step=1)
+    advantage, _ = GroupAdvantage(formula)(offset, ["a"] * 4, step=1)
+    near, _ = GroupAdvantage(formula)(offset - 1e6, ["a"] * 4, step=1)
     assert torch.equal(advantage, near)
 
 

@@ -14,7 +14,7 @@ from decimal import Decimal, getcontext
 
 import torch
 
-from riskpo.strategies import GROUP_STD_EPS, GroupAdvantage
+from riskpo.strategies import GROUP_STD_EPS, GroupAdvantage, over_std
 from riskpo_kernels import clipped_surrogate, pass_at_k
 
 getcontext().prec = 50
@@ -98,7 +98,7 @@ def advantage_rows() -> list[Row]:
         return ((rewards - rewards.mean()) / (rewards.std() + GROUP_STD_EPS))[0]
 
     def ours(rewards: torch.Tensor) -> torch.Tensor:
-        return GroupAdvantage(over_std=True)(rewards, ["q"] * len(rewards), step=1)[0][0]
+        return GroupAdvantage(over_std)(rewards, ["q"] * len(rewards), step=1)[0][0]
 
     equal, offset = torch.full((7,), 0.1), torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0]) + 2.0**20
     std = (Decimal(6) / Decimal(20)).sqrt()

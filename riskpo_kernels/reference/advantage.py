@@ -101,8 +101,8 @@ class RiskPOAdvantage:
             self.used = self.quantiles_before(pooled)
         q = [quantiles_of(bundle, self.used, o) for bundle in joined]
         if o["credit"] == "conditional":
-            own, more = conditional(r, bundlings, lambda x: paper_advantages(x, *q[0], o), o)
-            shares = dict(zip(own, scale([list(own.values())], joined, o)[0], strict=True))
+            found, more = conditional(r, bundlings, lambda x: paper_advantages(x, *q[0], o), o)
+            shares = dict(zip(found, scale([list(found.values())], joined, o)[0], strict=True))
             advantage = [shares.get(row, 0.0) for row in range(len(r))]
         else:
             a = [paper_advantages(bundle, *q_k, o) for bundle, q_k in zip(joined, q, strict=True)]

@@ -2,7 +2,8 @@
 
 Sequences are packed without padding: one row of tokens, position ids restarting at 0 with every
 sequence. The attention of riskpo/memory/attention.py is told where sequences end; under any other
-transformers builds a [T, T] block-diagonal mask from the position ids. The decoder's last hidden
+transformers builds a [T, T] block-diagonal mask from the position ids. A model that does not keep
+them apart is called once for each of them (riskpo/memory/isolation.py). The decoder's last hidden
 states go straight into the fused head; no [tokens, V] tensor is made.
 
 R rollouts, T tokens of a micro-batch, S its sequences, D hidden width.
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from riskpo.memory.attention import packed_keywords
+from riskpo.memory.isolation import decoder_of, packed_rows, packing_of, plain_row
 from riskpo.records import Rollouts
 from riskpo.vision import Inputs, vision_hidden_states
 
@@ -82,18 +83,19 @@ def pack(rollouts: Rollouts, rows: Sequence[int], device: torch.device) -> Packe
 
 
 def hidden_states(model: Any, batch: Packed) -> torch.Tensor:
-    """Last hidden states [T, D]. An attention mask or a cache would undo the packing in silence."""
+    """Last hidden states [T, D]; packed where the model keeps sequences apart, else one by one.
+
+    ValueError for a model that is no causal language model.
+    """
     if batch.beside:
         return vision_hidden_states(model, batch.input_ids, batch.beside)
-    decoder = model.get_decoder()
-    output = decoder(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        attention_mask=None,
-        use_cache=False,
-        **packed_keywords(decoder.config._attn_implementation, batch.cu_seqlens, batch.lengths),
+    decoder, packing = decoder_of(model), packing_of(model)
+    if packing.reason is not None:
+        rows = batch.input_ids.split(batch.lengths, dim=1)
+        return torch.cat([plain_row(decoder, row) for row in rows])
+    return packed_rows(
+        decoder, batch.input_ids, batch.position_ids, packing, batch.cu_seqlens, batch.lengths
     )
-    return output.last_hidden_state[0]
 
 
 def denominator(

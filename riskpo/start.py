@@ -97,6 +97,7 @@ def start(given: TrainConfig) -> Run:
     head = find_head(policy.model)
     if policy.processor:
         check_vision_head(policy, head, [*questions, *held_out])
+    apply_switches(policy.model, config.memory)  # tries the model, so before it is spread
     trainee = Trainee(policy.model, ranks, sharded=config.memory.sharded)
     optimizer = build_optimizer(policy, config)
     if checkpoint is not None:
@@ -193,7 +194,6 @@ def warmed_up(
 
 
 def build_optimizer(policy: Policy, config: TrainConfig) -> Optimizer:
-    apply_switches(policy.model, config.memory)
     assert config.learning_rate is not None  # resolve has seen to it
     return Optimizer(
         policy.model.parameters(),

@@ -156,6 +156,9 @@ def shrunk(config: Any, rules: Any) -> dict[str, Any]:
     heads = vars(config).get("num_attention_heads")
     if heads and heads == vars(config).get("num_key_value_heads"):
         given["num_key_value_heads"] = given.get("num_attention_heads", heads)
+    for name in ("is_decoder", "causal"):  # encoders that may be decoders
+        if vars(config).get(name) is False:
+            given[name] = True
     for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
         value = vars(config).get(name)
         if isinstance(value, list) or (isinstance(value, int) and not 0 <= value < VOCAB):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from riskpo.config import MemoryConfig
-from riskpo.memory.attention import choose
 from riskpo.memory.host_checkpoints import CudaTransfers, HostCheckpoints, Transfers
+from riskpo.memory.isolation import settle_attention
 from riskpo.memory.tiled_mlp import tile_mlps
 
 
@@ -16,7 +16,7 @@ def apply_switches(model: Any, memory: MemoryConfig, transfers: Transfers | None
     `transfers` moves what is offloaded; None: to pinned memory from CUDA, and nothing at all for a
     model that is on the host itself, where a second place would only cost.
     """
-    model.set_attn_implementation(choose(memory.attention, model))
+    settle_attention(model, memory.attention)
     if memory.mlp_tile_tokens:
         tile_mlps(model, memory.mlp_tile_tokens)
     if memory.checkpointing:

@@ -75,6 +75,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "jamba": {"num_hidden_layers": 2, "attn_layer_period": 2, "attn_layer_offset": 1},
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
     "recurrent_gemma": {"num_hidden_layers": 3},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"attention_hidden_size": 2 * WIDTH, "attention_head_dim": 16, "mamba_dt_rank": 4,

@@ -28,7 +28,6 @@ FAMILIES = [
     "biogpt",
     "mixtral",
     "granite",
-    "mpt",
 ]
 LOSS = LossOptions(ratio="token", aggregate="token-mean")
 

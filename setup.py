@@ -26,7 +26,7 @@ extras = {
         "tensorboard>=2.16",
     ],
     "flash": ["flash-attn>=2.7"],
-    "vllm": ["vllm>=0.11"],
+    "vllm": ["vllm>=0.20"],
     "lora": ["peft>=0.18"],
     "eightbit": ["bitsandbytes>=0.48"],
     "trl": ["trl>=1.16,<1.17"],

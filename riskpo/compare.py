@@ -28,7 +28,7 @@ from typing import Any
 
 import tomli_w
 
-from riskpo.checkpoint import latest_checkpoint, read_about
+from riskpo.checkpoint import latest_checkpoint, owned, read_about
 from riskpo.config import (
     TrainConfig,
     is_embedded,
@@ -81,7 +81,8 @@ def compare_command(given: list[str]) -> None:
         )
     out = Path(a.out)
     if not a.page_only:
-        run_all(base, systems, seeds, out, jobs=a.jobs)
+        with owned(out):
+            run_all(base, systems, seeds, out, jobs=a.jobs)
     from riskpo.compare_page import write_page
 
     for path in write_page(out, a.page, [s.name for s in systems], seeds, against):

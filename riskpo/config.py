@@ -139,8 +139,16 @@ DEMO_OVERRIDES = {"riskpo-paper": {"baseline": "leave-one-out"}}
 
 DTYPES = ("float32", "bfloat16")
 ATTENTIONS = ("auto", "flash", "varlen", "sequences", "masked")
-# May differ from the saved run's.
-FREE_ON_RESUME = ("steps", "save_every_steps", "log_texts", "log_with", "memory.sharded")
+# May differ from the saved run's: what changes no number of a step, and what its roundings.
+FREE_ON_RESUME = (
+    "steps", "save_every_steps", "log_texts", "log_with", "eval_every_steps", "eval_samples",
+    "sampler.gpu_share", "memory.sharded", "memory.checkpointing", "memory.offload_checkpoints",
+)  # fmt: skip
+CHANGES_BITS = (
+    "micro_batch_tokens", "backend", "verifier_seconds", "sampler.sequences",
+    "sampler.static_cache", "memory.mlp_tile_tokens", "memory.optimizer", "memory.attention",
+    "memory.skip_zero_advantage", "memory.head_mib",
+)  # fmt: skip
 
 
 def resolve(config: TrainConfig) -> tuple[TrainConfig, dict[str, Any]]:
@@ -309,12 +317,25 @@ def _without_none(given: dict[str, Any]) -> dict[str, Any]:
 
 def changed_fields(saved: dict[str, Any], config: TrainConfig) -> list[str]:
     """`name: saved -> now` for every setting that a resumed run may not change."""
-    before = _flattened(saved)
-    return [
-        f"{name}: {before.get(name)!r} -> {value!r}"
+    return [text for name, text in changes(saved, config).items() if locked(name, text)]
+
+
+def locked(name: str, change: str) -> bool:
+    """Whether a change to what is not free is more than other roundings; 8-bit moments are."""
+    return name not in CHANGES_BITS or "8bit" in change
+
+
+def changes(saved: dict[str, Any], config: TrainConfig) -> dict[str, str]:
+    """name -> `name: saved -> now` of what differs and is not free.
+
+    A setting that the saved run did not know yet had its default.
+    """
+    before = flat(TrainConfig()) | _flattened(saved)
+    return {
+        name: f"{name}: {before[name]!r} -> {value!r}"
         for name, value in flat(config).items()
-        if name not in (*FREE_ON_RESUME, "run_dir") and _plain(before.get(name)) != _plain(value)
-    ]
+        if name not in (*FREE_ON_RESUME, "run_dir") and _plain(before[name]) != _plain(value)
+    }
 
 
 def _plain(value: object) -> object:

@@ -136,6 +136,9 @@ class SharedSampler:
     def rest(self) -> None:
         self.inner.rest()
 
+    def close(self) -> None:
+        self.inner.close()
+
 
 def shared_score(score: Score, ranks: Ranks) -> Score:
     """A scorer that judges each answer in one process only, and tells all."""

@@ -22,6 +22,7 @@ from transformers import (
 from transformers.utils import is_flash_attn_2_available
 
 from riskpo.data_images import require_processor
+from riskpo.positions import check_positions
 from riskpo.records import Question, Rollouts
 from riskpo.vision import Inputs, for_model, load_processor, placeholder_tokens, question_inputs
 
@@ -52,16 +53,18 @@ def best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def load_policy_for(questions: Sequence[Question], name: str, *, dtype: str) -> Policy:
+def load_policy_for(
+    questions: Sequence[Question], name: str, *, dtype: str, device: str | None = None
+) -> Policy:
     """The model `name` as load_policy has it, with its processor if a question has pictures.
 
     ValueError when there are pictures and the model has no processor that reads them.
     """
     if not any(q.images for q in questions):
-        return load_policy(name, dtype=dtype)
+        return load_policy(name, dtype=dtype, device=device)
     processor = load_processor(name, local=_is_local(name))
     require_processor(questions, processor)
-    return load_policy(name, dtype=dtype, processor=processor)
+    return load_policy(name, dtype=dtype, device=device, processor=processor)
 
 
 def load_policy(
@@ -69,13 +72,14 @@ def load_policy(
 ) -> Policy:
     """A causal LM and its tokenizer from a folder or, by name, from the hub or its cache.
 
-    With a processor, the vision-language model that it belongs to.
+    With a processor, the vision-language model that it belongs to. device is where the weights are
+    put; attention is chosen for best_device(). A folder is known by its absolute path from here on.
     ValueError, in one line, when there is no such model; ConnectionError, within seconds, when the
     hub is needed and does not answer.
     """
     local = _is_local(name)
-    device = device or best_device()
-    flash = device == "cuda" and dtype == "bfloat16" and is_flash_attn_2_available()
+    name = str(Path(name).resolve()) if Path(name).is_dir() else name
+    flash = best_device() == "cuda" and dtype == "bfloat16" and is_flash_attn_2_available()
     flash = flash and processor is None
     family = AutoModelForCausalLM if processor is None else AutoModelForImageTextToText
     try:
@@ -96,27 +100,25 @@ def load_policy(
             f"model: cannot load {name!r} ({reason}). Give a folder that save_pretrained wrote, or "
             "the name of a causal language model."
         ) from None
-    torch.nn.Module.to(model, device=device)
+    torch.nn.Module.to(model, device=device or best_device())
     return prepare(Policy(model, tokenizer, processor))
 
 
 def prepare(policy: Policy) -> Policy:
     """Left padding, a pad token, and a generation_config that bends nothing.
 
-    Only the end-of-sequence ids of the model's own generation_config survive: its top_p, top_k and
-    penalties would make the sampler another policy than the one that is trained.
+    Only end tokens survive of the model's own generation_config (see end_tokens): its top_p, top_k,
+    penalties, suppressed and forced tokens would make the sampler another policy.
     """
-    tokenizer, model = policy.tokenizer, policy.model
+    tokenizer, model, ends = policy.tokenizer, policy.model, _end_ids(policy)
     tokenizer.padding_side = "left"
-    ends = model.generation_config.eos_token_id
-    ends = tokenizer.eos_token_id if ends is None else ends
-    if ends is None:
+    if not ends:
         raise ValueError(
-            "model: got neither eos_token_id in generation_config nor an eos_token in the "
+            "model: got no eos_token_id in generation_config or config and no eos_token in the "
             "tokenizer; expected one. Set it in generation_config.json."
         )
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token_id = ends[0] if isinstance(ends, (list, tuple)) else ends
+        tokenizer.pad_token_id = ends[0]
     model.generation_config = GenerationConfig(
         eos_token_id=ends, pad_token_id=tokenizer.pad_token_id
     )
@@ -232,6 +234,7 @@ def sample(
     done = Rollouts()
     prompts, done.inputs = read_prompts(policy, questions)
     check_lengths(questions, prompts, max_prompt_tokens)
+    check_positions(policy.model, max(map(len, prompts), default=0), max_response_tokens)
     each = responses_per_question
     rows = [(q, p) for q, p in zip(questions, prompts, strict=True) for _ in range(each)]
     noise = [response_noise(stream, q, each, max_response_tokens) for q in questions]
@@ -334,9 +337,17 @@ def append_response(
 
 
 def end_tokens(policy: Policy) -> list[int]:
-    """Ids that end a response: the model's own list, else the tokenizer's; and placeholders."""
-    ids = policy.model.generation_config.eos_token_id
-    if ids is None:
-        ids = policy.tokenizer.eos_token_id
-    ends = list(ids) if isinstance(ids, (list, tuple)) else [ids]
-    return ends + (placeholder_tokens(policy.model.config) if policy.processor else [])
+    """Ids that end a response: the end tokens of generation_config, config and tokenizer alike.
+
+    With pictures, their placeholders too.
+    """
+    return _end_ids(policy) + (placeholder_tokens(policy.model.config) if policy.processor else [])
+
+
+def _end_ids(policy: Policy) -> list[int]:
+    config, found = policy.model.config, list[Any]()
+    own = policy.model.generation_config
+    for source in (own, config, config.get_text_config(), policy.tokenizer):
+        ids = getattr(source, "eos_token_id", None)
+        found += ids if isinstance(ids, (list, tuple)) else [ids]
+    return list(dict.fromkeys(i for i in found if i is not None and i >= 0))

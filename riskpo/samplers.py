@@ -1,8 +1,8 @@
 """Who samples the responses: transformers here, or a vLLM engine that shares the GPU.
 
-A sampler has two verbs. `sample` draws responses from the policy as it is now; `rest` says that the
-weights are about to change: what sampling needs is given back, and the next `sample` starts with
-the new weights. Both samplers return the log-probs of the tokens they drew.
+`sample` draws responses from the policy as it is now. `rest` says that the weights are about to
+change: what sampling needs is given back, and the next `sample` starts with the new weights.
+`close` comes last. Both samplers return the log-probs of the tokens they drew.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from riskpo.config import TrainConfig
 from riskpo.records import Question, Rollouts
@@ -23,6 +23,8 @@ class Sampler(Protocol):
     def sample(self, questions: Sequence[Question], responses: int, stream: Stream) -> Rollouts: ...
 
     def rest(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,9 @@ class GenerateSampler:
     def rest(self) -> None:
         """Nothing to give back."""
 
+    def close(self) -> None:
+        """Nothing to end."""
+
 
 def sampling_limits(config: TrainConfig) -> SamplingLimits:
     assert config.max_prompt_tokens and config.max_response_tokens  # resolve has seen to it
@@ -71,13 +76,18 @@ def build_sampler(
     policy: Policy,
     config: TrainConfig,
     whole: Callable[[], AbstractContextManager[None]] = nullcontext,
+    look: Callable[[Callable[[Any], Any]], Any] | None = None,
 ) -> Sampler:
-    """The sampler that config.sampler names; `whole` makes a sharded model callable."""
+    """The sampler that config.sampler names.
+
+    Over a model that is sharded, `whole` makes it callable and look(function) is function(model).
+    """
     settings, limits = config.sampler, sampling_limits(config)
     if settings.engine == "vllm":
-        from riskpo.vllm_sampler import VLLMSampler, start_engine
+        from riskpo.vllm_sampler import VLLMSampler, check_temperature, start_engine
 
         assert config.model is not None  # validate has seen to it
+        check_temperature(limits.temperature)
         engine = start_engine(
             config.model,
             dtype=config.dtype,
@@ -86,5 +96,5 @@ def build_sampler(
             gpu_share=settings.gpu_share,
             seed=config.seed,
         )
-        return VLLMSampler(policy, engine, limits)
+        return VLLMSampler(policy, engine, limits, look=look)
     return GenerateSampler(policy, limits, settings.sequences, settings.static_cache, whole)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +19,25 @@ from riskpo.arithmetic import (
     task_questions,
     warm_start,
 )
-from riskpo.checkpoint import latest_checkpoint, read_about, restore, set_aside, truncate_log
+from riskpo.checkpoint import (
+    latest_checkpoint,
+    owned,
+    read_about,
+    restore,
+    set_aside,
+    truncate_log,
+)
 from riskpo.config import TrainConfig, is_embedded, resolve, to_toml, validate
 from riskpo.data import BOXED_INSTRUCTION, load_questions, split_holdout
 from riskpo.head import Head, find_head
 from riskpo.logs import METRICS, RunLog, SilentLog
 from riskpo.lora import attach_lora, thaw_lora
+from riskpo.memory.isolation import settle_attention
 from riskpo.memory.run_plan import RunPlan, plan_run
 from riskpo.memory.switches import apply_switches
 from riskpo.mismatch import Correction
 from riskpo.optimizer import Optimizer
+from riskpo.positions import check_positions
 from riskpo.ranks import Ranks, Score, SharedSampler, shared_score
 from riskpo.records import Question
 from riskpo.rewards import MATH_KINDS, Scorer
@@ -40,7 +51,7 @@ from riskpo.rollout import (
 )
 from riskpo.samplers import GenerateSampler, Sampler, build_sampler, sampling_limits
 from riskpo.strategies import Advantage, LossOptions, Strategy, find_strategy, loss_options
-from riskpo.trainee import Trainee
+from riskpo.trainee import Trainee, skeleton
 from riskpo.update import UpdatePlan
 from riskpo.vision import check_vision_head, check_vision_setup
 
@@ -70,39 +81,60 @@ class Run:
     sampler: Sampler
     log: RunLog | SilentLog
     step: int
+    opened: ExitStack  # lock of the folder, log, verifiers, sampler
+
+    def close(self) -> None:
+        self.opened.close()
 
 
 def start(given: TrainConfig) -> Run:
     """Load, check and, where run_dir holds a checkpoint, resume. Cheap errors come first."""
     config, overrides = resolve(given)
     validate(config)
-    strategy = find_strategy(config.algorithm)
-    advantage = strategy.advantage(config)
+    find_strategy(config.algorithm).advantage(config)
     ranks = Ranks.join()
     if ranks.size > 1 and config.memory.optimizer != "device":
         raise ValueError(
             f"memory.optimizer: got {config.memory.optimizer!r} with {ranks.size} processes; "
             "expected 'device'. Set memory.sharded to spread the optimiser's state over them."
         )
+    with ExitStack() as opened:
+        ranks.first(lambda: opened.enter_context(owned(config.run_dir)))
+        return _start(config, overrides, ranks, opened)
+
+
+def _start(config: TrainConfig, overrides: dict[str, Any], ranks: Ranks, opened: ExitStack) -> Run:
+    """A run whose folder is ours; `opened` is told what is to be closed."""
     checkpoint = ranks.first(lambda: latest_checkpoint(config.run_dir))
-    step = 0 if checkpoint is None else read_about(checkpoint, config)
+    said: list[str] = []
+    step = 0 if checkpoint is None else read_about(checkpoint, config, said.append)
     questions, held_out = load_data(config)
     log = open_log(config, overrides, checkpoint, step) if ranks.is_first else SilentLog()
-    policy = load(config, checkpoint, questions, held_out, log.note)
+    opened.callback(log.close)
+    policy = load_on(ranks, config, checkpoint, questions, held_out, log.note)
     if policy.processor:
         check_vision_setup(config, ranks.size)
+    # Tried on the first rank's whole weights, before they are spread.
+    packing = ranks.first(lambda: settle_attention(policy.model, config.memory.attention))
+    trainee = Trainee(policy.model, ranks, sharded=config.memory.sharded)
     memory = plan_run(config, policy.model)
-    for line in memory.lines():
+    for line in (*said, *memory.lines(), *trainee.lines()):
         log.note(line)
-    head = find_head(policy.model)
+    head = trainee.look(find_head)
     if policy.processor:
         check_vision_head(policy, head, [*questions, *held_out])
-    apply_switches(policy.model, config.memory)  # tries the model, so before it is spread
-    trainee = Trainee(policy.model, ranks, sharded=config.memory.sharded)
+    scorer = build_scorer(config, ranks)
+    opened.callback(scorer.close)
+    kept = ranks.first(lambda: usable(policy, scorer, config, questions, log.note))
+    # Before the random states are restored, which an engine resets.
+    sampler = SharedSampler(build_sampler(policy, config, trainee.whole, trainee.look), ranks)
+    opened.callback(sampler.close)
+    strategy = find_strategy(config.algorithm)
+    advantage = strategy.advantage(config)
+    apply_switches(policy.model, config.memory, packing=packing)
     optimizer = build_optimizer(policy, config)
     if checkpoint is not None:
         restore(checkpoint, optimizer=optimizer, advantage=advantage)
-    scorer = build_scorer(config, ranks)
     return Run(
         config=config,
         ranks=ranks,
@@ -115,13 +147,14 @@ def start(given: TrainConfig) -> Run:
         loss=loss_options(strategy, config),
         plan=build_plan(config),
         memory=memory,
-        questions=ranks.first(lambda: usable(policy, scorer, config, questions, log.note)),
+        questions=kept,
         held_out=fitting(policy, config, held_out, log.note),
         scorer=scorer,
         score=shared_score(scorer.score, ranks),
-        sampler=SharedSampler(build_sampler(policy, config, trainee.whole), ranks),
+        sampler=sampler,
         log=log,
         step=step,
+        opened=opened.pop_all(),
     )
 
 
@@ -140,18 +173,41 @@ def load_data(config: TrainConfig) -> tuple[list[Question], list[Question]]:
     return questions, chosen
 
 
-def load(
+def load_on(
+    ranks: Ranks,
     config: TrainConfig,
     checkpoint: Path | None,
     questions: Sequence[Question],
     held_out: Sequence[Question],
     note: Callable[[str], None],
 ) -> Policy:
+    """The policy; where it will be sharded, the first rank alone has data, on its CPU."""
+    if ranks.size == 1 or not config.memory.sharded:
+        return load(config, checkpoint, questions, held_out, note)
+    loaded: list[Policy] = []
+
+    def outline() -> bytes:
+        policy = load(config, checkpoint, questions, held_out, note, device="cpu")
+        loaded.append(policy)
+        return pickle.dumps(replace(policy, model=skeleton(policy.model)))
+
+    outlined = ranks.first(outline)
+    return loaded[0] if loaded else pickle.loads(outlined)
+
+
+def load(
+    config: TrainConfig,
+    checkpoint: Path | None,
+    questions: Sequence[Question],
+    held_out: Sequence[Question],
+    note: Callable[[str], None],
+    device: str | None = None,
+) -> Policy:
     """The policy from the checkpoint, else the given model, else the embedded one, warmed up."""
     if config.model is None and checkpoint is None:
         return warmed_up(config, questions, note)
     model = str(checkpoint or config.model)
-    policy = load_policy_for([*questions, *held_out], model, dtype=config.dtype)
+    policy = load_policy_for([*questions, *held_out], model, dtype=config.dtype, device=device)
     if config.lora.rank and checkpoint is None:
         attach_lora(policy.model, config.lora, config.seed)
     elif config.lora.rank:
@@ -254,7 +310,10 @@ def fitting(
     """Questions whose prompt has at most max_prompt_tokens tokens; says how many are not."""
     assert config.max_prompt_tokens is not None  # resolve has seen to it
     most = config.max_prompt_tokens
-    kept = [q for q in questions if len(read_prompts(policy, [q])[0][0]) <= most]
+    lengths = [len(read_prompts(policy, [q])[0][0]) for q in questions]
+    kept = [q for q, length in zip(questions, lengths, strict=True) if length <= most]
+    longest = max((length for length in lengths if length <= most), default=0)
+    check_positions(policy.model, longest, config.max_response_tokens or 0)
     if len(kept) < len(questions):
         note(
             f"data: left out {len(questions) - len(kept)} of {len(questions)} questions with more "

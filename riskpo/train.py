@@ -43,8 +43,7 @@ def train(config: TrainConfig) -> Path:
         curves = run.ranks.first(lambda: plot(run.config.run_dir))
         run.log.note(f"curves: {curves}")
     finally:
-        run.log.close()
-        run.scorer.close()
+        run.close()
     run.ranks.leave()
     return Path(run.config.run_dir)
 

@@ -6,6 +6,7 @@ the number of processes to make up for it.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from riskpo.ranks import ALONE, Ranks
+from riskpo.rollout import best_device
 
 T = TypeVar("T")
 
@@ -45,16 +47,12 @@ class Trainee:
     def __post_init__(self) -> None:
         if self.ranks.size == 1:
             return
-        with torch.no_grad():
-            for tensor in (*self.model.parameters(), *self.model.buffers()):
-                dist.broadcast(tensor.data, src=0)
         through = _Through(self.model)
         if self.sharded:
             self.outer = _shard(through)
-            # The first forward settles which module is the root, and leaves its weights gathered.
-            self.outer(lambda model: None)
-            self.outer.reshard()
+            self.look(lambda model: None)  # the first forward settles which module is the root
         else:
+            _share(through)
             self.outer = torch.nn.parallel.DistributedDataParallel(through, init_sync=False)
 
     def __call__(self, function: Callable[..., T], *args: Any) -> T:
@@ -62,6 +60,24 @@ class Trainee:
         if self.outer is None:
             return function(self.model, *args)
         return self.outer(function, *args)
+
+    def lines(self) -> list[str]:
+        """What a person should know of how the model lies over the processes."""
+        if self.outer is None or not self.sharded:
+            return []
+        size = sum(p.numel() * p.element_size() for p in self.model.parameters()) / 2**30
+        return [
+            f"sharded over {self.ranks.size} processes: while it samples, each gathers all "
+            f"{size:.1f} GiB of weights"
+        ]
+
+    @torch.no_grad()
+    def look(self, function: Callable[..., T]) -> T:
+        """function(model) as above, after which the weights lie as before; all ranks must call."""
+        found = self(function)
+        if self.outer is not None and self.sharded:
+            self.outer.reshard()  # a forward leaves the root's weights gathered
+        return found
 
     @contextmanager
     def accumulating(self, *, last: bool) -> Iterator[None]:
@@ -89,20 +105,41 @@ class Trainee:
                 part.reshard()
                 part.set_reshard_after_forward(part is not self.outer, recurse=False)
 
-    def state_dict(self) -> dict[str, torch.Tensor] | None:
-        """The whole model's weights on the first rank, None elsewhere; all ranks must call it."""
-        found = {}
-        for name, tensor in self.model.state_dict().items():
-            full = whole_tensor(tensor)
-            if self.ranks.is_first:
-                found[name] = full.cpu() if self.sharded else full
-        return found if self.ranks.is_first else None
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The whole model's weights, on the first rank; all ranks must call. See to_first."""
+        return to_first(self.model.state_dict(keep_vars=True), self.ranks)
+
+
+def skeleton(model: Any) -> Any:
+    """A copy of `model` on the meta device: every module and setting, and no data."""
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        memo[id(tensor)] = torch.empty_like(tensor, device="meta")
+        if isinstance(tensor, torch.nn.Parameter):
+            memo[id(tensor)] = torch.nn.Parameter(memo[id(tensor)], tensor.requires_grad)
+    return copy.deepcopy(model, memo)
+
+
+@torch.no_grad()
+def _share(module: torch.nn.Module) -> None:
+    """Give `module`, which may be a skeleton, the first rank's tensors, on this rank's device."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if hasattr(tensor, "device_mesh"):
+            continue  # of an inner module that is sharded already
+        if tensor.is_meta:
+            filled = torch.empty_like(tensor, device=best_device())
+            if isinstance(tensor, torch.nn.Parameter):
+                filled = torch.nn.Parameter(filled, tensor.requires_grad)
+            torch.utils.swap_tensors(tensor, filled)  # in place: tied weights stay tied
+        elif tensor.device.type != best_device():
+            tensor.data = tensor.data.to(best_device())
+        dist.broadcast(tensor.data, src=0)
 
 
 def _shard(through: _Through) -> Any:
     """FSDP2: each decoder layer a unit, the rest (embedding, norm, head) with the root.
 
-    Gradients are reduced in float32.
+    One unit at a time is whole on a rank's device. Gradients are reduced in float32.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -110,7 +147,9 @@ def _shard(through: _Through) -> Any:
     names = set(through.model._no_split_modules or ())
     for module in list(through.model.modules()):
         if type(module).__name__ in names:
+            _share(module)
             fully_shard(module, mp_policy=policy)
+    _share(through)
     return fully_shard(through, mp_policy=policy)
 
 
@@ -126,23 +165,32 @@ def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return detached.full_tensor() if hasattr(detached, "full_tensor") else detached
 
 
-def whole_tree(tree: Any) -> Any:
-    """`tree` (dicts, lists, tuples) with every shard gathered; all ranks call."""
-    if isinstance(tree, torch.Tensor):
-        return whole_tensor(tree) if hasattr(tree, "full_tensor") else tree
+def to_first(tree: Any, ranks: Ranks, memo: dict[int, Any] | None = None) -> Any:
+    """`tree` (dicts, lists, tuples) with every shard gathered, one at a time; all ranks call.
+
+    The first rank gets them whole on the CPU, the others None in their place. What is not sharded
+    stays where it is. A tensor that occurs twice is gathered once, and stays one tensor.
+    """
+    memo = {} if memo is None else memo
     if isinstance(tree, dict):
-        return {key: whole_tree(value) for key, value in tree.items()}
+        return {key: to_first(value, ranks, memo) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return type(tree)(whole_tree(value) for value in tree)
-    return tree
+        return type(tree)(to_first(value, ranks, memo) for value in tree)
+    if not isinstance(tree, torch.Tensor):
+        return tree
+    if id(tree) not in memo:
+        full = whole_tensor(tree)
+        sharded, mine = hasattr(tree, "full_tensor"), ranks.is_first
+        memo[id(tree)] = (full.cpu() if mine else None) if sharded else full
+    return memo[id(tree)]
 
 
 def like_shard(tensor: Any, other: Any) -> Any:
-    """A whole `tensor` laid over the ranks as `other` is, where that is a shard of its shape."""
-    if not hasattr(other, "device_mesh") or tensor is None or tensor.shape != other.shape:
-        return tensor
+    """A copy of a whole `tensor`, laid over device and ranks as `other` is where shapes agree."""
+    if tensor is None or tensor.shape != other.shape:
+        return tensor if tensor is None else tensor.clone()
+    if not hasattr(other, "device_mesh"):
+        return tensor.to(other.device, copy=True)
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(
-        tensor.to(other.device), other.device_mesh, other.placements, src_data_rank=None
-    )
+    return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)

@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from riskpo.checkpoint import latest_checkpoint, save_checkpoint, set_aside, truncate_log
-from riskpo.config import TrainConfig
+from riskpo.checkpoint import (
+    latest_checkpoint,
+    owned,
+    read_about,
+    save_checkpoint,
+    set_aside,
+    truncate_log,
+)
+from riskpo.compare import compare_command
+from riskpo.config import MemoryConfig, SamplerConfig, TrainConfig
 from riskpo.optimizer import Optimizer
+from riskpo.start import start
 from riskpo.strategies import GroupAdvantage, over_std
 from riskpo.trainee import Trainee
 from tests.toy import save_arithmetic, tiny_policy
@@ -126,7 +139,9 @@ def test_last_two_are_kept_and_half_written_ones_removed(tmp_path):
     half = tmp_path / "checkpoints" / ".unfinished_000009"
     half.mkdir()
     assert latest_checkpoint(tmp_path).name == "step_000003"
-    assert not half.exists()
+    assert half.exists()  # whoever only looks
+    with owned(tmp_path):
+        assert not half.exists()
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2
     assert latest_checkpoint(tmp_path / "nothing") is None
 
@@ -139,3 +154,142 @@ def test_log_is_cut_at_the_step_and_at_a_torn_line(tmp_path):
     truncate_log(tmp_path / "absent.jsonl", 2)
     set_aside(path)
     assert not path.exists() and (tmp_path / "metrics.previous.jsonl").exists()
+
+
+# Who owns a folder --------------------------------------------------------------------------
+
+FORK = multiprocessing.get_context("fork")  # torch is imported already
+
+
+def _hold(folder: Path, pipe: Any) -> None:
+    with owned(folder):
+        pipe.send("mine")
+        pipe.recv()
+
+
+def holder(folder: Path) -> tuple[Any, Any]:
+    """A process that owns `folder`, and the pipe that ends it."""
+    ours, theirs = FORK.Pipe()
+    process = FORK.Process(target=_hold, args=(folder, theirs))
+    process.start()
+    assert ours.recv() == "mine"
+    return process, ours
+
+
+def test_a_second_run_is_refused_until_the_first_ends_or_is_killed(tmp_path):
+    first, _ = holder(tmp_path)
+    half = tmp_path / "checkpoints" / ".unfinished_000002"
+    half.mkdir(parents=True)
+    log = tmp_path / "metrics.jsonl"
+    log.write_text("the first one's")
+    with pytest.raises(ValueError, match=rf"in use by process {first.pid} on "):
+        start(TrainConfig(run_dir=str(tmp_path)))
+    with pytest.raises(ValueError, match=rf"in use by process {first.pid} on "):
+        compare_command(["--algorithms", "grpo", "--out", str(tmp_path)])
+    assert half.exists() and log.read_text() == "the first one's"
+    first.kill()
+    first.join()
+    with owned(tmp_path):
+        assert not half.exists()
+        with pytest.raises(ValueError, match=f"in use by process {os.getpid()}"), owned(tmp_path):
+            pass
+    second, pipe = holder(tmp_path)
+    pipe.send("end")
+    second.join()
+    with owned(tmp_path):
+        pass
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="run_dir: cannot write to .*file/run"):
+        start(TrainConfig(run_dir=str(tmp_path / "file" / "run")))
+
+
+def test_a_start_that_fails_gives_the_folder_back(tmp_path):
+    for _ in range(2):
+        with pytest.raises(ValueError, match="nowhere"):
+            start(TrainConfig(run_dir=str(tmp_path), model="m", data="nowhere.jsonl"))
+
+
+def _poll(folder: Path, pipe: Any) -> None:
+    seen = set()
+    pipe.send("polling")
+    while not pipe.poll():
+        seen.add(latest_checkpoint(folder))
+    pipe.send(len(seen))
+
+
+def test_a_reader_beside_a_run_that_saves_harms_nothing(tmp_path):
+    pieces, (ours, theirs) = parts(tiny_policy()), FORK.Pipe()
+    reader = FORK.Process(target=_poll, args=(tmp_path, theirs))
+    reader.start()
+    assert ours.recv() == "polling"
+    for step in range(1, 9):
+        save_checkpoint(tmp_path, step=step, **pieces)
+    ours.send("end")
+    assert ours.recv() > 2  # it looked while the run was saving
+    reader.join()
+    kept = sorted(x.name for x in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["step_000007", "step_000008"]
+
+
+# What a resumed run may change ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("writer", ["config.json", "model.safetensors", "trainer.pt"])
+def test_a_full_disk_leaves_the_previous_checkpoint_and_says_so(tmp_path, writer):
+    pieces = parts(tiny_policy())
+    for weight in pieces["optimizer"].weights:
+        weight.grad = torch.ones_like(weight)
+    pieces["optimizer"].step(torch.zeros(()))  # moments, which are the largest file
+    folder = save_checkpoint(tmp_path, step=1, **pieces)
+    limit = (folder / writer).stat().st_size - 1
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(
+            OSError, match="cannot write step 2 .*last checkpoint is step_000001"
+        ) as e:
+            save_checkpoint(tmp_path, step=2, **pieces)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(e.value)
+    assert [x.name for x in (tmp_path / "checkpoints").iterdir()] == ["step_000001"]
+    save_checkpoint(tmp_path, step=2, **pieces)
+
+
+def test_what_is_not_mathematics_is_free_and_said_and_relative_paths_are_found(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "q.jsonl").write_text("")
+    monkeypatch.chdir(tmp_path)
+    pieces = parts(tiny_policy())
+    pieces["config"] = saved = TrainConfig(model="model", data="q.jsonl")
+    folder = save_checkpoint(tmp_path / "run", step=1, **pieces)
+    monkeypatch.chdir("/")
+    there = replace(saved, model=str(tmp_path / "model"), data=str(tmp_path / "q.jsonl"))
+    said = []
+    assert read_about(folder, there, said.append) == 1 and not said
+    free = replace(
+        there,
+        eval_every_steps=7,
+        eval_samples=3,
+        save_every_steps=1,
+        memory=MemoryConfig(checkpointing=True, sharded=True),
+    )
+    assert read_about(folder, free, said.append) == 1 and not said
+    smaller = replace(
+        there, micro_batch_tokens=64, backend="torch", sampler=SamplerConfig(sequences=8)
+    )
+    assert read_about(folder, smaller, said.append) == 1
+    (line,) = said
+    assert "micro_batch_tokens: None -> 64" in line and "sampler.sequences: 512 -> 8" in line
+    for locked in (
+        replace(there, temperature=0.5),
+        replace(there, memory=MemoryConfig(optimizer="8bit")),
+        replace(there, data=str(tmp_path / "other.jsonl")),
+    ):
+        with pytest.raises(ValueError, match="was started with other settings"):
+            read_about(folder, locked)

@@ -13,6 +13,7 @@ from riskpo.config import (
     SamplerConfig,
     TrainConfig,
     changed_fields,
+    changes,
     read_toml,
     resolve,
     to_toml,
@@ -112,9 +113,12 @@ def test_changed_fields_are_named_and_steps_may_grow():
     saved = dataclasses.asdict(TrainConfig())
     saved["log_with"] = []
     assert changed_fields(saved, TrainConfig(steps=900, save_every_steps=1)) == []
-    changed = TrainConfig(beta=0.9, seed=2, memory=MemoryConfig(head_mib=64))
+    changed = TrainConfig(beta=0.9, seed=2, memory=MemoryConfig(optimizer="8bit", head_mib=64))
     assert changed_fields(saved, changed) == [
         "seed: 0 -> 2",
         "beta: None -> 0.9",
-        "memory.head_mib: 300 -> 64",
+        "memory.optimizer: 'device' -> '8bit'",
     ]
+    assert changes(saved, changed)["memory.head_mib"] == "memory.head_mib: 300 -> 64"
+    del saved["sampler"], saved["verifier_seconds"]  # as a run of an earlier version has it
+    assert changed_fields(saved, TrainConfig()) == []

@@ -140,6 +140,20 @@ def test_checkpoints_hold_the_adapter_and_resume_bitwise(tmp_path, capsys):
     assert json.loads(out.read_text())["questions"] == 3
 
 
+def test_a_relative_model_is_found_from_another_folder(tmp_path, monkeypatch):
+    save_arithmetic(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    folder = train(config(tmp_path, 1, model="model", data="sums.jsonl"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    adapted = load_policy(str(latest_checkpoint(folder)))
+    assert not torch.equal(
+        logits(adapted.model), logits(load_policy(str(tmp_path / "model")).model)
+    )
+    train(config(tmp_path, 2))  # the same paths, in full
+    assert latest_checkpoint(folder).name == "step_000002"
+
+
 def test_the_embedded_model_is_refused():
     with pytest.raises(ValueError, match="lora.rank with the embedded model"):
         train(TrainConfig(lora=LoraConfig(rank=4)))

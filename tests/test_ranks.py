@@ -8,19 +8,27 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from riskpo.config import MemoryConfig, SamplerConfig, TrainConfig
+from riskpo.checkpoint import restore, save_checkpoint
+from riskpo.config import MemoryConfig, SamplerConfig, TrainConfig, resolve
 from riskpo.logs import read_records
+from riskpo.memory.meter import PeakMeter
 from riskpo.ranks import ALONE, Ranks, digest, shared_score
 from riskpo.records import Question
+from riskpo.start import build_optimizer, load_on
+from riskpo.strategies import GroupAdvantage
 from riskpo.train import train
+from riskpo.trainee import Trainee
 from tests.ranks import on_ranks
-from tests.toy import save_arithmetic
+from tests.toy import save_arithmetic, tiny_policy
 
 STEPS, HALF = 3, 2
 
@@ -73,13 +81,61 @@ def worker(rank: int, folder: Path) -> None:
             call()
         found[name] = str(caught.value)
     ranks.agree("constants", {"a": [1.0, "x"], "b": torch.ones(2)})
+    found["mib"] = large(rank, folder)
     (folder / f"rank{rank}.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+def large(rank: int, folder: Path) -> dict[str, float]:
+    """How far loading, saving and resuming a larger sharded model let this process grow, in MiB."""
+    ranks = Ranks.join()
+    c = config(folder, "large", model=str(folder / "large-model"), dtype="bfloat16")
+    c = replace(resolve(c)[0], memory=MemoryConfig(sharded=True))
+    found: dict[str, float] = {}
+
+    @contextmanager
+    def measured(name: str) -> Iterator[None]:
+        meter = PeakMeter(torch.device("cpu"))
+        yield
+        found[name] = meter.increase() / 2**20
+
+    with measured("load"):
+        policy = load_on(ranks, c, None, [], [], print)
+        trainee = Trainee(policy.model, ranks, sharded=True)
+    found["weights"] = sum(p.numel() for p in policy.model.parameters()) * 2 / 2**20
+    optimizer = build_optimizer(policy, c)
+    for i, weight in enumerate(optimizer.weights):
+        weight.grad = torch.full_like(weight, 1.0 + i % 3)
+    optimizer.step(torch.zeros(()))
+    advantage = GroupAdvantage(over_std=True)
+    with measured("save"):
+        checkpoint = save_checkpoint(
+            folder / "large", step=1, trainee=trainee, tokenizer=policy.tokenizer,
+            optimizer=optimizer, advantage=advantage, config=c,
+        )  # fmt: skip
+    again = build_optimizer(policy, c)
+    with measured("resume"):
+        restore(checkpoint, optimizer=again, advantage=advantage)
+    for ours, theirs in zip(again.masters, optimizer.masters, strict=True):
+        a, b = again.adamw.state[ours], optimizer.adamw.state[theirs]
+        pairs = [(ours, theirs), *((a[k], b[k]) for k in ("exp_avg", "exp_avg_sq"))]
+        assert all(x.placements == y.placements for x, y in pairs)
+        assert all(torch.equal(x.to_local(), y.to_local()) for x, y in pairs)
+        assert a["exp_avg"].to_local().numel() == 0 or a["exp_avg"].to_local().abs().max() > 0
+    loaded = load_file(checkpoint / "model.safetensors")
+    for name, weight in policy.model.state_dict().items():
+        assert torch.equal(loaded[name], weight.full_tensor()), name
+    return found
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # for the processes: memory is given back
     save_arithmetic(folder)
+    sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8}
+    policy = tiny_policy(**sizes, num_attention_heads=8, tie_word_embeddings=True)
+    policy.model.save_pretrained(folder / "large-model")
+    policy.tokenizer.save_pretrained(folder / "large-model")
     train(config(folder, "alone"))
     begun(folder, "sharded")  # which two processes then take up
     config_file = folder / "sharded" / "checkpoints" / f"step_{HALF:06d}" / "trainer.json"
@@ -87,6 +143,7 @@ def runs(tmp_path_factory) -> Path:
     about["config"]["memory"]["checkpointing"] = True
     config_file.write_text(json.dumps(about))
     on_ranks(worker, 2, folder)
+    del os.environ["MALLOC_MMAP_THRESHOLD_"]
     return folder
 
 
@@ -129,6 +186,16 @@ def test_what_shards_saved_one_process_resumes(runs):
     train(config(runs, "alone", STEPS + 1))
     ours, theirs = steps(runs / "back")[-1], steps(runs / "alone")[-1]
     assert ours["step"] == STEPS + 1 and ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+
+
+def test_shards_are_whole_on_the_first_rank_alone(runs):
+    """Weights of 2 bytes a parameter beside masters and moments of 12."""
+    first, second = (json.loads((runs / f"rank{r}.json").read_text())["mib"] for r in (0, 1))
+    whole = first["weights"]
+    assert whole > 45
+    assert second["load"] < 0.9 * whole  # its half, and one layer
+    assert first["save"] > 5 * whole and second["save"] < 0.5 * whole
+    assert second["resume"] < 5 * whole  # its half of 12 bytes, and what is read of the file
 
 
 def test_ranks_hear_the_first_and_notice_a_difference(runs):

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    GenerationConfig,
+    GPT2Config,
+    GPTBigCodeConfig,
+    GPTNeoConfig,
+    OPTConfig,
+    Qwen2Config,
+    RobertaConfig,
+)
 
+from riskpo.config import TrainConfig
 from riskpo.head import find_head
+from riskpo.positions import position_limit
 from riskpo.records import Question
-from riskpo.rollout import Policy, load_policy, prepare, prompt_tokens, sample
+from riskpo.rollout import Policy, end_tokens, load_policy, prepare, prompt_tokens, sample
+from riskpo.train import train
 from riskpo.trainee import Trainee
 from riskpo.update import UpdatePlan, recompute
-from tests.toy import save_byte_model, tiny_policy
+from tests.toy import save_arithmetic, save_byte_model, tiny_policy
 
 # Prompts of different lengths, so that there is padding on the left.
 QUESTIONS = [Question(p, p, "") for p in ("1+2=", "012+345=", "9=", "77+88=")]
@@ -85,6 +99,106 @@ def test_the_models_own_sampling_settings_are_dropped():
     assert len(set(draw(policy).text)) > 5  # top_k=1 would repeat itself
 
 
+LEAKS = {
+    "top_p": 0.1, "top_k": 1, "min_p": 0.9, "typical_p": 0.1, "temperature": 0.01,
+    "repetition_penalty": 9.0, "no_repeat_ngram_size": 1, "suppress_tokens": list(range(2, 12)),
+    "begin_suppress_tokens": list(range(2, 12)), "bad_words_ids": [[2], [3]],
+    "forced_bos_token_id": 5, "forced_eos_token_id": 7, "max_length": 3, "max_new_tokens": 1,
+    "min_new_tokens": 6, "do_sample": True, "num_beams": 2, "renormalize_logits": True,
+    "exponential_decay_length_penalty": (1, 9.0), "sequence_bias": [[[4], -9.0]],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEAKS)
+def test_nothing_of_generation_config_reaches_the_draw(name):
+    plain, policy = tiny_policy(), tiny_policy()
+    policy.model.generation_config = GenerationConfig(eos_token_id=1, **{name: LEAKS[name]})
+    ours, theirs = draw(prepare(policy)), draw(plain)
+    assert ours.text == theirs.text and len(set(theirs.text)) > 5
+    assert all(torch.equal(a, b) for a, b in zip(ours.logprob, theirs.logprob, strict=True))
+
+
+@pytest.mark.parametrize(
+    "own, config, tokenizer, expected",
+    [
+        (3, None, "<eos>", [3, 1]),
+        ([3, 4], 5, "<eos>", [3, 4, 5, 1]),
+        (None, [5, 6], "<eos>", [5, 6, 1]),
+        (3, -1, None, [3]),
+        (1, 1, "<eos>", [1]),
+    ],
+)
+def test_every_end_token_ends_a_response(own, config, tokenizer, expected):
+    policy = tiny_policy()
+    policy.tokenizer.eos_token = tokenizer and policy.tokenizer.convert_ids_to_tokens(1)
+    policy.model.generation_config = GenerationConfig(eos_token_id=own)
+    policy.model.config.eos_token_id = config
+    prepare(policy)
+    assert end_tokens(policy) == expected
+    rollouts = draw(policy, max_response_tokens=30)
+    ends = set()
+    for tokens, prompt, cut in zip(
+        rollouts.tokens, rollouts.prompt_len, rollouts.truncated, strict=True
+    ):
+        found = [t for t in tokens[prompt:].tolist() if t in expected]
+        assert found == ([] if cut else [int(tokens[-1])])
+        ends.update(found)
+    assert len(ends) > 0.5 * len(expected)  # several of them occurred
+
+
+SIZES = {"vocab_size": 14, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+NARROW = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+GPT = {"n_embd": 16, "n_layer": 1, "n_head": 2}
+
+
+@pytest.mark.parametrize(
+    "config, limit",
+    [
+        (GPT2Config(**SIZES, **GPT, n_positions=20), 20),
+        (GPTNeoConfig(**SIZES, hidden_size=16, num_layers=1, num_heads=2,
+                      attention_types=[[["global"], 1]], max_position_embeddings=20), 20),
+        (GPTBigCodeConfig(**SIZES, **GPT, n_positions=20), 20),
+        (OPTConfig(**SIZES, **NARROW, ffn_dim=16, word_embed_proj_dim=16,
+                   max_position_embeddings=20), 20),
+        (RobertaConfig(**SIZES | {"pad_token_id": 1, "eos_token_id": 2}, **NARROW,
+                       intermediate_size=16, max_position_embeddings=22, is_decoder=True), 20),
+        (Qwen2Config(**SIZES, **NARROW, num_key_value_heads=1, intermediate_size=16,
+                     max_position_embeddings=20), 20),
+        (Qwen2Config(**SIZES, **NARROW, num_key_value_heads=1, intermediate_size=16,
+                     max_position_embeddings=10, rope_parameters={"rope_type": "linear",
+                     "rope_theta": 1e4, "factor": 2.0}), 20),
+        (BloomConfig(**SIZES, hidden_size=16, n_layer=1, n_head=2), None),
+    ],
+    ids=lambda x: type(x).__name__,
+)  # fmt: skip
+def test_too_few_positions_are_refused_before_sampling(config, limit):
+    tokenizer = tiny_policy().tokenizer
+    policy = prepare(Policy(AutoModelForCausalLM.from_config(config), tokenizer))
+    assert position_limit(policy.model) == limit
+    longest = max(len(prompt_tokens(tokenizer, q.prompt)) for q in QUESTIONS)
+    draw(policy, max_response_tokens=20 - longest)  # every position is of use
+    if limit is not None:
+        with pytest.raises(ValueError, match=r"max_response_tokens=13; expected at most 20"):
+            draw(policy, max_response_tokens=13)
+
+
+def test_a_run_with_too_few_positions_stops_at_the_door(tmp_path):
+    model, data = save_arithmetic(tmp_path)
+    about = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(about | {"max_position_embeddings": 32}))
+    with pytest.raises(ValueError, match="max_response_tokens=64; expected at most 32 together"):
+        train(
+            TrainConfig(
+                run_dir=str(tmp_path / "run"),
+                model=str(model),
+                data=str(data),
+                reward="exact",
+                max_response_tokens=64,
+                eval_questions=6,
+            )
+        )
+
+
 def test_frequencies_are_those_of_the_policy():
     """First tokens of 4000 draws against the softmax they are drawn from."""
     policy = tiny_policy()
@@ -149,6 +263,6 @@ def test_no_hub_is_one_line_at_once(monkeypatch):
 def test_a_tokenizer_without_an_end_is_refused():
     policy = tiny_policy()
     policy.model.generation_config = GenerationConfig()
-    policy.tokenizer.eos_token = None
+    policy.tokenizer.eos_token = policy.model.config.eos_token_id = None
     with pytest.raises(ValueError, match="eos_token"):
         prepare(policy)

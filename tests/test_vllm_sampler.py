@@ -1,4 +1,4 @@
-"""The vLLM adapter on an engine of the same surface; vLLM itself needs a GPU and is unverified.
+"""The vLLM adapter on an engine of the same surface; on vLLM itself: tests/test_vllm_real.py.
 
 The engine below has its own copy of the weights, forgets them when it sleeps at level 2, and fails
 where vLLM would: a call while asleep, a cache from before the weights changed.
@@ -11,20 +11,30 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from riskpo.records import Question
-from riskpo.rollout import sample, stream_seed
+from riskpo.rollout import Policy, sample, stream_seed
 from riskpo.samplers import SamplingLimits
-from riskpo.vllm_sampler import SEEDS, VLLMSampler, drawn_logprobs, start_engine
-from tests.toy import tiny_policy
+from riskpo.vllm_sampler import PROBES, SEEDS, VLLMSampler, drawn_logprobs, start_engine
+from tests.toy import tiny_config, tiny_policy
 
 QUESTIONS = [Question(p, p, "") for p in ("1+2=", "012+345=", "9=")]
+KEPT = {
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "eos_token_id", "pad_token_id",
+}  # fmt: skip
 LIMITS = SamplingLimits(max_prompt_tokens=20, max_response_tokens=12, temperature=0.7)
 
 
 class Engine:
+    stale = ()  # names of weights of which the engine keeps copies that nobody updates
+
     def __init__(self, **settings):
         self.settings, self.calls = settings, []
+        config = SimpleNamespace(enable_sleep_mode=settings.get("enable_sleep_mode", True))
+        self.llm_engine = SimpleNamespace(model_config=config, engine_core=self)
         self.model = tiny_policy(seed=9).model
         self.weights_awake = self.cache_awake = self.cache_fresh = True
 
@@ -40,21 +50,23 @@ class Engine:
         self.weights_awake |= "weights" in tags
         self.cache_awake |= "kv_cache" in tags
 
+    def shutdown(self):
+        self.calls.append("shutdown")
+
     def apply_model(self, function):
+        return [function(self.model)]
+
+    def collective_rpc(self, method, kwargs):
+        """The worker's method in vLLM; (name, tensor) pairs, names as in a checkpoint."""
+        assert method == "reload_weights"
         assert self.weights_awake, "new weights for an engine that is asleep"
         self.calls.append("weights")
         self.cache_fresh = False
-        return [function(self)]
-
-    def load_weights(self, weights):
-        """The model's own method in vLLM; (name, tensor) pairs, names as in from_pretrained."""
         own = dict(self.model.named_parameters())
-        loaded = set()
         with torch.no_grad():
-            for name, tensor in weights:
-                own[name].copy_(tensor)
-                loaded.add(name)
-        return loaded
+            for name, tensor in kwargs["weights_iterator"]:
+                if name not in self.stale:
+                    own[name].copy_(tensor)
 
     def reset_prefix_cache(self):
         self.calls.append("reset")
@@ -82,6 +94,13 @@ class Engine:
         return SimpleNamespace(outputs=outputs)
 
 
+def pretend(monkeypatch, *, sleeps=True, **names):
+    """vllm, with these names, on a platform that has a sleep mode or not."""
+    platform = SimpleNamespace(is_sleep_mode_available=lambda: sleeps)
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(**names))
+    monkeypatch.setitem(sys.modules, "vllm.platforms", SimpleNamespace(current_platform=platform))
+
+
 @pytest.fixture
 def parts():
     policy, engine = tiny_policy(), Engine()
@@ -101,6 +120,75 @@ def test_order_of_wake_update_generate_sleep(parts):
     sampler.rest()
     sampler.sample(QUESTIONS, 1, (0, 2))
     assert engine.calls == [*woken, "generate", "sleep 2", *woken]
+    sampler.close()
+    assert engine.calls[-1] == "shutdown"
+
+
+def test_without_a_sleep_mode_it_stays_awake_and_gets_the_weights(monkeypatch):
+    pretend(monkeypatch, sleeps=False, LLM=Engine)
+    engine = start_engine("folder", dtype="float32", tokens=96, sequences=8, gpu_share=0.3, seed=5)
+    assert engine.calls == [] and engine.settings["enable_sleep_mode"] is False
+    policy = tiny_policy()
+    sampler = VLLMSampler(policy, engine, LIMITS, params=SimpleNamespace)
+    for step in range(2):
+        sampler.sample(QUESTIONS, 1, (0, step))
+        assert torch.equal(policy.model.lm_head.weight, engine.model.lm_head.weight)
+        sampler.rest()
+        with torch.no_grad():
+            policy.model.lm_head.weight.mul_(0.9)
+    assert engine.calls == ["weights", "reset", "generate"] * 2
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.0.mlp.down_proj.weight"])
+def test_weights_that_do_not_reach_the_engine_stop_the_run(parts, name):
+    policy, engine, sampler = parts
+    sampler.sample(QUESTIONS, 4, (0, 1))
+    engine.stale, engine.sleep = (name,), lambda level: None
+    sampler.rest()
+    sampler.sample(QUESTIONS, 4, (0, 1))  # nothing was to be updated
+    sampler.rest()
+    with torch.no_grad():
+        weight = policy.model.get_parameter(name)
+        weight.add_(torch.randn_like(weight) * 3 * weight.std())
+    with pytest.raises(RuntimeError, match=r"differ in their log-probs by .* expected rounding"):
+        sampler.sample(QUESTIONS, 4, (0, 2))
+
+
+def test_every_process_makes_the_same_passes(parts):
+    """look is a collective call where the model is sharded; a rank may have no question."""
+    policy, _, sampler = parts
+    passes = []
+
+    def look(function):
+        passes.append(1)
+        return function(policy.model)
+
+    sampler.look = look
+    for questions in (QUESTIONS, QUESTIONS[:1], []):
+        passes.clear()
+        sampler.sample(questions, 2, (0, 1))
+        sampler.rest()
+        assert len(passes) == PROBES
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.0099, 2.5, float("nan")])
+def test_temperatures_that_the_engine_would_change_are_refused(temperature):
+    with pytest.raises(ValueError, match=r"expected 0.01 to 2.0.*engine='generate'"):
+        VLLMSampler(tiny_policy(), Engine(), SamplingLimits(20, 12, temperature))
+
+
+def test_fused_experts_are_given_as_a_checkpoint_has_them(tmp_path):
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "head_dim": 8}
+    config = tiny_config(14).to_dict() | sizes
+    model = Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**{k: v for k, v in config.items() if k in KEPT | sizes.keys()})
+    )
+    sampler = VLLMSampler(Policy(model, tiny_policy().tokenizer), Engine(), LIMITS)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    given = dict(sampler._weights())
+    assert given.keys() == saved.keys() and any(".experts.3." in name for name in given)
+    assert all(torch.equal(given[name], saved[name]) for name in saved)
 
 
 def test_the_engine_has_the_weights_of_the_last_update(parts):
@@ -139,6 +227,7 @@ def test_settings_bend_nothing_and_seeds_belong_to_questions(parts):
         assert (s.n, s.temperature, s.max_tokens, s.stop_token_ids) == (2, 0.7, 12, [1])
         assert (s.top_p, s.top_k, s.min_p, s.repetition_penalty) == (1.0, 0, 0.0, 1.0)
         assert (s.presence_penalty, s.frequency_penalty, s.logprobs) == (0.0, 0.0, 0)
+        assert s.ignore_eos  # stop_token_ids are all that ends a response
         assert s.seed == stream_seed(0, 1, question.id) % SEEDS
     alone = sampler.sample(QUESTIONS[1:2], 2, (0, 1))
     assert alone.text == whole.text[2:4]
@@ -168,7 +257,7 @@ def test_both_samplers_draw_from_one_distribution(parts):
 
 
 def test_the_engine_starts_asleep_with_processed_log_probs(monkeypatch):
-    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=Engine))
+    pretend(monkeypatch, LLM=Engine)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
     engine = start_engine(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +12,7 @@ import riskpo.train
 from riskpo.config import MemoryConfig, SamplerConfig, TrainConfig
 from riskpo.logs import read_records
 from riskpo.train import train
-from tests.test_vllm_sampler import Engine
+from tests.test_vllm_sampler import Engine, pretend
 from tests.toy import save_arithmetic
 
 WOKEN = ["wake weights", "weights", "reset", "wake kv_cache"]
@@ -79,8 +78,7 @@ def runs(tmp_path, monkeypatch):
             updates.append((weights(trainee.model), expected))
             return stats
 
-        fake = SimpleNamespace(LLM=llm, SamplingParams=SimpleNamespace)
-        monkeypatch.setitem(sys.modules, "vllm", fake)
+        pretend(monkeypatch, LLM=llm, SamplingParams=SimpleNamespace)
         monkeypatch.setattr(riskpo.train, "update", watched)
         monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # restored afterwards
         config = TrainConfig(
@@ -117,6 +115,7 @@ def test_one_sleep_a_step_and_always_the_weights_of_the_last_update(runs):
         *[*WOKEN, *evaluation, *step, "sleep 2"],
         *[*WOKEN, *step, "sleep 2"],
         *[*WOKEN, *evaluation, *answers],
+        "shutdown",
     ]
     assert len(engine.woken_with) == 5 and len(updates) == 4
     for (trained, _), before, after in zip(

@@ -94,6 +94,16 @@ def settle_attention(model: Any, requested: str) -> Packing:
     return packing_of(model)
 
 
+def adopt_packing(model: Any, requested: str, packing: Packing) -> None:
+    """Feed a model as it was found before its weights moved; its attention is that of its device.
+
+    What is packed apart by one of our attentions is by each.
+    """
+    if requested != "auto" or packing.reason is None:
+        model.set_attn_implementation(choose(requested, model))
+    _FOUND[model] = _implementation(model), packing
+
+
 def decoder_of(model: Any) -> Any:
     """The module that turns token ids into last hidden states: the model without its head."""
     decoder = model.get_decoder()

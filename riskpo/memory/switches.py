@@ -6,17 +6,26 @@ from typing import Any
 
 from riskpo.config import MemoryConfig
 from riskpo.memory.host_checkpoints import CudaTransfers, HostCheckpoints, Transfers
-from riskpo.memory.isolation import settle_attention
+from riskpo.memory.isolation import Packing, adopt_packing, settle_attention
 from riskpo.memory.tiled_mlp import tile_mlps
 
 
-def apply_switches(model: Any, memory: MemoryConfig, transfers: Transfers | None = None) -> None:
+def apply_switches(
+    model: Any,
+    memory: MemoryConfig,
+    transfers: Transfers | None = None,
+    packing: Packing | None = None,
+) -> None:
     """Attention, checkpointing, offloading and tiles, in place; ValueError where one cannot be.
 
     `transfers` moves what is offloaded; None: to pinned memory from CUDA, and nothing at all for a
-    model that is on the host itself, where a second place would only cost.
+    model that is on the host itself, where a second place would only cost. `packing` is what was
+    found before the weights were spread; None: it is found here.
     """
-    settle_attention(model, memory.attention)
+    if packing is None:
+        settle_attention(model, memory.attention)
+    else:
+        adopt_packing(model, memory.attention, packing)
     if memory.mlp_tile_tokens:
         tile_mlps(model, memory.mlp_tile_tokens)
     if memory.checkpointing:

@@ -114,8 +114,8 @@ def prepare(policy: Policy) -> Policy:
     tokenizer.padding_side = "left"
     if not ends:
         raise ValueError(
-            "model: got no eos_token_id in generation_config or config and no eos_token in the "
-            "tokenizer; expected one. Set it in generation_config.json."
+            "model: got no end token in generation_config, config or tokenizer; expected an "
+            "eos_token_id. Set it in generation_config.json."
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = ends[0]
@@ -337,10 +337,7 @@ def append_response(
 
 
 def end_tokens(policy: Policy) -> list[int]:
-    """Ids that end a response: the end tokens of generation_config, config and tokenizer alike.
-
-    With pictures, their placeholders too.
-    """
+    """Ids that end a response: those of generation_config, config and tokenizer; placeholders."""
     return _end_ids(policy) + (placeholder_tokens(policy.model.config) if policy.processor else [])
 
 

@@ -234,6 +234,7 @@ class VLLMSampler:
                 ours = logprob.gather(1, ids[0, start:, None])[:, 0].cpu()
                 gaps.append((ours - done.logprob[row][: len(ours)]).abs())
         gap, most = torch.cat(gaps), LARGEST_GAP[self.policy.model.dtype]
+        gap = gap[~gap.isnan()]  # log-probs that the engine did not give
         if len(gap) and not float(gap.mean()) * self.limits.temperature <= most:
             raise RuntimeError(
                 f"sampler: engine and policy differ in their log-probs by {float(gap.mean()):.2g} "

@@ -61,6 +61,6 @@ setup(
     extras_require=extras,
     entry_points={
         "console_scripts": ["riskpo = riskpo.cli:main"],
-        "verl.plugins": ["riskpo = riskpo.hosts.verl"],
+        "verl.plugins": ["riskpo = riskpo.integrations.verl"],
     },
 )

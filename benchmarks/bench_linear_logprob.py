@@ -11,8 +11,8 @@ import torch
 from benchmarks import peers, regimes, truth
 from benchmarks.provider import Provider, auto_backend, device_of, too_large
 from riskpo_kernels import linear_logprob, reference
-from riskpo_kernels.block_selection import DEFAULT_EPS
-from riskpo_kernels.head_tiles import FORWARD
+from riskpo_kernels.lm_head.block_filter import DEFAULT_EPS
+from riskpo_kernels.lm_head.tiles import FORWARD
 
 PHASES = ("forward", "forward+backward", "forward+backward with entropy")
 CASES: dict[str, dict[str, Any]] = {

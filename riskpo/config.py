@@ -2,7 +2,7 @@
 
 Precedence: defaults < TOML file < command line. A setting left at None is filled in once, by
 `resolve`, from DEMO (nothing given: the embedded task) or REAL (your model and your data); the
-settings of the algorithm stay None where the row of riskpo/strategies.py decides.
+settings of the algorithm stay None where the row of riskpo/algorithms.py decides.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class TrainConfig:
     """Settings of `riskpo train`; a group is a table in TOML and `--group.name` on the line."""
 
     run_dir: str = "runs/demo"  # everything a run writes goes here; the same folder resumes
-    algorithm: str = "riskpo-paper"  # a row of riskpo/strategies.py
+    algorithm: str = "riskpo-paper"  # a row of riskpo/algorithms.py
     model: str | None = None  # folder or hub name of a causal LM; None: the embedded tiny model
     data: str | None = None  # file, hub name, or embedded:mixed, :large, :tiny; None: the demo's
     eval_data: str | None = None  # None: a held-out part of data
@@ -165,7 +165,7 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, dict[str, Any]]:
 
 
 def is_embedded(data: str | None) -> bool:
-    """Whether the questions are made here: a name of riskpo.arithmetic.TASKS, or None."""
+    """Whether the questions are made here: a name of riskpo.demo.TASKS, or None."""
     return data is None or data.partition(":")[0] == "embedded"
 
 

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from riskpo.config import ColumnsConfig, is_embedded
-from riskpo.data_files import is_file, read_file
-from riskpo.verdicts import Outcome
+from riskpo.data.files import is_file, read_file
+from riskpo.rewards.verdict import Outcome
 
 if TYPE_CHECKING:
-    from riskpo.records import Question
+    from riskpo.types import Question
 
 METRICS = "metrics.jsonl"  # in run_dir
 FIRST_ROWS = 100  # of a file that are read here; the rest is read when the run starts
@@ -27,7 +27,7 @@ def check_data(source: str | None, columns: ColumnsConfig) -> Question | None:
     """The first question of a local file; ValueError for a file that cannot be read."""
     if source is None or is_embedded(source) or not is_file(source):
         return None
-    from riskpo.data import to_question
+    from riskpo.data.questions import to_question
 
     path = Path(source).expanduser()
     rows = islice(read_file(path), FIRST_ROWS)
@@ -90,8 +90,8 @@ def try_reward(reward: str, question: Question | None, seconds: float) -> list[s
     """
     if ":" not in reward:
         return []
-    from riskpo.records import Question
-    from riskpo.verifier_pool import VerifierPool
+    from riskpo.rewards.pool import VerifierPool
+    from riskpo.types import Question
 
     question = question or Question("sample", "6*7=", "42", "arithmetic")
     asked = asdict(replace(question, images=()))

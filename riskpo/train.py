@@ -1,9 +1,9 @@
 """RiskPO training, on one page: sample -> score -> advantage -> update -> log -> evaluate -> save.
 
 Not here: a value network, a reference model and its KL, a replay buffer, an asynchronous sampler.
-Algorithms differ only in riskpo/strategies.py; what a run is made of before its first step is in
-riskpo/start.py. Started by torchrun, every process walks this page; what they share is in
-riskpo/ranks.py.
+Algorithms differ only in riskpo/algorithms.py; what a run is made of before its first step is in
+riskpo/run.py. Started by torchrun, every process walks this page; what they share is in
+riskpo/distributed.py.
 
 Q questions, G responses each, R = Q * G rollouts.
 """
@@ -13,16 +13,16 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from riskpo.checkpoint import save_checkpoint
-from riskpo.collect import collect, shaped_rewards
 from riskpo.config import TrainConfig
-from riskpo.heldout import evaluate_and_log, show_answers, show_first, some_texts
-from riskpo.measures import all_equal, by_stratum, covariances, risk_curves, sampled_entropy
-from riskpo.plots import plot
-from riskpo.rewards import stop_if_all_crashed
-from riskpo.start import Run, start
-from riskpo.update import update
-from riskpo.verdicts import metric_name
+from riskpo.metrics.step import all_equal, by_stratum, covariances, risk_curves, sampled_entropy
+from riskpo.report.plots import plot
+from riskpo.rewards.scorer import stop_if_all_crashed
+from riskpo.rewards.verdict import metric_name
+from riskpo.rollout.collect import collect, shaped_rewards
+from riskpo.run import Run, start
+from riskpo.trainer.checkpoint import save_checkpoint
+from riskpo.trainer.update import update
+from riskpo.validation import evaluate_and_log, show_answers, show_first, some_texts
 
 
 def train(config: TrainConfig) -> Path:

@@ -1,7 +1,7 @@
 """Exact, memory-flat log-probs and risk-averse losses for RL post-training of language models."""
 
 from riskpo_kernels.advantage import RiskPOAdvantage
-from riskpo_kernels.backends import backend_report
+from riskpo_kernels.core.backends import backend_report
 from riskpo_kernels.fused import riskpo_loss, riskpo_loss_from_logits
 from riskpo_kernels.linear_logprob import linear_logprob
 from riskpo_kernels.logits_logprob import logits_logprob

@@ -16,20 +16,20 @@ from typing import Any
 
 import torch
 
-from riskpo_kernels.batch_stats import TIED_STD, batch_stats, sample_std
-from riskpo_kernels.checks import describe, reject
-from riskpo_kernels.conditional import conditional_advantage, left_one_out
-from riskpo_kernels.credit import CREDITS
-from riskpo_kernels.difficulty import RewardHistory, prior_of
-from riskpo_kernels.grouping import bundle_order, group_rows, named, pair_rows
-from riskpo_kernels.presets import OP, RiskPOSettings, settings_from
+from riskpo_kernels.advantages.batch_stats import TIED_STD, batch_stats, sample_std
+from riskpo_kernels.advantages.conditional import conditional_advantage, left_one_out
+from riskpo_kernels.advantages.credit import CREDITS
+from riskpo_kernels.advantages.difficulty import RewardHistory, prior_of
+from riskpo_kernels.advantages.grouping import bundle_order, group_rows, named, pair_rows
+from riskpo_kernels.advantages.presets import OP, RiskPOSettings, settings_from
+from riskpo_kernels.core.checks import describe, reject
 from riskpo_kernels.risk import QuantileTracker, bundle_scores, mvar_advantage
 
 
 class RiskPOAdvantage:
     """Advantage of every response from the risk of the bundles it sits in (arXiv 2510.00911).
 
-    Presets (rows of riskpo_kernels.presets.PRESETS, whose fields are the overrides):
+    Presets (rows of riskpo_kernels.advantages.presets.PRESETS, whose fields are the overrides):
       "paper"          pooled tracked quantiles, seeded pairing, paper form, uniform credit
       "official-easy"  what the released code (RTkenny/RiskPO) runs on easy data: each bundle's own
                        quantiles, index pairing, w_mix form over the bundle's std, credit std
@@ -49,11 +49,13 @@ class RiskPOAdvantage:
                     read responses for papers, and the question's for the bundle's
       scale         "none"; "bundle-std": over (std of the bundle's G scores + eps), n - 1, 1 when
                     they tie; "batch-std": over (max(std of all scores, std_floor) + eps)
-      credit        "uniform" | "score" | "std" | "sum-mean": see riskpo_kernels.credit;
-                    "conditional": the mean over all pairings, see riskpo_kernels.conditional
+      credit        "uniform" | "score" | "std" | "sum-mean": see riskpo_kernels.advantages.credit;
+                    "conditional": the mean over all pairings, see
+                    riskpo_kernels.advantages.conditional
       bundling      "random"; "matched": questions of like difficulty, by `difficulty`: "history"
                     (history_rate; kept in state_dict), "prior" or "cross-fit" (each half of the
-                    responses in bundles chosen by the other), see riskpo_kernels.difficulty
+                    responses in bundles chosen by the other), see
+                    riskpo_kernels.advantages.difficulty
       pairing       "permuted": bundles and papers drawn from (seed, step, question id) alone;
                     "index": bundles in order of first appearance and j-th response to paper j, as
                     the official code does, so these do depend on the order of the rows

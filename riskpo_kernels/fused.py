@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from riskpo_kernels import reference
-from riskpo_kernels.checks import check_shape, reject
+from riskpo_kernels.core.checks import check_shape, reject
 from riskpo_kernels.linear_logprob import linear_logprob
 from riskpo_kernels.logits_logprob import logits_logprob
 from riskpo_kernels.reference import SurrogateLoss

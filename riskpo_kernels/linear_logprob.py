@@ -11,9 +11,10 @@
 Cost in units of N D V (one product = 2): forward 2; backward 6 (recompute, dH, dW) times the share
 of (row, vocabulary block) pairs that hold probability, of live rows only: an ignored row enters no
 product, a row without upstream gradient none in the backward. On a CPU the recompute (2 of the 6)
-is saved for the logits that were kept (kept_logits.py), all of a small head's. The operator that
-PyTorch sees is in head_op.py, its loops in head_tiles.py and sparse_blocks.py, the mathematics of a
-tile in softmax_rows.py, of dropping in block_selection.py, of shards in vocab_parallel.py.
+is saved for the logits that were kept (lm_head/logit_cache.py), all of a small head's. The operator
+that PyTorch sees is in lm_head/operator.py, its loops in lm_head/tiles.py and
+lm_head/sparse_torch.py, the mathematics of a tile in lm_head/softmax.py, of dropping in
+lm_head/block_filter.py, of shards in vocab_parallel.py.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from typing import Any
 import torch
 
 from riskpo_kernels import reference
-from riskpo_kernels.backends import BACKENDS
-from riskpo_kernels.block_selection import DEFAULT_EPS
-from riskpo_kernels.checks import check_choice, constant
-from riskpo_kernels.chunks import no_autocast
-from riskpo_kernels.head_op import head_operator
-from riskpo_kernels.inputs import check_head, check_options, live_rows
-from riskpo_kernels.process_groups import name_of
+from riskpo_kernels.core.backends import BACKENDS
+from riskpo_kernels.core.checks import check_choice, constant
+from riskpo_kernels.core.inputs import check_head, check_options, live_rows
+from riskpo_kernels.core.matmul import no_autocast
+from riskpo_kernels.core.process_groups import name_of
+from riskpo_kernels.lm_head.block_filter import DEFAULT_EPS
+from riskpo_kernels.lm_head.operator import head_operator
 from riskpo_kernels.reference import TokenLogProbs
 
 OP = "linear_logprob"
@@ -70,7 +71,8 @@ def linear_logprob(
         tail_eps: a block of 128 vocabulary columns with less softmax mass than this (less still
             for a near-certain row, or near a softcap) gets no gradient from the row; what a row
             loses is at most 32 tail_eps |upstream| in the 1-norm of its logits' gradient
-            (block_selection.py). Rows of the head below the threshold for every token get a zero
+            (lm_head/block_filter.py). Rows of the head below the threshold for every token get a
+            zero
             gradient: under Adam rows that are never a target move less (half as far in a short
             run). 0 is exact.
             Default: 2^-14 for bf16, 2^-18 for fp16, 0 for fp32 and fp64.
@@ -82,7 +84,8 @@ def linear_logprob(
         memory_mib: workspace in MiB beside results, gradients and, for 16-bit inputs, one float32
             accumulator: of the smaller of [N, D] and [V, D], or of [V, D] where rows of both ways,
             dense and sparse, meet. On a CPU every call holds up to a twentieth of it until its
-            backward, for logits (kept_logits.py): lower it where many calls await one backward.
+            backward, for logits (lm_head/logit_cache.py): lower it where many calls await one
+            backward.
         deterministic: results repeat bitwise run to run, and a row's results and dH have the same
             bits whatever rows are beside it (float16 on CUDA excepted, whose gradients are scaled
             by the largest upstream one). Slower: products of 128 rows, some of them padding.

@@ -16,8 +16,8 @@ from __future__ import annotations
 import torch
 
 from riskpo_kernels import reference
-from riskpo_kernels.backends import BACKENDS
-from riskpo_kernels.checks import (
+from riskpo_kernels.core.backends import BACKENDS
+from riskpo_kernels.core.checks import (
     check_choice,
     check_device,
     check_float,
@@ -25,9 +25,9 @@ from riskpo_kernels.checks import (
     constant,
     reject,
 )
-from riskpo_kernels.chunks import no_autocast
-from riskpo_kernels.inputs import check_options, live_rows
-from riskpo_kernels.logits_op import OP, logits_operator
+from riskpo_kernels.core.inputs import check_options, live_rows
+from riskpo_kernels.core.matmul import no_autocast
+from riskpo_kernels.lm_head.logits_operator import OP, logits_operator
 from riskpo_kernels.reference import TokenLogProbs
 
 

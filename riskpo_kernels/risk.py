@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from riskpo_kernels.checks import check_positive, describe, reject
-from riskpo_kernels.risk_checks import (
+from riskpo_kernels.core.checks import check_positive, describe, reject
+from riskpo_kernels.core.risk_checks import (
     as_permutation,
     as_quantile,
     check_range,

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from riskpo_kernels.checks import check_choice, reject
+from riskpo_kernels.core.checks import check_choice, reject
 
 REDUCE = ("mean", "sum")
 

@@ -1,7 +1,8 @@
 """clipped_surrogate: from per-token log-probs to the policy loss; sequence_logprob: their sums.
 
-The operator that PyTorch sees is in surrogate_op.py: one pass makes the loss and its slopes with
-respect to logprob and entropy; backward multiplies them by the upstream scalar. Memory beside the
+The operator that PyTorch sees is in policy_loss/operator.py: one pass makes the loss and its slopes
+with respect to logprob and entropy; backward multiplies them by the upstream scalar. Memory beside
+the
 inputs: 8 bytes per token with an entropy bonus, else 4 (Triton), or a few such buffers (torch).
 """
 
@@ -12,21 +13,21 @@ from typing import Any
 
 import torch
 
-from riskpo_kernels.backends import BACKENDS
-from riskpo_kernels.checks import check_choice, reject
-from riskpo_kernels.checks import constant as guarded
-from riskpo_kernels.chunks import no_autocast
-from riskpo_kernels.process_groups import name_of
-from riskpo_kernels.reference import surrogate as reference
-from riskpo_kernels.reference.surrogate import SurrogateLoss
-from riskpo_kernels.surrogate_checks import (
+from riskpo_kernels.core.backends import BACKENDS
+from riskpo_kernels.core.checks import check_choice, reject
+from riskpo_kernels.core.checks import constant as guarded
+from riskpo_kernels.core.matmul import no_autocast
+from riskpo_kernels.core.process_groups import name_of
+from riskpo_kernels.policy_loss.checks import (
     Options,
     check_bounds,
     check_layout,
     check_options,
     check_tensors,
 )
-from riskpo_kernels.surrogate_op import OP, STATS, surrogate_operator
+from riskpo_kernels.policy_loss.operator import OP, STATS, surrogate_operator
+from riskpo_kernels.reference import surrogate as reference
+from riskpo_kernels.reference.surrogate import SurrogateLoss
 
 # by name, for torch 2.11's Dynamo does not trace vars()
 WORDS = tuple(field.name for field in fields(Options) if field.name != "denominator")
@@ -137,7 +138,7 @@ def clipped_surrogate(
                             token counts and stats are those of all ranks; loss is this rank's
                             share: the shares add up to the unsharded loss, and each rank's
                             gradients are that loss's. Backends torch and reference.
-    backend                 see riskpo_kernels.backends.
+    backend                 see riskpo_kernels.core.backends.
 
     Returns (loss, stats): loss 0-d; stats detached 0-d tensors, made without waiting for the
     device. clip_low_fraction and clip_high_fraction: share of tokens (of non-empty sequences for

@@ -8,7 +8,7 @@ import os
 
 import pytest
 
-from riskpo.sandbox import SandboxUnavailable, require
+from riskpo.rewards.sandbox.run import SandboxUnavailable, require
 
 VARIABLE = "RISKPO_REQUIRE_SANDBOX"
 

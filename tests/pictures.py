@@ -7,12 +7,12 @@ import json
 from PIL import Image
 
 from riskpo.config import TrainConfig
-from riskpo.head import find_head
-from riskpo.packing import micro_batches
-from riskpo.records import Question
-from riskpo.rollout import sample
-from riskpo.trainee import Trainee
-from riskpo.update import UpdatePlan, recompute
+from riskpo.model.lm_head import find_head
+from riskpo.model.packing import micro_batches
+from riskpo.rollout.generate import sample
+from riskpo.trainer.parallel import Trainee
+from riskpo.trainer.update import UpdatePlan, recompute
+from riskpo.types import Question
 
 
 def png(colour):

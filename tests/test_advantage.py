@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from riskpo_kernels import RiskPOAdvantage, reference
-from riskpo_kernels.credit import CREDITS
+from riskpo_kernels.advantages.credit import CREDITS
 from tests import golden_risk as gold
 
 TOL = dict(rtol=0, atol=2e-6)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from riskpo.arithmetic import (
+from riskpo.config import TrainConfig, resolve, validate
+from riskpo.demo import (
     TASKS,
     ModelSize,
     build_model,
@@ -19,8 +20,7 @@ from riskpo.arithmetic import (
     task_questions,
     warm_start,
 )
-from riskpo.config import TrainConfig, resolve, validate
-from riskpo.start import load_data, warmed_up
+from riskpo.run import load_data, warmed_up
 
 
 def test_the_mixed_task_has_four_strata_of_the_stated_sizes():
@@ -143,15 +143,15 @@ def test_the_tiny_task_warms_up_in_a_few_steps():
 
 def test_the_warm_start_shows_each_stratum_its_share(monkeypatch):
     shown = Counter()
-    import riskpo.arithmetic
+    import riskpo.demo
 
-    supervised = riskpo.arithmetic._supervised_batch
+    supervised = riskpo.demo._supervised_batch
 
     def count(tokenizer, questions):
         shown.update(q.meta["stratum"] for q in questions)
         return supervised(tokenizer, questions)
 
-    monkeypatch.setattr(riskpo.arithmetic, "_supervised_batch", count)
+    monkeypatch.setattr(riskpo.demo, "_supervised_batch", count)
     task, tokenizer = find_task("embedded:mixed"), build_tokenizer()
     warm_start(
         build_model(tokenizer, 0), tokenizer, task_questions(replace(task, questions=400), 0),
@@ -180,7 +180,7 @@ def test_names():
 
 def test_a_16_bit_start_rounds_weights_alone(monkeypatch):
     """Rotary frequencies stay float32, as when the checkpoint is loaded again."""
-    monkeypatch.setattr("riskpo.start.warm_start", lambda *a, **k: (0, 0.0))
+    monkeypatch.setattr("riskpo.run.warm_start", lambda *a, **k: (0, 0.0))
     policy = warmed_up(
         resolve(TrainConfig(data="embedded:tiny", dtype="bfloat16"))[0], [], lambda line: None
     )

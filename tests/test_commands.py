@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from riskpo.cli import EvalConfig, main
+from riskpo.cli import main
 from riskpo.config import ColumnsConfig
 from riskpo.errors import one_line
+from riskpo.eval_config import EvalConfig
 from riskpo.preflight import check_data, check_folder, check_model, try_reward
-from riskpo.records import Question
+from riskpo.types import Question
 
 ROOT = Path(__file__).resolve().parents[1]
 # In a fresh process in which nothing slow can be imported: a command that gets so far ends in an
@@ -176,7 +177,7 @@ def test_a_reward_in_the_current_folder_by_its_console_script(folder):
     """sys.path[0] of a console script is the script's folder; ours is not on it."""
     code = (
         "import sys; sys.path = [p for p in sys.path if p]\n"
-        "from riskpo.verifier_pool import VerifierPool as P\n"
+        "from riskpo.rewards.pool import VerifierPool as P\n"
         "for path in ('mine:length', 'mine.py:length'):\n"
         "    with P(path, workers=1) as pool: print(pool.run([('abc', {})])[0].reward)\n"
     )

@@ -8,19 +8,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-import riskpo.start
+import riskpo.run
 from riskpo.cli import main
-from riskpo.compare import (
+from riskpo.compare.launch import (
     configured,
     finished,
     parse_seeds,
     parse_system,
     read_config,
-    run_dir,
     train_run,
     warm,
 )
-from riskpo.compare_numbers import (
+from riskpo.compare.numbers import (
     RunLogs,
     entropy_at_equal_reward,
     evaluation,
@@ -28,9 +27,10 @@ from riskpo.compare_numbers import (
     load,
     over_seeds,
     paired,
+    run_dir,
     summary,
 )
-from riskpo.compare_page import write_page
+from riskpo.compare.page import write_page
 from riskpo.config import TrainConfig
 
 SMALL = TrainConfig(
@@ -100,7 +100,7 @@ def test_misuse_is_one_line(arguments, message, tmp_path, capsys):
 
 
 def test_runs_share_a_start_and_are_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(riskpo.start, "warm_start", lambda *args, **kwargs: (0, 0.0))
+    monkeypatch.setattr(riskpo.run, "warm_start", lambda *args, **kwargs: (0, 0.0))
     warm(SMALL, 0, tmp_path)
     assert warm(SMALL, 0, tmp_path) == "kept"
     with pytest.raises(ValueError, match="made with other settings"):

@@ -6,8 +6,8 @@ import matplotlib
 import numpy as np
 import pytest
 
-from riskpo.compare_numbers import RunLogs
-from riskpo.compare_panels import (
+from riskpo.compare.numbers import RunLogs
+from riskpo.compare.panels import (
     Page,
     by_step,
     covariances,
@@ -18,8 +18,8 @@ from riskpo.compare_panels import (
     smoothed,
     strata,
 )
-from riskpo.compare_plot import headline
-from riskpo.intervals import t_interval
+from riskpo.compare.plot import headline
+from riskpo.metrics.intervals import t_interval
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  the backend has to be chosen first

@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 
-from riskpo.compare import how_far, share_done
+from riskpo.compare.launch import how_far, share_done
 from riskpo.config import TrainConfig
-from riskpo.logs import RunLog, read_records, step_line
-from riskpo.progress import sampling_progress, spoken
+from riskpo.report.logs import RunLog, read_records, step_line
+from riskpo.report.progress import sampling_progress, spoken
 from riskpo.train import train
 from tests.toy import save_arithmetic
 
@@ -28,7 +28,7 @@ def test_a_run_shows_its_first_prompt_and_keeps_texts(tmp_path, monkeypatch, cap
         rewards = [float(len(t) % 2 and i % each > 1) for i, t in enumerate(texts)]
         return torch.tensor(rewards), {"right": len(texts)}
 
-    monkeypatch.setattr("riskpo.rewards.Scorer.score", score)
+    monkeypatch.setattr("riskpo.rewards.scorer.Scorer.score", score)
     config = TrainConfig(
         run_dir=str(tmp_path / "run"), model=str(model), data=str(data), steps=2, log_texts=7,
         max_response_tokens=6, questions_per_step=5, responses_per_question=4, eval_questions=4,

@@ -12,24 +12,24 @@ import math
 
 import pytest
 import torch
+from riskpo.memory import attention, switches
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import riskpo.rollout
-import riskpo.start
-from riskpo.checkpoint import latest_checkpoint
+import riskpo.rollout.generate
+import riskpo.run
 from riskpo.config import MemoryConfig, TrainConfig
-from riskpo.logs import read_records
-from riskpo.memory import attention, switches
-from riskpo.memory.attention import VARLEN
-from riskpo.memory.host_checkpoints import CudaTransfers, PlainTransfers
-from riskpo.memory.switches import apply_switches
-from riskpo.optimizer import Optimizer
-from riskpo.packing import hidden_states, pack
-from riskpo.records import Question, Rollouts
-from riskpo.rollout import sample
+from riskpo.model.activation_offload import CudaTransfers, PlainTransfers
+from riskpo.model.attention import VARLEN
+from riskpo.model.memory_switches import apply_switches
+from riskpo.model.packing import hidden_states, pack
+from riskpo.report.logs import read_records
+from riskpo.rollout.generate import sample
 from riskpo.train import train
-from tests.test_packing import MODELS, fake_varlen, model_of
+from riskpo.trainer.checkpoint import latest_checkpoint
+from riskpo.trainer.optimizer import Optimizer
+from riskpo.types import Question, Rollouts
+from tests.model.test_packing import MODELS, fake_varlen, model_of
 from tests.toy import save_arithmetic, tiny_policy
 
 on_both = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -229,7 +229,7 @@ def test_a_static_cache_samples_the_same_tokens(device):
 
 @on_both
 def test_two_steps_in_bfloat16(device, tmp_path, monkeypatch):
-    for module in (riskpo.rollout, riskpo.start):
+    for module in (riskpo.rollout.generate, riskpo.run):
         monkeypatch.setattr(module, "best_device", lambda: device)
     model, data = save_arithmetic(tmp_path)
     config = TrainConfig(

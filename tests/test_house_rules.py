@@ -1,58 +1,66 @@
 """The layers, the sizes, and one stem for each op: taste that the tests enforce."""
 
 import ast
+import inspect
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import riskpo_kernels
 from riskpo_kernels import reference
+from tools import structure
 
 ROOT = Path(__file__).resolve().parents[1]
 MAX_FILE, MAX_FUNCTION, MAX_KERNEL = 350, 60, 90
+MAX_FLOORS = {"riskpo_kernels": 7, "riskpo": 11}
 
-# riskpo_kernels from the ground up. A module may import modules of lower floors only.
-FLOORS = {
-    "checks": 0,
-    "reference": 0,
-    "work": 0,
-    "backends": 1,
-    "chunks": 1,
-    "inputs": 1,
-    "risk_checks": 1,
-    "surrogate_checks": 1,
-    "softmax_rows": 1,
-    "accumulate": 2,
-    "block_selection": 2,
-    "credit": 2,
-    "grouping": 2,
-    "kept_logits": 2,
-    "presets": 2,
-    "process_groups": 1,
-    "registration": 1,
-    "sharding": 1,
-    "vocab_parallel": 2,
-    "surrogate_torch": 2,
-    "kernels": 3,
-    "head_tiles": 4,
-    "sparse_blocks": 5,
-    "sparse_launch": 5,
-    "row_ways": 5,
-    "head_backward": 6,
-    "head_op": 7,
-    "linear_logprob": 8,
-    "logits_logprob": 8,
-    "surrogate_op": 7,
-    "logits_op": 7,
-    "surrogate": 8,
-    "risk": 8,
-    "difficulty": 8,
-    "batch_stats": 9,
-    "conditional": 9,
-    "advantage": 10,
-    "fused": 10,
-    "__init__": 11,
-}
+# From the ground up. A folder, or a file beside the folders, imports earlier ones only.
+LAYERS = (
+    "riskpo_kernels.reference",
+    "riskpo_kernels.core",
+    "riskpo_kernels.kernels",
+    "riskpo_kernels.lm_head",
+    "riskpo_kernels.policy_loss",
+    "riskpo_kernels.sharding",
+    "riskpo_kernels.linear_logprob",
+    "riskpo_kernels.logits_logprob",
+    "riskpo_kernels.surrogate",
+    "riskpo_kernels.risk",
+    "riskpo_kernels.advantages",
+    "riskpo_kernels.advantage",
+    "riskpo_kernels.fused",
+    "riskpo_kernels",
+    "riskpo",
+    "riskpo.types",
+    "riskpo.errors",
+    "riskpo.config",
+    "riskpo.eval_config",
+    "riskpo.distributed",
+    "riskpo.data",
+    "riskpo.rewards",
+    "riskpo.algorithms",
+    "riskpo.model",
+    "riskpo.demo",
+    "riskpo.rollout",
+    "riskpo.trainer",
+    "riskpo.memory_plan",
+    "riskpo.integrations",
+    "riskpo.metrics",
+    "riskpo.report",
+    "riskpo.run",
+    "riskpo.validation",
+    "riskpo.train",
+    "riskpo.eval",
+    "riskpo.preflight",
+    "riskpo.cli",
+    "riskpo.__main__",
+    "riskpo.compare",
+    "riskpo.doctor",
+    "riskpo.hosts",
+)
 # every public op: riskpo_kernels/<stem>.py, tests/test_<stem>.py, benchmarks/bench_<stem>.py
 STEMS = ("linear_logprob", "logits_logprob", "surrogate", "fused", "risk", "advantage")
 NO_REFERENCE = {"backend_report", "full_weight", "gathered_weight"}  # they compute nothing
@@ -62,54 +70,49 @@ def sources(folder):
     return sorted((ROOT / folder).rglob("*.py"))
 
 
-def imports(path):
-    """Absolute names of everything a file imports."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+def upward_arrows(rooms):
+    place = {name: i for i, name in enumerate(LAYERS)}
+    return [
+        f"{room} must not import {target}"
+        for room, targets in rooms.items()
+        for target in targets
+        if place[target] >= place[room]
+    ]
 
 
-def floor_of(name):
-    """The floor of `riskpo_kernels.x...` as imported; names of the package itself are its roof."""
-    parts = name.split(".")
-    return FLOORS.get(parts[1], FLOORS["__init__"]) if len(parts) > 1 else FLOORS["__init__"]
-
-
-def upward_arrows(path, stem):
-    own = FLOORS[stem]
-    for name in imports(path):
-        if name.split(".")[0] != "riskpo_kernels":
-            continue
-        inside = name.split(".")[1:2] == [stem]  # a package's own parts
-        if not inside and floor_of(name) >= own:
-            yield f"{stem} must not import {name}"
-
-
-def test_every_module_has_a_floor():
-    stems = {p.relative_to(ROOT / "riskpo_kernels").parts[0] for p in sources("riskpo_kernels")}
-    assert {s.removesuffix(".py") for s in stems} == set(FLOORS)
+def test_every_room_has_a_layer():
+    assert set(structure.room_graph(structure.module_graph())) == set(LAYERS)
 
 
 def test_arrows_point_down():
-    found = []
-    for path in sources("riskpo_kernels"):
-        stem = path.relative_to(ROOT / "riskpo_kernels").parts[0].removesuffix(".py")
-        found += upward_arrows(path, stem)
+    found = upward_arrows(structure.room_graph(structure.module_graph()))
     assert not found, found
 
 
-def test_a_planted_upward_arrow_is_found(tmp_path):
-    planted = tmp_path / "risk.py"
-    planted.write_text("from riskpo_kernels.fused import riskpo_loss\n")
-    assert list(upward_arrows(planted, "risk"))
+def test_a_planted_upward_arrow_is_found():
+    rooms = structure.room_graph(structure.module_graph())
+    rooms["riskpo.rewards"] = rooms["riskpo.rewards"] | {"riskpo.trainer"}
+    assert upward_arrows(rooms) == ["riskpo.rewards must not import riskpo.trainer"]
+
+
+def test_no_file_is_in_a_circle():
+    assert structure.circles(structure.module_graph()) == []
+
+
+@pytest.mark.parametrize("package", MAX_FLOORS)
+def test_few_floors(package):
+    floors = structure.floors(structure.room_graph(structure.module_graph()), package)
+    assert max(floors.values()) <= MAX_FLOORS[package], floors
+
+
+def test_circles_and_floors_of_a_small_graph():
+    assert structure.circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == [["b", "c"]]
+    assert structure.floors({"p.a": {"p.b"}, "p.b": {"p.c"}, "p.c": set()}, "p")["p.a"] == 3
 
 
 def test_reference_imports_torch_alone():
     for path in sources("riskpo_kernels/reference"):
-        for name in imports(path):
+        for name in structure.imported_names(path):
             top = name.split(".")[0]
             own = name.startswith("riskpo_kernels.reference.")
             assert own or top in ("torch", *STANDARD), f"{path.name} imports {name}"
@@ -136,7 +139,8 @@ def test_only_the_kernels_import_triton():
         for path in sources(folder):
             if "kernels" in path.relative_to(ROOT / folder).parts[:-1]:
                 continue
-            assert not any(name.split(".")[0] == "triton" for name in imports(path)), path
+            names = structure.imported_names(path)
+            assert not any(name.split(".")[0] == "triton" for name in names), path
 
 
 def test_the_trainer_uses_public_names_only():
@@ -144,8 +148,15 @@ def test_the_trainer_uses_public_names_only():
         "riskpo_kernels.__version__"
     }
     for path in sources("riskpo"):
-        used = {n for n in imports(path) if n.split(".")[0] == "riskpo_kernels"}
+        names = structure.imported_names(path)
+        used = {n for n in names if n.split(".")[0] == "riskpo_kernels"}
         assert used <= public | {"riskpo_kernels"}, (path.name, used - public)
+
+
+def test_tests_stand_where_what_they_test_stands():
+    folders = {p.name for p in (ROOT / "tests").iterdir() if p.is_dir() and p.name[0] not in "._"}
+    homes = {name.rpartition(".")[2] for name in LAYERS} | {"benchmarks", "tools"}
+    assert folders - homes == set()
 
 
 def test_sizes():
@@ -179,8 +190,6 @@ def test_one_stem_four_homes(stem):
 
 
 def test_every_public_name_has_a_reference_with_its_signature():
-    import inspect
-
     for name in set(riskpo_kernels.__all__) - NO_REFERENCE:
         ours, theirs = getattr(riskpo_kernels, name), getattr(reference, name)
         if inspect.isfunction(ours):
@@ -192,8 +201,20 @@ def test_every_public_name_has_a_reference_with_its_signature():
 
 
 def test_one_version():
-    import re
-
     text = (ROOT / "riskpo_kernels" / "__init__.py").read_text(encoding="utf-8")
     assert re.search(r'^__version__ = "(\d+\.\d+\.\d+)"$', text, re.MULTILINE)
     assert riskpo_kernels.__version__ in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("old, new", [("trl", "trl"), ("slime", "slime"), ("prime_rl", "prime_rl")])
+def test_old_import_paths_work_and_say_so(old, new):
+    code = (
+        "import warnings\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        f"    import riskpo.hosts.{old} as module\n"
+        f"assert module.__name__ == 'riskpo.integrations.{new}', module.__name__\n"
+        f"assert any('riskpo.hosts.{old} has moved' in str(w.message) for w in caught), caught\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

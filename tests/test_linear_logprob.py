@@ -8,7 +8,7 @@ from tests.compare import assert_all_close_as_plain, assert_close_as_plain, erro
 from tests.conftest import has_triton
 from tests.head_inputs import head, run
 
-# the road of large heads; tests/test_kept_logits.py has the one of small heads
+# the road of large heads; tests/lm_head/test_kept_logits.py has the one of small heads
 pytestmark = pytest.mark.usefixtures("recomputed")
 BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.skipif(not has_triton(), reason=""))]
 SHAPES = [(64, 512, 32), (37, 613, 24), (1, 7, 1), (50, 1, 8), (23, 40, 130)]

@@ -17,16 +17,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from riskpo.checkpoint import restore, save_checkpoint
+from riskpo.algorithms import GroupAdvantage
 from riskpo.config import MemoryConfig, SamplerConfig, TrainConfig, resolve
-from riskpo.logs import read_records
-from riskpo.memory.meter import PeakMeter
-from riskpo.ranks import ALONE, Ranks, digest, shared_score
-from riskpo.records import Question
-from riskpo.start import build_optimizer, load_on
-from riskpo.strategies import GroupAdvantage
+from riskpo.distributed import ALONE, Ranks, digest
+from riskpo.memory_plan.peak_meter import PeakMeter
+from riskpo.report.logs import read_records
+from riskpo.rollout.shared import shared_score
+from riskpo.run import build_optimizer, load_on
 from riskpo.train import train
-from riskpo.trainee import Trainee
+from riskpo.trainer.checkpoint import restore, save_checkpoint
+from riskpo.trainer.parallel import Trainee
+from riskpo.types import Question
 from tests.ranks import on_ranks
 from tests.toy import save_arithmetic, tiny_policy
 

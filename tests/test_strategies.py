@@ -7,11 +7,7 @@ import math
 import pytest
 import torch
 
-from riskpo.collect import MAX_ATTEMPTS, Batch, collect, draw, shaped_rewards
-from riskpo.config import TrainConfig
-from riskpo.measures import all_equal, by_stratum, risk_curves, sampled_entropy
-from riskpo.records import Question, Rollouts
-from riskpo.strategies import (
+from riskpo.algorithms import (
     STRATEGIES,
     GroupAdvantage,
     by_question,
@@ -25,6 +21,10 @@ from riskpo.strategies import (
     overlong_penalty,
     risk_seeking,
 )
+from riskpo.config import TrainConfig
+from riskpo.metrics.step import all_equal, by_stratum, risk_curves, sampled_entropy
+from riskpo.rollout.collect import MAX_ATTEMPTS, Batch, collect, draw, shaped_rewards
+from riskpo.types import Question, Rollouts
 from riskpo_kernels import RiskPOAdvantage
 
 QUESTIONS = [Question(f"q{i}", f"{i}", str(i)) for i in range(50)]

@@ -8,12 +8,12 @@ import re
 import pytest
 import torch
 
-import riskpo.start
-from riskpo.arithmetic import build_model, build_questions, build_tokenizer, warm_start
+import riskpo.run
+from riskpo.algorithms import STRATEGIES
 from riskpo.cli import main
 from riskpo.config import TrainConfig
-from riskpo.logs import read_records, step_line
-from riskpo.strategies import STRATEGIES
+from riskpo.demo import build_model, build_questions, build_tokenizer, warm_start
+from riskpo.report.logs import read_records, step_line
 from riskpo.train import train
 from tests.toy import save_arithmetic, save_byte_model
 
@@ -29,7 +29,7 @@ SMALL = {
 @pytest.fixture
 def cold_start(monkeypatch):
     """No supervised steps: these tests are about the loop, not about learning."""
-    monkeypatch.setattr(riskpo.start, "warm_start", lambda *args, **kwargs: (0, 0.0))
+    monkeypatch.setattr(riskpo.run, "warm_start", lambda *args, **kwargs: (0, 0.0))
 
 
 def test_ten_steps_of_the_embedded_task(tmp_path, cold_start, capsys):
@@ -87,7 +87,9 @@ def test_every_algorithm_takes_two_steps(name, tmp_path):
         return torch.tensor([float(len(t) % 2) for t in texts]), {"right": 1}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("riskpo.rewards.Scorer.score", lambda self, t, q: right_by_chance(t, q))
+        patch.setattr(
+            "riskpo.rewards.scorer.Scorer.score", lambda self, t, q: right_by_chance(t, q)
+        )
         config = TrainConfig(
             run_dir=str(tmp_path / name),
             algorithm=name,

@@ -1,4 +1,4 @@
-"""Whole training runs on the engine of tests/test_vllm_sampler.py in vLLM's stead."""
+"""Whole training runs on the engine of tests/rollout/test_vllm_sampler.py in vLLM's stead."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 
 import riskpo.train
 from riskpo.config import MemoryConfig, SamplerConfig, TrainConfig
-from riskpo.logs import read_records
+from riskpo.report.logs import read_records
 from riskpo.train import train
-from tests.test_vllm_sampler import Engine, pretend
+from tests.rollout.test_vllm_sampler import Engine, pretend
 from tests.toy import save_arithmetic
 
 WOKEN = ["wake weights", "weights", "reset", "wake kv_cache"]
@@ -61,7 +61,7 @@ def runs(tmp_path, monkeypatch):
     real = riskpo.train.update
     # What an untrained model earns about half of the time, and no processes to judge it.
     monkeypatch.setattr(
-        "riskpo.rewards.Scorer.score",
+        "riskpo.rewards.scorer.Scorer.score",
         lambda self, texts, questions: (torch.tensor([len(t) % 2.0 for t in texts]), {"right": 1}),
     )
 

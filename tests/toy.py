@@ -9,9 +9,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from riskpo.arithmetic import build_questions, build_tokenizer
-from riskpo.records import Rollouts
-from riskpo.rollout import Policy, prepare
+from riskpo.demo import build_questions, build_tokenizer
+from riskpo.rollout.generate import Policy, prepare
+from riskpo.types import Rollouts
 
 
 def tiny_config(vocab_size: int, **changes) -> Qwen2Config:

@@ -1,4 +1,4 @@
-"""Verifiers that misbehave, by import path, for tests/test_rewards.py."""
+"""Verifiers that misbehave, by import path, for tests/rewards/test_rewards.py."""
 
 import ctypes
 import os
@@ -9,8 +9,8 @@ import time
 
 import math_verify.grader
 
-from riskpo.math_reward import verify_math
-from riskpo.verdicts import Outcome, Verdict, right
+from riskpo.rewards.math import verify_math
+from riskpo.rewards.verdict import Outcome, Verdict, right
 
 
 def echo(value: str) -> Verdict:

@@ -23,10 +23,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from riskpo.data import load_questions
-from riskpo.rewards import MATH, MATH_WATCH
-from riskpo.verdicts import DENIED, OUTCOMES, Outcome, tally
-from riskpo.verifier_pool import VerifierPool
+from riskpo.data.questions import load_questions
+from riskpo.rewards.pool import VerifierPool
+from riskpo.rewards.scorer import MATH, MATH_WATCH
+from riskpo.rewards.verdict import DENIED, OUTCOMES, Outcome, tally
 
 HALVES = ("even", "odd")
 _RESPONSE = re.compile(r"\$|\\boxed|\\[(\[]|nswer|[a-z]{2,} [a-z]{2,}")  # more than an answer

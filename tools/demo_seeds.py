@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from riskpo.cli import main as riskpo
-from riskpo.logs import read_records
+from riskpo.report.logs import read_records
 
 SEEDS, WINDOW, RISE = (0, 1, 2), 50, 0.10
 

@@ -9,16 +9,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from riskpo.head import find_head
-from riskpo.memory.isolation import Packing, settle_attention
+from riskpo.model.isolation import Packing, settle_attention
+from riskpo.model.lm_head import find_head
 from tests.model_families import NOT_TINY, build, class_name, families
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "model-families.md"
 INTRO = """# Which models train
 
 Every causal language model that transformers names, built tiny and tried on the CPU without
-optional kernels. Written by `python -m tools.family_page`; `tests/test_model_families.py` tries
-each again.
+optional kernels. Written by `python -m tools.family_page`; `tests/model/test_model_families.py`
+tries each again.
 
 * **packed**: several sequences go through the model end to end. Values and gradients are those of
   one sequence at a time.
@@ -29,7 +29,7 @@ each again.
 The trial runs on the real model at every start, so a model that is not listed is treated by what
 it does. With flash-linear-attention, causal-conv1d or mamba-ssm installed, the model's own packed
 path is tried first: some of the second kind may then be packed. The head is what
-`riskpo.head.find_head` says of the same tiny model.
+`riskpo.model.lm_head.find_head` says of the same tiny model.
 
 | model type | class | sequences | head | why |
 |---|---|---|---|---|

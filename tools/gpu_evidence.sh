@@ -16,7 +16,7 @@
 cd "$(dirname "$0")/.." || exit 1
 
 source tools/gpu_common.sh
-require "riskpo.compare_page, riskpo.cli, riskpo.train"
+require "riskpo.compare.page, riskpo.cli, riskpo.train"
 
 config=docs/evidence-gpu.toml
 runs=${RUNS:-${DRY:+$out/runs}}

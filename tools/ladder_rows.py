@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from riskpo.memory.budget import GIB, MIB
-from riskpo.memory.shapes import KNOWN
+from riskpo.memory_plan.budget import GIB, MIB
+from riskpo.memory_plan.model_shape import KNOWN
 
 EVERY, RESPONSE, FUSED = "every", "response", "fused"
 
@@ -33,7 +33,9 @@ class Ladder:
 
     name: str  # of the files: memory-ladder-{name}.json
     device: str
-    model: str | dict[str, Any]  # a name of riskpo.memory.shapes.KNOWN, or a config's values
+    model: (
+        str | dict[str, Any]
+    )  # a name of riskpo.memory_plan.model_shape.KNOWN, or a config's values
     rows: tuple[Row, ...]
     contexts: tuple[int, ...]  # tokens of the large micro-batch
     head_mib: int

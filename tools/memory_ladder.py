@@ -34,19 +34,19 @@ from typing import Any
 
 import torch
 
-import riskpo.update
+import riskpo.trainer.update
+from riskpo.algorithms import LossOptions
 from riskpo.config import MemoryConfig
-from riskpo.head import find_head
-from riskpo.memory.budget import Workload, budget
-from riskpo.memory.host_checkpoints import PlainTransfers
-from riskpo.memory.meter import PeakMeter
-from riskpo.memory.shapes import shape_of
-from riskpo.memory.switches import apply_switches
-from riskpo.optimizer import Optimizer
-from riskpo.packing import IGNORE
-from riskpo.records import Rollouts
-from riskpo.strategies import LossOptions
-from riskpo.update import UpdatePlan, update
+from riskpo.memory_plan.budget import Workload, budget
+from riskpo.memory_plan.model_shape import shape_of
+from riskpo.memory_plan.peak_meter import PeakMeter
+from riskpo.model.activation_offload import PlainTransfers
+from riskpo.model.lm_head import find_head
+from riskpo.model.memory_switches import apply_switches
+from riskpo.model.packing import IGNORE
+from riskpo.trainer.optimizer import Optimizer
+from riskpo.trainer.update import UpdatePlan, update
+from riskpo.types import Rollouts
 from riskpo_kernels import SurrogateLoss, clipped_surrogate
 from tools.ladder_page import device_of, write
 from tools.ladder_rows import CPU, DRY, EVERY, FUSED, GPU, LADDERS, Ladder, Row
@@ -76,7 +76,7 @@ def measure(ladder: Ladder, row: Row, contexts: list[int]) -> Iterator[dict[str,
         state=memory.optimizer,
     )
     if row.head != FUSED:
-        riskpo.update.riskpo_loss = partial(loss_of_logits, row.head == EVERY)
+        riskpo.trainer.update.riskpo_loss = partial(loss_of_logits, row.head == EVERY)
     head, loss = find_head(model), LossOptions()
     for tokens in (SHORT, *contexts):
         batch = rollouts(tokens, row.sequences, model.config.vocab_size)

@@ -24,15 +24,15 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from riskpo.arithmetic import build_questions, build_tokenizer
 from riskpo.config import MemoryConfig
-from riskpo.memory.budget import MIB, Workload, budget
-from riskpo.memory.meter import PeakMeter
-from riskpo.memory.shapes import shape_of
-from riskpo.memory.switches import apply_switches
-from riskpo.optimizer import Optimizer
-from riskpo.records import Question
-from riskpo.rollout import Policy, prepare, sample
+from riskpo.demo import build_questions, build_tokenizer
+from riskpo.memory_plan.budget import MIB, Workload, budget
+from riskpo.memory_plan.model_shape import shape_of
+from riskpo.memory_plan.peak_meter import PeakMeter
+from riskpo.model.memory_switches import apply_switches
+from riskpo.rollout.generate import Policy, prepare, sample
+from riskpo.trainer.optimizer import Optimizer
+from riskpo.types import Question
 
 SIZES = {
     "model_type": "qwen2",

@@ -15,10 +15,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from riskpo.data import load_questions
-from riskpo.records import Question
-from riskpo.rewards import Scorer
-from riskpo.verdicts import OUTCOMES, Outcome
+from riskpo.data.questions import load_questions
+from riskpo.rewards.scorer import Scorer
+from riskpo.rewards.verdict import OUTCOMES, Outcome
+from riskpo.types import Question
 from tools.agreement import heading, line
 
 TASKS = ("humaneval", "mbpp", "leetcode_functional", "codeforces_stdin")

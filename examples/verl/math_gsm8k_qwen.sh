@@ -17,10 +17,10 @@ set -euo pipefail
 python3 -m verl.trainer.main_ppo \
     algorithm.adv_estimator=riskpo \
     actor_rollout_ref.actor.policy_loss.loss_mode=riskpo \
-    trainer.checkpoint_callback_class=riskpo.hosts.verl.RiskPOCheckpoint \
+    trainer.checkpoint_callback_class=riskpo.integrations.verl.RiskPOCheckpoint \
     +algorithm.riskpo.preset=paper \
     +algorithm.riskpo.bundle_size=5 \
-    reward.custom_reward_function.path=pkg://riskpo.hosts.verl_reward \
+    reward.custom_reward_function.path=pkg://riskpo.integrations.verl.reward \
     reward.custom_reward_function.name=zero_one \
     data.train_files="['$DATA/gsm8k/train.parquet','$DATA/math/train.parquet']" \
     data.val_files="['$DATA/gsm8k/test.parquet','$DATA/math/test.parquet']" \

@@ -10,9 +10,10 @@ from functools import partial
 from pathlib import Path
 
 from riskpo.doctor.against import Row, against
-from riskpo.doctor.libraries import LIBRARIES, Missing, ops
+from riskpo.doctor.libraries import LIBRARIES, ops
 from riskpo.doctor.loss_traps import LOSS_TRAPS, Loss, LossTrap, pose_loss
 from riskpo.doctor.machine import machine_checks, version, versions
+from riskpo.doctor.packages import Missing
 from riskpo.doctor.problem import make_problem, ours
 from riskpo.doctor.seen import rows
 from riskpo.doctor.traps import TRAPS, Trap, pose

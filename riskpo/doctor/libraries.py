@@ -5,15 +5,14 @@ Call signatures were read in torch 2.13, trl 1.16, liger-kernel 0.8.5 and verl 0
 
 from __future__ import annotations
 
-import importlib
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.nn import functional
 
+from riskpo.doctor.packages import Missing, attribute
 from riskpo.doctor.problem import (
     Problem,
     Results,
@@ -39,22 +38,6 @@ class Op:
     call: LogProb
     temperature: bool = True  # whether it takes one
     entropy: bool = True
-
-
-class Missing(ValueError):
-    """A library, or the part of it that is needed, is not to be had here."""
-
-
-def attribute(module: str, name: str) -> Any:
-    """module.name; Missing, with the reason, where it cannot be had."""
-    try:
-        return getattr(importlib.import_module(module), name)
-    except Exception as error:  # a package may fail in any way at import: that is the reason
-        lines = str(error).strip().splitlines() or [""]
-        raise Missing(
-            f"doctor: {module}.{name} is not to be had here ({type(error).__name__}: "
-            f"{lines[0][:120]}). Install the package, or leave it out."
-        ) from None
 
 
 def riskpo_op(backend: str) -> LogProb:

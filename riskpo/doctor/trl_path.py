@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from riskpo.doctor.libraries import attribute
+from riskpo.doctor.packages import attribute
 from riskpo.doctor.problem import Problem, Results, leaves, results
 
 

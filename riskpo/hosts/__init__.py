@@ -1,1 +1,11 @@
-"""RiskPO inside other trainers. Each module needs its host installed and imports nothing else's."""
+"""The old place of riskpo.integrations; it goes with the next release."""
+
+import importlib
+import sys
+import warnings
+
+
+def moved(old: str, new: str) -> None:
+    """Let the import of module `old` give module `new`, with a DeprecationWarning."""
+    warnings.warn(f"{old} has moved: import {new}", DeprecationWarning, stacklevel=3)
+    sys.modules[old] = importlib.import_module(new)

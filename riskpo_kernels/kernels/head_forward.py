@@ -3,8 +3,8 @@
     z = softcap(scale * (h W^T + b)) / T, in tiles [BM, 128] that never leave the registers
 
 A job is BM rows x SPAN columns. Its 128-column tiles are folded into m, s, u, z_t of the rows
-(softmax_rows.py), written once per job; `combine` there puts the parts of a row together. A tile is
-one vocabulary block, whose log-sum-exp is what the choice of active blocks needs.
+(lm_head/softmax.py), written once per job; `combine` there puts the parts of a row together. A tile
+is one vocabulary block, whose log-sum-exp is what the choice of active blocks needs.
 
     tensor            shape              dtype
     hidden, weight    [R, D], [V, D]     bf16, fp16 (fp32 in the interpreter)
@@ -29,15 +29,15 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from riskpo_kernels import softmax_rows
+from riskpo_kernels.core.rows import BLOCK, LogitMap, RowState, combine
+from riskpo_kernels.core.rows import FLOOR as LOG_FLOOR
+from riskpo_kernels.core.work import executed
 from riskpo_kernels.kernels import Configuration, signature_of
 from riskpo_kernels.kernels.tl_math import logits_of, online_softmax
-from riskpo_kernels.softmax_rows import BLOCK, LogitMap, RowState
-from riskpo_kernels.work import executed
 
 SPAN = 8 * BLOCK  # never a function of R: the order of a row's sums must not depend on its company
 GROUP = 16
-FLOOR = tl.constexpr(softmax_rows.FLOOR)
+FLOOR = tl.constexpr(LOG_FLOOR)
 
 
 class Shape(NamedTuple):
@@ -178,7 +178,7 @@ def statistics(
     if rows:
         with torch.cuda.device_of(hidden):
             _launch(hidden, weight, target, bias, map, blocks, parts, shape)
-    return softmax_rows.combine(parts)
+    return combine(parts)
 
 
 def _launch(

@@ -5,7 +5,7 @@
 fold: with t the target and, over the other columns, m = max z, s = sum e^(z-m),
 u = sum e^(z-m) (z-m), one pass over the tile updates (m, s, u, z_t) of each row.
 
-gradient: with log p = z - peak - log_sum and three numbers a row (softmax_rows.RowGradient), which
+gradient: with log p = z - peak - log_sum and three numbers a row (rows.RowGradient), which
 scale / T is in,
 
     dz_v = -p_v (offset + slope log p_v)        v != t
@@ -30,16 +30,18 @@ import torch
 import triton
 import triton.language as tl
 
-from riskpo_kernels import softmax_rows
+from riskpo_kernels.core.rows import BLOCK as COLUMNS
+from riskpo_kernels.core.rows import FLOOR as LOG_FLOOR
+from riskpo_kernels.core.rows import IGNORED as UNREAD
+from riskpo_kernels.core.rows import LogitMap, RowGradient, RowState
 from riskpo_kernels.kernels import Configuration, signature_of
 from riskpo_kernels.kernels.tl_math import logits_gradient, logits_of, online_softmax
-from riskpo_kernels.softmax_rows import LogitMap, RowGradient, RowState
 
 # One program holds BN rows x BV columns, 16 fp32 values a thread; rows are read in runs of 2 KB.
 BN, BV, WARPS = 8, 512, 8
 MAX_REGISTERS = 128  # left alone, ptxas spills a few bytes to reach the next occupancy step
-IGNORED = tl.constexpr(softmax_rows.IGNORED)
-FLOOR = tl.constexpr(softmax_rows.FLOOR)
+IGNORED = tl.constexpr(UNREAD)
+FLOOR = tl.constexpr(LOG_FLOOR)
 
 
 # Pieces of rows begin anywhere: without these lists every alignment of a piece, and every other
@@ -231,7 +233,7 @@ def fold(
             HAS_TEMPERATURE=per_row is not None,
             ENTROPY=state.u is not None,
             HAS_BLOCKS=blocks is not None,
-            BLOCK=softmax_rows.BLOCK,
+            BLOCK=COLUMNS,
             BN=BN,
             BV=BV,
             num_warps=WARPS,
@@ -298,7 +300,7 @@ def compile_configurations() -> list[Configuration]:
         given = {"p_bias": bias, "p_temperature": per_row, "p_u": entropy, "p_blocks": blocks}
         types = {"p_raw": raw, "p_target": "i64"}
         flags |= {"HAS_TEMPERATURE": per_row, "ENTROPY": entropy}
-        flags |= {"HAS_BLOCKS": blocks, "BLOCK": softmax_rows.BLOCK}
+        flags |= {"HAS_BLOCKS": blocks, "BLOCK": COLUMNS}
         configurations.append(_configuration(name, _fold_kernel, types, given, flags))
     for (raw, out), bias, softcap, per_row, g in itertools.product(
         (("fp32", "fp32"), ("fp32", "bf16"), ("fp32", "fp16"), ("bf16", "bf16"), ("fp16", "fp16")),

@@ -14,7 +14,7 @@ Pairs are listed block by block; a tile is up to BM pairs of one block b, the ro
     dz              [T, BM, 128]   dtype of hidden; T tiles
 
 Cost: 6 x 128 D FLOPs per pair, beside 2 V D per row for the forward; dz takes 256 bytes a pair in
-16 bits. riskpo_kernels/sparse_launch.py makes the lists and launches.
+16 bits. riskpo_kernels/lm_head/sparse_triton.py makes the lists and launches.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from riskpo_kernels.core.rows import BLOCK, FLOOR
 from riskpo_kernels.kernels import Configuration, signature_of
 from riskpo_kernels.kernels.tl_math import logits_gradient, logits_of
-from riskpo_kernels.softmax_rows import BLOCK, FLOOR
 
 # 128 gathered rows x 128 columns: 64 accumulator registers a thread at 8 warps leave room for the
 # epilogue. BK is the depth of a step of product 1.

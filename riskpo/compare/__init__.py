@@ -1,0 +1,1 @@
+"""`riskpo compare`: algorithms side by side on equal starts."""

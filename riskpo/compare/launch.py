@@ -1,0 +1,284 @@
+"""`riskpo compare`: algorithms side by side, each on the same seeds, starts and budgets.
+
+    riskpo compare CONFIG.toml --algorithms grpo,dapo,riskpo-paper,riskpo-loo+omega=0 --seeds 0-4
+
+A system is a row of riskpo/algorithms.py, or a table [systems.NAME] of the TOML file (its algorithm
+and what is set differently for it), with more settings after each "+". Every run is a `riskpo
+train` run in OUT/SYSTEM/seed-S: what is finished is not repeated, what was interrupted resumes.
+Without a model of yours the embedded one is warmed up once per seed, and every system starts from
+that same checkpoint, so that differences between systems can be taken seed by seed. The page
+(table and picture) is written by riskpo/compare/page.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from riskpo.algorithms import find_strategy
+from riskpo.compare.numbers import run_dir
+from riskpo.config import (
+    TrainConfig,
+    is_embedded,
+    load_toml,
+    resolve,
+    tomllib,
+    validate,
+    with_settings,
+)
+from riskpo.errors import refusals_in_one_line
+from riskpo.report.logs import METRICS, read_records
+from riskpo.report.progress import EVERY_S, FIRST_S, spoken
+from riskpo.trainer.checkpoint import latest_checkpoint, owned, read_about
+
+START = "start"  # folder of the warm starts, beside the systems'
+START_DEPENDS_ON = ("seed", "data", "eval_questions", "temperature", "max_response_tokens", "dtype")
+
+
+@dataclass(frozen=True)
+class System:
+    """One line of the comparison: an algorithm and what is set differently for it."""
+
+    name: str  # as it was asked for; also the folder
+    algorithm: str
+    settings: dict[str, Any]
+
+
+def compare_command(given: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="riskpo compare", description=__doc__.split("\n")[0])
+    parser.add_argument("config", nargs="?", help="TOML of `riskpo train`, common to all systems")
+    parser.add_argument("--algorithms", required=True, help="a,b+setting=value,...")
+    parser.add_argument("--seeds", default="0-4", help="0-4 or 0,1,7 (default: 0-4)")
+    parser.add_argument("--steps", type=int, help="instead of the config's; longer runs serve too")
+    parser.add_argument("--out", default="runs/compare", help="folder of all runs and pages")
+    parser.add_argument("--page", default="compare", help="name of the .md, .json and .png")
+    parser.add_argument("--against", help="the system that differences are taken to; the first")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
+    parser.add_argument("--page-only", action="store_true", help="train nothing, write the page")
+    with refusals_in_one_line(parser.prog):
+        a = parser.parse_args(given)
+    base, named = read_config(a.config)
+    base = base if a.steps is None else replace(base, steps=a.steps)
+    systems = [parse_system(spec, named) for spec in a.algorithms.split(",")]
+    seeds = parse_seeds(a.seeds)
+    against = a.against or systems[0].name
+    if against not in [s.name for s in systems]:
+        raise ValueError(
+            f"compare: got against={against!r}; expected one of "
+            f"{', '.join(s.name for s in systems)}. Add it to --algorithms."
+        )
+    out = Path(a.out)
+    if not a.page_only:
+        with owned(out):
+            run_all(base, systems, seeds, out, jobs=a.jobs)
+    from riskpo.compare.page import write_page
+
+    for path in write_page(out, a.page, [s.name for s in systems], seeds, against):
+        print(path)
+
+
+def read_config(path: str | None) -> tuple[TrainConfig, dict[str, dict[str, Any]]]:
+    """The common settings and the [systems] of a file; the harder embedded task without one."""
+    if path is None:
+        return TrainConfig(data="embedded:mixed"), {}
+    given = load_toml(path)
+    systems = given.pop("systems", {})
+    return with_settings(TrainConfig(), given, path), systems
+
+
+def parse_system(spec: str, named: dict[str, dict[str, Any]]) -> System:
+    """`name+setting=value+...`; values are written as in TOML, text without quotes."""
+    name, *changes = spec.strip().split("+")
+    settings = dict(named.get(name, {}))
+    algorithm = settings.pop("algorithm", name)
+    find_strategy(algorithm)
+    for change in changes:
+        setting, equals, value = change.partition("=")
+        if not equals:
+            raise ValueError(
+                f"compare: got {change!r} in {spec!r}; expected setting=value after each '+'. "
+                "Write it like riskpo-loo+omega=0."
+            )
+        settings[setting] = _value(value)
+    return System(spec.strip(), algorithm, settings)
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"x = {text}")["x"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def parse_seeds(text: str) -> list[int]:
+    """ "0-4" or "0,1,7" -> seeds; ValueError for anything else or a seed twice."""
+    try:
+        seeds: list[int] = []
+        for part in text.split(","):
+            first, dash, last = part.partition("-")
+            seeds += range(int(first), int(last) + 1) if dash else [int(first)]
+    except ValueError:
+        seeds = []
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(
+            f"compare: got seeds={text!r}; expected different numbers, as in 0-4 or 0,1,7. Correct "
+            "the list."
+        )
+    return seeds
+
+
+def run_all(
+    base: TrainConfig, systems: list[System], seeds: list[int], out: Path, *, jobs: int
+) -> None:
+    """Train every system on every seed, `jobs` at a time; ValueError, at the end, if any failed."""
+    if base.model is None and not is_embedded(base.data):
+        validate(base)  # says what is missing
+    configs = {
+        (system.name, seed): configured(base, system, seed, out)
+        for seed in seeds
+        for system in systems
+    }
+    for config in configs.values():
+        validate(resolve(config)[0])
+        find_strategy(config.algorithm).advantage(config)
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=spawn) as pool:
+        if base.model is None:
+            starts = {f"start, seed {s}": partial(warm, base, s, out) for s in seeds}
+            _gather(pool, "warm starts", starts, threads, {})
+        runs = {f"{name}, seed {s}": partial(train_run, c) for (name, s), c in configs.items()}
+        shares = {f"{name}, seed {s}": partial(share_done, c) for (name, s), c in configs.items()}
+        _gather(pool, "runs", runs, threads, shares)
+
+
+def _gather(
+    pool: ProcessPoolExecutor,
+    what: str,
+    work: Mapping[str, Callable[[], str]],
+    threads: int,
+    shares: Mapping[str, Callable[[], float]],
+) -> None:
+    """Run the jobs, one line each as they end, and in between how far they are."""
+    print(f"compare: {len(work)} {what}", flush=True)
+    waiting = {pool.submit(_quietly, do, threads): name for name, do in work.items()}
+    began, pending, failed, patience = time.monotonic(), set(waiting), list[str](), FIRST_S
+    while pending:
+        ended, pending = wait(pending, timeout=patience, return_when=FIRST_COMPLETED)
+        for done, future in enumerate(ended, len(waiting) - len(pending) - len(ended) + 1):
+            name, error = waiting[future], future.exception()
+            if error is not None:
+                failed.append(f"{name}: {type(error).__name__}: {error}")
+            print(f"[{done}/{len(waiting)}] {name}: {error or future.result()}", flush=True)
+        if not ended:
+            patience = min(2 * patience, EVERY_S)
+            running = [waiting[f] for f in pending if f.running()]
+            parts = {name: shares[name]() if name in shares else 0.0 for name in running}
+            over = len(waiting) - len(pending)
+            print(how_far(over, len(waiting), parts, time.monotonic() - began), flush=True)
+    if failed:
+        raise ValueError(
+            f"compare: {len(failed)} of {len(waiting)} jobs failed; the first: {failed[0]}. Mend "
+            "the cause and give the same command again: finished runs are kept."
+        )
+
+
+def how_far(done: int, count: int, running: Mapping[str, float], seconds: float) -> str:
+    """Jobs that are over, those that run with the share each has done, and the time left."""
+    names = ", ".join(f"{n} {share:.0%}" if share else n for n, share in running.items())
+    share = (done + sum(running.values())) / count
+    left = f"about {spoken(seconds / share * (1 - share))} left" if share else "no estimate yet"
+    return f"compare: {done} of {count} done after {spoken(seconds)}, {left}; running: {names}"
+
+
+def share_done(config: TrainConfig) -> float:
+    """Of a run's steps, by the last line of its log."""
+    path = Path(config.run_dir) / METRICS
+    try:
+        last = path.read_text(encoding="utf-8").rpartition("\n")[0].rpartition("\n")[2]
+        return min(int(json.loads(last)["step"]) / max(config.steps, 1), 1.0)
+    except (OSError, ValueError, KeyError):
+        return 0.0
+
+
+def _quietly(do: Callable[[], str], threads: int) -> str:
+    """In a worker: `do` with its lines thrown away (the numbers are in the run's folder)."""
+    import torch
+
+    from riskpo.cli import quiet_loading_bars
+
+    quiet_loading_bars()
+    torch.set_num_threads(threads)
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        return do()
+
+
+def configured(base: TrainConfig, system: System, seed: int, out: Path) -> TrainConfig:
+    """The run's own settings: the common ones, then the system's, then where it starts."""
+    config: TrainConfig = with_settings(base, system.settings, system.name)
+    config = replace(
+        config, algorithm=system.algorithm, seed=seed, run_dir=str(run_dir(out, system.name, seed))
+    )
+    if config.model is None:
+        start = str(out / START / f"seed-{seed}")
+        config = replace(config, model=start, data=config.data or "embedded")
+    return config
+
+
+def warm(base: TrainConfig, seed: int, out: Path) -> str:
+    """Save the embedded model of this seed after its warm start, all at once."""
+    from riskpo.run import load_data, warmed_up
+
+    config, _ = resolve(replace(base, seed=seed, data=base.data or "embedded"))
+    folder = out / START / f"seed-{seed}"
+    about = tomli_w.dumps({name: getattr(config, name) for name in START_DEPENDS_ON})
+    if folder.is_dir():
+        if (folder / "start.toml").read_text(encoding="utf-8") != about:
+            raise ValueError(
+                f"compare: {folder} was made with other settings (see its start.toml). Restore "
+                "them or choose another --out."
+            )
+        return "kept"
+    began = time.perf_counter()
+    said: list[str] = []
+    policy = warmed_up(config, load_data(config)[0], said.append)
+    unfinished = folder.with_name(f".{folder.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    policy.model.save_pretrained(unfinished)
+    policy.tokenizer.save_pretrained(unfinished)
+    (unfinished / "start.toml").write_text(about, encoding="utf-8")
+    unfinished.rename(folder)
+    return f"{said[-1]}, {time.perf_counter() - began:.0f} s"
+
+
+def train_run(config: TrainConfig) -> str:
+    """One run, unless it is finished."""
+    if finished(config):
+        return "kept"
+    from riskpo.train import train
+
+    began = time.perf_counter()
+    train(config)
+    return f"{time.perf_counter() - began:.0f} s"
+
+
+def finished(config: TrainConfig) -> bool:
+    """Whether the run has its steps, or more; ValueError when it was made with other settings."""
+    checkpoint = latest_checkpoint(config.run_dir)
+    if checkpoint is None or read_about(checkpoint, resolve(config)[0]) < config.steps:
+        return False
+    logged = max((int(r["step"]) for r in read_records(config.run_dir, "step")), default=0)
+    return logged >= config.steps

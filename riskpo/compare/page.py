@@ -1,0 +1,203 @@
+"""The page of a comparison: a table in Markdown, the same numbers in JSON, and a picture."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from riskpo.compare.numbers import (
+    EQUAL_REWARD,
+    EVAL,
+    GAIN,
+    NORM_CLIPPED,
+    RunLogs,
+    Table,
+    budget,
+    entropy_at_equal_reward,
+    last_step,
+    load,
+    over_seeds,
+    paired,
+    summary,
+)
+from riskpo.compare.plot import draw_page
+from riskpo.metrics.intervals import Interval, t_interval
+
+LEARNING = {
+    "reward_mean": "mean reward",
+    "rvar_lower": "lower tail (RVaR 0-.2)",
+    "mvar": "MVaR",
+    "sampled_entropy": "token entropy",
+    "clip_fraction": "clipped",
+    "zero_advantage_fraction": "advantage 0",
+    "grad_norm": "gradient norm",
+    NORM_CLIPPED: "clipped by norm",
+    "q_alpha": "q_alpha",
+    "q_beta": "q_beta",
+}
+COVARIANCES = {
+    "cov_mean": "Cov(l, A_mean)",
+    "cov_mvar": "Cov(l, A_MVaR)",
+    "cov_gap": "mean - MVaR",
+    "cov_upper": "Cov(l, (R - q_beta)+)",
+    "cov_lower": "Cov(l, (q_alpha - R)+)",
+    "corr_mean": "Corr(l, A_mean)",
+    "corr_mvar": "Corr(l, A_MVaR)",
+}
+
+
+def write_page(
+    out: Path, page: str, systems: Sequence[str], seeds: Sequence[int], against: str
+) -> list[Path]:
+    """OUT/PAGE.md, .json and .png from the logs of finished runs."""
+    runs = load(out, systems, seeds)
+    limit = budget(runs)
+    views = {
+        "steps": _summaries(runs, lambda run: run.last_step),
+        "responses": _summaries(runs, lambda run: last_step(run, limit)),
+    }
+    tables = {name: over_seeds(view) for name, view in views.items()}
+    differences = {name: paired(view, against) for name, view in views.items()}
+    for name in differences["steps"]:
+        pairs = [(runs[name][seed], runs[against][seed]) for seed in seeds]
+        values = [x for pair in pairs for x in entropy_at_equal_reward(*pair).values()]
+        if values:
+            differences["steps"][name][EQUAL_REWARD] = t_interval(values)
+    path = out / page
+    path.parent.mkdir(parents=True, exist_ok=True)
+    about = _about(runs, seeds, against, limit)
+    text = markdown(tables, differences, about)
+    _replace(path.with_name(f"{page}.md"), text)
+    content = {
+        "about": about,
+        "over_seeds": {k: _plain(t) for k, t in tables.items()},
+        f"minus {against}": {k: _plain(t) for k, t in differences.items()},
+        "per_seed": views,
+    }
+    _replace(path.with_name(f"{page}.json"), json.dumps(content, indent=1) + "\n")
+    picture = draw_page(path.with_name(f"{page}.png"), runs, against)
+    return [path.with_name(f"{page}.md"), path.with_name(f"{page}.json"), picture]
+
+
+def _summaries(
+    runs: dict[str, dict[int, RunLogs]], step_of: Callable[[RunLogs], int]
+) -> dict[str, dict[int, dict[str, float]]]:
+    return {
+        system: {seed: summary(run, step_of(run)) for seed, run in seeds.items()}
+        for system, seeds in runs.items()
+    }
+
+
+def _about(
+    runs: dict[str, dict[int, RunLogs]], seeds: Sequence[int], against: str, limit: float
+) -> dict[str, Any]:
+    logs = [run for each in runs.values() for run in each.values()]
+    seconds = sum(r.get("time_s", 0.0) for run in logs for r in run.steps + run.evals)
+    return {
+        "seeds": list(seeds),
+        "against": against,
+        "steps": logs[0].last_step,
+        "responses": limit,
+        "sampled": {
+            name: sum(run.responses()[-1] for run in each.values()) / len(each)
+            for name, each in runs.items()
+        },
+        "run_hours": round(seconds / 3600, 2),
+        "machine": _machine(),
+    }
+
+
+def _machine() -> str:
+    """Of the process that writes the page: `riskpo compare` does after it has made the runs."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    named = "".join(f"{gpu}, " for gpu in dict.fromkeys(gpus))
+    return (
+        f"{platform.machine()}, {os.cpu_count()} cores, {named}Python {platform.python_version()}, "
+        f"torch {version('torch')}, transformers {version('transformers')}"
+    )
+
+
+def markdown(tables: dict[str, Table], differences: dict[str, Table], about: dict[str, Any]) -> str:
+    """The page: levels, then differences to the system compared against."""
+    table, against = tables["steps"], about["against"]
+    names = list(dict.fromkeys(k for row in table.values() for k in row))
+    passes = [k for k in names if k.startswith(EVAL + "pass@")]
+    strata = [k for k in names if k.startswith((EVAL + "reward_", EVAL + "solved_"))]
+    lines = [
+        f"# {len(table)} systems, seeds {', '.join(map(str, about['seeds']))}",
+        "",
+        f"{about['steps']} steps; {about['machine']}; {about['run_hours']} hours of runs, as the "
+        "wall clock saw them. Mean over seeds ± half of a 95 % t-interval. Differences are paired: "
+        "seed by seed, from the same start; bold where the interval excludes 0 (no correction for "
+        "the number of differences on the page). Step numbers: last tenth of the steps; "
+        "covariances: all steps; clipped by norm: the share of all steps whose gradient norm, the "
+        "mean over the step's updates, was above max_grad_norm; held-out numbers: the evaluation "
+        "there, or the line between the two around it. Entropy at equal reward: "
+        "where the two smoothed rewards of a seed first reach the height that both reach.",
+    ]
+    sections = (
+        ("Training, at equal steps", LEARNING),
+        ("Held out, at equal steps", _named(passes, EVAL)),
+        ("Held out by stratum, at equal steps", _named(strata, EVAL)),
+        ("Covariance with the log-prob of the response", COVARIANCES),
+    )
+    for title, columns in sections:
+        lines += ["", f"## {title}", "", *_grid(table, columns, _level)]
+        if columns is LEARNING:
+            columns = LEARNING | {EQUAL_REWARD: EQUAL_REWARD}
+        lines += ["", f"Minus {against}:", "", *_grid(differences["steps"], columns, _change)]
+    gains = _named([GAIN + k.removeprefix(EVAL) for k in passes], GAIN)
+    lines += ["", "## Rise of pass@k since the start", "", *_grid(table, gains, _change)]
+    lines += ["", f"## At equal responses ({about['responses']:.0f} a run)", ""]
+    sampled = ", ".join(f"{name} {n:.0f}" for name, n in about["sampled"].items())
+    lines += [f"Responses sampled in all steps: {sampled}.", ""]
+    both = LEARNING | _named(passes, EVAL)
+    lines += _grid(tables["responses"], both, _level)
+    lines += ["", f"Minus {against}:", "", *_grid(differences["responses"], both, _change)]
+    return "\n".join(lines) + "\n"
+
+
+def _named(names: Sequence[str], prefix: str) -> dict[str, str]:
+    return {name: name.removeprefix(prefix).replace("_", " ") for name in names}
+
+
+def _grid(table: Table, columns: dict[str, str], text: Callable[[Interval], str]) -> list[str]:
+    """A Markdown table; a number that a system does not have is a dash."""
+    if not columns:
+        return ["No held-out number of this kind."]
+    lines = [f"| | {' | '.join(columns.values())} |", "|---" * (len(columns) + 1) + "|"]
+    for system, row in table.items():
+        cells = [text(row[name]) if name in row else "-" for name in columns]
+        lines.append(f"| {system} | {' | '.join(cells)} |")
+    return lines
+
+
+def _level(x: Interval) -> str:
+    return f"{x.value:.3f}" + (f" ± {x.high - x.value:.3f}" if x.n > 1 else "")
+
+
+def _change(x: Interval) -> str:
+    text = f"{x.value:+.3f}" + (f" [{x.low:+.3f}, {x.high:+.3f}]" if x.n > 1 else "")
+    return f"**{text}**" if x.excludes_zero else text
+
+
+def _plain(table: Table) -> dict[str, dict[str, dict[str, float]]]:
+    return {
+        system: {name: dataclasses.asdict(x) for name, x in row.items()}
+        for system, row in table.items()
+    }
+
+
+def _replace(path: Path, text: str) -> None:
+    """All at once, so that a reader never sees half a file."""
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)

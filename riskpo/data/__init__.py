@@ -1,0 +1,1 @@
+"""Rows of files and hubs to questions: prompts, golds, pictures, programs."""

@@ -1,0 +1,223 @@
+r"""Questions from a file or from the Hugging Face hub.
+
+Local .jsonl, .json, .csv and .parquet files are read directly (no copy in a cache, and a column may
+mix numbers and text), compressed with gzip too; any other name is a hub data set, "owner/name" or
+"owner/name:config". What a row means is told by its fields, see riskpo/data/forms.py, or by names
+of columns that you give. A value that is neither text nor number, or is missing, is refused with
+file and row: what str() makes of it would be trained on.
+
+The same problem twice becomes one question (the official AIME file holds 30 problems 32 times):
+RiskPO groups rewards by question, and a problem drawn twice into one batch must not pass for one
+question with twice the responses. To weigh problems equally is also what avg@k needs. The number of
+rows is kept in meta["copies"]. A problem whose copies disagree about the answer is dropped with a
+warning: no reward could be right for both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import pickle
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from riskpo.config import ColumnsConfig
+from riskpo.data.files import is_file, read_file, read_hub
+from riskpo.data.forms import Form, recognised, renamed
+from riskpo.data.images import image_columns, place_pictures, read_pictures
+from riskpo.data.prompts import Prompt, ends_in_answer, with_instruction
+from riskpo.data.values import Row, mapping, missing, optional_text
+from riskpo.types import Question
+
+BOXED_INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
+META_CHARACTERS = 200
+
+_log = logging.getLogger(__name__)
+
+
+def load_questions(
+    source: str,
+    *,
+    split: str = "train",
+    limit: int | None = None,
+    instruction: str | None = None,
+    columns: ColumnsConfig | None = None,
+) -> list[Question]:
+    """All questions of a data set, each problem once, in the order of their first row.
+
+    source       a .jsonl, .json, .csv or .parquet file, also with .gz after it, or a hub name
+                 "owner/name[:config]"
+    split        of a hub data set; a file is its own split
+    limit        keep the first `limit` questions
+    instruction  sentence added to every prompt that does not yet say how to mark the answer, for
+                 example BOXED_INSTRUCTION
+    columns      names of the columns with question and gold, where no form knows them
+
+    ValueError, with file and row, for a missing file, unknown fields, a row that cannot be read, a
+    value that is neither text nor number where one of them is due, or a prompt with a place for a
+    picture that the row does not have; ConnectionError, within seconds, when the hub cannot be
+    reached.
+    """
+    rows: Iterable[tuple[str, Row]]
+    if is_file(source):
+        rows = read_file(Path(source).expanduser())
+    else:
+        rows = ((f"row {i}", row) for i, row in enumerate(read_hub(source, split), start=1))
+    cut = Counter[bool]()
+
+    def read() -> Iterable[Question]:
+        for place, row in rows:
+            yield to_question(row, Path(source), place, columns)
+            cut[any(ends_in_answer(value) for value in row.values())] += 1
+
+    questions = unique_ids(merge_copies(read(), source))[:limit]
+    if cut[True]:
+        _log.warning(
+            "%s: left out the assistant's last turn of %d rows: it is what is sampled",
+            source,
+            cut[True],
+        )
+    if not questions:
+        raise ValueError(
+            f"load_questions: {source} holds no question. Check the file or the split."
+        )
+    if instruction:
+        questions = [_instructed(q, instruction) for q in questions]
+    return questions
+
+
+# what reading a row of another shape than its form's raises, beside ValueError
+_MISREAD = (KeyError, TypeError, AttributeError, IndexError, EOFError, zlib.error)
+
+
+def to_question(
+    row: object, path: Path, place: str, columns: ColumnsConfig | None = None
+) -> Question:
+    """The row at `place` of the data set at `path`, as a Question.
+
+    Columns may be written in capitals, as AIME's are, where no form knows them as they stand.
+    """
+    where = f"{path} {place}"
+    if not isinstance(row, dict):
+        raise ValueError(
+            f"load_questions: {where} holds {repr(row)[:60]}; expected an object with named "
+            "columns. Write one object per row."
+        )
+    if columns is not None and columns.question:
+        row, form = renamed(row, columns, where)
+    else:
+        row, form = recognised(row, where)
+    source = path.name.partition(".")[0] if path.suffix == ".gz" else path.stem
+    try:
+        prompt, gold = form.read(row)
+        source = optional_text(row, "data_source") or source
+        identity = _row_id(row, source)
+        meta = _meta(row, form)
+    except (*_MISREAD, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"load_questions: the columns {', '.join(form.fields)} cannot be read as those of "
+            f"{form.name}: {type(error).__name__}: {error}. Mend the row or drop it. ({where})"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{error} ({where})") from None
+    pictures = read_pictures(row, path.parent, where)
+    images = tuple(pictures.values())
+    if not form.reward:  # a program's task may well speak of a tag <image>
+        prompt, images = place_pictures(prompt, pictures, where)
+    identity = identity or f"{source}/{_hash(prompt, images)}"
+    return Question(identity, prompt, gold, source, meta, images)
+
+
+def _row_id(row: Row, source: str) -> str | None:
+    """The row's own id where it has one."""
+    own = optional_text(row, "unique_id")
+    if own is not None:
+        return own
+    value = optional_text(mapping(row.get("extra_info"), "column 'extra_info'"), "index")
+    value = value or optional_text(row, "id", "idx", "task_id")
+    return None if value is None else f"{source}/{value}"
+
+
+def _hash(prompt: Prompt, images: Sequence[bytes | str] = ()) -> str:
+    digest = hashlib.sha256(json.dumps(prompt).encode())
+    for image in images:
+        digest.update(image if isinstance(image, bytes) else image.encode())
+    return digest.hexdigest()[:16]
+
+
+def _instructed(question: Question, instruction: str) -> Question:
+    """Programming tasks say in their own prompt what is wanted."""
+    if question.meta.get("reward"):
+        return question
+    return replace(question, prompt=with_instruction(question.prompt, instruction))
+
+
+def _meta(row: Row, form: Form) -> dict[str, Any]:
+    """The small fields that are left (level, subject, ...), and all of extra_info."""
+    unread = {*form.fields, *form.beside, *image_columns(row)}
+    left = {k: v for k, v in row.items() if k not in unread and _is_small(v)}
+    extra_info = mapping(row.get("extra_info"), "column 'extra_info'")
+    extra = {k: v for k, v in extra_info.items() if _is_small(v)}
+    return {**left, **extra, **({"reward": form.reward} if form.reward else {})}
+
+
+def _is_small(value: object) -> bool:
+    if isinstance(value, str):
+        return 0 < len(value) <= META_CHARACTERS
+    return isinstance(value, (int, float)) and not missing(value)
+
+
+def merge_copies(questions: Iterable[Question], source: str) -> list[Question]:
+    """Each problem once, with meta["copies"]; problems with contradicting golds are dropped.
+
+    Two sets of tests for one program do not contradict each other: the first row's are kept.
+    """
+    groups: dict[str, list[Question]] = {}
+    for question in questions:
+        groups.setdefault(_hash(question.prompt, question.images), []).append(question)
+    agreed = [
+        g
+        for g in groups.values()
+        if len({q.gold for q in g}) == 1 or g[0].meta.get("reward") == "code"
+    ]
+    if len(agreed) < len(groups):
+        _log.warning(
+            "%s: dropped %d problems whose copies have different answers",
+            source,
+            len(groups) - len(agreed),
+        )
+    return [replace(g[0], meta={**g[0].meta, "copies": len(g)}) for g in agreed]
+
+
+def unique_ids(questions: Sequence[Question]) -> list[Question]:
+    """Ids that clash get a hash of their problem, all of them, so that order does not matter."""
+    seen = Counter(q.id for q in questions)
+    return [
+        q if seen[q.id] == 1 else replace(q, id=f"{q.id}#{_hash(q.prompt, q.images)}")
+        for q in questions
+    ]
+
+
+def split_holdout(
+    questions: Sequence[Question], count: int, seed: int
+) -> tuple[list[Question], list[Question]]:
+    """(training, held out): `count` questions chosen by a hash of seed and id, order kept.
+
+    A question stays on its side when others are added, or the file is shuffled, as far as `count`
+    allows. ValueError unless 0 <= count < len(questions).
+    """
+    if not 0 <= count < len(questions):
+        raise ValueError(
+            f"split_holdout: got count={count} of {len(questions)} questions; expected 0 to "
+            f"{len(questions) - 1}. Lower eval_questions or give eval_data."
+        )
+    ranked = sorted(
+        (q.id for q in questions), key=lambda i: hashlib.sha256(f"{seed}/{i}".encode()).digest()
+    )
+    held = set(ranked[:count])
+    return [q for q in questions if q.id not in held], [q for q in questions if q.id in held]

@@ -1,0 +1,231 @@
+"""The embedded tasks of `riskpo train`: a small Qwen2, twelve characters, additions to verify.
+
+The answer is written least significant digit first, so that a small causal model can carry as it
+goes. Difficulty is mixed on purpose: after the warm start sums of one-digit numbers are mostly
+right and those of three digits rarely, which gives a risk-averse objective a lower tail to lift.
+Nothing is downloaded; weights are random and the tokenizer is built in memory.
+
+TASKS holds what can be asked for:
+
+    embedded         the demo
+    embedded:mixed   its warm start hardly ever shows the longest sums, so that about a quarter of
+                     the questions is almost never right
+    embedded:large   the same idea with six digits and 21 million weights, for a GPU
+    embedded:tiny    a rehearsal of commands: learned in seconds, says nothing about algorithms
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import count as count_up
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from riskpo.types import Question
+
+SOURCE = "arithmetic"
+CHARACTERS = "0123456789+="
+PAD, EOS = "<pad>", "<eos>"
+WARM_START_BATCH = 64
+WARM_START_LEARNING_RATE = 1e-3
+WARM_START_MAX_STEPS = 3000
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """The embedded Qwen2; its MLP is twice as wide as `hidden`."""
+
+    hidden: int = 128
+    layers: int = 2
+    heads: int = 4  # of queries and of keys
+
+
+@dataclass(frozen=True)
+class Task:
+    """One embedded task: its questions, its model, and how far the supervised warm start goes.
+
+    sizes are the (at most) digits of the two operands; the pairs take turns. warm_share gives each
+    its share of the warm start; None: as often as it is among the questions.
+    """
+
+    digits: int
+    sizes: tuple[tuple[int, int], ...]
+    questions: int
+    warm_target: float  # sampled accuracy; above it there is signal, far below 1 there is room
+    warm_share: dict[str, float] | None = None
+    model: ModelSize = ModelSize()
+    warm_learning_rate: float = WARM_START_LEARNING_RATE
+
+
+def all_sizes(digits: int) -> tuple[tuple[int, int], ...]:
+    """Every pair of 1 to `digits` digits."""
+    return tuple((a, b) for a in range(1, digits + 1) for b in range(1, digits + 1))
+
+
+TASKS = {
+    "embedded": Task(3, all_sizes(3), 6000, 0.4),
+    "embedded:mixed": Task(
+        4,
+        ((1, 2), (2, 2), (3, 3), (4, 4)),
+        8000,
+        0.35,
+        {"1+2": 0.40, "2+2": 0.35, "3+3": 0.20, "4+4": 0.05},
+    ),
+    "embedded:large": Task(
+        6,
+        ((2, 2), (3, 3), (4, 4), (5, 5), (6, 6)),
+        40000,
+        0.35,
+        {"2+2": 0.32, "3+3": 0.28, "4+4": 0.22, "5+5": 0.13, "6+6": 0.05},
+        ModelSize(hidden=512, layers=8, heads=8),
+        3e-4,
+    ),
+    "embedded:tiny": Task(2, ((1, 1), (1, 2)), 200, 0.05, None, ModelSize(32, 1, 2), 5e-3),
+}
+
+
+def find_task(name: str | None) -> Task:
+    """The task of that name, None for the demo's; ValueError lists the names."""
+    if (name or "embedded") not in TASKS:
+        raise ValueError(
+            f"data: got {name!r}; expected one of {', '.join(TASKS)}, a file or a hub name. Check "
+            "the spelling."
+        )
+    return TASKS[name or "embedded"]
+
+
+def task_questions(task: Task, seed: int) -> list[Question]:
+    """All questions of the task, training and held out."""
+    return build_questions(task.questions, seed, task.digits, task.sizes)
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per character, plus padding and end of sequence."""
+    vocabulary = {token: i for i, token in enumerate([PAD, EOS, *CHARACTERS])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token=PAD, eos_token=EOS, padding_side="left"
+    )
+
+
+def build_model(
+    tokenizer: PreTrainedTokenizerFast, seed: int, size: ModelSize | None = None
+) -> Qwen2ForCausalLM:
+    """Random weights, the demo's third of a million by default; one seed gives the same bits."""
+    size = size or ModelSize()
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=size.hidden,
+        intermediate_size=2 * size.hidden,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.heads,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Qwen2ForCausalLM(config)
+
+
+def build_questions(
+    count: int, seed: int, digits: int = 3, sizes: Sequence[tuple[int, int]] | None = None
+) -> list[Question]:
+    """`count` different additions of two numbers of 1 to `digits` digits each, in random order.
+
+    The pairs of sizes, all of them by default, take turns (the smallest sums run out first).
+    Operands are padded with zeros to one width, so the same place is the same position whatever
+    the difficulty: small sums teach the model their part of the large ones.
+    """
+    if count > 100**digits // 4:
+        raise ValueError(
+            f"build_questions: got count={count}; expected at most {100**digits // 4}, a quarter "
+            f"of the sums of {digits}-digit numbers. Ask for fewer questions or more digits."
+        )
+    rng = random.Random(seed)
+    sizes = sizes or all_sizes(digits)
+    chosen: dict[str, Question] = {}
+    for turn in count_up():
+        size_a, size_b = sizes[turn % len(sizes)]
+        a, b = rng.randrange(10**size_a), rng.randrange(10**size_b)
+        prompt = f"{a:0{digits}d}+{b:0{digits}d}="
+        gold = f"{a + b:0{digits + 1}d}"[::-1]
+        hardness = {"digits": size_a + size_b, "stratum": f"{size_a}+{size_b}"}
+        chosen.setdefault(prompt, Question(prompt, prompt, gold, SOURCE, hardness))
+        if len(chosen) == count:
+            break
+    questions = list(chosen.values())
+    rng.shuffle(questions)
+    return questions
+
+
+def warm_start(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerFast,
+    questions: Sequence[Question],
+    accuracy: Callable[[], float],
+    *,
+    target: float,
+    seed: int,
+    check_every: int = 10,
+    share: dict[str, float] | None = None,
+    learning_rate: float = WARM_START_LEARNING_RATE,
+) -> tuple[int, float]:
+    """Supervised steps until `accuracy()`, sampled, reaches `target`; returns (steps, accuracy).
+
+    Where the model is. share, as Task.warm_share, says how often each stratum is shown. Without a
+    warm start every reward is zero and no policy gradient has anything to say.
+    """
+    device = next(model.parameters()).device
+    rng = random.Random(seed)
+    weights = None if share is None else _stratum_weights(questions, share)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
+    reached = 0.0
+    for step in range(1, WARM_START_MAX_STEPS + 1):
+        chosen = rng.choices(questions, weights, k=WARM_START_BATCH)
+        tokens, labels = (x.to(device) for x in _supervised_batch(tokenizer, chosen))
+        model.train()
+        loss = model(input_ids=tokens, labels=labels, use_cache=False).loss
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % check_every == 0:
+            reached = accuracy()
+            if reached >= target:
+                break
+    optimizer.zero_grad(set_to_none=True)
+    model.eval()
+    return step, reached
+
+
+def _stratum_weights(questions: Sequence[Question], share: dict[str, float]) -> list[float]:
+    """A weight per question, such that each stratum has its share however many it holds."""
+    size = Counter(q.meta["stratum"] for q in questions)
+    return [share[q.meta["stratum"]] / size[q.meta["stratum"]] for q in questions]
+
+
+def _supervised_batch(
+    tokenizer: PreTrainedTokenizerFast, questions: Sequence[Question]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-padded tokens and labels [batch, length]; only the answer and its end are learned."""
+    prompts = [tokenizer(str(q.prompt))["input_ids"] for q in questions]
+    answers = [tokenizer(q.gold)["input_ids"] + [tokenizer.eos_token_id] for q in questions]
+    length = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
+    tokens = torch.full((len(questions), length), tokenizer.pad_token_id)
+    labels = torch.full((len(questions), length), -100)
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        end = len(prompt) + len(answer)
+        tokens[row, :end] = torch.tensor(prompt + answer)
+        labels[row, len(prompt) : end] = torch.tensor(answer)
+    return tokens, labels

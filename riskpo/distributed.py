@@ -1,0 +1,151 @@
+"""Several processes, one run: what they tell each other.
+
+Every process draws the same questions, samples and scores its share of them, and is told the rest;
+from there on all of them hold the same batch and compute the same advantages. How the model lies
+over them, and their gradients: riskpo/trainer/parallel.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(hours=2)  # one process may check golds, or load, while the others wait
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among `size`, of which `local_size` run on this machine; alone by default."""
+
+    rank: int = 0
+    size: int = 1
+    local_size: int = 1
+    owns_group: bool = False  # made the group of processes, and so has to end it
+
+    @classmethod
+    def join(cls) -> Ranks:
+        """The processes that torchrun or accelerate launch started (RANK, WORLD_SIZE, ...)."""
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        if size == 1:
+            return cls()
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        fresh = not dist.is_initialized()
+        if fresh:
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, timeout=PATIENCE)
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))
+        return cls(dist.get_rank(), size, local, fresh)
+
+    def leave(self) -> None:
+        if self.owns_group and dist.is_initialized():
+            dist.destroy_process_group()
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, value: T) -> list[T]:
+        """Everyone's `value`, in order of rank, on every rank."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
+    def first(self, make: Callable[[], T]) -> T:
+        """What `make` returns, or raises, on the first rank; the others do not call it."""
+        if self.size == 1:
+            return make()
+        said: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                said[0] = make()
+            except Exception as error:  # the others would wait for it for ever
+                said[1] = error
+        dist.broadcast_object_list(said, src=0)
+        if said[1] is not None:
+            raise said[1]
+        return said[0]
+
+    def mean(self, x: torch.Tensor) -> torch.Tensor:
+        """The mean of `x` over the ranks."""
+        if self.size == 1:
+            return x
+        x = x.clone()
+        dist.all_reduce(x)
+        return x / self.size
+
+    def agree(self, what: str, value: object) -> None:
+        """RuntimeError where `value` (numbers, strings, tensors, nested) is not the same on all."""
+        if self.size > 1 and len(set(self.gather(digest(value)))) > 1:
+            raise RuntimeError(
+                f"ranks: {what} differ between the processes; expected the same on all of them. "
+                "Start every process with the same command, data files and library versions."
+            )
+
+
+ALONE = Ranks()
+
+
+def digest(value: object) -> str:
+    """A hash of the exact values; dicts by their order."""
+    if isinstance(value, torch.Tensor):
+        plain = value.detach().cpu().contiguous()
+        value = f"{plain.dtype} {list(plain.shape)} {plain.flatten().tolist()!r}"
+    elif isinstance(value, dict):
+        value = [f"{key!r}: {digest(inner)}" for key, inner in value.items()]
+    elif isinstance(value, (list, tuple)):
+        value = [digest(inner) for inner in value]
+    return hashlib.sha256(repr(value).encode()).hexdigest()
+
+
+def best_device() -> str:
+    """CUDA where there is one; hide it with CUDA_VISIBLE_DEVICES="" to work on the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, detached; gathered where FSDP2 holds a shard of it (all ranks call)."""
+    detached = tensor.detach()
+    return detached.full_tensor() if hasattr(detached, "full_tensor") else detached
+
+
+def to_first(tree: Any, ranks: Ranks, memo: dict[int, Any] | None = None) -> Any:
+    """`tree` (dicts, lists, tuples) with every shard gathered, one at a time; all ranks call.
+
+    The first rank gets them whole on the CPU, the others None in their place. What is not sharded
+    stays where it is. A tensor that occurs twice is gathered once, and stays one tensor.
+    """
+    memo = {} if memo is None else memo
+    if isinstance(tree, dict):
+        return {key: to_first(value, ranks, memo) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(to_first(value, ranks, memo) for value in tree)
+    if not isinstance(tree, torch.Tensor):
+        return tree
+    if id(tree) not in memo:
+        full = whole_tensor(tree)
+        sharded, mine = hasattr(tree, "full_tensor"), ranks.is_first
+        memo[id(tree)] = (full.cpu() if mine else None) if sharded else full
+    return memo[id(tree)]
+
+
+def like_shard(tensor: Any, other: Any) -> Any:
+    """A copy of a whole `tensor`, laid over device and ranks as `other` is where shapes agree."""
+    if tensor is None or tensor.shape != other.shape:
+        return tensor if tensor is None else tensor.clone()
+    if not hasattr(other, "device_mesh"):
+        return tensor.to(other.device, copy=True)
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)

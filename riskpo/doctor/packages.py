@@ -1,0 +1,22 @@
+"""Names of other packages, which may be missing or broken."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+
+class Missing(ValueError):
+    """A library, or the part of it that is needed, is not to be had here."""
+
+
+def attribute(module: str, name: str) -> Any:
+    """module.name; Missing, with the reason, where it cannot be had."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except Exception as error:  # a package may fail in any way at import: that is the reason
+        lines = str(error).strip().splitlines() or [""]
+        raise Missing(
+            f"doctor: {module}.{name} is not to be had here ({type(error).__name__}: "
+            f"{lines[0][:120]}). Install the package, or leave it out."
+        ) from None

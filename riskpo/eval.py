@@ -1,0 +1,150 @@
+"""`riskpo eval`: avg@k, pass@k and maj@k of a saved model, with intervals.
+
+With several seeds everything is repeated: a model path with "{seed}" in it names one training run
+for each (and the embedded questions that this run held out), any other path is the same model,
+sampled again on the same questions.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from functools import partial
+
+from riskpo.config import DEMO, REAL, is_embedded
+from riskpo.data.questions import BOXED_INSTRUCTION, load_questions, split_holdout
+from riskpo.demo import find_task, task_questions
+from riskpo.eval_config import VERIFIER_SECONDS, EvalConfig
+from riskpo.metrics.evaluate import EvalResult, EvalSettings, evaluate, over_seeds, write_json
+from riskpo.report.progress import sampling_progress
+from riskpo.rewards.math import extract
+from riskpo.rewards.scorer import EXACT_SOURCES, MATH_KINDS, Scorer, stop_if_all_crashed
+from riskpo.rollout.generate import load_policy_for, sample
+from riskpo.trainer.checkpoint import latest_checkpoint
+from riskpo.types import Question
+
+RUN_PER_SEED = "{seed}"  # in a model's path
+
+
+def evaluate_model(config: EvalConfig) -> list[EvalResult]:
+    """Load, sample, score, print; and write config.out where one is given. A result per seed."""
+    if not config.seeds:
+        result = evaluate_once(config, questions_of(config))
+        print(report(result))
+        if config.out is not None:
+            result.write(config.out)
+        return [result]
+    own = RUN_PER_SEED in config.model
+    results = []
+    for seed in config.seeds:
+        one = replace(config, model=config.model.replace(RUN_PER_SEED, str(seed)), seed=seed)
+        results.append(evaluate_once(one, questions_of(one if own else config)))
+    print(report_seeds(results))
+    if config.out is not None:
+        write_json(config.out, seeds_as_json(results))
+    return results
+
+
+def evaluate_once(config: EvalConfig, questions: Sequence[Question]) -> EvalResult:
+    """One model, sampled with one seed."""
+    model = str(latest_checkpoint(config.model) or config.model)
+    policy = load_policy_for(questions, model, dtype=config.dtype)
+    default = (DEMO if is_embedded(config.data) else REAL)["max_response_tokens"]
+    response_tokens = config.max_response_tokens or int(default)
+
+    def answers(questions: Sequence[Question], samples: int) -> list[str]:
+        return sample(
+            policy,
+            questions,
+            responses_per_question=samples,
+            max_prompt_tokens=config.max_prompt_tokens,
+            max_response_tokens=response_tokens,
+            stream=(config.seed,),
+            temperature=config.temperature,
+            batch_sequences=config.sample_sequences,
+        ).text
+
+    def watched(questions: Sequence[Question], samples: int) -> list[str]:
+        responses = len(questions) * samples
+        say = partial(print, file=sys.stderr, flush=True)
+        say(f"evaluation: {responses} responses of at most {response_tokens} tokens")
+        with sampling_progress(
+            policy.model,
+            responses=responses,
+            sequences=config.sample_sequences,
+            tokens=response_tokens,
+            say=say,
+        ):
+            return answers(questions, samples)
+
+    def vote(text: str, question: Question) -> str | None:
+        exact = config.reward == "exact" or question.source in EXACT_SOURCES
+        return (text.strip() if exact else extract(text)[0]) or None
+
+    # Two programs that do the same are not the same text: no vote among programs.
+    programs = config.reward.startswith("code") or any(
+        question.meta.get("reward") == "code" for question in questions
+    )
+    with Scorer(config.reward, seconds=VERIFIER_SECONDS) as scorer:
+        result = evaluate(
+            watched,
+            questions,
+            scorer.score,
+            samples=config.samples,
+            ks=config.ks or tuple(dict.fromkeys((1, config.samples))),
+            settings=EvalSettings(
+                model=model,
+                data=config.data or "embedded",
+                temperature=config.temperature,
+                max_response_tokens=response_tokens,
+                seed=config.seed,
+            ),
+            vote=None if programs else vote,
+        )
+        stop_if_all_crashed(result.counts, scorer)
+    return result
+
+
+def questions_of(config: EvalConfig) -> list[Question]:
+    """The first `questions` of a data set, or what the demo with this seed held out."""
+    if config.data is None or is_embedded(config.data):
+        everything = task_questions(find_task(config.data), config.seed)
+        return split_holdout(everything, config.questions, config.seed)[1]
+    instruction = BOXED_INSTRUCTION if config.reward in MATH_KINDS else None
+    return load_questions(
+        config.data, limit=config.questions, instruction=instruction, columns=config.columns
+    )
+
+
+def report(result: EvalResult) -> str:
+    """Numbers with their 95 % intervals over questions, one per line, and the outcomes."""
+    lines = [
+        f"{name:<8} {e.value:.3f}  [{e.low:.3f}, {e.high:.3f}]"
+        for name, e in result.estimates().items()
+    ]
+    return "\n".join([*lines, f"{result.questions} questions: {_outcomes([result])}"])
+
+
+def report_seeds(results: Sequence[EvalResult]) -> str:
+    """The same over several seeds: both intervals side by side."""
+    lines = [f"{'':<8} {'':5}  {'over questions':<15}  over {len(results)} seeds"]
+    for name, (e, s) in over_seeds(results).items():
+        both = f"[{e.low:.3f}, {e.high:.3f}]   [{s.low:.3f}, {s.high:.3f}]"
+        lines.append(f"{name:<8} {e.value:.3f}  {both}")
+    return "\n".join([*lines, f"{results[0].questions} questions each: {_outcomes(results)}"])
+
+
+def seeds_as_json(results: Sequence[EvalResult]) -> dict[str, object]:
+    """Both intervals of every number, and every seed's whole result."""
+    table = {
+        name: {"over_questions": asdict(e), "over_seeds": asdict(s)}
+        for name, (e, s) in over_seeds(results).items()
+    }
+    return {"numbers": table, "seeds": [asdict(r) for r in results]}
+
+
+def _outcomes(results: Sequence[EvalResult]) -> str:
+    names = dict.fromkeys(name for r in results for name in r.counts)
+    totals = {name: sum(r.counts.get(name, 0) for r in results) for name in names}
+    return "  ".join(f"{name} {count}" for name, count in totals.items() if count)

@@ -1,0 +1,1 @@
+"""RiskPO inside other trainers. Each module needs its host installed."""

@@ -1,0 +1,120 @@
+"""RiskPO in SkyRL: one call in your entry point registers an estimator and a policy loss.
+
+    from riskpo.hosts import skyrl
+    skyrl.register(state_dir="ckpts/riskpo", bundle_size=5)
+
+then trainer.algorithm.advantage_estimator=riskpo and trainer.algorithm.policy_loss_type=riskpo.
+Call it in the process that runs the trainer (inside the Ray entry-point task): SkyRL hands pickled
+copies of registered functions to other processes, and a copy would track quantiles of its own.
+
+Contract checked against the source: skyrl/backends/skyrl_train/utils/ppo_utils.py at
+NovaSky-AI/SkyRL ec60959 (register_*, compute_advantages_and_returns, gspo_policy_loss). SkyRL
+itself was not run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from riskpo.integrations.common import CountedAdvantage, read_state, sequence_advantage, write_state
+from riskpo_kernels import clipped_surrogate
+
+OP = "riskpo in SkyRL"
+
+
+class Estimator:
+    """SkyRL's advantage estimator; its state is written to state_dir/batch_N after batch N.
+
+    resume_batch=N continues from that file: one batch is one training step, so N is the global
+    step of the checkpoint. settings: preset, ragged, and the overrides of RiskPOAdvantage.
+    """
+
+    def __init__(
+        self, state_dir: str | os.PathLike[str], resume_batch: int = 0, **settings: Any
+    ) -> None:
+        self._advantage = CountedAdvantage(OP, settings)
+        self._folder, self._process = Path(state_dir), os.getpid()
+        if resume_batch:
+            state = read_state(OP, self._folder / f"batch_{resume_batch}")
+            self._advantage.load_state_dict(state)
+
+    def __call__(
+        self,
+        token_level_rewards: torch.Tensor,
+        response_mask: torch.Tensor,
+        index: Sequence[Any],
+        **others: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(advantages, returns) [B, T] from rewards and mask [B, T] and uids [B].
+
+        Rows are told apart by uid, reward and mask, never by their places. RuntimeError in another
+        process than the one that registered; ValueError as RiskPOAdvantage raises.
+        """
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                f"{OP}: called in process {os.getpid()}, registered in {self._process}; expected "
+                "one process. Call register() inside the task that runs the trainer."
+            )
+        scores = token_level_rewards.detach().double().sum(-1).cpu()
+        live = response_mask.detach().cpu() != 0
+        keys = [(float(score), row.tolist()) for score, row in zip(scores, live, strict=True)]
+        value, stats = self._advantage(scores, [str(uid) for uid in index], keys)
+        folder = self._folder / f"batch_{self._advantage.batches}"
+        write_state(folder, self._advantage.state_dict() | {"stats": stats})
+        spread = torch.where(live, value[:, None], 0.0).to(token_level_rewards.device)
+        return spread, spread.clone()
+
+
+def policy_loss(
+    log_probs: torch.Tensor,
+    old_log_probs: torch.Tensor,
+    advantages: torch.Tensor,
+    config: Any,
+    loss_mask: torch.Tensor | None = None,
+    rollout_logprobs: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """The sequence ratio's clipped surrogate, summed over the counted tokens, all [B, T].
+
+    SkyRL's trainer scales advantages beforehand so that sums over micro-batches give the mean that
+    config.loss_reduction names; set sequence_mean for the paper's. Bounds: config.eps_clip_low and
+    eps_clip_high (3e-4 and 4e-4). ValueError where off-policy correction is on, which is not
+    applied here, or where a sequence's advantages differ.
+    """
+    correction = getattr(config, "off_policy_correction", None)
+    for name in ("tis_ratio_type", "sequence_mask_metric"):
+        if getattr(correction, name, None) is not None:
+            raise ValueError(f"{OP}: got off_policy_correction.{name}; expected it to be None.")
+    mask = torch.ones_like(log_probs) if loss_mask is None else loss_mask
+    loss, stats = clipped_surrogate(
+        log_probs,
+        old_log_probs.detach(),
+        sequence_advantage(OP, advantages, mask).detach(),
+        mask=mask,
+        ratio="sequence",
+        clip_low=config.eps_clip_low,
+        clip_high=config.eps_clip_high,
+        aggregate="sequence-sum",
+        denominator=1.0,
+    )
+    return loss, {"clip_ratio": float(stats["clip_fraction"])}
+
+
+def register(
+    state_dir: str | os.PathLike[str], resume_batch: int = 0, **settings: Any
+) -> Estimator:
+    """Register estimator and loss under the name riskpo, once per process; see Estimator."""
+    from skyrl.backends.skyrl_train.utils.ppo_utils import (
+        AdvantageEstimatorRegistry,
+        PolicyLossRegistry,
+    )
+
+    estimator = Estimator(state_dir, resume_batch, **settings)
+    AdvantageEstimatorRegistry.register("riskpo", estimator)
+    PolicyLossRegistry.register("riskpo", policy_loss)
+    print(f"{OP}: estimator and loss riskpo registered, state in {state_dir}", flush=True)
+    return estimator

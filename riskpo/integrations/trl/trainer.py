@@ -1,0 +1,324 @@
+"""RiskPO at home in TRL: RiskPOTrainer in place of GRPOTrainer, RiskPOConfig of GRPOConfig.
+
+    generation batch: rewards of all ranks -> bundles -> risk -> advantages -> each rank's own
+    micro-batch:      model -> linear_logprob -> clipped_surrogate, global denominators
+
+The tracked quantiles move once per generation batch, on every rank by the same gathered numbers,
+and never in evaluation. Tested with trl 1.16.0; other minor versions are refused, since parts of
+TRL that are not public are overridden here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from riskpo.integrations.versions import check_window
+
+check_window("trl", "1.16", "1.17")
+
+from accelerate.utils import broadcast_object_list, gather_object  # noqa: E402
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR  # noqa: E402
+from trl import GRPOTrainer  # noqa: E402
+
+from riskpo.integrations.trl.config import AGGREGATES, RiskPOConfig  # noqa: E402
+from riskpo.integrations.trl.head import use_riskpo_head  # noqa: E402
+from riskpo.integrations.trl.rows import (  # noqa: E402
+    answer_key,
+    draw_numbers,
+    question_ids,
+    question_key,
+)
+from riskpo_kernels import clipped_surrogate  # noqa: E402
+
+__all__ = ["STATE_FILE", "RiskPOConfig", "RiskPOTrainer", "use_riskpo_head"]
+
+OP = "RiskPOTrainer"
+STATE_FILE = "riskpo_state.json"  # beside trainer_state.json in every checkpoint
+
+
+class RiskPOTrainer(GRPOTrainer):
+    """GRPOTrainer whose advantages come from RiskPO and whose loss from riskpo_kernels.
+
+    Arguments are GRPOTrainer's, with args a RiskPOConfig. What differs from GRPO:
+
+      advantages   RiskPOAdvantage over the whole generation batch, also in TRL's completion table;
+                   its statistics are logged as riskpo/*. The step it counts is the number of
+                   generation batches, which with num_iterations or steps_per_generation is not the
+                   optimiser's.
+      evaluation   no bundles: advantage 0 and the tracker at rest. Read eval_reward; eval_loss is
+                   0 but for the KL and entropy terms.
+      loss         clipped_surrogate with TRL's denominators (of all ranks and micro-batches). The
+                   metrics clip_ratio/low_min and high_max are not reported.
+      checkpoints  riskpo_state.json, written by the process that writes the checkpoint and handed
+                   to all ranks on resuming. Other RiskPO settings than the saved ones are refused.
+
+    A run resumed in the middle of a generation batch (num_iterations or steps_per_generation above
+    the accumulation steps) samples a new one, as TRL does.
+
+    TypeError when args is no RiskPOConfig; ValueError for what is not supported (environments, and
+    with riskpo_head what `use_riskpo_head` refuses) and for a completion without any reward.
+    """
+
+    _tag_names = ["trl", "riskpo"]
+    _name = "RiskPO"
+    _paper = {
+        "title": "RiskPO: Risk-based Policy Optimization via Verifiable Reward for LLM "
+        "Post-Training",
+        "id": "2510.00911",
+    }
+
+    args: RiskPOConfig
+    model: Any
+    num_generations: int
+    max_completion_length: int
+    _logs: dict[str, Any]
+
+    def __init__(
+        self, model: Any, reward_funcs: Any = None, args: Any = None, *rest: Any, **kwargs: Any
+    ) -> None:
+        if not isinstance(args, RiskPOConfig):
+            raise TypeError(
+                f"{OP}: got args of type {type(args).__name__}; expected a RiskPOConfig. It takes "
+                "every argument of GRPOConfig."
+            )
+        if kwargs.get("environment_factory") is not None:
+            raise ValueError(
+                f"{OP}: got an environment_factory; expected a dataset of questions: bundles need "
+                "several answers to the same one. Use GRPOTrainer for environments."
+            )
+        super().__init__(model, reward_funcs, args, *rest, **kwargs)
+        self.riskpo = args.advantage()
+        self._generation_batches = 0
+        if args.riskpo_head:
+            use_riskpo_head(
+                self,
+                backend=args.riskpo_backend,
+                memory_mib=args.riskpo_memory_mib,
+                tail_eps=args.riskpo_tail_eps,
+            )
+
+    def _calculate_rewards(
+        self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
+    ) -> torch.Tensor:
+        per_function = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self._scored = per_function, [answer_key(tokens) for tokens in completion_ids_list]
+        return per_function
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        column, questions = self.args.riskpo_question_column, []
+        if self.model.training:  # before a rollout function can add columns of its own to `inputs`
+            questions = [question_key(row, column) for row in inputs]
+        output = super()._generate_and_score_completions(inputs)
+        per_function, answers = self._scored
+        rewards = (per_function * self.reward_weights.to(per_function.device)).nansum(1)
+        rewards[per_function.isnan().all(1)] = float("nan")  # as TRL: a row nobody could score
+        if self.model.training:
+            advantages = self._advantages(rewards, questions, answers)
+        else:
+            advantages = torch.zeros_like(rewards)
+        self._replace_logged(advantages)
+        first = self.accelerator.process_index * len(inputs)
+        output["advantages"] = advantages[first : first + len(inputs)].to(self.accelerator.device)
+        return output
+
+    def _advantages(
+        self, rewards: torch.Tensor, questions: list[str], answers: list[str]
+    ) -> torch.Tensor:
+        """Advantages [N] of all ranks' rows from gathered rewards [N]; moves the tracker."""
+        rows = gather_object(list(zip(questions, answers, strict=True)))
+        keys, sampled = [row[0] for row in rows], [row[1] for row in rows]
+        ids = question_ids(keys, self.num_generations)
+        by_index = self.riskpo.settings.pairing == "index"
+        advantages, stats = self.riskpo(
+            rewards,
+            ids,
+            step=self._generation_batches,
+            draw=None if by_index else draw_numbers(ids, sampled),
+        )
+        self._generation_batches += 1
+        self._check_ranks(advantages)
+        for name, value in stats.items():
+            self._metrics["train"][f"riskpo/{name}"].append(value)
+        return advantages
+
+    def _check_ranks(self, advantages: torch.Tensor) -> None:
+        state = json.dumps([self._riskpo_state(), advantages.tolist()])
+        digests = gather_object([hashlib.sha256(state.encode()).hexdigest()])
+        if len(set(digests)) > 1:
+            raise RuntimeError(
+                f"{OP}: got {len(set(digests))} different states on {len(digests)} ranks; expected "
+                "the same tracker and advantages everywhere. Start all ranks with the same "
+                "RiskPOConfig and checkpoint."
+            )
+
+    def _replace_logged(self, advantages: torch.Tensor) -> None:
+        """TRL has logged its own advantages of these rows just before."""
+        logged = self._logs["advantages"]
+        for _ in range(min(len(advantages), len(logged))):
+            logged.pop()
+        logged.extend(advantages.tolist())
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        mask = inputs["completion_mask"]
+        if "tool_mask" in inputs:
+            mask = mask * inputs["tool_mask"]
+        logprob, entropy = self._score(model, inputs)
+        old = inputs.get("old_per_token_logps")
+        loss, stats = clipped_surrogate(
+            logprob,
+            logprob.detach() if old is None else old,
+            inputs["advantages"],
+            mask=mask,
+            ratio=self.importance_sampling_level,
+            clip_low=self.epsilon_low,
+            clip_high=self.epsilon_high,
+            dual_clip=self.args.delta,
+            correction=_per_sequence(inputs.get("importance_sampling_ratio"), mask),
+            ref_logprob=inputs.get("ref_per_token_logps"),
+            kl_coef=self.beta,
+            entropy=entropy,
+            aggregate=AGGREGATES[self.loss_type],
+            denominator=self._denominator(inputs),
+            backend=self.args.riskpo_backend,
+        )
+        self._log_loss(stats, mask)
+        self._log_missing(inputs.get("sampling_per_token_logps"), mask)
+        return self._with_entropy(loss, entropy, mask)
+
+    def _score(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs and entropies [B, C] of the completions."""
+        images = (
+            "pixel_values",
+            "image_grid_thw",
+            "num_images",
+            "pixel_attention_mask",
+            "spatial_shapes",
+            "num_tiles",
+            "image_sizes",
+            "token_type_ids",
+            "mm_token_type_ids",
+            "image_position_ids",
+        )
+        logprob, entropy, _ = self._get_per_token_logps_and_entropies(
+            model,
+            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+            inputs["completion_ids"].size(1),
+            compute_entropy=True,
+            **{name: inputs.get(name) for name in images},
+        )
+        return logprob, entropy
+
+    def _accumulation(self) -> float:
+        return self.current_gradient_accumulation_steps if self.model.training else 1.0
+
+    def _denominator(self, inputs: dict[str, Any]) -> float | torch.Tensor:
+        """This rank's share of the terms of one optimiser step; DDP takes the mean over ranks."""
+        sequences = len(inputs["completion_ids"]) * self._accumulation()
+        if self.loss_type == "grpo":
+            return sequences
+        if self.loss_type == "dr_grpo":
+            return sequences * self.max_completion_length
+        tokens = inputs["num_items_in_batch"].clamp(min=1).float() / self.accelerator.num_processes
+        if self.model.training:  # it counts the generation batch, which may be several steps'
+            tokens = tokens * self._accumulation() / self.args.steps_per_generation
+        return tokens.detach()
+
+    def _with_entropy(
+        self, loss: torch.Tensor, entropy: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """TRL's entropy bonus: the mean over this micro-batch's tokens."""
+        if self.entropy_coef == 0:
+            return loss
+        mean = torch.where(mask != 0, entropy, 0.0).sum() / mask.sum().clamp(min=1)
+        mode = "train" if self.model.training else "eval"
+        gathered = self.accelerator.gather(loss.detach() * self._accumulation())
+        self._metrics[mode]["policy_loss"].append(gathered.mean().item())
+        return loss - self.entropy_coef * mean / self._accumulation()
+
+    def _log_loss(self, stats: dict[str, torch.Tensor], mask: torch.Tensor) -> None:
+        """Means over the tokens, or the non-empty sequences, of all ranks."""
+        tokens = stats["tokens"].to(torch.float32)
+        units = tokens if self.importance_sampling_level == "token" else (mask != 0).any(1).sum()
+        of_units = {
+            "clip_ratio/low_mean": stats["clip_low_fraction"],
+            "clip_ratio/high_mean": stats["clip_high_fraction"],
+            "clip_ratio/region_mean": stats["clip_low_fraction"] + stats["clip_high_fraction"],
+            "ratio_mean": stats["ratio_mean"],
+        }
+        of_tokens = {name: stats[name] for name in ("entropy", "kl") if name in stats}
+        sums = [x * units for x in of_units.values()] + [x * tokens for x in of_tokens.values()]
+        totals = self.accelerator.reduce(torch.stack([*sums, units.float(), tokens]), "sum")
+        *totals, all_units, all_tokens = totals.tolist()
+        mode = "train" if self.model.training else "eval"
+        for name, total in zip((*of_units, *of_tokens), totals, strict=True):
+            count = all_units if name in of_units else all_tokens
+            self._metrics[mode][name].append(total / max(count, 1.0))
+
+    def _log_missing(self, sampled: torch.Tensor | None, mask: torch.Tensor) -> None:
+        """Tokens without a log-prob of the sampler, to which TRL gives the weight 1."""
+        if sampled is not None:
+            missing = (sampled.isnan() & (mask != 0)).sum()
+            total = self.accelerator.reduce(missing, "sum").item()
+            mode = "train" if self.model.training else "eval"
+            self._metrics[mode]["riskpo/sampler_missing"].append(float(total))
+
+    def _riskpo_state(self) -> dict[str, Any]:
+        return {
+            "generation_batches": self._generation_batches,
+            "settings": dataclasses.asdict(self.riskpo.settings),
+            "advantage": self.riskpo.state_dict(),
+        }
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """The state first: what pushes or rotates checkpoints then finds it in its place."""
+        if self.args.should_save:
+            name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            folder = Path(self._get_output_dir(trial=trial)) / name
+            folder.mkdir(parents=True, exist_ok=True)
+            unfinished = folder / f"{STATE_FILE}.tmp"
+            unfinished.write_text(json.dumps(self._riskpo_state(), indent=1), encoding="utf-8")
+            os.replace(unfinished, folder / STATE_FILE)
+        super()._save_checkpoint(model, trial)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._restore(Path(checkpoint) / STATE_FILE)
+
+    def _restore(self, path: Path) -> None:
+        """Rank 0 reads; a missing file and other settings are errors on every rank."""
+        found = self.accelerator.is_main_process and path.is_file()
+        text = [path.read_text(encoding="utf-8") if found else None]
+        broadcast_object_list(text)
+        if text[0] is None:
+            raise ValueError(
+                f"{OP}: got a checkpoint without {STATE_FILE} ({path.parent}); expected one that "
+                f"{OP} wrote. Load its weights as the model and start a new run instead."
+            )
+        state = json.loads(text[0])
+        mine = dataclasses.asdict(self.riskpo.settings)
+        changed = [name for name in mine if mine[name] != state["settings"].get(name)]
+        if changed:
+            then = {name: state["settings"].get(name) for name in changed}
+            raise ValueError(
+                f"{OP}: got { ({name: mine[name] for name in changed}) }; expected the settings of "
+                f"the saved run, {then}: its tracked quantiles belong to them. Restore them, or "
+                "load the weights as the model and start a new run."
+            )
+        self.riskpo.load_state_dict(state["advantage"])
+        self._generation_batches = state["generation_batches"]
+
+
+def _per_sequence(weight: torch.Tensor | None, mask: torch.Tensor) -> torch.Tensor | None:
+    """Sampler-mismatch weights: [B, C] per token as they are, [B, 1] per sequence as [B]."""
+    if weight is None or weight.shape == mask.shape:
+        return weight
+    return weight[:, 0]

@@ -1,0 +1,150 @@
+"""verl's policy losses `riskpo` (sequence ratio) and `riskpo_token` (token ratio).
+
+verl gives one micro-batch of one rank and, in config.global_batch_info, the size of the whole
+mini-batch. FSDP and Megatron take the mean of the ranks' gradients, so each rank divides by its
+share, total / dp_size: any split into micro-batches and ranks then sums to one loss.
+Entropy and KL terms are verl's own, added outside (verl.workers.utils.losses.ppo_loss).
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from verl.trainer.ppo.core_algos import register_policy_loss
+
+from riskpo.integrations.common import check_per_token, known_weights, sequence_advantage
+from riskpo_kernels import clipped_surrogate
+
+OP = "riskpo in verl"
+AGGREGATES = {
+    "token-mean": "token-mean",
+    "token-sum": "sequence-sum",
+    "seq-mean-token-mean": "sequence-mean",
+    "seq-mean-token-sum": "sequence-sum",
+    "seq-mean-token-sum-norm": "sequence-sum-norm",
+}
+WIDE = 0.1  # a sequence ratio is a geometric mean: it hardly ever leaves 1 +- 0.1
+
+
+@register_policy_loss("riskpo")
+def riskpo_policy_loss(
+    old_log_prob: torch.Tensor,
+    log_prob: torch.Tensor,
+    advantages: torch.Tensor,
+    response_mask: torch.Tensor,
+    loss_agg_mode: str = "seq-mean-token-mean",
+    config: Any = None,
+    rollout_is_weights: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """The paper's loss: one clipped ratio per sequence (arXiv 2510.00911 sec. 4).
+
+    old_log_prob, log_prob, advantages, response_mask, rollout_is_weights: [B, T] of a micro-batch;
+    masked values are never read; a weight that is NaN, since the sampler gave no log-prob, is taken
+    as 0 and counted in actor/riskpo_sampler_missing. Bounds: config.clip_ratio_low, clip_ratio_high
+    (the paper's implementation in this repository: 3e-4 and 4e-4; verl's default 0.2 draws a
+    warning) and clip_ratio_c for negative advantages. loss_agg_mode: all five of verl's. Returns
+    (loss 0-d, metrics). ValueError on an unknown mode, a missing global size, or advantages that
+    differ within a sequence.
+    """
+    _warn_wide(config)
+    each = sequence_advantage(OP, advantages, response_mask)
+    return _surrogate(
+        "sequence", old_log_prob, log_prob, each, response_mask, loss_agg_mode, config,
+        rollout_is_weights,
+    )  # fmt: skip
+
+
+@register_policy_loss("riskpo_token")
+def riskpo_token_policy_loss(
+    old_log_prob: torch.Tensor,
+    log_prob: torch.Tensor,
+    advantages: torch.Tensor,
+    response_mask: torch.Tensor,
+    loss_agg_mode: str = "token-mean",
+    config: Any = None,
+    rollout_is_weights: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Token ratios with the dual clip, as the released RiskPO code: equal to verl's `vanilla`.
+
+    Arguments and results as for `riskpo`; advantages may differ between tokens.
+    """
+    check_per_token(OP, "advantages", advantages, response_mask)
+    each = torch.where(response_mask != 0, advantages, 0.0)
+    return _surrogate(
+        "token", old_log_prob, log_prob, each, response_mask, loss_agg_mode, config,
+        rollout_is_weights,
+    )  # fmt: skip
+
+
+def _surrogate(
+    ratio: str,
+    old_log_prob: torch.Tensor,
+    log_prob: torch.Tensor,
+    advantage: torch.Tensor,
+    mask: torch.Tensor,
+    mode: str,
+    config: Any,
+    weights: torch.Tensor | None,
+) -> tuple[torch.Tensor, dict[str, float]]:
+    if mode not in AGGREGATES:
+        raise ValueError(f"{OP}: got loss_agg_mode={mode!r}; expected one of {list(AGGREGATES)}.")
+    low, high = config.clip_ratio_low, config.clip_ratio_high
+    weights, missing = known_weights(OP, weights, mask)
+    loss, stats = clipped_surrogate(
+        log_prob,
+        old_log_prob.detach(),
+        advantage.detach(),
+        mask=mask,
+        ratio=ratio,
+        clip_low=config.clip_ratio if low is None else low,
+        clip_high=config.clip_ratio if high is None else high,
+        dual_clip=config.get("clip_ratio_c", 3.0),
+        correction=weights,
+        aggregate=AGGREGATES[mode],
+        constant=1.0 if mode == "seq-mean-token-sum-norm" else None,
+        denominator=_share(mode, mask, config.global_batch_info),
+    )
+    moved = torch.where(mask != 0, (old_log_prob - log_prob).detach().clamp(-20, 20), 0.0)
+    clipped = stats["clip_low_fraction"] + stats["clip_high_fraction"]
+    metrics = {
+        "actor/pg_clipfrac": clipped,
+        "actor/pg_clipfrac_lower": stats["clip_fraction"] - clipped,
+        "actor/ppo_kl": moved.sum() / (mask != 0).sum().clamp(min=1),
+        "actor/riskpo_ratio_mean": stats["ratio_mean"],
+        "actor/riskpo_sampler_missing": missing,
+        "actor/riskpo_zero_coefficient_fraction": stats["zero_coefficient_fraction"],
+    }
+    values = torch.stack([value.float() for value in metrics.values()]).tolist()
+    return loss, dict(zip(metrics, values, strict=True))
+
+
+def _share(mode: str, mask: torch.Tensor, info: dict[str, Any]) -> float | torch.Tensor:
+    """This rank's part of the mini-batch's denominator, as in verl's agg_loss."""
+    ranks = info.get("dp_size") or 1
+    if mode == "token-sum":
+        return 1 / ranks
+    name = "batch_num_tokens" if mode == "token-mean" else "global_batch_size"
+    total = info.get(name)
+    if total is None:
+        if ranks > 1:
+            raise ValueError(
+                f"{OP}: got dp_size={ranks} without {name}; expected the size of the whole "
+                "mini-batch in config.global_batch_info, which verl's ppo_loss puts there."
+            )
+        live = mask != 0
+        total = live.sum() if mode == "token-mean" else live.any(-1).sum()
+    if mode == "seq-mean-token-sum-norm":
+        total = total * (info.get("loss_scale_factor") or mask.shape[-1])
+    return total / ranks
+
+
+def _warn_wide(config: Any) -> None:
+    if min(config.clip_ratio_low or 0, config.clip_ratio_high or 0) > WIDE:
+        warnings.warn(
+            f"{OP}: clip_ratio_low={config.clip_ratio_low}, clip_ratio_high="
+            f"{config.clip_ratio_high} suit token ratios; a sequence ratio will hardly ever reach "
+            "them. Set actor.clip_ratio_low=3e-4 and actor.clip_ratio_high=4e-4.",
+            stacklevel=3,
+        )

@@ -1,0 +1,1 @@
+"""What takes memory, before a run and beside its measured peak."""

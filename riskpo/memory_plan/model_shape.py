@@ -1,0 +1,149 @@
+"""What the plan needs to know of a model: read from its config, before any weight is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from riskpo.model.attention import head_width
+
+# Published config.json values, for a machine without network or cache.
+KNOWN: dict[str, dict[str, Any]] = {
+    "Qwen2.5-1.5B": {
+        "model_type": "qwen2",
+        "num_hidden_layers": 28,
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    },
+    "Qwen2.5-7B": {
+        "model_type": "qwen2",
+        "num_hidden_layers": 28,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+        "tie_word_embeddings": False,
+    },
+    "Llama-3.1-8B": {
+        "model_type": "llama",
+        "num_hidden_layers": 32,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "tie_word_embeddings": False,
+    },
+}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a dense decoder. `queries` and `keys` are heads times their width."""
+
+    name: str
+    parameters: int
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    queries: int
+    keys: int
+    vocab: int
+    trained: int | None = None  # parameters that are; None: all of them
+    tied: bool = False  # the head is the embedding
+    head_learns: bool = True
+
+    @property
+    def trainable(self) -> int:
+        return self.parameters if self.trained is None else self.trained
+
+    @property
+    def largest_tensor(self) -> int:
+        """Elements of the largest one that is stepped: an embedding or a projection of an MLP."""
+        return min(self.hidden * max(self.vocab, self.intermediate), self.trainable)
+
+    @property
+    def largest_mlp(self) -> int:
+        """Parameters of one layer's gate, up and down projections."""
+        return 3 * self.hidden * self.intermediate
+
+
+def find_shape(name: str) -> ModelShape:
+    """The shape of a folder's config, of a name in the hub cache, or of one of KNOWN.
+
+    A name may carry its organisation and its suffix (Qwen/Qwen2.5-7B-Instruct). ValueError lists
+    what is known.
+    """
+    if not Path(name).is_dir():
+        stem = name.rsplit("/", 1)[-1].removesuffix("-Instruct").lower()
+        for known in KNOWN:
+            if known.lower() in (stem, stem.removeprefix("meta-")):
+                return _known(known)
+    try:
+        return shape_of(AutoConfig.from_pretrained(name, local_files_only=True), name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"plan: no config for model {name!r} ({reason[:120]}). Give a folder with a "
+            f"config.json, a name in the hub cache, or one of {', '.join(KNOWN)}."
+        ) from None
+
+
+@lru_cache
+def _known(name: str) -> ModelShape:
+    values = dict(KNOWN[name])
+    return shape_of(AutoConfig.for_model(values.pop("model_type"), **values), name)
+
+
+def shape_of(config: Any, name: str) -> ModelShape:
+    """Counts the parameters of a model on the meta device: exact, and no byte of weight."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return with_parameters(config, name, sum(p.numel() for p in model.parameters()))
+
+
+def with_parameters(
+    config: Any, name: str, parameters: int, trained: int | None = None
+) -> ModelShape:
+    """The shape of a config whose parameters are counted already; ValueError if it is not dense."""
+    text = config.get_text_config()
+    missing = [x for x in ("intermediate_size", "num_attention_heads") if not hasattr(text, x)]
+    if missing:
+        raise ValueError(
+            f"plan: got a {type(config).__name__} without {', '.join(missing)}; expected a dense "
+            "decoder. The plan knows no other kind."
+        )
+    keys = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    return ModelShape(
+        name=name,
+        parameters=parameters,
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        intermediate=text.intermediate_size,
+        heads=text.num_attention_heads,
+        queries=text.num_attention_heads * head_width(text),
+        keys=keys * head_width(text),
+        vocab=text.vocab_size,
+        trained=trained,
+        tied=bool(getattr(text, "tie_word_embeddings", False)),
+    )
+
+
+def shape_of_model(model: Any) -> ModelShape:
+    """The shape of a loaded model, frozen parameters told apart; ValueError if it is not dense."""
+    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    everything, trained = sum(n for n, _ in counts), sum(n for n, learns in counts if learns)
+    shape = with_parameters(model.config, type(model).__name__, everything, trained)
+    head = model.get_output_embeddings()
+    return replace(shape, head_learns=head is None or head.weight.requires_grad)

@@ -1,0 +1,117 @@
+"""The memory plan of one run: said at its start, held against the measured peak at its end."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from riskpo.config import TrainConfig
+from riskpo.memory_plan.budget import GIB, MIB, MOMENTS, Budget, Workload, budget, gib
+from riskpo.memory_plan.model_shape import shape_of_model
+from riskpo.memory_plan.peak_meter import PeakMeter
+
+SMALL_GIB = 0.1  # below it there is nothing to plan
+TELLING_MIB = 500  # below it a process' own buffers are a large part of what is measured
+
+
+# what a container may use, and all of it where it is not limited (cgroup v2, v1)
+LIMITS = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
+
+
+def memory_of_this_machine() -> float | None:
+    """Bytes of its main memory, or of the part that a container may use; None: it does not tell."""
+    try:
+        found = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, OSError, ValueError):
+        return None
+    for limit in LIMITS:
+        if limit.is_file() and (text := limit.read_text(encoding="utf-8").strip()).isdigit():
+            found = min(found, float(text))
+    return found
+
+
+@dataclass
+class RunPlan:
+    """What is predicted, and the meter that runs from the moment the model is loaded."""
+
+    meter: PeakMeter
+    predicted: Budget | None  # None: the plan does not know this kind of model
+    capacity: float | None  # bytes of the device; None: this machine does not tell
+
+    def lines(self) -> list[str]:
+        """What is expected, in three lines at most."""
+        b = self.predicted
+        if b is None:
+            return ["memory plan: none for this kind of model"]
+        fixed = sum(b.fixed.values())
+        moments = ", ".join(f"{MOMENTS[k]} {gib(fixed + size)}" for k, size in b.moments.items())
+        largest = sorted({**b.fixed, **b.update}.items(), key=lambda term: -term[1])[:4]
+        named = ", ".join(f"{name} {gib(size)}" for name, size in largest)
+        found = [f"memory plan: below {SMALL_GIB} GiB on {self.meter.device.type}"]
+        if b.peak > SMALL_GIB * GIB:
+            found = [
+                f"memory plan, GiB on {self.meter.device.type}: {moments}",
+                f"memory plan, largest: {named}",
+            ]
+        if self.capacity is not None and b.peak > self.capacity:
+            found.append(
+                f"warning: {gib(b.peak)} GiB will hardly fit in {gib(self.capacity)}; "
+                "`riskpo plan --model ...` shows what each switch buys"
+            )
+        return found
+
+    def outcome(self) -> str:
+        """Predicted beside measured increase over the loaded model."""
+        measured, kind = self.meter.increase(), "allocated"
+        if self.meter.device.type == "cpu":
+            kind = "resident set"
+        said = "memory over the loaded model: predicted "
+        said += "nothing" if self.predicted is None else f"{self.predicted.run_increase / MIB:.0f}"
+        if measured is None:
+            return f"{said} MiB; this machine does not tell what was used"
+        small = measured < TELLING_MIB * MIB
+        hint = f"; below {TELLING_MIB} MiB mostly the libraries' own" if small else ""
+        return f"{said} MiB, measured {measured / MIB:.0f} MiB ({kind}{hint})"
+
+
+def plan_run(config: TrainConfig, model: Any) -> RunPlan:
+    """The plan of a resolved config and its loaded model; the meter starts here."""
+    device = next(model.parameters()).device
+    capacity = memory_of_this_machine()
+    if device.type == "cuda":
+        capacity = float(torch.cuda.get_device_properties(device).total_memory)
+    return RunPlan(PeakMeter(device), _predicted(config, model, device), capacity)
+
+
+def _predicted(config: TrainConfig, model: Any, device: torch.device) -> Budget | None:
+    try:
+        shape = shape_of_model(model)
+    except ValueError:
+        return None
+    # resolve has seen to all three
+    assert config.micro_batch_tokens and config.max_prompt_tokens and config.max_response_tokens
+    prompt, response = config.max_prompt_tokens, config.max_response_tokens
+    context = prompt + response
+    responses = config.questions_per_step * config.responses_per_question
+    # a mini-batch has whole questions; the last token of a sequence is a target only
+    rows = -(-config.questions_per_step // config.updates_per_step) * config.responses_per_question
+    mini_batch = rows * (context - 1)
+    tokens = max(context - 1, min(config.micro_batch_tokens, mini_batch))
+    work = Workload(
+        tokens=tokens,
+        head_tokens=min(tokens, rows * response),
+        micro_batches=1 if mini_batch <= config.micro_batch_tokens else 2,
+        bytes_per_weight=4 if config.dtype == "float32" else 2,
+        sequences=min(config.sampler.sequences, responses),
+        context=context,
+        prompt=prompt,
+        on_host=device.type == "cpu",
+    )
+    return budget(shape, config.memory, work)

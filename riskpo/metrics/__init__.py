@@ -1,0 +1,1 @@
+"""Numbers of a step and of an evaluation, with their intervals."""

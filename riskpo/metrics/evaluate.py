@@ -1,0 +1,234 @@
+"""avg@k, pass@k and maj@k of a policy on a set of questions. Q questions, n samples each.
+
+    avg@n    mean reward over all Q * n responses
+    pass@k   mean over questions of 1 - C(n - c, k) / C(n, k), c of the n responses being right
+             (reward above zero): the chance that k responses hold a right one, unbiased for n > k
+    maj@k    mean over questions of the chance that a vote among k of the n responses elects the
+             right answer, over all draws of k; see riskpo/metrics/maj_at_k.py
+
+The intervals are percentile bootstraps over questions: they say how far the numbers would move on
+other questions of the kind, given these responses. Where fewer than five questions' worth is right,
+or wrong, a bootstrap sees too little (nothing at 0 of 6): Wilson's interval is taken in too.
+`over_seeds` adds Student's t over repetitions, which says how far they move with the sampling, or
+the training, alone. Numbers are only comparable at equal decoding settings, so the result carries
+them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from riskpo.metrics.intervals import Interval, near_the_ends, t_interval
+from riskpo.metrics.maj_at_k import group_sizes, maj_at_k
+from riskpo.types import Question
+from riskpo_kernels import pass_at_k
+
+Sampler = Callable[[Sequence[Question], int], Sequence[str]]
+ScoreFunction = Callable[[Sequence[str], Sequence[Question]], tuple[torch.Tensor, dict[str, int]]]
+Vote = Callable[[str, Question], str | None]  # a response's answer, None where it has none
+
+CONFIDENCE = 0.95
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """Everything besides the weights that the numbers depend on."""
+
+    model: str
+    data: str
+    temperature: float
+    max_response_tokens: int
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over questions and its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """What `evaluate` found.
+
+    avg       mean reward, avg@samples
+    pass_at   {k: Estimate}
+    maj_at    the same; empty where responses have no answer to vote for
+    counts    responses per outcome: right, wrong, no_answer, unparsable_gold, timeout, crash; and
+              what the watch for swallowed exceptions saw (riskpo.rewards.verdict.tally)
+    rewards   {question id: its `samples` rewards}, for tails and paired comparisons
+    values    {"avg@8": one number per question, ...}, in the order of rewards: what is averaged
+    texts     {question id: {"prompt", "gold", "responses"}}, in the order of rewards
+    """
+
+    avg: Estimate
+    pass_at: dict[int, Estimate]
+    maj_at: dict[int, Estimate]
+    samples: int
+    questions: int
+    counts: dict[str, int]
+    rewards: dict[str, list[float]]
+    values: dict[str, list[float]]
+    settings: EvalSettings
+    texts: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def estimates(self) -> dict[str, Estimate]:
+        """All of them by name: avg@n, then pass@k, then maj@k."""
+        named = {f"avg@{self.samples}": self.avg}
+        named |= {f"pass@{k}": estimate for k, estimate in self.pass_at.items()}
+        return named | {f"maj@{k}": estimate for k, estimate in self.maj_at.items()}
+
+    def row(self) -> dict[str, float]:
+        """The headline numbers, for a log line: {"avg@8": ..., "pass@1": ...}."""
+        return {name: estimate.value for name, estimate in self.estimates().items()}
+
+    def write(self, path: str | Path) -> None:
+        """As JSON, replaced in one step so that a reader never sees half a file."""
+        write_json(path, asdict(self))
+
+
+def powers_of_two(samples: int) -> tuple[int, ...]:
+    """The k of a pass@k curve: 1, 2, 4, ... up to `samples`, which is always the last."""
+    return (*(2**i for i in range((samples - 1).bit_length())), samples)
+
+
+def evaluate(
+    sample: Sampler,
+    questions: Sequence[Question],
+    score: ScoreFunction,
+    *,
+    samples: int,
+    ks: Sequence[int],
+    settings: EvalSettings,
+    vote: Vote | None = None,
+) -> EvalResult:
+    """Sample, score and summarise.
+
+    sample    (questions, n) -> Q * n texts, question-major
+    score     (texts, questions) -> (rewards [Q * n], counts), such as
+    riskpo.rewards.scorer.Scorer.score
+    samples   n, responses per question
+    ks        the k of pass@k and maj@k, each at most `samples`
+    settings  carried into the result; its seed also seeds the bootstrap
+    vote      (text, question) -> the answer that maj@k counts; without it there is no maj@k
+
+    ValueError for no questions, repeated ids, a k out of range, or a wrong number of texts.
+    """
+    ids = [question.id for question in questions]
+    if not ids or len(set(ids)) < len(ids):
+        raise ValueError(
+            f"evaluate: got {len(ids)} questions with {len(set(ids))} different ids; expected at "
+            "least one question and no id twice. Ask for more samples instead of repeating rows."
+        )
+    if samples < 1 or any(not 1 <= k <= samples for k in ks):
+        raise ValueError(
+            f"evaluate: got samples={samples}, ks={list(ks)}; expected 1 <= k <= samples. Draw "
+            "more samples or ask for smaller k."
+        )
+    texts = sample(questions, samples)
+    if len(texts) != len(ids) * samples:
+        raise ValueError(
+            f"evaluate: the sampler returned {len(texts)} texts; expected {len(ids)} questions x "
+            f"{samples} samples = {len(ids) * samples}. Return them question by question."
+        )
+    rewards, counts = score(texts, questions)
+    table = rewards.detach().double().cpu().reshape(len(ids), samples)  # [Q, n]
+    right = table > 0
+    values = {f"avg@{samples}": table.mean(1)}
+    values |= {f"pass@{k}": torch.as_tensor(pass_at_k(samples, right.sum(1), k)) for k in ks}
+    if vote is not None:
+        votes = [vote(text, questions[i // samples]) for i, text in enumerate(texts)]
+        values |= _majorities(votes, right, ks)
+    estimates = {name: _estimate(v, settings.seed) for name, v in values.items()}
+    return EvalResult(
+        avg=estimates[f"avg@{samples}"],
+        pass_at={k: estimates[f"pass@{k}"] for k in ks},
+        maj_at={k: estimates[f"maj@{k}"] for k in ks if f"maj@{k}" in estimates},
+        samples=samples,
+        questions=len(ids),
+        counts=counts,
+        rewards=dict(zip(ids, table.tolist(), strict=True)),
+        values={name: v.tolist() for name, v in values.items()},
+        settings=settings,
+        texts={
+            q.id: {
+                "prompt": q.prompt,
+                "gold": q.gold,
+                "responses": list(texts[i * samples : (i + 1) * samples]),
+            }
+            for i, q in enumerate(questions)
+        },
+    )
+
+
+def _majorities(
+    votes: Sequence[str | None], right: torch.Tensor, ks: Sequence[int]
+) -> dict[str, torch.Tensor]:
+    """{"maj@k": [Q]} from Q * n votes, question-major, and right [Q, n]."""
+    samples = right.shape[1]
+    sizes = [
+        group_sizes(votes[i * samples : (i + 1) * samples], row)
+        for i, row in enumerate(right.tolist())
+    ]
+    return {
+        f"maj@{k}": torch.tensor([maj_at_k(*s, k) for s in sizes], dtype=torch.float64) for k in ks
+    }
+
+
+def over_seeds(results: Sequence[EvalResult]) -> dict[str, tuple[Estimate, Interval]]:
+    """{name: (interval over questions, interval over seeds)}; both are around the same mean.
+
+    Where the seeds share their questions, the bootstrap redraws questions whose numbers are means
+    over the seeds; where each has its own, it redraws from all of them.
+    """
+    shared = all(r.rewards.keys() == results[0].rewards.keys() for r in results)
+    found = {}
+    for name in results[0].values:
+        each = torch.tensor([r.values[name] for r in results], dtype=torch.float64)  # [seeds, Q]
+        drawn = each.mean(0) if shared else each.flatten()
+        questions, seeds = (
+            _estimate(drawn, results[0].settings.seed),
+            t_interval(each.mean(1).tolist()),
+        )
+        if seeds.n > 1 and seeds.low == seeds.high:  # seeds that agree at 0 or 1 are no certainty
+            low, high = near_the_ends(seeds.value, seeds.low, seeds.high, drawn.tolist())
+            seeds = replace(seeds, low=low, high=high)
+        found[name] = questions, seeds
+    return found
+
+
+def write_json(path: str | Path, content: object) -> None:
+    """Replaced in one step, so that a reader never sees half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def _estimate(per_question: torch.Tensor, seed: int) -> Estimate:
+    """Mean of [Q] float64 values; questions are redrawn with replacement for the interval."""
+    count = len(per_question)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.stack(
+        [
+            per_question[torch.randint(count, (count,), generator=generator)].mean()
+            for _ in range(RESAMPLES)
+        ]
+    )
+    tail = (1 - CONFIDENCE) / 2
+    low, high = torch.quantile(drawn, torch.tensor([tail, 1 - tail], dtype=drawn.dtype)).tolist()
+    mean = per_question.mean().item()
+    return Estimate(mean, *near_the_ends(mean, low, high, per_question.tolist()))

@@ -1,0 +1,80 @@
+"""What is logged of every step beside the algorithm's own numbers: one yardstick for all of them.
+
+Lower tails, mixtures and covariances are taken at the paper's bundle size, levels and omega
+whatever the run itself uses, so that the curves of two runs can be laid over each other. The
+algorithm's own levels show in its q_alpha and q_beta. Q questions, G responses each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from riskpo.metrics.covariance import covariance_terms
+from riskpo.rollout.collect import Batch
+from riskpo.types import Question
+from riskpo_kernels import bundle_scores, mvar, rvar
+
+BUNDLE, ALPHA, BETA, OMEGA = 5, 0.2, 0.8, 0.5  # arXiv 2510.00911
+
+
+def risk_curves(rewards_QG: torch.Tensor) -> dict[str, float]:
+    """Lower-tail RVaR, MVaR and the two quantiles of bundle scores, in score units (0 to BUNDLE).
+
+    Bundles are consecutive questions; what does not fill a bundle is left out. The quantiles are
+    interpolated linearly, as the first value of a tracker is.
+    """
+    full = len(rewards_QG) // BUNDLE * BUNDLE
+    if not full:
+        return {}
+    scores = bundle_scores(rewards_QG[:full], BUNDLE).flatten()
+    return {
+        "rvar_lower": float(rvar(scores, 0.0, ALPHA)),
+        "mvar": float(mvar(scores, ALPHA, BETA, OMEGA)),
+        "batch_q_alpha": float(torch.quantile(scores, ALPHA)),
+        "batch_q_beta": float(torch.quantile(scores, BETA)),
+    }
+
+
+def all_equal(rewards_QG: torch.Tensor) -> dict[str, float]:
+    """Shares of the questions whose responses are all wrong (reward 0 or less), or all right."""
+    right = rewards_QG > 0
+    return {
+        "all_wrong_fraction": float((~right).all(1).float().mean()),
+        "all_right_fraction": float(right.all(1).float().mean()),
+    }
+
+
+def sampled_entropy(logprob: torch.Tensor) -> float:
+    """Minus the mean log-prob of the tokens that were sampled: an unbiased estimate of the token
+    entropy, in nats, over everything sampled that has a log-prob. The update's own "entropy"
+    is exact, but only sees what is learned from, which for DAPO are the questions of middle
+    difficulty.
+    """
+    given = logprob[~logprob.isnan()]
+    return -float(given.mean()) if len(given) else 0.0
+
+
+def by_stratum(questions: Sequence[Question], rewards_QG: torch.Tensor) -> dict[str, float]:
+    """Mean reward of each meta["stratum"] as "reward_STRATUM"; {} where questions have none."""
+    rows: dict[str, list[int]] = {}
+    for row, question in enumerate(questions):
+        if "stratum" in question.meta:
+            rows.setdefault(question.meta["stratum"], []).append(row)
+    return {f"reward_{name}": float(rewards_QG[rows[name]].mean()) for name in sorted(rows)}
+
+
+def covariances(batch: Batch) -> dict[str, float]:
+    """`covariance_terms` of the responses that are learned from, as their sampler saw them."""
+    each = [float(x.sum()) for x in batch.rollouts.logprob]
+    if any(x != x for x in each):  # without a log-prob of every token there is no covariance
+        return {}
+    return covariance_terms(
+        torch.tensor(each, dtype=torch.float64).view_as(batch.rewards_QG),
+        batch.rewards_QG,
+        bundle_size=BUNDLE,
+        alpha=ALPHA,
+        beta=BETA,
+        omega=OMEGA,
+    )

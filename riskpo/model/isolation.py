@@ -1,0 +1,337 @@
+"""Does a model keep packed sequences apart? Tried on the model itself before it is trained.
+
+A layer that carries a state along the tokens (Mamba, linear attention, convolution, recurrence)
+hands one sequence's state to the next, whatever the attention mask says. So two things are asked:
+
+    what is known   layers and settings whose reach a short trial cannot show: `known_reach`
+    what is tried   three short sequences, packed and alone: the same values, and not a trace of a
+                    gradient from one sequence to another: `_leak`
+
+A model that fails goes through its sequences one by one, in the same micro-batches, and says so
+once. Where transformers has a kernel that takes sequence bounds (flash-linear-attention,
+causal-conv1d, mamba-ssm), the model's own packed path is tried first. A model whose tokens see
+later ones is no policy and is refused.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+from riskpo.model.attention import choose, packed_keywords
+
+log = logging.getLogger("riskpo")
+
+TRIAL = (9, 7, 5)  # tokens of the sequences that are tried
+# Largest difference of packed and alone, relative to the largest value: rounding of another order
+# of sums. In 16 bits, where a mixture of experts may also send a token elsewhere, for most tokens.
+ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3}
+ROUNDING_16, MOST = 0.1, 0.75
+APART = {"full_attention", "sliding_attention", "attention", "global", "local", "full"}
+APART |= {"mlp", "moe", "dense", "sparse"}  # token by token
+STATES = re.compile(r"linear|conv|mamba|hybrid|recurrent|ssm|delta|rwkv")
+STATE_MODULES = re.compile(
+    r"Mamba|SSM|Recurrent|DeltaNet|DeltaAttention|LinearAttention|LightningAttention|ShortConv|Rwkv"
+    r"|LSTM|GRU|Retention|KDA|TokenShift|GatedLinear"
+)
+# Attention that picks among blocks or chunks counted from the start of the row.
+REACH_MODULES = re.compile(r"Indexer|Compressor|LSH|ChunkedAttention|BlockSparse|SparseAttention")
+REACH_SETTINGS = (
+    "attention_chunk_size",
+    "index_topk",
+    "indexer_budget",
+    "lsh_attn_chunk_length",
+    "local_attn_chunk_length",
+)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How sequences go through a model: packed where `reason` is None, else one by one."""
+
+    reason: str | None = None
+    own: bool = False  # packed by the model's own kernels, which want seq_idx as well
+
+
+_FOUND: weakref.WeakKeyDictionary[Any, tuple[str, Packing]] = weakref.WeakKeyDictionary()
+
+
+def packing_of(model: Any) -> Packing:
+    """How this model is to be fed, found at the first call and again after a change of attention.
+
+    ValueError for a model that is not a causal language model or whose decoder cannot be called.
+    """
+    found = _FOUND.get(model)
+    if found is None or found[0] != _implementation(model):
+        packing = _examine(model)
+        if packing.reason is not None:
+            log.warning(
+                "packing: %s runs one sequence at a time: %s", type(model).__name__, packing.reason
+            )
+        found = _FOUND[model] = _implementation(model), packing
+    return found[1]
+
+
+def settle_attention(model: Any, requested: str) -> Packing:
+    """Give the model the attention of MemoryConfig.attention, and find how it is to be fed.
+
+    With "auto", one under which the model's sequences do not stay apart gives way to its own.
+    """
+    before = str(model.config._attn_implementation)
+    model.set_attn_implementation(choose(requested, model))
+    if requested == "auto" and _implementation(model) != before:
+        packing = _examine(model)
+        if packing.reason is not None:
+            model.set_attn_implementation(before)
+    return packing_of(model)
+
+
+def adopt_packing(model: Any, requested: str, packing: Packing) -> None:
+    """Feed a model as it was found before its weights moved; its attention is that of its device.
+
+    What is packed apart by one of our attentions is by each.
+    """
+    if requested != "auto" or packing.reason is None:
+        model.set_attn_implementation(choose(requested, model))
+    _FOUND[model] = _implementation(model), packing
+
+
+def decoder_of(model: Any) -> Any:
+    """The module that turns token ids into last hidden states: the model without its head."""
+    decoder = model.get_decoder()
+    if not hasattr(decoder, "get_input_embeddings"):
+        return model.base_model  # a head that is called decoder
+    if decoder.get_output_embeddings() is not None:
+        return getattr(decoder, "model", decoder)
+    return decoder
+
+
+def _implementation(model: Any) -> str:
+    return str(decoder_of(model).config._attn_implementation)
+
+
+def keywords(
+    packing: Packing, implementation: str, cu_seqlens: torch.Tensor, lengths: Sequence[int]
+) -> dict[str, Any]:
+    """What the decoder hands down with a packed row, beside ids and positions."""
+    if not packing.own:
+        return packed_keywords(implementation, cu_seqlens, lengths)
+    place = torch.arange(len(lengths), dtype=torch.int32, device=cu_seqlens.device)
+    index = place.repeat_interleave(cu_seqlens.diff(), output_size=sum(lengths))
+    return packed_keywords("flash_attention_2", cu_seqlens, lengths) | {"seq_idx": index[None]}
+
+
+def known_reach(model: Any) -> tuple[str | None, bool]:
+    """(what may carry over from one packed sequence to the next, whether kernels can cut it).
+
+    Read from the config and from the decoder's modules; (None, True): nothing is known.
+    """
+    decoder = decoder_of(model)
+    kinds = _layer_kinds(decoder.config) - APART
+    names = {type(module).__name__ for module in decoder.modules()}
+    reach = sorted(kind for kind in kinds if not STATES.search(kind))
+    reach += sorted(name for name in names if REACH_MODULES.search(name))
+    reach += [name for name in REACH_SETTINGS if getattr(decoder.config, name, None)]
+    if reach:
+        return f"got {reach[0]}, which counts from the start of the row", False
+    ropes = sorted(_rope_types(getattr(decoder.config, "rope_parameters", None)))
+    moving = [name for name in ropes if "dynamic" in name or name == "longrope"]
+    if moving:
+        return f"got rope of type {moving[0]}, which looks at the longest sequence", False
+    states = sorted(kinds) + sorted(n for n in names if STATE_MODULES.search(n))
+    states += sorted(
+        type(module).__name__
+        for module in decoder.modules()
+        if isinstance(module, torch.nn.RNNBase)
+        or (isinstance(module, torch.nn.Conv1d) and max(module.kernel_size) > 1)
+    )
+    if states:
+        return f"got {states[0]}, which carries a state along the tokens", True
+    return None, True
+
+
+def _layer_kinds(config: Any) -> set[str]:
+    found: set[str] = set()
+    for name in ("layer_types", "layers_block_type", "block_types", "attention_layers"):
+        value = getattr(config, name, None)
+        if isinstance(value, (list, tuple)):
+            found |= {str(kind) for kind in value}
+    return found
+
+
+def _rope_types(value: Any) -> set[str]:
+    if not isinstance(value, dict):
+        return set()
+    own = {str(value[key]) for key in ("rope_type", "type") if value.get(key)}
+    return own.union(*(_rope_types(part) for part in value.values()))
+
+
+def _examine(model: Any) -> Packing:
+    decoder = decoder_of(model)
+    weight = decoder.get_input_embeddings().weight
+    if hasattr(weight, "full_tensor"):
+        return Packing("its weights are already spread over the processes and cannot be tried")
+    was_training = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        with _shaken(decoder), torch.enable_grad():
+            rows = _trial_rows(weight)
+            alone = _alone(model, decoder, rows)
+            reason, cuttable = known_reach(model)
+            if reason is None:
+                failed = _leak(decoder, rows, alone, Packing())
+                return Packing(failed)
+            if not cuttable:
+                return Packing(reason)
+            failed = _leak(decoder, rows, alone, Packing(own=True))
+            return Packing(own=True) if failed is None else Packing(f"{reason} ({failed})")
+    finally:
+        for module, training in was_training.items():
+            module.training = training
+
+
+def _trial_rows(weight: torch.Tensor) -> list[torch.Tensor]:
+    """Token ids [1, n]; neither the first few, which are often special, nor the last."""
+    vocab = weight.shape[0]
+    ids = (torch.arange(sum(TRIAL)) * 7919 + 101) % max(vocab - 8, 1) + min(5, vocab - 1)
+    return [row[None].to(weight.device) for row in ids.clamp(max=vocab - 1).split(TRIAL)]
+
+
+def _alone(model: Any, decoder: Any, rows: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Hidden states [n, D] of each row by itself; ValueError where a token sees later ones."""
+    name = type(model).__name__
+    try:
+        with torch.no_grad():
+            alone = [plain_row(decoder, row) for row in rows]
+        with _embeddings(decoder) as seen:
+            hidden = plain_row(decoder, torch.cat(rows[:2], 1))
+            gradient = _gradient(hidden[: TRIAL[0]], seen)
+    except Exception as error:  # of the model's own code, whatever it may be
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"model: the decoder of a {name} cannot be run on a plain row of tokens ({reason}). "
+            "This kind of model is not supported."
+        ) from error
+    later = gradient is not None and bool(gradient[TRIAL[0] :].ne(0).any())
+    if later or not _close(hidden[: TRIAL[0]], alone[0]):
+        raise ValueError(
+            f"model: got a {name} whose tokens see later ones; expected a causal language model, "
+            "which has no use for a token before it is sampled. Set is_decoder=True in its config "
+            "where it has that."
+        )
+    return alone
+
+
+def plain_row(decoder: Any, row: torch.Tensor) -> torch.Tensor:
+    """Last hidden states [n, D] of one sequence, row [1, n], with nothing beside it."""
+    hidden: torch.Tensor = decoder(input_ids=row, use_cache=False).last_hidden_state[0]
+    return hidden
+
+
+def packed_rows(
+    decoder: Any,
+    row: torch.Tensor,
+    position_ids: torch.Tensor,
+    packing: Packing,
+    cu_seqlens: torch.Tensor,
+    lengths: Sequence[int],
+) -> torch.Tensor:
+    """Last hidden states [T, D] of sequences end to end, row [1, T].
+
+    An attention mask or a cache would undo the packing in silence.
+    """
+    implementation = decoder.config._attn_implementation
+    hidden: torch.Tensor = decoder(
+        input_ids=row,
+        position_ids=position_ids,
+        attention_mask=None,
+        use_cache=False,
+        **keywords(packing, implementation, cu_seqlens, lengths),
+    ).last_hidden_state[0]
+    return hidden
+
+
+def _leak(
+    decoder: Any,
+    rows: list[torch.Tensor],
+    alone: list[torch.Tensor],
+    packing: Packing,
+) -> str | None:
+    """Why packed rows are not what they are alone; None: they are."""
+    device = rows[0].device
+    places = torch.cat([torch.arange(n, device=device) for n in TRIAL])[None]
+    bounds = torch.tensor([0, *accumulate(TRIAL)], dtype=torch.int32, device=device)
+    try:
+        with _embeddings(decoder) as seen:
+            hidden = packed_rows(decoder, torch.cat(rows, 1), places, packing, bounds, TRIAL)
+            parts = hidden.split(TRIAL)
+            gradient = _gradient(parts[1], seen)
+    except Exception as error:  # any model's code, and any reason of it not to take a packed row
+        return f"it does not take a packed row: {' '.join(str(error).split())[:120]}"
+    if gradient is None:
+        return "its tokens' gradients cannot be followed"
+    first, own, last = gradient.split(TRIAL)
+    if bool(first.ne(0).any()) or bool(last.ne(0).any()) or not bool(own.ne(0).any()):
+        return "a packed sequence sees its neighbour"
+    if not all(_close(*pair) for pair in zip(parts, alone, strict=True)):
+        return "a packed sequence has other hidden states than alone"
+    return None
+
+
+def _close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Equal up to rounding; NaN is not. Shapes [n, D]."""
+    limit = ROUNDING.get(theirs.dtype, ROUNDING_16)
+    gap = (ours.detach().double() - theirs.double()).abs().amax(-1)
+    good = gap <= limit * theirs.double().abs().max().clamp(min=1e-6)
+    return bool(good.all() if theirs.dtype in ROUNDING else good.double().mean() >= MOST)
+
+
+def _gradient(hidden: torch.Tensor, seen: list[torch.Tensor]) -> torch.Tensor | None:
+    """[T, width] of a weighted sum of `hidden` by the embedded tokens; None: none was seen."""
+    if len(seen) != 1 or not hidden.requires_grad:
+        return None
+    weight = torch.linspace(0.5, 1.5, hidden.numel(), device=hidden.device).view_as(hidden)
+    (found,) = torch.autograd.grad((hidden * weight).sum(), seen, allow_unused=True)
+    return None if found is None else found.reshape(-1, found.shape[-1])
+
+
+@contextmanager
+def _embeddings(decoder: Any) -> Iterator[list[torch.Tensor]]:
+    """Inside, embedded tokens are leaves, and are collected."""
+    seen: list[torch.Tensor] = []
+
+    def leaf(module: Any, given: Any, output: torch.Tensor) -> torch.Tensor:
+        seen.append(output.detach().requires_grad_())
+        return seen[-1].clone()  # some models go on in place
+
+    hook = decoder.get_input_embeddings().register_forward_hook(leaf)
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def _shaken(decoder: Any) -> Iterator[None]:
+    """Inside, parameters that are all 0, as a fresh gate or adapter is, hide no path."""
+    silent = [
+        p for p in decoder.parameters() if p.is_floating_point() and p.numel() and not p.any()
+    ]
+    with torch.no_grad():
+        for i, p in enumerate(silent):
+            g = torch.Generator(p.device).manual_seed(i)
+            p.copy_(torch.randn(p.shape, generator=g, device=p.device) * 0.1)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for p in silent:
+                p.zero_()

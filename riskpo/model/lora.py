@@ -1,0 +1,96 @@
+"""LoRA through peft: small trainable matrices beside frozen weights, the head among the frozen.
+
+The model stays what it is, with adapters inside its linear layers, so that sampling, packing and
+the fused head see no difference; and since the head asks for no gradient, the fused loss computes
+none for it. A checkpoint holds the adapter and names the base model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from riskpo.config import LoraConfig
+from riskpo.distributed import whole_tensor
+
+PACKAGE = "lora: peft is not installed. Install it with pip install 'riskpo[lora]'."
+
+
+def attach_lora(model: Any, config: LoraConfig, seed: int) -> None:
+    """Freeze `model` and give the layers named by config.targets adapters, in place.
+
+    The new matrices are a function of `seed`; at first they change nothing (B is zero). ValueError
+    for the head or the embedding as a target: the fused head reads a plain weight.
+    """
+    try:
+        import peft
+    except ImportError:
+        raise ValueError(PACKAGE) from None
+    targets: Any = list(config.targets)
+    if targets == ["all-linear"]:
+        targets = "all-linear"  # peft leaves the output embedding out
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model.add_adapter(
+            peft.LoraConfig(
+                r=config.rank,
+                lora_alpha=config.alpha,
+                target_modules=targets,
+                lora_dropout=0.0,  # the sampler has none, so the trainer must not either
+                task_type="CAUSAL_LM",
+            )
+        )
+    refuse_adapted_head(model)
+
+
+def thaw_lora(model: Any) -> None:
+    """Make the adapters of a model that from_pretrained has read trainable, and only these."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".lora_" in name)
+    refuse_adapted_head(model)
+
+
+def refuse_adapted_head(model: Any) -> None:
+    """ValueError where the head or the embedding carries an adapter.
+
+    The fused loss multiplies with the head's weight: an adapter there would be trained by no one
+    and sampled from all the same.
+    """
+    for what, module in (
+        ("the head", model.get_output_embeddings()),
+        ("the embedding", model.get_input_embeddings()),
+    ):
+        if hasattr(module, "base_layer"):
+            raise ValueError(
+                f"lora: got an adapter on {what}; expected adapters on inner layers only, since "
+                "the loss is computed from the head's plain weight. Take it out of lora.targets."
+            )
+
+
+def plain_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of every parameter as the model has it without adapters, these merged in.
+
+    One at a time, detached, so that no second copy of the model is held; names are those of
+    from_pretrained. A parameter that is shared by two modules comes once.
+    """
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            continue
+        if ".base_layer." not in name:
+            yield name, whole_tensor(parameter)
+            continue
+        owner, _, last = name.rpartition(".base_layer.")
+        layer = model.get_submodule(owner)
+        merged = whole_tensor(parameter)
+        if last == "weight":
+            for adapter in layer.active_adapters:
+                merged = merged + delta(layer, adapter).to(merged.dtype)
+        yield f"{owner}.{last}", merged
+
+
+def delta(layer: Any, adapter: str) -> torch.Tensor:
+    """What an adapter adds to the weight of its layer: scaling * B A, in the adapter's dtype."""
+    a, b = (whole_tensor(x[adapter].weight) for x in (layer.lora_A, layer.lora_B))
+    return layer.scaling[adapter] * (b @ a)

@@ -1,0 +1,45 @@
+"""Turn MemoryConfig's switches on a loaded model; numbers stay, memory goes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from riskpo.config import MemoryConfig
+from riskpo.model.activation_offload import CudaTransfers, HostCheckpoints, Transfers
+from riskpo.model.isolation import Packing, adopt_packing, settle_attention
+from riskpo.model.tiled_mlp import tile_mlps
+
+
+def apply_switches(
+    model: Any,
+    memory: MemoryConfig,
+    transfers: Transfers | None = None,
+    packing: Packing | None = None,
+) -> None:
+    """Attention, checkpointing, offloading and tiles, in place; ValueError where one cannot be.
+
+    `transfers` moves what is offloaded; None: to pinned memory from CUDA, and nothing at all for a
+    model that is on the host itself, where a second place would only cost. `packing` is what was
+    found before the weights were spread; None: it is found here.
+    """
+    if packing is None:
+        settle_attention(model, memory.attention)
+    else:
+        adopt_packing(model, memory.attention, packing)
+    if memory.mlp_tile_tokens:
+        tile_mlps(model, memory.mlp_tile_tokens)
+    if memory.checkpointing:
+        # transformers renamed it in 5.23; both take the options of torch's checkpoint
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+        if transfers is None and model.device.type == "cuda":
+            transfers = CudaTransfers(model.device)
+        if memory.offload_checkpoints and transfers is not None:
+            park_checkpoints(model, HostCheckpoints(transfers))
+
+
+def park_checkpoints(model: Any, checkpoints: HostCheckpoints) -> None:
+    """Let every checkpointed layer of the model keep its input by `checkpoints`."""
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module._gradient_checkpointing_func = checkpoints

@@ -1,0 +1,125 @@
+"""Rollouts as batches: mini-batches of questions, micro-batches of tokens, packed end to end.
+
+Sequences are packed without padding: one row of tokens, position ids restarting at 0 with every
+sequence. The attention of riskpo/model/attention.py is told where sequences end; under any other
+transformers builds a [T, T] block-diagonal mask from the position ids. A model that does not keep
+them apart is called once for each of them (riskpo/model/isolation.py). The decoder's last hidden
+states go straight into the fused head; no [tokens, V] tensor is made.
+
+R rollouts, T tokens of a micro-batch, S its sequences, D hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+from riskpo.model.isolation import decoder_of, packed_rows, packing_of, plain_row
+from riskpo.model.vision import Inputs, vision_hidden_states
+from riskpo.types import Rollouts
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Sequences end to end. A sequence of n tokens gives n - 1 inputs, each with its successor."""
+
+    rows: list[int]  # [S] which rollouts these are
+    input_ids: torch.Tensor  # [1, T]
+    position_ids: torch.Tensor  # [1, T], restarting at 0
+    target: torch.Tensor  # [T], the next token, or IGNORE where that is part of the prompt
+    sampled: torch.Tensor  # [T] float32, the sampler's log-prob of target, 0 where ignored
+    cu_seqlens: torch.Tensor  # [S + 1] int32
+    lengths: list[int]  # [S] the same on the host
+    beside: Inputs = field(default_factory=dict)  # of a prompt with pictures; S is then 1
+
+
+def micro_batches(rollouts: Rollouts, rows: Sequence[int], budget: int) -> list[list[int]]:
+    """`rows` cut, in order, into runs of at most `budget` input tokens; a longer one stands alone.
+
+    Whole sequences stay together: a sequence ratio needs all of its tokens. One that a processor
+    has read always stands alone.
+    """
+    cuts: list[list[int]] = []
+    room = 0
+    for row in rows:
+        size = len(rollouts.tokens[row]) - 1
+        alone = rollouts.question_id[row] in rollouts.inputs
+        if not cuts or size > room or alone:
+            cuts.append([])
+            room = budget
+        cuts[-1].append(row)
+        room = 0 if alone else room - size
+    return cuts
+
+
+def pack(rollouts: Rollouts, rows: Sequence[int], device: torch.device) -> Packed:
+    """The chosen rollouts as one row without padding."""
+    inputs, positions, targets, sampled, lengths = [], [], [], [], []
+    for row in rows:
+        tokens, prompt = rollouts.tokens[row], rollouts.prompt_len[row]
+        target = tokens[1:].clone()
+        target[: prompt - 1] = IGNORE
+        inputs.append(tokens[:-1])
+        positions.append(torch.arange(len(tokens) - 1))
+        targets.append(target)
+        sampled.append(torch.cat([torch.zeros(prompt - 1), rollouts.logprob[row]]))
+        lengths.append(len(tokens) - 1)
+    return Packed(
+        list(rows),
+        torch.cat(inputs)[None].to(device),
+        torch.cat(positions)[None].to(device),
+        torch.cat(targets).to(device),
+        torch.cat(sampled).to(device),
+        torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device),
+        lengths,
+        rollouts.inputs.get(rollouts.question_id[rows[0]], {}),
+    )
+
+
+def hidden_states(model: Any, batch: Packed) -> torch.Tensor:
+    """Last hidden states [T, D]; packed where the model keeps sequences apart, else one by one.
+
+    ValueError for a model that is no causal language model.
+    """
+    if batch.beside:
+        return vision_hidden_states(model, batch.input_ids, batch.beside)
+    decoder, packing = decoder_of(model), packing_of(model)
+    if packing.reason is not None:
+        rows = batch.input_ids.split(batch.lengths, dim=1)
+        return torch.cat([plain_row(decoder, row) for row in rows])
+    return packed_rows(
+        decoder, batch.input_ids, batch.position_ids, packing, batch.cu_seqlens, batch.lengths
+    )
+
+
+def denominator(
+    rollouts: Rollouts, rows: Sequence[int], aggregate: str, constant: float | None
+) -> float:
+    """What the mini-batch's summed terms are divided by, over all of its micro-batches."""
+    if aggregate == "token-mean":
+        return float(sum(len(rollouts.logprob[row]) for row in rows))
+    if aggregate == "sequence-sum-norm":
+        if constant is None:
+            raise ValueError(
+                "denominator: got constant=None; expected a number of tokens for "
+                "aggregate='sequence-sum-norm'. Set LossOptions.constant."
+            )
+        return len(rows) * constant
+    return float(len(rows))
+
+
+def mini_batches(rollouts: Rollouts, count: int) -> list[list[int]]:
+    """Rows of `count` mini-batches (fewer when there are fewer questions), whole questions each."""
+    rows_of: dict[str, list[int]] = {}
+    for row, question in enumerate(rollouts.question_id):
+        rows_of.setdefault(question, []).append(row)
+    groups = list(rows_of.values())
+    count = min(count, len(groups))
+    bounds = [i * len(groups) // count for i in range(count + 1)]
+    return [sum(groups[a:b], []) for a, b in zip(bounds, bounds[1:], strict=False)]

@@ -1,0 +1,1 @@
+"""Verifiable rewards: scorer, verdicts, math and code judges, killable workers."""

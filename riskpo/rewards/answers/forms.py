@@ -1,0 +1,273 @@
+r"""Answers that are not formulas, and numbers written out: compared here, before math-verify.
+
+math-verify reads everything as arithmetic: 4:30 as a quotient, "1 2" as a sum, cat as c * a * t,
+1101_2 as 1101. `compare` knows these forms by their writing and compares them as what they are:
+
+  clock       4:30, 4:30 PM, 16:30          part by part; 12 hours with AM or PM are 24 hours
+  ratio       1:2:3, 3 to 2                 part by part, in order
+  numeral     1101_2, 1F_{16}, 12 (base 5)  digits and base
+  sequence    1 2, 3 5/2                    numbers with blanks between them, one by one
+  words       cat, red, blue                letter by letter; a list in any order
+  number      -1,234.50, 3/4, 25\%, 1e-30   exactly, as a fraction
+
+Everything else is None: a formula.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+from riskpo.rewards.answers.writing import BLANK, tidy, without_text
+
+LARGEST_EXPONENT = 10_000  # of ten, in a number that is written out
+
+_PERCENT = r"(?:\\?%|\\?%? *percent(?:age)?\b| *pct\b)"
+_NUMBER = re.compile(
+    rf"\A([+-]?) *(?:\\[dtc]?frac *\{{ *(-?\d+) *\}} *\{{ *(-?\d+) *\}}|(\d+) */ *(\d+)"
+    rf"|([1-9]\d{{0,2}}(?:,\d{{3}})+(?!\d)|\d*)(?:\.(\d*))?)"
+    rf"(?: *\\times *10\^ *\{{? *([+-]?\d+) *\}}?)? *({_PERCENT})?"
+)
+_CLOCK = re.compile(r"\A(\d{1,2}):(\d{2})(?::(\d{2}))?\s*(?:([ap])\.?\s*m\b\.?)?", re.IGNORECASE)
+_COLON = re.compile(r"(?:\\mathbin\{:\}|\{:\}|\\colon|:|(?<=\d) +to +(?=\d))")
+_IN_TEXT = re.compile(
+    r"(?<![\d.])\d+(?:\.\d+)?(?: ?: ?\d+(?:\.\d+)?)+(?:\s*[ap]\.?m\b\.?)?", re.IGNORECASE
+)
+_NUMERAL = re.compile(
+    r"\A\(?([0-9A-Za-z]+)\)?(?:_ *\{? *\(?(?:base *)?([0-9]+|[a-z]+)\)?\}?|\s*\(?(?:in )?base "
+    r"*([0-9]+|[a-z]+)\)?)",
+    re.IGNORECASE,
+)
+_NUMERAL_IN_TEXT = re.compile(r"(?<![0-9A-Za-z])[0-9A-Za-z]+_(?:\{[^{}]*\}|\d+)")
+_BASES = "two three four five six seven eight nine ten eleven twelve".split()
+_TOKEN = r"-?(?:\d+(?:\.\d+)?|\.\d+)(?:/\d+)?"
+_SEQUENCE = re.compile(rf"\A{_TOKEN}(?:{BLANK}+{_TOKEN})+")
+_BLANKS = re.compile(rf"{BLANK}+")
+_LETTERS = re.compile(r"\A[A-Za-z]+(?: [A-Za-z]+){0,3}")
+_MATHS = re.compile(
+    r"pi|infinity|inf|i|e|(?:sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|arc[a-z]+)[a-z]?"
+)
+_PRODUCT = re.compile(r"[xyz]+")  # letters that stand for numbers, so that xy is yx
+_UNIT = re.compile(r"\\(?:text|textrm|mathrm|mbox)\s*\{[^{}]*\}(?:\^\{?-?\d\}?)?$")
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number that is written out. kind is integer, decimal, fraction or scientific."""
+
+    value: Fraction
+    percent: bool
+    kind: str
+
+
+def number(text: str) -> Number | None:
+    """The number that a tidy text is; None for a formula, and for an exponent out of reach."""
+    match = _NUMBER.fullmatch(without_text(_UNIT.sub("", text)).strip().strip("$").strip())
+    if not match:
+        return None
+    sign, top, bottom, over, under, whole, decimals, exponent, percent = match.groups()
+    top, bottom = (top, bottom) if top else (over, under)
+    if top:
+        if int(bottom) == 0:
+            return None
+        value, kind = Fraction(int(top), int(bottom)), "fraction"
+    elif whole or decimals:
+        digits = (whole or "").replace(",", "")
+        value = Fraction(int(f"0{digits}{decimals or ''}"), 10 ** len(decimals or ""))
+        kind = "integer" if value.denominator == 1 else "decimal"
+    else:
+        return None
+    if exponent:
+        if len(exponent) > 6 or abs(int(exponent)) > LARGEST_EXPONENT:
+            return None
+        value, kind = value * Fraction(10) ** int(exponent), "scientific"
+    return Number(-value if sign == "-" else value, bool(percent), kind)
+
+
+def same_number(a: Number, b: Number) -> bool:
+    """Exact; a percentage is equal to its number and to its hundredth."""
+    if a.percent == b.percent:
+        return a.value == b.value
+    percentage, plain = (a, b) if a.percent else (b, a)
+    return plain.value in (percentage.value, percentage.value / 100)
+
+
+def parts(text: str) -> list[str]:
+    """The members of a list: split at the commas and semicolons outside all brackets."""
+    text = re.sub(r"^\\\{(.*)\\\}$", r"\1", text.strip(), flags=re.DOTALL)
+    found, depth, start = [], 0, 0
+    for i, c in enumerate(text):
+        depth += (c in "([{") - (c in ")]}")
+        grouped = text[i - 1 : i].isdigit() and re.match(r"\d{3}(?!\d)", text[i + 1 : i + 5])
+        if c in ",;" and depth <= 0 and not (c == "," and grouped):
+            found.append(text[start:i].strip())
+            start = i + 1
+    return [*found, text[start:].strip()]
+
+
+def compare(gold: str, answer: str) -> bool | None:
+    """Whether two final answers are the same, where one of them has a form of its own.
+
+    None where both are formulas.
+    """
+    gold, answer = tidy(gold), tidy(answer)
+    golds, answers = parts(gold), parts(answer)
+    if len(golds) == len(answers) == 1:
+        return _compare_one(golds[0], answers[0])
+    if not any(_special(part) for part in (*golds, *answers)):
+        return None
+    left = list(answers)
+    for part in golds:
+        found = next((a for a in left if _compare_one(part, a) or part == a), None)
+        if found is None:
+            return False
+        left.remove(found)
+    return not left
+
+
+def special(text: str) -> bool:
+    """Whether one of these forms, and no formula or number, is in a final answer."""
+    return any(_special(part) for part in parts(tidy(text)))
+
+
+def _special(part: str) -> bool:
+    return any(read(part) is not None for read in (_colon, _numeral, _sequence, words))
+
+
+def form_in(prose: str, gold: str) -> str | None:
+    """The last clock, ratio or numeral in a sentence, where the gold is one."""
+    pattern = _IN_TEXT if _colon(gold) else _NUMERAL_IN_TEXT if _numeral(gold) else None
+    found = pattern.findall(prose) if pattern else []
+    return found[-1] if found else None
+
+
+def _compare_one(gold: str, answer: str) -> bool | None:
+    g, a = number(gold), number(answer)
+    if g and a:
+        return same_number(g, a)
+    for read in (_compare_colons, _compare_numerals):
+        verdict = read(gold, answer)
+        if verdict is not None:
+            return verdict
+    g_sequence, a_sequence = _sequence(gold), _sequence(answer)
+    if g_sequence or a_sequence:
+        return g_sequence == a_sequence
+    g_words = words(gold)
+    if g_words is not None:
+        return g_words == _joined(_side(answer))
+    return None
+
+
+def _compare_colons(gold: str, answer: str) -> bool | None:
+    g, a = _colon(gold), _colon(answer)
+    if g is None and a is None:
+        return None
+    if g is not None and a is not None:
+        return (
+            _same_clock(gold, answer)
+            or (_clock(gold) is None or _clock(answer) is None)
+            and (len(g) == len(a) and all(_same_part(x, y) for x, y in zip(g, a, strict=True)))
+        )
+    ratio, other = (g, number(answer)) if g is not None else (a, number(gold))
+    clock = _clock(gold if g is not None else answer)
+    values = [number(part) for part in ratio or ()]
+    if clock or other is None or len(values) != 2 or other.kind == "integer" or None in values:
+        return False
+    first, second = (v.value for v in values if v)
+    return bool(second) and first / second == other.value
+
+
+def _same_part(a: str, b: str) -> bool:
+    x, y = number(a), number(b)
+    return x.value == y.value if x and y else "".join(a.split()) == "".join(b.split())
+
+
+def _colon(text: str) -> list[str] | None:
+    """The parts of a ratio or a time; None where the colon is of a set, a map or a sentence."""
+    text = _side(text)
+    if not (":" in text or " to " in text or "\\colon" in text):
+        return None
+    text = without_text(text).replace("$", "")
+    if re.search(r"\\\{|[|<>=]|\\to\b|\\(?:mid|l?eq?|geq?)\b", text):
+        return None
+    text = re.sub(r"\s*\b[ap]\.?\s*m\b\.?\s*$", "", text, flags=re.IGNORECASE)
+    found = [part.strip() for part in _COLON.split(text)]
+    return found if len(found) > 1 and all(found) and not _prose(found) else None
+
+
+def _prose(found: list[str]) -> bool:
+    return any(re.search(r"[A-Za-z]{3,} [A-Za-z]{2,}", part) for part in found)
+
+
+def _clock(text: str) -> tuple[int, int, int, str] | None:
+    match = _CLOCK.fullmatch(without_text(_side(text)).replace("~", " ").strip())
+    if not match:
+        return None
+    hour, minute, second = (int(match[i] or 0) for i in (1, 2, 3))
+    return (hour, minute, second, (match[4] or "").lower()) if max(minute, second) < 60 else None
+
+
+def _same_clock(gold: str, answer: str) -> bool:
+    g, a = _clock(gold), _clock(answer)
+    if g is None or a is None or g[1:3] != a[1:3]:
+        return False
+    if g[3] and a[3] or not (g[3] or a[3]):
+        return (g[0], g[3]) == (a[0], a[3])
+    named, bare = (g, a) if g[3] else (a, g)
+    day = named[0] % 12 + 12 * (named[3] == "p")
+    return bare[0] in (named[0], day)
+
+
+def _numeral(text: str) -> tuple[str, int] | None:
+    match = _NUMERAL.fullmatch(without_text(_side(text)).replace("$", "").strip())
+    if not match:
+        return None
+    digits, name = match[1].lower(), (match[2] or match[3]).lower()
+    base = int(name) if name.isdigit() else _BASES.index(name) + 2 if name in _BASES else 0
+    if not digits.isdigit() and (base < 11 or len(digits) < 2 or not _valid(digits, base)):
+        return None
+    if not 2 <= base <= 36:
+        return None
+    return digits.lstrip("0") or "0", base
+
+
+def _valid(digits: str, base: int) -> bool:
+    return all(int(c, 36) < base for c in digits)
+
+
+def _compare_numerals(gold: str, answer: str) -> bool | None:
+    g, a = _numeral(gold), _numeral(answer)
+    if g is None and a is None:
+        return None
+    if g is not None:
+        bare = _side(answer).replace(" ", "").lower().lstrip("0") or "0"
+        return g == a or a is None and bare == g[0]
+    plain = number(gold)
+    return a is not None and plain is not None and a == (str(plain.value), 10)
+
+
+def _sequence(text: str) -> list[str] | None:
+    text = without_text(_side(text)).strip()
+    return _BLANKS.split(text) if _SEQUENCE.fullmatch(text) else None
+
+
+def words(text: str) -> str | None:
+    """The letters of a word or two; None for anything that may be a formula."""
+    plain = re.sub(r"[\s~]+", " ", without_text(text).replace("\\ ", " ")).strip(" .$*\\")
+    if len(plain) < 2 or not _LETTERS.fullmatch(plain):
+        return None
+    if any(_MATHS.fullmatch(word.lower()) for word in plain.split() if len(word) > 1):
+        return None
+    joined = _joined(plain)
+    return None if _PRODUCT.fullmatch(joined) else joined
+
+
+def _joined(text: str) -> str:
+    plain = re.sub(r"\\(?:cdot|times|ast|,|;|:|!| )", "", without_text(text))
+    return re.sub(r"[\s~*$\\]+", "", plain).strip(".").casefold()
+
+
+def _side(text: str) -> str:
+    """What stands behind the last equality sign."""
+    return re.split(r"(?<![<>!\\])=", text)[-1].strip()

@@ -1,0 +1,328 @@
+"""Worker processes that can be killed: untrusted text is only ever parsed in them.
+
+One pair of pipes per worker and no lock shared between processes, so a worker that is stopped,
+killed or stuck in C code takes nothing with it but its own item. One thread per worker feeds it;
+the calling thread keeps the clock and sends SIGKILL at the limit (SIGALRM can be ignored, and
+math-verify's own use of it cancels anybody else's).
+
+Pebble was tried first: it terminates politely for 3 s before it kills (a limit of 1 s took 4.1 s),
+its workers share one locked pipe, results travel as pickle, and spawn imports the main module.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from types import TracebackType
+from typing import Any
+
+from riskpo.rewards.verdict import DENIED, OUT_OF_MEMORY, Outcome, Verdict, failed
+
+START_SECONDS = 120.0  # imports on a busy machine
+POLL_SECONDS = 0.02  # how far past the limit a verifier may run
+REPLY_BYTES = 65536
+ATTEMPTS = 2
+WATCH_SHARE = 0.25  # of the seconds: a verdict that took longer is not repeated to be watched
+BOOT = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from riskpo.rewards.worker import main; main()"
+)
+
+
+class _Worker:
+    """One process and its clock. `ask` runs in a feeding thread, `kill_if_late` in the caller's."""
+
+    def __init__(self, setup: dict[str, Any]) -> None:
+        self._setup = setup
+        self._lock = threading.Lock()
+        self._deadline: float | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._closed = False
+        self.late = False
+
+    def launch(self) -> None:
+        """Start a process without waiting for it."""
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("VerifierPool: closed while it was working.")
+            self._process = self._popen()
+
+    def _popen(self) -> subprocess.Popen[bytes]:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        return subprocess.Popen(
+            # A console script does not look into the current folder, where a reward may well be.
+            [sys.executable, "-c", BOOT, json.dumps([*sys.path, os.getcwd()])],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            start_new_session=True,  # so that what a verifier started dies with it
+        )
+
+    def ready(self) -> None:
+        """Wait for the imports; RuntimeError when the verifier cannot be imported."""
+        reply = self._exchange(self._setup, START_SECONDS)
+        if reply is None:
+            fate = f"not ready after {START_SECONDS:.0f} s" if self.late else self.fate()
+            self.stop()
+            raise RuntimeError(f"verifier {self._setup['function']}: its process {fate}.")
+        if "error" in reply:
+            self.stop()
+            raise RuntimeError(
+                f"verifier {self._setup['function']} cannot be imported: {reply['error']}. "
+                f"Check the path, and that it imports on its own in {os.getcwd()}."
+            )
+
+    def ensure(self) -> None:
+        """A live process: the present one, or a fresh one in place of a dead one."""
+        if self._process is None or self._process.poll() is not None:
+            self.stop()
+            self.launch()
+            self.ready()
+
+    def ask(self, arguments: Sequence[Any]) -> Verdict | None:
+        """The verdict on one item, or None when the process died or was killed over it."""
+        began = time.monotonic()
+        verdict = self._ask(arguments, self._setup["seconds"])
+        if verdict is None or not self._setup["watch"] or verdict.outcome not in DENIED:
+            return verdict
+        return self._watch(arguments, verdict, time.monotonic() - began)
+
+    def _watch(self, arguments: Sequence[Any], verdict: Verdict, taken: float) -> Verdict:
+        """The verdict, which stands, with the exceptions that were swallowed on its way.
+
+        It is there already, so that a watch that does not end in time costs only itself.
+        """
+        seconds = self._setup["seconds"]
+        again = None
+        if taken <= WATCH_SHARE * seconds:
+            again = self._ask(arguments, seconds - taken, watch=True)
+            if again is None:
+                self.stop()  # dead, late or not to be trusted: the next item gets a fresh process
+        if again is None or again.outcome is not verdict.outcome or not again.watched:
+            return replace(verdict, watched=False)
+        return replace(verdict, watched=True, swallowed=again.swallowed)
+
+    def _ask(
+        self, arguments: Sequence[Any], seconds: float, *, watch: bool = False
+    ) -> Verdict | None:
+        reply = self._exchange({"arguments": list(arguments), "watch": watch}, seconds)
+        try:
+            if reply is None:
+                return None
+            return Verdict(
+                float(reply["reward"]),
+                Outcome(reply["outcome"]),
+                str(reply["detail"]),
+                watched=reply["watched"],
+                swallowed=tuple(map(str, reply["swallowed"])),
+            )
+        except (KeyError, TypeError, ValueError):
+            self.kill()  # not our protocol: do not trust this process any further
+            return None
+
+    def _exchange(self, message: object, seconds: float) -> dict[str, Any] | None:
+        process = self._process
+        assert process is not None and process.stdin is not None and process.stdout is not None
+        with self._lock:
+            self.late, self._deadline = False, time.monotonic() + seconds
+        try:
+            process.stdin.write(json.dumps(message, default=str).encode() + b"\n")
+            process.stdin.flush()
+            line = process.stdout.readline(REPLY_BYTES)
+            reply = json.loads(line) if line.endswith(b"\n") else None
+        except (OSError, json.JSONDecodeError):
+            reply = None
+        finally:
+            with self._lock:
+                self._deadline = None
+        return reply if isinstance(reply, dict) else None
+
+    def kill_if_late(self) -> None:
+        with self._lock:
+            if self._deadline is not None and time.monotonic() > self._deadline:
+                self.late, self._deadline = True, None
+                self.kill()
+
+    def kill(self) -> None:
+        """SIGKILL to the process and to whatever it started; nothing once it was reaped.
+
+        A child that a verifier forked may hold our pipe open after the process itself is gone,
+        hence the group, and hence no look at whether the process still runs.
+        """
+        if self._process is None or self._process.returncode is not None:
+            return
+        try:
+            if hasattr(os, "killpg"):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            else:
+                self._process.kill()
+        except ProcessLookupError:
+            return
+
+    def fate(self) -> str:
+        """How the dead process ended, for the log."""
+        assert self._process is not None
+        self.kill()
+        code = self._process.wait()
+        if code < 0:
+            return f"was killed by signal {-code}"
+        return f"exited with status {code}" + (" (out of memory)" if code == OUT_OF_MEMORY else "")
+
+    def stop(self) -> None:
+        """End the process, reap it, close its pipes. Idempotent."""
+        process = self._process
+        if process is None:
+            return
+        self.kill()
+        process.wait()
+        self._process = None
+        for pipe in (process.stdin, process.stdout):
+            try:
+                if pipe is not None:
+                    pipe.close()
+            except OSError:  # unsent bytes of a dead worker
+                continue
+
+    def close(self) -> None:
+        """Stop for good: a feeding thread that is still at work starts no new process."""
+        with self._lock:
+            self._closed = True
+        self.stop()
+
+
+class VerifierPool:
+    """Calls `verify` on many items in killable processes; results keep the order of the items.
+
+    verify      "package.module:function" or "file.py:function", called with the parts of one item
+                (JSON values; a dict arrives as a SimpleNamespace); returns a Verdict or a number
+    workers     processes
+    seconds     wall clock per item; the process is killed and replaced there: `timeout`
+    memory_mib  address space per process, where the system can limit it
+    watch       modules or packages whose silence is not trusted: an item that is wrong or without
+                an answer is judged once more, in what is left of its seconds, and its verdict says
+                which exceptions they swallowed (riskpo/rewards/swallowed.py). The verdict itself,
+                and its reward, are those of the first time, whatever becomes of the second
+
+    A process that dies over an item (killed from outside, os._exit, out of memory) is replaced and
+    the item tried once more on the fresh one; a second death makes it `crash`. An exception in
+    `verify` is `crash` at once. Nothing is ever reported as wrong that was not compared.
+    """
+
+    def __init__(
+        self,
+        verify: str,
+        *,
+        workers: int = 2,
+        seconds: float = 5.0,
+        memory_mib: int = 2048,
+        watch: Sequence[str] = (),
+    ) -> None:
+        if workers < 1 or seconds <= 0 or memory_mib < 1:
+            raise ValueError(
+                f"VerifierPool: got workers={workers}, seconds={seconds}, memory_mib={memory_mib}; "
+                "expected all above 0. Set verifier_workers and verifier_seconds accordingly."
+            )
+        setup = {
+            "function": verify,
+            "seconds": seconds,
+            "memory_mib": memory_mib,
+            "watch": list(watch),
+        }
+        self.seconds = seconds
+        self._workers = [_Worker(setup) for _ in range(workers)]
+        self._busy = threading.Lock()
+        self._finalizer = weakref.finalize(self, _stop_all, self._workers)
+        try:
+            for worker in self._workers:
+                worker.launch()
+            self._drive(_Worker.ready)
+        except BaseException:
+            self.close()
+            raise
+
+    def run(self, items: Sequence[Sequence[Any]]) -> list[Verdict]:
+        """One verdict per item, in order. One call at a time; others wait."""
+        verdicts: list[Verdict | None] = [None] * len(items)
+        queue = iter(range(len(items)))
+        queue_lock = threading.Lock()
+
+        def feed(worker: _Worker) -> None:
+            while True:
+                with queue_lock:
+                    index = next(queue, None)
+                if index is None:
+                    return
+                verdicts[index] = self._judge(worker, items[index])
+
+        if not self._finalizer.alive:
+            raise ValueError(
+                "VerifierPool: got a closed pool; expected an open one. Make a new one."
+            )
+        with self._busy:
+            self._drive(feed)
+        return [v for v in verdicts if v is not None]
+
+    def _judge(self, worker: _Worker, item: Sequence[Any]) -> Verdict:
+        fate = ""
+        for _ in range(ATTEMPTS):
+            worker.ensure()
+            verdict = worker.ask(item)
+            if verdict is not None:
+                return verdict
+            if worker.late:
+                return failed(Outcome.TIMEOUT, f"killed after {self.seconds:g} s")
+            fate = worker.fate()
+        return failed(Outcome.CRASH, f"verifier process {fate}, {ATTEMPTS} times")
+
+    def _drive(self, job: Callable[[_Worker], None]) -> None:
+        """Run `job` on every worker, each in a thread, while this thread keeps the clock."""
+        errors: list[BaseException] = []
+
+        def guarded(worker: _Worker) -> None:
+            try:
+                job(worker)
+            except BaseException as error:  # handed to the caller below
+                errors.append(error)
+
+        threads = [threading.Thread(target=guarded, args=(w,), daemon=True) for w in self._workers]
+        for thread in threads:
+            thread.start()
+        try:
+            for thread in threads:
+                while thread.is_alive():
+                    thread.join(POLL_SECONDS)
+                    for worker in self._workers:
+                        worker.kill_if_late()
+        except BaseException:  # Ctrl-C: leave no process behind
+            self.close()
+            raise
+        if errors:
+            raise errors[0]
+
+    def close(self) -> None:
+        """Kill and reap every worker; the pool cannot be used afterwards."""
+        self._finalizer()
+
+    def __enter__(self) -> VerifierPool:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _stop_all(workers: list[_Worker]) -> None:
+    for worker in workers:
+        worker.close()

@@ -1,0 +1,1 @@
+"""A process for programs nobody trusts."""

@@ -1,0 +1,247 @@
+r"""Verifiable rewards, and a count of everything that is not a verdict.
+
+Kinds of reward:
+
+  "math"             final answer equal to the gold, math-verify in killable processes; see
+                     riskpo/rewards/math.py for what counts as the answer and as equal
+  "math-unevaluated" the same, and 1 + 5 is right for the gold 6: "math" counts such an answer as
+                     `unevaluated`, without reward, since it may be a copy of the question
+  "code"             the program in the response passes the tests of its question, in a sandbox; see
+                     riskpo/rewards/code.py and docs/sandbox.md. "code-limits-only" accepts a
+                     machine that allows no namespaces, and with it a program that can read your
+                     files
+  "exact"            the response is the gold, character for character but for surrounding space;
+                     nothing is parsed, so it runs here
+  "package.module:function" or "file.py:function"
+                     your own (text, question) -> float, called in the same killable processes;
+                     question has the fields of riskpo.types.Question; above zero counts as right
+                     and anything but one finite number is a crash. Modules are looked for in the
+                     current folder too
+
+"auto" takes "exact" for the embedded arithmetic task, "code" for programming tasks and "math" for
+everything else. Timeouts,
+crashes and unreadable golds give reward 0 and are counted under their own names, never as wrong.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from riskpo.rewards.pool import VerifierPool
+from riskpo.rewards.sandbox.run import require
+from riskpo.rewards.verdict import OUTCOMES, Outcome, Verdict, crash_name, failed, right, tally
+from riskpo.types import Question
+
+__all__ = ["Outcome", "Scorer", "Verdict", "VerifierPool", "check_golds", "verify_exact"]
+
+MATH = "riskpo.rewards.math:verify_math"
+MATH_WATCH = (
+    "math_verify",
+    "latex2sympy2_extended",
+    "riskpo.rewards.math",
+    "riskpo.rewards.answers.values",
+)
+CODE = "riskpo.rewards.code:verify_code"
+CODE_LEVELS = {"code": "namespaces", "code-limits-only": "limits"}
+CODE_EXTRA_SECONDS = 30.0  # to start two sandboxes on a busy machine, beside the program's own time
+MATH_KINDS = ("auto", "math", "math-unevaluated")
+KINDS = (*MATH_KINDS, "exact", *CODE_LEVELS)
+EXACT_SOURCES = ("arithmetic",)
+
+log = logging.getLogger("riskpo")
+
+
+def verify_exact(gold: str, answer: str) -> Verdict:
+    """The trusted comparison: equal after stripping surrounding white space."""
+    given = answer.strip()
+    if not gold.strip():
+        return failed(Outcome.UNPARSABLE_GOLD, "the gold is empty")
+    if not given:
+        return failed(Outcome.NO_ANSWER, "the response is empty")
+    if given == gold.strip():
+        return right(given)
+    return failed(Outcome.WRONG, f"{given[:80]!r} is not {gold[:80]!r}")
+
+
+class Scorer:
+    """Rewards for the training loop and for evaluation; a context manager.
+
+    reward      "auto", "math", "code", "code-limits-only", "exact", "package.module:function" or
+                "file.py:function"
+    workers, seconds, memory_mib   see VerifierPool; the processes start when first needed. For
+                code, seconds is the time of a program over all its tests, without the sandbox's own
+
+    ValueError for an unknown reward; RuntimeError when a reward function cannot be imported, or
+    (SandboxUnavailable) when programs cannot be isolated on this machine.
+    """
+
+    def __init__(
+        self,
+        reward: str = "auto",
+        *,
+        workers: int = 2,
+        seconds: float = 5.0,
+        memory_mib: int = 2048,
+    ) -> None:
+        if reward not in KINDS and ":" not in reward:
+            raise ValueError(
+                f"Scorer: got reward={reward!r}; expected one of {', '.join(KINDS)} or an import "
+                "path 'package.module:function'. Check the spelling."
+            )
+        self.reward = reward
+        self._options: dict[str, Any] = {
+            "workers": workers,
+            "seconds": seconds,
+            "memory_mib": memory_mib,
+        }
+        self._pools: dict[str, VerifierPool] = {}
+        self.crashes: dict[str, str] = {}  # by exception: its text, and what it was raised over
+        if ":" in reward or reward in CODE_LEVELS:  # told now, not after the first rollouts
+            self._running_pool(reward if ":" in reward else CODE)
+
+    def score(
+        self, texts: Sequence[str], questions: Sequence[Question]
+    ) -> tuple[torch.Tensor, dict[str, int]]:
+        """Rewards float32 [R] and how many of the R responses had which outcome.
+
+        texts are R responses, question-major: with Q questions, rows i * R / Q .. belong to
+        question i (R = Q is one response each). All seven outcomes are in the counts, zeros too,
+        and what the watch over math answers without reward saw: see riskpo.rewards.verdict.tally.
+        """
+        verdicts = self.verdicts(texts, questions)
+        return torch.tensor([v.reward for v in verdicts], dtype=torch.float32), tally(verdicts)
+
+    def verdicts(self, texts: Sequence[str], questions: Sequence[Question]) -> list[Verdict]:
+        """One Verdict per response, in order; rows as in `score`."""
+        if (len(texts) % len(questions)) if questions else len(texts):
+            raise ValueError(
+                f"Scorer: got {len(texts)} texts for {len(questions)} questions; expected a "
+                "multiple. Pass all responses of each question, question by question."
+            )
+        each = len(texts) // len(questions) if questions else 0
+        rows = [question for question in questions for _ in range(each)]
+        verdicts: list[Verdict | None] = [
+            verify_exact(q.gold, t) if self._is_exact(q) else None
+            for t, q in zip(texts, rows, strict=True)
+        ]
+        pending: dict[str, list[int]] = {}
+        for i, verdict in enumerate(verdicts):
+            if verdict is None:
+                pending.setdefault(self._path(rows[i]), []).append(i)
+        for path, chosen in pending.items():
+            items = [self._item(path, texts[i], rows[i]) for i in chosen]
+            for i, verdict in zip(chosen, self._running_pool(path).run(items), strict=True):
+                verdicts[i] = verdict
+        self._tell_crashes(texts, rows, verdicts)
+        return [v for v in verdicts if v is not None]
+
+    def _tell_crashes(
+        self,
+        texts: Sequence[str],
+        rows: Sequence[Question],
+        verdicts: Sequence[Verdict | None],
+    ) -> None:
+        """The text of an exception, once for each kind of it."""
+        for text, question, verdict in zip(texts, rows, verdicts, strict=True):
+            if verdict is None or verdict.outcome is not Outcome.CRASH:
+                continue
+            name = crash_name(verdict.detail)
+            if name not in self.crashes:
+                self.crashes[name] = (
+                    f"{verdict.detail} (response {text[:60]!r} to question {question.id!r})"
+                )
+                log.warning("reward %s crashed: %s", self.reward, self.crashes[name])
+
+    def check_golds(self, questions: Sequence[Question]) -> list[tuple[Question, Verdict]]:
+        """Questions whose gold does not verify against itself, with why; run before training.
+
+        A reward function of your own is not asked: only it knows what a right response looks like.
+        """
+        if ":" in self.reward:
+            return []
+        judged = [(q, verify_exact(q.gold, q.gold)) for q in questions if self._is_exact(q)]
+        for path in (MATH, CODE):
+            chosen = [q for q in questions if not self._is_exact(q) and self._path(q) == path]
+            if chosen:
+                items = [self._item(path, None, q) for q in chosen]
+                judged += zip(chosen, self._running_pool(path).run(items), strict=True)
+        return [(q, verdict) for q, verdict in judged if verdict.outcome is not Outcome.RIGHT]
+
+    def _is_exact(self, question: Question) -> bool:
+        return self.reward == "exact" or (
+            self.reward == "auto" and question.source in EXACT_SOURCES
+        )
+
+    def _path(self, question: Question) -> str:
+        """The function that judges answers to this question."""
+        if ":" in self.reward:
+            return self.reward
+        programs = self.reward == "auto" and question.meta.get("reward") == "code"
+        return CODE if programs or self.reward in CODE_LEVELS else MATH
+
+    def _item(self, path: str, text: str | None, question: Question) -> tuple[Any, ...]:
+        if path == MATH:
+            return (question.gold, text, self.reward != "math-unevaluated")
+        asked = asdict(replace(question, images=()))  # pictures stay in the trainer
+        if path == CODE:
+            return (text, asked, self._options["seconds"], self._level)
+        return (text, asked)
+
+    @property
+    def _level(self) -> str:
+        return CODE_LEVELS.get(self.reward, "namespaces")
+
+    def _running_pool(self, path: str) -> VerifierPool:
+        if path not in self._pools:
+            options = dict(self._options)
+            if path == CODE:
+                require(self._level)
+                options["seconds"] += CODE_EXTRA_SECONDS
+            watch = MATH_WATCH if path == MATH else ()
+            self._pools[path] = VerifierPool(path, watch=watch, **options)
+        return self._pools[path]
+
+    def close(self) -> None:
+        """End the verifier processes. Scoring again starts new ones."""
+        while self._pools:
+            self._pools.popitem()[1].close()
+
+    def __enter__(self) -> Scorer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def stop_if_all_crashed(counts: Mapping[str, int], scorer: Scorer) -> None:
+    """ValueError where every verdict of a batch is a crash: a reward of 0 that means nothing."""
+    every = sum(counts.get(outcome, 0) for outcome in OUTCOMES)
+    if every and counts.get("crash", 0) == every:
+        text = next(iter(scorer.crashes.values()), "see the warnings of the other processes")
+        raise ValueError(
+            f"reward: all {every} verdicts of {scorer.reward} crashed: {text}. Mend the reward; "
+            "the same command goes on from the last checkpoint."
+        )
+
+
+def check_golds(
+    questions: Sequence[Question],
+    reward: str = "auto",
+    *,
+    workers: int = 2,
+    seconds: float = 5.0,
+) -> list[tuple[Question, Verdict]]:
+    """`Scorer.check_golds` with processes of its own."""
+    with Scorer(reward, workers=workers, seconds=seconds) as scorer:
+        return scorer.check_golds(questions)

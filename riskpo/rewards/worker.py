@@ -1,0 +1,170 @@
+"""The process in which a verifier meets untrusted text: one JSON line in, one JSON line out.
+
+A request is {"arguments": [...], "watch": false}. With true the item is judged under a tracer, and
+the reply says what the packages of the set-up line swallowed; that is asked for after the verdict.
+
+Started by riskpo/rewards/pool.py with `python -c`, not through multiprocessing: a spawned child
+of multiprocessing imports the parent's main module again, and with it torch. JSON rather than
+pickle, so that a worker that was taken over can say wrong things but cannot run code in the
+trainer. Imports stay light: a worker is up in about a second and holds about 100 MiB.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import logging
+import math
+import numbers
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import IO, Any
+
+from riskpo.rewards.swallowed import swallowed
+from riskpo.rewards.verdict import OUT_OF_MEMORY, Outcome, Verdict, failed
+
+DETAIL_CHARACTERS = 300
+CPU_SECONDS_SLACK = 5
+ENTRIES, ENTRY_CHARACTERS = 16, 120  # of swallowed exceptions, in a reply
+
+
+def load_function(path: str) -> Callable[..., Any]:
+    """The callable named "package.module:function" or "folder/file.py:function"."""
+    where, _, name = path.rpartition(":")
+    if not where or not name:
+        raise ValueError(
+            f"got {path!r}; expected package.module:function or file.py:function. Write where the "
+            "function is"
+        )
+    module = _module_of(Path(where)) if where.endswith(".py") else importlib.import_module(where)
+    if not hasattr(module, name):
+        known = [k for k, v in vars(module).items() if callable(v) and not k.startswith("_")]
+        raise ValueError(f"{where} has no {name!r}; it has {', '.join(known) or 'no function'}")
+    found = getattr(module, name)
+    if not callable(found):
+        raise ValueError(f"{path} is a {type(found).__name__}; expected a function")
+    return found  # type: ignore[no-any-return]
+
+
+def _module_of(file: Path) -> ModuleType:
+    """A file as a module, whose neighbours it can import."""
+    if not file.is_file():
+        raise ValueError(f"there is no file {file} in {Path.cwd()}")
+    sys.path.append(str(file.resolve().parent))
+    spec = importlib.util.spec_from_file_location(f"riskpo_reward_{file.stem}", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+LARGEST = 3.4028234663852886e38  # of float32, in which rewards are kept
+
+
+def to_verdict(value: object) -> Verdict:
+    """What a verifier returned as a Verdict; a plain number is right above zero.
+
+    TypeError or ValueError for anything but one finite number: text, None, a list of rewards.
+    """
+    given = value.reward if isinstance(value, Verdict) else value
+    if getattr(given, "shape", None) == ():  # a number of numpy's or torch's
+        given = given.item()  # type: ignore[attr-defined]
+    if not isinstance(given, numbers.Real):
+        kind = type(given).__name__
+        raise TypeError(
+            f"the reward function returned {given!r:.60} of type {kind}; expected one finite number"
+        )
+    reward = float(given)
+    if not abs(reward) <= LARGEST:
+        raise ValueError(f"the reward function returned {reward}; expected one finite number")
+    if isinstance(value, Verdict):
+        return replace(value, reward=reward, outcome=Outcome(value.outcome))
+    return Verdict(reward, Outcome.RIGHT if reward > 0 else Outcome.WRONG)
+
+
+def limit_memory(mebibytes: int) -> None:
+    """Cap the address space where the system can, so that one answer cannot take the machine."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    wanted = mebibytes * 2**20
+    limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    except (ValueError, OSError):  # macOS refuses
+        return
+
+
+def limit_cpu(seconds: float) -> None:
+    """Let the kernel end this process even if the trainer is gone and nobody watches the clock."""
+    try:
+        import resource
+    except ImportError:
+        return
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    limit = math.ceil(used.ru_utime + used.ru_stime + seconds) + CPU_SECONDS_SLACK
+    if hard == resource.RLIM_INFINITY or limit < hard:
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, hard))
+
+
+def answer(function: Callable[..., Any], arguments: list[Any]) -> Verdict:
+    """One call; every exception becomes a `crash` verdict that names it."""
+    arguments = [SimpleNamespace(**a) if isinstance(a, dict) else a for a in arguments]
+    try:
+        return to_verdict(function(*arguments))
+    except MemoryError:
+        os._exit(OUT_OF_MEMORY)  # the heap is in an unknown state: let a fresh worker go on
+    except Exception as error:
+        return failed(Outcome.CRASH, f"{type(error).__name__}: {error}")
+
+
+def watched(function: Callable[..., Any], arguments: list[Any], packages: Sequence[str]) -> Verdict:
+    """One call under a tracer: its verdict with the exceptions that `packages` swallowed."""
+    found = swallowed(lambda: answer(function, arguments), packages)
+    if found is None:
+        return replace(answer(function, arguments), watched=False)
+    verdict, entries = found
+    entries = tuple(entry[:ENTRY_CHARACTERS] for entry in entries[:ENTRIES])
+    return replace(verdict, watched=True, swallowed=entries)
+
+
+def _send(channel: IO[bytes], **message: object) -> None:
+    channel.write(json.dumps(message).encode() + b"\n")
+    channel.flush()
+
+
+def main() -> None:
+    """Read the set-up line, import the verifier, then answer until the input ends."""
+    incoming, outgoing = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)  # what a verifier prints must not look like an answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+    setup = json.loads(incoming.readline())
+    limit_memory(setup["memory_mib"])
+    try:
+        function = load_function(setup["function"])
+        for package in setup["watch"]:
+            importlib.import_module(package)
+    except BaseException as error:  # a script may end itself, or read our arguments
+        _send(outgoing, error=f"{type(error).__name__}: {error}"[:4000])
+        sys.exit(1)
+    _send(outgoing, ready=True)
+    for line in incoming:
+        limit_cpu(setup["seconds"])
+        request = json.loads(line)
+        if request["watch"]:
+            verdict = watched(function, request["arguments"], setup["watch"])
+        else:
+            verdict = answer(function, request["arguments"])
+        _send(outgoing, **asdict(replace(verdict, detail=verdict.detail[:DETAIL_CHARACTERS])))

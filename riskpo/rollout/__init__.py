@@ -1,0 +1,1 @@
+"""Sampling: transformers or vLLM, and one step's batch of responses."""

@@ -1,0 +1,119 @@
+"""Sample, score, keep: one step's batch of rollouts, resampled where the algorithm asks for it.
+
+Which questions a step sees is a function of (seed, step, attempt) alone, and so is every random
+number of the sampler: a resumed run draws what the uninterrupted one would have drawn.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from riskpo.algorithms import Strategy, keep_all, overlong_penalty
+from riskpo.rollout.generate import seed_everything
+from riskpo.types import Question, Rollouts, Stream
+
+MAX_ATTEMPTS = 10  # of dynamic sampling, per step
+
+Sample = Callable[[Sequence[Question], Stream], Rollouts]  # see riskpo.rollout.sampler.Sampler
+Score = Callable[[Sequence[str], Sequence[Question]], tuple[torch.Tensor, dict[str, int]]]
+
+
+@dataclass
+class Batch:
+    """What a step learns from, question-major, and what it cost to get.
+
+    seen_QG holds the rewards of everything that was sampled, kept or not: its mean is the policy's;
+    seen says which questions these were, seen_logprob holds the sampler's log-probs [tokens],
+    seen_text and seen_cut, question-major too, what was said and whether it hit the length limit.
+    """
+
+    questions: list[Question] = field(default_factory=list)
+    rollouts: Rollouts = field(default_factory=Rollouts)
+    rewards_QG: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0))
+    seen_QG: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0))
+    outcomes: Counter[str] = field(default_factory=Counter)
+    seen: list[Question] = field(default_factory=list)
+    seen_logprob: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    seen_text: list[str] = field(default_factory=list)
+    seen_cut: list[bool] = field(default_factory=list)
+
+
+def draw(
+    questions: Sequence[Question], count: int, *, seed: int, step: int, attempt: int = 0
+) -> list[Question]:
+    """The questions of a step: epochs of a shuffled list; later attempts are drawn at random.
+
+    `count` different questions. What does not fill a batch at the end of an epoch waits for the
+    next one, which is shuffled anew.
+    """
+    if len(questions) < count:
+        raise ValueError(
+            f"draw: got {len(questions)} questions for training; expected at least "
+            f"questions_per_step={count}. Lower questions_per_step or give more data."
+        )
+    if attempt:
+        rng = random.Random(f"{seed}/{step}/{attempt}")
+        return rng.sample(list(questions), count)
+    per_epoch = len(questions) // count
+    epoch, place = divmod(step - 1, per_epoch)
+    order = list(range(len(questions)))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return [questions[i] for i in order[place * count : (place + 1) * count]]
+
+
+def collect(
+    sample: Sample,
+    score: Score,
+    questions: Sequence[Question],
+    strategy: Strategy,
+    *,
+    count: int,
+    seed: int,
+    step: int,
+) -> Batch:
+    """`count` questions' rollouts and rewards; fewer when dynamic sampling reaches its cap."""
+    batch, rewards, seen = Batch(), [], []
+    tried: set[str] = set()
+    for attempt in range(1 if strategy.keep is keep_all else MAX_ATTEMPTS):
+        drawn = draw(questions, count, seed=seed, step=step, attempt=attempt)
+        fresh = [q for q in drawn if q.id not in tried]
+        tried.update(q.id for q in fresh)
+        if not fresh:
+            continue
+        seed_everything(seed, step, attempt)
+        rollouts = sample(fresh, (seed, step, attempt))
+        scores, outcomes = score(rollouts.text, fresh)
+        rewards_QG = scores.view(len(fresh), -1)
+        kept = strategy.keep(rewards_QG).nonzero().flatten().tolist()
+        kept = kept[: count - len(batch.questions)]
+        each = rewards_QG.shape[1]
+        batch.questions += [fresh[i] for i in kept]
+        batch.rollouts.extend(rollouts, [i * each + j for i in kept for j in range(each)])
+        batch.outcomes.update(outcomes)
+        rewards.append(rewards_QG[kept])
+        seen.append(rewards_QG)
+        batch.seen += fresh
+        batch.seen_text += rollouts.text
+        batch.seen_cut += rollouts.truncated
+        batch.seen_logprob = torch.cat([batch.seen_logprob, *rollouts.logprob])
+        if len(batch.questions) == count:
+            break
+    batch.rewards_QG, batch.seen_QG = torch.cat(rewards), torch.cat(seen)
+    return batch
+
+
+def shaped_rewards(batch: Batch, overlong: float, max_response_tokens: int) -> torch.Tensor:
+    """[R]: rewards plus the penalty for long responses, which never enters a bundle's score.
+
+    overlong is the share of max_response_tokens that is penalised, 0 for none (every bundled row).
+    """
+    buffer = int(overlong * max_response_tokens)
+    penalty = [
+        overlong_penalty(len(x), max_response_tokens, buffer) for x in batch.rollouts.logprob
+    ]
+    return batch.rewards_QG.flatten() + torch.tensor(penalty)

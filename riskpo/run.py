@@ -1,0 +1,341 @@
+"""Everything a run needs before its first step: fresh, or as its last checkpoint left it."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from riskpo.algorithms import Advantage, LossOptions, Strategy, find_strategy, loss_options
+from riskpo.config import TrainConfig, is_embedded, resolve, to_toml, validate
+from riskpo.data.questions import BOXED_INSTRUCTION, load_questions, split_holdout
+from riskpo.demo import (
+    build_model,
+    build_tokenizer,
+    find_task,
+    task_questions,
+    warm_start,
+)
+from riskpo.distributed import Ranks, best_device
+from riskpo.memory_plan.run_plan import RunPlan, plan_run
+from riskpo.model.isolation import settle_attention
+from riskpo.model.lm_head import Head, find_head
+from riskpo.model.lora import attach_lora, thaw_lora
+from riskpo.model.memory_switches import apply_switches
+from riskpo.model.positions import check_positions
+from riskpo.model.vision import check_vision_head, check_vision_setup
+from riskpo.report.logs import METRICS, RunLog, SilentLog
+from riskpo.rewards.scorer import MATH_KINDS, Scorer
+from riskpo.rollout.engines import build_sampler, sampling_limits
+from riskpo.rollout.generate import Policy, load_policy_for, prepare, read_prompts, seed_everything
+from riskpo.rollout.sampler import GenerateSampler, Sampler
+from riskpo.rollout.shared import SharedSampler, shared_score
+from riskpo.trainer.checkpoint import (
+    latest_checkpoint,
+    owned,
+    read_about,
+    restore,
+    set_aside,
+    truncate_log,
+)
+from riskpo.trainer.optimizer import Optimizer
+from riskpo.trainer.parallel import Trainee, skeleton
+from riskpo.trainer.rollout_correction import Correction
+from riskpo.trainer.update import UpdatePlan
+from riskpo.types import Question, Score
+
+WARM_START_PROBE = 100  # training questions that are sampled to measure it
+MAX_WORKERS = 8  # verifier processes
+
+
+@dataclass
+class Run:
+    """A run in progress, the same in every process of it. `step` steps are done."""
+
+    config: TrainConfig
+    ranks: Ranks
+    policy: Policy
+    trainee: Trainee
+    head: Head
+    optimizer: Optimizer
+    strategy: Strategy
+    advantage: Advantage
+    loss: LossOptions
+    plan: UpdatePlan
+    memory: RunPlan
+    questions: list[Question]
+    held_out: list[Question]
+    scorer: Scorer
+    score: Score
+    sampler: Sampler
+    log: RunLog | SilentLog
+    step: int
+    opened: ExitStack  # lock of the folder, log, verifiers, sampler
+
+    def close(self) -> None:
+        self.opened.close()
+
+
+def start(given: TrainConfig) -> Run:
+    """Load, check and, where run_dir holds a checkpoint, resume. Cheap errors come first."""
+    config, overrides = resolve(given)
+    validate(config)
+    find_strategy(config.algorithm).advantage(config)
+    ranks = Ranks.join()
+    if ranks.size > 1 and config.memory.optimizer != "device":
+        raise ValueError(
+            f"memory.optimizer: got {config.memory.optimizer!r} with {ranks.size} processes; "
+            "expected 'device'. Set memory.sharded to spread the optimiser's state over them."
+        )
+    with ExitStack() as opened:
+        ranks.first(lambda: opened.enter_context(owned(config.run_dir)))
+        return _start(config, overrides, ranks, opened)
+
+
+def _start(config: TrainConfig, overrides: dict[str, Any], ranks: Ranks, opened: ExitStack) -> Run:
+    """A run whose folder is ours; `opened` is told what is to be closed."""
+    checkpoint = ranks.first(lambda: latest_checkpoint(config.run_dir))
+    said: list[str] = []
+    step = 0 if checkpoint is None else read_about(checkpoint, config, said.append)
+    questions, held_out = load_data(config)
+    log = open_log(config, overrides, checkpoint, step) if ranks.is_first else SilentLog()
+    opened.callback(log.close)
+    policy = load_on(ranks, config, checkpoint, questions, held_out, log.note)
+    if policy.processor:
+        check_vision_setup(config, ranks.size)
+    # Tried on the first rank's whole weights, before they are spread.
+    packing = ranks.first(lambda: settle_attention(policy.model, config.memory.attention))
+    trainee = Trainee(policy.model, ranks, sharded=config.memory.sharded)
+    memory = plan_run(config, policy.model)
+    for line in (*said, *memory.lines(), *trainee.lines()):
+        log.note(line)
+    head = trainee.look(find_head)
+    if policy.processor:
+        check_vision_head(policy, head, [*questions, *held_out])
+    scorer = build_scorer(config, ranks)
+    opened.callback(scorer.close)
+    kept = ranks.first(lambda: usable(policy, scorer, config, questions, log.note))
+    # Before the random states are restored, which an engine resets.
+    sampler = SharedSampler(build_sampler(policy, config, trainee.whole, trainee.look), ranks)
+    opened.callback(sampler.close)
+    strategy = find_strategy(config.algorithm)
+    advantage = strategy.advantage(config)
+    apply_switches(policy.model, config.memory, packing=packing)
+    optimizer = build_optimizer(policy, config)
+    if checkpoint is not None:
+        restore(checkpoint, optimizer=optimizer, advantage=advantage)
+    return Run(
+        config=config,
+        ranks=ranks,
+        policy=policy,
+        trainee=trainee,
+        head=head,
+        optimizer=optimizer,
+        strategy=strategy,
+        advantage=advantage,
+        loss=loss_options(strategy, config),
+        plan=build_plan(config),
+        memory=memory,
+        questions=kept,
+        held_out=fitting(policy, config, held_out, log.note),
+        scorer=scorer,
+        score=shared_score(scorer.score, ranks),
+        sampler=sampler,
+        log=log,
+        step=step,
+        opened=opened.pop_all(),
+    )
+
+
+def load_data(config: TrainConfig) -> tuple[list[Question], list[Question]]:
+    """(training, held out) questions, the same for every run with these settings."""
+    if is_embedded(config.data):
+        everything = task_questions(find_task(config.data), config.seed)
+        return split_holdout(everything, config.eval_questions, config.seed)
+    assert config.data is not None  # validate has seen to it
+    instruction = BOXED_INSTRUCTION if config.reward in MATH_KINDS else None
+    questions = load_questions(config.data, instruction=instruction, columns=config.columns)
+    if config.eval_data is None:
+        return split_holdout(questions, config.eval_questions, config.seed)
+    held_out = load_questions(config.eval_data, instruction=instruction, columns=config.columns)
+    _, chosen = split_holdout(held_out, min(config.eval_questions, len(held_out) - 1), config.seed)
+    return questions, chosen
+
+
+def load_on(
+    ranks: Ranks,
+    config: TrainConfig,
+    checkpoint: Path | None,
+    questions: Sequence[Question],
+    held_out: Sequence[Question],
+    note: Callable[[str], None],
+) -> Policy:
+    """The policy; where it will be sharded, the first rank alone has data, on its CPU."""
+    if ranks.size == 1 or not config.memory.sharded:
+        return load(config, checkpoint, questions, held_out, note)
+    loaded: list[Policy] = []
+
+    def outline() -> bytes:
+        policy = load(config, checkpoint, questions, held_out, note, device="cpu")
+        loaded.append(policy)
+        return pickle.dumps(replace(policy, model=skeleton(policy.model)))
+
+    outlined = ranks.first(outline)
+    return loaded[0] if loaded else pickle.loads(outlined)
+
+
+def load(
+    config: TrainConfig,
+    checkpoint: Path | None,
+    questions: Sequence[Question],
+    held_out: Sequence[Question],
+    note: Callable[[str], None],
+    device: str | None = None,
+) -> Policy:
+    """The policy from the checkpoint, else the given model, else the embedded one, warmed up."""
+    if config.model is None and checkpoint is None:
+        return warmed_up(config, questions, note)
+    model = str(checkpoint or config.model)
+    policy = load_policy_for([*questions, *held_out], model, dtype=config.dtype, device=device)
+    if config.lora.rank and checkpoint is None:
+        attach_lora(policy.model, config.lora, config.seed)
+    elif config.lora.rank:
+        thaw_lora(policy.model)
+    return policy
+
+
+def warmed_up(
+    config: TrainConfig, questions: Sequence[Question], note: Callable[[str], None]
+) -> Policy:
+    """The embedded model after supervised steps; weights and order are a function of the seed."""
+    task, tokenizer = find_task(config.data), build_tokenizer()
+    policy = prepare(Policy(build_model(tokenizer, config.seed, task.model), tokenizer))
+    policy.model.to(device=best_device())
+    probe = list(questions[:WARM_START_PROBE])
+    ask = GenerateSampler(policy, sampling_limits(config), config.sampler.sequences)
+
+    def accuracy() -> float:
+        gold = {q.id: q.gold for q in probe}
+        rollouts = ask.sample(probe, 2, (config.seed, "warm start"))
+        right = [gold[i] == t for i, t in zip(rollouts.question_id, rollouts.text, strict=True)]
+        return sum(right) / len(right)
+
+    note(f"warm start: supervised steps until {task.warm_target:.0%} of the answers are right")
+    seed_everything(config.seed)
+    steps, reached = warm_start(
+        policy.model,
+        tokenizer,
+        questions,
+        accuracy,
+        target=task.warm_target,
+        seed=config.seed,
+        share=task.warm_share,
+        learning_rate=task.warm_learning_rate,
+    )
+    note(f"warm start: {steps} steps, {reached:.0%} of sampled answers right")
+    for weight in policy.model.parameters():  # not .to(dtype): it would round the rotary buffers
+        weight.data = weight.data.to(getattr(torch, config.dtype))
+    return policy
+
+
+def build_optimizer(policy: Policy, config: TrainConfig) -> Optimizer:
+    assert config.learning_rate is not None  # resolve has seen to it
+    return Optimizer(
+        policy.model.parameters(),
+        learning_rate=config.learning_rate,
+        warmup_steps=config.warmup_steps,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        state=config.memory.optimizer,
+    )
+
+
+def build_plan(config: TrainConfig) -> UpdatePlan:
+    assert config.micro_batch_tokens is not None  # resolve has seen to it
+    return UpdatePlan(
+        updates=config.updates_per_step,
+        micro_batch_tokens=config.micro_batch_tokens,
+        temperature=config.temperature,
+        entropy_coef=config.entropy_coef,
+        backend=config.backend,
+        memory_mib=config.memory.head_mib,
+        skip_zero_advantage=config.memory.skip_zero_advantage,
+        correction=Correction(config.sampler.correction, config.sampler.level, config.sampler.cap),
+    )
+
+
+def build_scorer(config: TrainConfig, ranks: Ranks) -> Scorer:
+    workers = max(1, min(MAX_WORKERS, (os.cpu_count() or 1) // ranks.local_size))
+    return Scorer(config.reward, workers=workers, seconds=config.verifier_seconds)
+
+
+def usable(
+    policy: Policy,
+    scorer: Scorer,
+    config: TrainConfig,
+    questions: Sequence[Question],
+    note: Callable[[str], None],
+) -> list[Question]:
+    """Training questions whose prompt fits and whose gold verifies against itself."""
+    kept = fitting(policy, config, questions, note)
+    bad = scorer.check_golds(kept)
+    if bad:
+        note(f"data: left out {len(bad)} questions whose gold does not verify against itself:")
+        for question, verdict in bad[:3]:
+            note(f"  {question.id}: gold {question.gold[:60]!r}: {verdict.outcome.value}")
+    refused = {question.id for question, _ in bad}
+    kept = [q for q in kept if q.id not in refused]
+    if len(kept) < config.questions_per_step:
+        raise ValueError(
+            f"data: got {len(kept)} usable questions; expected at least "
+            f"questions_per_step={config.questions_per_step}. Lower it or give more data."
+        )
+    return kept
+
+
+def fitting(
+    policy: Policy, config: TrainConfig, questions: Sequence[Question], note: Callable[[str], None]
+) -> list[Question]:
+    """Questions whose prompt has at most max_prompt_tokens tokens; says how many are not."""
+    assert config.max_prompt_tokens is not None  # resolve has seen to it
+    most = config.max_prompt_tokens
+    lengths = [len(read_prompts(policy, [q])[0][0]) for q in questions]
+    kept = [q for q, length in zip(questions, lengths, strict=True) if length <= most]
+    longest = max((length for length in lengths if length <= most), default=0)
+    check_positions(policy.model, longest, config.max_response_tokens or 0)
+    if len(kept) < len(questions):
+        note(
+            f"data: left out {len(questions) - len(kept)} of {len(questions)} questions with more "
+            f"than max_prompt_tokens={most} tokens"
+        )
+    return kept
+
+
+def open_log(
+    config: TrainConfig, overrides: dict[str, Any], checkpoint: Path | None, step: int
+) -> RunLog:
+    """The log as it was at `step`, with the effective settings beside it.
+
+    Says what is not as the algorithm's row has it.
+    """
+    metrics = Path(config.run_dir) / METRICS
+    if checkpoint is None:
+        set_aside(metrics)
+    else:
+        truncate_log(metrics, step)
+    log = RunLog(config, first_step=step)
+    path = Path(config.run_dir) / "config.toml"
+    path.write_text(to_toml(config), encoding="utf-8")
+    log.note(f"riskpo: {config.algorithm}, seed {config.seed}, settings in {path}")
+    if overrides:
+        changes = ", ".join(f"{name}={value!r}" for name, value in overrides.items())
+        log.note(f"demo: {config.algorithm} with {changes}; why: docs/demo.md")
+    if checkpoint is not None:
+        log.note(f"resuming from {checkpoint}")
+    return log

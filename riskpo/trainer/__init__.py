@@ -1,0 +1,1 @@
+"""From rollouts to new weights: update, optimiser, sharding, checkpoints."""

@@ -1,0 +1,242 @@
+"""Checkpoints: all or nothing on disk, and everything that a bitwise resume needs.
+
+    run_dir/checkpoints/step_000100/
+        model.safetensors, config.json, tokenizer files   loadable with from_pretrained
+        trainer.pt     optimiser, schedule, advantage, random states
+        trainer.json   step and the settings of the run
+
+A folder is written under a temporary name, flushed to the disk and renamed; a crash leaves the
+previous checkpoint in place. The last two are kept. Only the run that owns the folder removes
+anything. The data cursor is the step itself: which questions a step sees, and its random numbers,
+are functions of (seed, step).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+
+from riskpo.config import TrainConfig, changes, locked
+from riskpo.distributed import like_shard, to_first
+
+KEEP = 2
+UNFINISHED = ".unfinished_"
+
+
+def save_checkpoint(
+    run_dir: str | Path,
+    *,
+    step: int,
+    trainee: Any,
+    tokenizer: Any,
+    optimizer: Any,
+    advantage: Any,
+    config: TrainConfig,
+) -> Path:
+    """Write step's checkpoint atomically, drop all but the last two; returns its folder.
+
+    Every process calls it, the first one writes: whole weights and states, whatever the number of
+    processes, so that any number may resume. They are gathered on the first one's CPU alone.
+    OSError, in every process, where the disk does not take it; the previous checkpoint stays.
+    """
+    state = {
+        "optimizer": to_first(optimizer.state_dict(), trainee.ranks),
+        "advantage": advantage.state_dict(),
+        "random": _random_states(),
+    }
+    weights = trainee.state_dict()
+    about = {"step": step, "config": dataclasses.asdict(located(config))}
+
+    def write(folder: Path) -> None:
+        trainee.model.save_pretrained(folder, state_dict=weights)
+        tokenizer.save_pretrained(folder)
+        torch.save(state, folder / "trainer.pt")
+        text = json.dumps(about, indent=1) + "\n"
+        (folder / "trainer.json").write_text(text, encoding="utf-8")
+
+    return trainee.ranks.first(lambda: _finish(Path(run_dir), step, write))
+
+
+def _finish(run_dir: Path, step: int, write: Callable[[Path], None]) -> Path:
+    """Let `write` fill the folder of step's checkpoint, under another name until it is complete."""
+    folder = run_dir / "checkpoints"
+    final, unfinished = folder / f"step_{step:06d}", folder / f"{UNFINISHED}{step:06d}"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        unfinished.mkdir(parents=True)
+        write(unfinished)
+        for path in unfinished.iterdir():
+            _flush(path)
+        _flush(unfinished)
+        shutil.rmtree(final, ignore_errors=True)
+        unfinished.rename(final)
+        _flush(folder)
+    except (OSError, RuntimeError, SafetensorError) as error:  # as the writers put a full disk
+        shutil.rmtree(unfinished, ignore_errors=True)
+        last, reason = latest_checkpoint(run_dir), str(error).partition("\n")[0]
+        raise OSError(
+            f"checkpoint: cannot write step {step} to {folder} ({reason}; "
+            f"{shutil.disk_usage(run_dir).free >> 20} MiB are free there). The last checkpoint is "
+            f"{last.name if last else 'none'}. Make room and give the same command again."
+        ) from error
+    for old in _finished(run_dir)[:-KEEP]:
+        shutil.rmtree(old)
+    return final
+
+
+@contextmanager
+def owned(folder: str | Path) -> Iterator[None]:
+    """Inside, no other process may own `folder`, which is made; what a crash left half is removed.
+
+    ValueError names the process that owns it now, or why there can be no such folder. The lock ends
+    with its process, however that ends.
+    """
+    import fcntl
+
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise ValueError(
+            f"run_dir: cannot write to {folder} ({error.strerror}). Choose another folder."
+        ) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ValueError(
+                f"run_dir: {folder} is in use by {file.read().strip() or 'another process'}. Wait "
+                "until that ends, end it, or choose another folder."
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        for rest in (folder / "checkpoints").glob(UNFINISHED + "*"):
+            shutil.rmtree(rest)
+        yield
+
+
+def latest_checkpoint(run_dir: str | Path) -> Path | None:
+    """The newest complete checkpoint of a run, or None. Only looks, so that any reader may call."""
+    finished = _finished(run_dir)
+    return finished[-1] if finished else None
+
+
+def located(config: TrainConfig) -> TrainConfig:
+    """`config` with the paths of its model and data absolute, where they are paths."""
+    names = {name: getattr(config, name) for name in ("model", "data", "eval_data")}
+    found: dict[str, Any] = {
+        k: str(Path(v).resolve()) for k, v in names.items() if v and Path(v).exists()
+    }
+    return dataclasses.replace(config, **found)
+
+
+def read_about(
+    checkpoint: Path, config: TrainConfig, note: Callable[[str], None] = lambda text: None
+) -> int:
+    """The checkpoint's step; notes settings that change bits, ValueError for any that change more.
+
+    Relative paths that name the same place are the same.
+    """
+    about = json.loads((checkpoint / "trainer.json").read_text(encoding="utf-8"))
+    given, now = changes(about["config"], config), changes(about["config"], located(config))
+    changed = {name: given[name] for name in given if name in now}
+    refused = [text for name, text in changed.items() if locked(name, text)]
+    if refused:
+        raise ValueError(
+            f"resume: {checkpoint.parent.parent} was started with other settings "
+            f"({'; '.join(refused)}). Restore them, or choose another run_dir for a new run."
+        )
+    if changed:
+        note(
+            f"resume: {'; '.join(changed.values())}: the same mathematics, but no longer bit for "
+            "bit the run that was started"
+        )
+    return int(about["step"])
+
+
+def restore(checkpoint: Path, *, optimizer: Any, advantage: Any) -> None:
+    """Load everything but the weights, which from_pretrained has read, and the random states."""
+    path = checkpoint / "trainer.pt"  # mapped, so that each process reads its shards alone
+    state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    optimizer.load_state_dict(laid_out(state["optimizer"], optimizer))
+    advantage.load_state_dict(state["advantage"])
+    _set_random_states(state["random"])
+
+
+def laid_out(state: dict[str, Any], optimizer: Any) -> dict[str, Any]:
+    """The optimiser's whole state, each tensor copied to where the weight it belongs to is now."""
+    adamw = dict(state["adamw"])
+    adamw["state"] = {
+        i: {name: like_shard(x, optimizer.masters[i]) for name, x in moments.items()}
+        for i, moments in adamw["state"].items()
+    }
+    copies = [like_shard(x, m) for x, m in zip(state["masters"], optimizer.masters, strict=True)]
+    return state | {"adamw": adamw, "masters": copies}
+
+
+def truncate_log(path: Path, step: int) -> None:
+    """Keep the complete lines of a JSONL log up to `step`: the others will be written again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n") and json.loads(line)["step"] <= step:
+            kept.append(line)
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text("".join(kept), encoding="utf-8")
+    _flush(unfinished)
+    unfinished.replace(path)
+
+
+def set_aside(path: Path) -> None:
+    """Rename the log of a run that left no checkpoint: it starts over and writes a new one."""
+    if path.exists():
+        path.replace(path.with_suffix(".previous" + path.suffix))
+
+
+def _finished(run_dir: str | Path) -> list[Path]:
+    return sorted((Path(run_dir) / "checkpoints").glob("step_*"))
+
+
+def _random_states() -> dict[str, Any]:
+    name, keys, place, has_gauss, cached = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": [name, torch.from_numpy(np.asarray(keys)), place, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all(),
+    }
+
+
+def _set_random_states(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, keys.numpy(), *rest))
+    torch.set_rng_state(states["torch"])
+    if len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,349 @@
+"""From rollouts and advantages to new weights.
+
+The loss of a mini-batch has one denominator, whatever number of micro-batches and of processes it
+takes. Every process holds all rollouts and takes its share of each mini-batch through the model.
+
+R rollouts, T tokens of a micro-batch, S its sequences, D hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+
+from riskpo.algorithms import LossOptions
+from riskpo.distributed import Ranks
+from riskpo.model.dropout import train_without_dropout
+from riskpo.model.lm_head import Head
+from riskpo.model.packing import (
+    IGNORE,
+    Packed,
+    denominator,
+    hidden_states,
+    micro_batches,
+    mini_batches,
+    pack,
+)
+from riskpo.trainer.optimizer import Optimizer
+from riskpo.trainer.parallel import Trainee
+from riskpo.trainer.rollout_correction import Correction, MismatchSums, mismatch_sums
+from riskpo.types import Rollouts
+from riskpo_kernels import SurrogateLoss, linear_logprob, riskpo_loss
+
+log = logging.getLogger("riskpo")
+
+# Nats per token. An engine that rounds otherwise in 16 bits is some .001 to .01 off; state that
+# leaks between packed sequences, or dropout, was measured at .1 to .4.
+SAMPLER_KL_LIMIT = 0.05
+
+
+@dataclass(frozen=True)
+class UpdatePlan:
+    """How a batch of rollouts is cut and fed; the mathematics is in LossOptions."""
+
+    updates: int = 1
+    micro_batch_tokens: int = 8192
+    temperature: float = 1.0
+    entropy_coef: float = 0.0
+    backend: str = "auto"
+    memory_mib: int = 300
+    skip_zero_advantage: bool = False
+    correction: Correction = field(default_factory=Correction)
+
+
+@dataclass(frozen=True)
+class FirstPass:
+    """What is known of each of this process's rollouts before the first step, by row.
+
+    old     the trainer's log-probs, one per input token, 0 inside the prompt
+    weight  the sampler correction's, per response token or one; empty without a correction
+    """
+
+    old: dict[int, torch.Tensor]
+    weight: dict[int, torch.Tensor]
+
+
+def update(
+    model: Any,
+    head: Head,
+    optimizer: Optimizer,
+    rollouts: Rollouts,
+    advantage: torch.Tensor,
+    loss: LossOptions,
+    plan: UpdatePlan,
+) -> dict[str, float]:
+    """Take `plan.updates` optimiser steps on one batch of rollouts; returns numbers to log.
+
+    model is the model, or the Trainee that holds it where several processes train.
+    advantage [R], detached. Mini-batches are whole questions in their order. With one update the
+    data are on-policy and the old log-probs are the detached new ones, so every ratio is exactly
+    1. With more, or with a correction for the sampler, the trainer computes its own log-probs
+    once, before the first step: one more forward pass, from which the correction is taken too.
+    skipped_responses were left out of the update and of its numbers: their gradient is 0.
+    """
+    trainee = model if isinstance(model, Trainee) else Trainee(model)
+    model, ranks = trainee.model, trainee.ranks
+    device = next(model.parameters()).device
+    advantage = advantage.to(device, torch.float32)
+    train_without_dropout(model)
+    batches = mini_batches(rollouts, plan.updates)
+    live = advantage.ne(0).tolist() if plan.skip_zero_advantage and not plan.entropy_coef else None
+    cuts = [share_of(rollouts, rows, plan.micro_batch_tokens, ranks, live) for rows in batches]
+    tally, first = _Tally(), None
+    warn_of_missing(rollouts, plan.correction)
+    if plan.updates > 1 or plan.correction.kind != "none":
+        first, tally.mismatch = first_pass(trainee, head, rollouts, sum(cuts, []), plan)
+    for rows, parts in zip(batches, cuts, strict=True):
+        # Gradients are averaged over the ranks, so that each divides by its part of the whole.
+        share = denominator(rollouts, rows, loss.aggregate, loss.constant) / ranks.size
+        total = torch.zeros((), device=device)
+        for i, part in enumerate(parts):
+            batch = packed_or_idle(rollouts, part, device)
+            with trainee.accumulating(last=i == len(parts) - 1):
+                given = (batch, first, advantage[part or [0]], loss, plan, share)
+                result = trainee(surrogate, head, *given)
+                result.loss.backward()
+            total += result.loss.detach()
+            missing = int(batch.sampled.isnan().sum()) if part else 0
+            tally.add(result.stats, len(part) if loss.ratio == "sequence" else None, missing)
+        total = ranks.mean(total)
+        norm, taken = optimizer.step(total)
+        if not taken:
+            log.warning(
+                "update skipped: loss %s, gradient norm %s; %d skipped so far",
+                float(total),
+                norm,
+                optimizer.skipped,
+            )
+        tally.step(float(total), norm)
+    model.eval()
+    tally.gather(ranks)
+    numbers = tally.numbers(plan.correction.kind)
+    warn_of_mismatch(numbers["sampler_kl"])
+    return numbers | {
+        "skipped_updates": float(optimizer.skipped),
+        "skipped_responses": float(live.count(False)) if live else 0.0,
+    }
+
+
+def warn_of_mismatch(sampler_kl: float) -> None:
+    """Say when the sampler's policy is not the trainer's, and what is known to cause it."""
+    if sampler_kl > SAMPLER_KL_LIMIT:
+        log.warning(
+            "sampler_kl is %.3g nats per token; expected at most %g. The sampler and the trainer "
+            "do not hold the same policy. Known causes: another dtype or temperature in the "
+            "engine, weights that the engine has not received, tokens that were encoded again "
+            "(chat template, a second BOS), state that leaks between packed sequences (compare "
+            "with micro_batch_tokens=1, one sequence at a time), dropout in the engine, or many "
+            "updates on one batch.",
+            sampler_kl,
+            SAMPLER_KL_LIMIT,
+        )
+
+
+def warn_of_missing(rollouts: Rollouts, correction: Correction) -> None:
+    """One line where the sampler left out log-probs, with what that costs."""
+    missing = sum(int(x.isnan().sum()) for x in rollouts.logprob)
+    if missing:
+        rows = sum(bool(x.isnan().any()) for x in rollouts.logprob)
+        cost = {"token": "these tokens have weight 0", "sequence": "these responses have weight 0"}
+        log.warning(
+            "the sampler gave no log-prob for %d tokens in %d of %d responses: %s",
+            missing,
+            rows,
+            len(rollouts),
+            "only the sampler's metrics leave them out"
+            if correction.kind == "none"
+            else cost[correction.level],
+        )
+
+
+def share_of(
+    rollouts: Rollouts,
+    rows: list[int],
+    budget: int,
+    ranks: Ranks,
+    live: list[bool] | None = None,
+) -> list[list[int]]:
+    """This rank's micro-batches of a mini-batch, dealt by length; [] is a turn without work.
+
+    All ranks take the same number of turns, at least one: each of them is a meeting of all. Rows
+    that are not `live` stay out.
+    """
+    if live is not None:
+        rows = [row for row in rows if live[row]] or rows[:1]
+    order = sorted(rows, key=lambda row: -len(rollouts.tokens[row]))
+    cuts = [
+        micro_batches(rollouts, sorted(order[rank :: ranks.size]), budget)
+        for rank in range(ranks.size)
+    ]
+    idle: list[list[int]] = [[]] * (max(map(len, cuts)) - len(cuts[ranks.rank]))
+    return cuts[ranks.rank] + idle
+
+
+def packed_or_idle(rollouts: Rollouts, part: list[int], device: torch.device) -> Packed:
+    """The micro-batch; for an empty one a sequence of which no token counts: its loss is 0."""
+    if part:
+        return pack(rollouts, part, device)
+    batch = pack(rollouts, [0], device)
+    return replace(batch, rows=[], target=torch.full_like(batch.target, IGNORE))
+
+
+def surrogate(
+    model: Any,
+    head: Head,
+    batch: Packed,
+    first: FirstPass | None,
+    advantage: torch.Tensor,
+    loss: LossOptions,
+    plan: UpdatePlan,
+    share: float,
+) -> SurrogateLoss:
+    """The micro-batch's part of the loss; without more than one update it is on-policy.
+
+    The sampler's log-probs stand in as a reference without weight: its "kl" is the mismatch
+    between sampler and trainer.
+    """
+    off_policy = first is not None and plan.updates > 1 and batch.rows
+    return riskpo_loss(
+        hidden_states(model, batch),
+        head.weight,
+        batch.target,
+        torch.cat([first.old[row] for row in batch.rows]) if first and off_policy else None,
+        advantage,
+        cu_seqlens=batch.cu_seqlens,
+        bias=head.bias,
+        temperature=plan.temperature,
+        return_entropy=True,
+        memory_mib=plan.memory_mib,
+        backend=plan.backend,
+        entropy_coef=plan.entropy_coef,
+        denominator=share,
+        ref_logprob=batch.sampled,
+        correction=correction_of(batch, first, plan.correction.level),
+        advantage_per="sequence",
+        correction_per=plan.correction.level,
+        **asdict(head.options),
+        **asdict(loss),
+    )
+
+
+def correction_of(batch: Packed, first: FirstPass | None, level: str) -> torch.Tensor | None:
+    """[S] weights, or [T] with 1 inside the prompts; None without a correction."""
+    if first is None or not first.weight or not batch.rows:
+        return None
+    weights = [first.weight[row] for row in batch.rows]
+    if level == "sequence":
+        return torch.stack(weights)
+    lengths = batch.cu_seqlens.diff().tolist()
+    prompts = [
+        torch.ones(n - len(w), device=w.device) for n, w in zip(lengths, weights, strict=True)
+    ]
+    return torch.cat([x for pair in zip(prompts, weights, strict=True) for x in pair])
+
+
+def first_pass(
+    trainee: Trainee, head: Head, rollouts: Rollouts, parts: list[list[int]], plan: UpdatePlan
+) -> tuple[FirstPass, MismatchSums]:
+    """The trainer's log-probs of the rollouts in `parts`, and the sampler's beside them."""
+    old = recompute(trainee, head, rollouts, parts, plan)
+    pairs = {
+        row: (x[rollouts.prompt_len[row] - 1 :], rollouts.logprob[row].to(x.device))
+        for row, x in old.items()
+    }
+    weight = {}
+    if plan.correction.kind != "none":
+        weight = {row: plan.correction.weight(*pair) for row, pair in pairs.items()}
+    return FirstPass(old, weight), mismatch_sums(pairs.values(), plan.correction)
+
+
+@torch.no_grad()
+def recompute(
+    trainee: Trainee, head: Head, rollouts: Rollouts, parts: list[list[int]], plan: UpdatePlan
+) -> dict[int, torch.Tensor]:
+    """The trainer's own log-probs by row: one entry per input token, 0 inside the prompt."""
+
+    def logprob(model: Any, batch: Packed) -> torch.Tensor:
+        return linear_logprob(
+            hidden_states(model, batch),
+            head.weight,
+            batch.target,
+            bias=head.bias,
+            temperature=plan.temperature,
+            memory_mib=plan.memory_mib,
+            backend=plan.backend,
+            **asdict(head.options),
+        ).logprob
+
+    device = next(trainee.model.parameters()).device
+    found: dict[int, torch.Tensor] = {}
+    for part in parts:
+        batch = packed_or_idle(rollouts, part, device)
+        pieces = trainee(logprob, batch).split(batch.cu_seqlens.diff().tolist())
+        found.update(zip(part, pieces, strict=False))  # an idle batch has a piece and no row
+    return found
+
+
+class _Tally:
+    """Sums of a step's numbers, weighted by tokens or by what a ratio belongs to."""
+
+    MEANS_OF_UNITS = ("clip_fraction", "clip_low_fraction", "clip_high_fraction", "ratio_mean")
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.units = self.tokens = self.missing = 0.0
+        self.ratio_max = 0.0
+        self.steps: list[tuple[float, float]] = []
+        self.mismatch: MismatchSums | None = None
+
+    def add(self, stats: dict[str, torch.Tensor], sequences: int | None, missing: int) -> None:
+        """A micro-batch's stats; `sequences` where each sequence has one ratio; `missing` tokens
+        without a log-prob of the sampler, which are not in "kl"."""
+        tokens = float(stats["tokens"])
+        units = tokens if sequences is None else sequences
+        self.units += units
+        self.tokens += tokens
+        self.missing += missing
+        for name in (*self.MEANS_OF_UNITS, "zero_coefficient_fraction", "entropy", "kl"):
+            weight = units if name in self.MEANS_OF_UNITS else tokens
+            weight -= missing if name == "kl" else 0
+            self.sums[name] = self.sums.get(name, 0.0) + weight * float(stats[name])
+        self.ratio_max = max(self.ratio_max, float(stats["ratio_max"]))
+
+    def step(self, loss: float, norm: float) -> None:
+        self.steps.append((loss, norm))
+
+    def gather(self, ranks: Ranks) -> None:
+        """Add up what all ranks counted; the steps are the same on all."""
+        others = [other for i, other in enumerate(ranks.gather(self)) if i != ranks.rank]
+        for other in others:
+            self.units += other.units
+            self.tokens += other.tokens
+            self.missing += other.missing
+            for name, value in other.sums.items():
+                self.sums[name] = self.sums.get(name, 0.0) + value
+            self.ratio_max = max(self.ratio_max, other.ratio_max)
+            if self.mismatch is not None and other.mismatch is not None:
+                self.mismatch.add(other.mismatch)
+
+    def numbers(self, correction: str) -> dict[str, float]:
+        """The step's loss and gradient norm are means over its updates."""
+        counts = dict.fromkeys(self.MEANS_OF_UNITS, self.units) | {"kl": self.tokens - self.missing}
+        means = {
+            name: value / max(counts.get(name, self.tokens), 1.0)
+            for name, value in self.sums.items()
+        }
+        loss, norm = (sum(x) / len(self.steps) for x in zip(*self.steps, strict=True))
+        mismatch = {} if self.mismatch is None else self.mismatch.numbers(correction)
+        return means | {
+            "sampler_kl": means.pop("kl"),
+            "sampler_missing": self.missing,
+            "loss": loss,
+            "grad_norm": norm,
+            "ratio_max": self.ratio_max,
+            "tokens": self.tokens,
+            **mismatch,
+        }

@@ -1,0 +1,69 @@
+"""The records that travel through the loop. Q questions, G responses each, R = Q * G rollouts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # questions are read before torch is
+    import torch
+
+
+@dataclass(frozen=True)
+class Question:
+    """One verifiable question.
+
+    id is stable across runs and unique in a data set; prompt is plain text or a list of chat
+    messages {"role", "content"}; gold is the reference answer as text; source names the data set
+    (it picks the reward); meta carries anything else a reward may want; images are encoded
+    pictures or paths to them, see riskpo/data/images.py.
+    """
+
+    id: str
+    prompt: str | list[dict[str, str]]
+    gold: str
+    source: str = ""
+    meta: dict[str, Any] = field(default_factory=dict)
+    images: tuple[bytes | str, ...] = ()
+
+
+@dataclass
+class Rollouts:
+    """R sampled responses, question-major: rows i * G .. i * G + G - 1 answer question i.
+
+    tokens      list of R int64 tensors, prompt followed by response (no padding)
+    prompt_len  list of R ints
+    logprob     list of R float32 tensors, one entry per response token, as the sampler saw them;
+                NaN where it did not say
+    text        list of R decoded responses
+    truncated   list of R bools: the length limit was hit before an end-of-sequence token
+    inputs      by question id, what a vision-language model reads beside the prompt's tokens, a
+                batch of one; empty for text models. See riskpo/model/vision.py
+    """
+
+    tokens: list[torch.Tensor] = field(default_factory=list)
+    prompt_len: list[int] = field(default_factory=list)
+    logprob: list[torch.Tensor] = field(default_factory=list)
+    text: list[str] = field(default_factory=list)
+    truncated: list[bool] = field(default_factory=list)
+    question_id: list[str] = field(default_factory=list)
+    inputs: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def extend(self, other: Rollouts, rows: Sequence[int] | None = None) -> None:
+        """Append the chosen rows of `other`, all of them by default."""
+        chosen = range(len(other)) if rows is None else rows
+        for column in fields(self):
+            values = getattr(other, column.name)
+            if isinstance(values, list):
+                getattr(self, column.name).extend(values[row] for row in chosen)
+        names = {other.question_id[row] for row in chosen}
+        self.inputs |= {name: x for name, x in other.inputs.items() if name in names}
+
+
+Stream = tuple[int | str, ...]  # what the random numbers of a batch of rollouts depend on
+# (texts, questions) -> rewards [R] and how often each outcome occurred
+Score = Callable[[Sequence[str], Sequence[Question]], "tuple[torch.Tensor, dict[str, int]]"]

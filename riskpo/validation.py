@@ -1,0 +1,137 @@
+"""What the held-out questions say about a run: numbers for the log, answers for people."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from riskpo.data.prompts import texts_of
+from riskpo.metrics.evaluate import EvalResult, EvalSettings, evaluate, powers_of_two
+from riskpo.metrics.step import by_stratum, sampled_entropy
+from riskpo.report.progress import sampling_progress
+from riskpo.rewards.scorer import stop_if_all_crashed
+from riskpo.rollout.collect import Batch
+from riskpo.run import Run
+from riskpo.types import Question, Rollouts
+
+SHOWN_ANSWERS = 6
+SHOWN_CHARACTERS = 2000  # of the first prompt and response
+
+
+def show_first(run: Run) -> None:
+    """One prompt as the model reads it, special tokens and all, its gold, one answer, its reward.
+
+    And what is known beforehand to go wrong.
+    """
+    question, c = run.questions[0], run.config
+    rollouts = run.sampler.sample([question], 1, (c.seed, "first"))
+    prompt, response = _read_back(run, rollouts)
+    rewards, counts = run.score(rollouts.text, [question])
+    outcome = next((name for name, n in counts.items() if n), "no verdict")
+    run.log.note(f"first prompt ({question.id}), as the model reads it: {prompt!r}")
+    run.log.note(f"  gold {question.gold[:200]!r}, sampled {response!r}")
+    run.log.note(f"  reward {float(rewards[0]):g} ({outcome})")
+    if c.algorithm == "riskpo-paper" and c.baseline in (None, "natural"):
+        run.log.note(
+            "warning: with riskpo-paper's own baseline no advantage is above zero: responses are "
+            "only pushed down;\n  riskpo-loo (or --baseline leave-one-out) is the same objective "
+            "with a centred baseline"
+        )
+
+
+def _read_back(run: Run, rollouts: Rollouts) -> tuple[str, str]:
+    """Prompt and response from their tokens."""
+    tokens, cut = rollouts.tokens[0], rollouts.prompt_len[0]
+    texts = (run.policy.tokenizer.decode(part.tolist()) for part in (tokens[:cut], tokens[cut:]))
+    prompt, response = (text[:SHOWN_CHARACTERS] for text in texts)
+    return prompt, response
+
+
+def some_texts(batch: Batch, count: int) -> list[dict[str, Any]]:
+    """`count` of a step's responses, of as many questions as there are, kept or not."""
+    questions, each = batch.seen_QG.shape
+    every = sorted(range(questions * each), key=lambda i: (i % each, i // each))
+    return [
+        {
+            "question_id": batch.seen[i // each].id,
+            "prompt": texts_of(batch.seen[i // each].prompt)[-1],
+            "gold": batch.seen[i // each].gold,
+            "response": batch.seen_text[i],
+            "reward": float(batch.seen_QG.flatten()[i]),
+            "truncated": bool(batch.seen_cut[i]),
+        }
+        for i in every[:count]
+    ]
+
+
+def evaluate_and_log(run: Run) -> None:
+    """avg@n, pass@k for k up to n, and both by stratum, with random numbers of their own."""
+    c, began = run.config, time.perf_counter()
+    if not run.held_out:
+        return
+    settings = EvalSettings(
+        model=c.model or "embedded",
+        data=c.eval_data or c.data or "embedded",
+        temperature=c.temperature,
+        max_response_tokens=c.max_response_tokens or 0,
+        seed=c.seed,
+    )
+    entropies = []
+
+    def answers(questions: Sequence[Question], samples: int) -> list[str]:
+        rollouts = run.sampler.sample(questions, samples, (c.seed, "held out"))
+        entropies.append(sampled_entropy(torch.cat(rollouts.logprob)))
+        return rollouts.text
+
+    responses = len(run.held_out) * c.eval_samples
+    if run.step == 0:
+        run.log.note(
+            f"held out before training: {len(run.held_out)} questions, {responses} responses of at "
+            f"most {c.max_response_tokens} tokens"
+        )
+    with sampling_progress(
+        run.policy.model,
+        responses=-(-responses // run.ranks.size),
+        sequences=c.sampler.sequences,
+        tokens=c.max_response_tokens or 0,
+        say=run.log.note,
+    ):
+        result = evaluate(
+            answers,
+            run.held_out,
+            run.score,
+            samples=c.eval_samples,
+            ks=powers_of_two(c.eval_samples),
+            settings=settings,
+        )
+    stop_if_all_crashed(result.counts, run.scorer)
+    name = f"avg@{c.eval_samples}"
+    interval = {f"{name}_low": result.avg.low, f"{name}_high": result.avg.high}
+    strata = stratum_rows(run.held_out, result) | {"entropy": entropies[0]}
+    numbers = {**result.row(), **interval, **strata, "time_s": time.perf_counter() - began}
+    run.log.evaluation(run.step, numbers, shown=(name, f"pass@{c.eval_samples}"))
+
+
+def stratum_rows(questions: list[Question], result: EvalResult) -> dict[str, float]:
+    """reward_S and solved_S by stratum; a question is solved when any response is right."""
+    rewards_Qn = torch.tensor([result.rewards[q.id] for q in questions])
+    solved = by_stratum(questions, (rewards_Qn > 0).any(1, keepdim=True).float())
+    return by_stratum(questions, rewards_Qn) | {
+        name.replace("reward", "solved"): value for name, value in solved.items()
+    }
+
+
+def show_answers(run: Run) -> None:
+    """A few held-out questions, what the policy says now, and whether it is right."""
+    questions = (run.held_out or run.questions)[:SHOWN_ANSWERS]
+    texts = run.sampler.sample(questions, 1, (run.config.seed, "shown")).text
+    rewards, _ = run.score(texts, questions)
+    for question, text, reward in zip(questions, texts, rewards.tolist(), strict=True):
+        asked = (
+            question.prompt if isinstance(question.prompt, str) else question.prompt[-1]["content"]
+        )
+        verdict = "right" if reward > 0 else f"wrong, expected {question.gold[:60]!r}"
+        run.log.note(f"{asked[:80]!r} -> {text[-120:]!r}  {verdict}")

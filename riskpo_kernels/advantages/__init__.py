@@ -1,0 +1,1 @@
+"""RiskPOAdvantage from inside: settings, bundles, credit, difficulty, statistics."""

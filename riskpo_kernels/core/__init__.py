@@ -1,0 +1,1 @@
+"""What every op shares: checks, backends, tile sizes, products, gradient sums, process groups."""

@@ -1,0 +1,134 @@
+"""How big the tiles are, and how they are multiplied.
+
+The tiled ops work on one [rows, cols] tile of logits at a time. `plan_tiles` turns the caller's
+memory_mib into that tile; `Products` multiplies with float32 accumulation on every device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from riskpo_kernels.core.checks import reject
+from riskpo_kernels.core.work import executed
+
+MIN_ROWS, MIN_COLS = 16, 128
+SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Rows and vocabulary columns of one tile."""
+
+    rows: int
+    cols: int
+
+
+def plan_tiles(
+    op: str,
+    n_rows: int,
+    vocab: int,
+    width: int,
+    *,
+    memory_mib: float,
+    most_rows: int,
+    most_cols: int,
+    tile_bytes: int,
+    edge_bytes: int,
+    row_bytes: int = 0,
+) -> Plan:
+    """The largest tile that fits: tile_bytes per element of the tile, edge_bytes per element of
+    the [rows, width] and [cols, width] pieces that are live beside it, row_bytes per row."""
+    budget = int(memory_mib * 2**20)
+    rows, cols = min(most_rows, max(n_rows, 1)), min(most_cols, max(vocab, 1))
+
+    def cost(r: int, c: int) -> int:
+        return tile_bytes * r * c + edge_bytes * width * (r + c) + row_bytes * r
+
+    while cost(rows, cols) > budget:
+        if rows <= MIN_ROWS and cols <= MIN_COLS:
+            need = -(-cost(rows, cols) // 2**20)
+            reject(
+                op,
+                f"memory_mib={memory_mib}",
+                f"at least {need} for one {rows} x {cols} tile at width {width}",
+                "Raise memory_mib.",
+            )
+        # halve the longer side: products are fastest when neither side is thin
+        if rows > MIN_ROWS and (rows >= cols or cols <= MIN_COLS):
+            rows = max(MIN_ROWS, -(-rows // 2))
+        else:
+            # whole blocks of MIN_COLS columns: a block belongs to one tile
+            cols = MIN_COLS * max(1, -(-cols // (2 * MIN_COLS)))
+    return Plan(rows, cols)
+
+
+def spans(total: int, size: int) -> Iterator[slice]:
+    """[0, total) cut into slices of `size`."""
+    for start in range(0, total, size):
+        yield slice(start, min(start + size, total))
+
+
+class Products:
+    """Matrix products of one op: 16-bit operands on a tensor core, float32 everywhere else.
+
+    `dtype` is what operands are cast to before they enter a product: the 16-bit input type where
+    the device multiplies it with a float32 result (CUDA, compute capability 8.0), else float32
+    (float64 for float64 inputs). Results are always float32 (float64).
+    """
+
+    def __init__(self, device: torch.device, hidden: torch.dtype, weight: torch.dtype):
+        common = torch.promote_types(hidden, weight)
+        tensor_core = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        self.mixed = common in SIXTEEN_BIT and tensor_core
+        self.wide = torch.promote_types(common, torch.float32)
+        self.dtype = common if self.mixed else self.wide
+
+    def into(self, out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """out = a @ b"""
+        executed(*a.shape, b.shape[1])
+        if self.mixed:
+            return torch.mm(a, b, out_dtype=self.wide, out=out)  # type: ignore[call-overload]
+        return torch.mm(a, b, out=out)
+
+    def add(
+        self, out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, apart: bool = False
+    ) -> None:
+        """out += a @ b; rows of a beyond those of out are padding. apart: the product is rounded
+        before it is added whether or not there is padding: the bits do not tell."""
+        executed(*a.shape, b.shape[1])
+        if self.mixed:
+            product = torch.mm(a, b, out_dtype=self.wide)  # type: ignore[call-overload]
+            out.add_(product[: out.shape[0]])
+        elif apart or a.shape[0] > out.shape[0]:
+            out.add_(torch.mm(a, b)[: out.shape[0]])
+        else:
+            out.addmm_(a, b)
+
+
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Autocast off, on a device that has it."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def exact_products(device: torch.device) -> Iterator[None]:
+    """Neither autocast nor TF32 nor sums in fp16 may touch the products inside: an op's precision
+    is its own."""
+    with no_autocast(device):
+        if device.type != "cuda":
+            yield
+            return
+        # not allow_tf32: reading that raises once anyone has used fp32_precision
+        matmul = torch.backends.cuda.matmul
+        before = matmul.fp32_precision, matmul.allow_fp16_accumulation
+        matmul.fp32_precision, matmul.allow_fp16_accumulation = "ieee", False
+        try:
+            yield
+        finally:
+            matmul.fp32_precision, matmul.allow_fp16_accumulation = before

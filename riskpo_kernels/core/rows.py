@@ -1,0 +1,158 @@
+"""What is known of a row of logits: how they are made, softmax statistics, their gradient.
+
+lm_head/softmax.py has the mathematics; kernels/ has it in Triton.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+BLOCK = 128  # columns of a vocabulary block, whose gradient is kept or dropped as one
+IGNORED = -(2**62)  # a target that says: do not read this row
+FLOOR = -1000.0  # of log-probabilities: exp is 0 there in every dtype, and 0 * FLOOR is not NaN
+
+
+class LogitMap(NamedTuple):
+    """z = softcap(scale * (raw + bias)) / temperature; temperature is a float or one per row."""
+
+    scale: float
+    softcap: float | None
+    temperature: float | torch.Tensor
+
+    def of(self, rows: slice | torch.Tensor) -> LogitMap:
+        """The map of some of the rows."""
+        if isinstance(self.temperature, torch.Tensor):
+            return self._replace(temperature=self.temperature[rows])
+        return self
+
+    def slope(self, z: torch.Tensor) -> torch.Tensor:
+        """Derivative of the softcap where z [R] came out."""
+        assert self.softcap is not None
+        return (1 - (z * self.temperature / self.softcap).square()).clamp(min=0.0)
+
+    def column(self) -> float | torch.Tensor:
+        """The temperature, shaped to broadcast over a tile."""
+        t = self.temperature
+        return t[:, None] if isinstance(t, torch.Tensor) else t
+
+
+class RowState(NamedTuple):
+    """m, s, u, z_t of every row; u is None when no entropy is wanted."""
+
+    m: torch.Tensor
+    s: torch.Tensor
+    u: torch.Tensor | None
+    zt: torch.Tensor
+
+    @staticmethod
+    def new(n: int, entropy: bool, like: torch.Tensor, dtype: torch.dtype) -> RowState:
+        def full(value: float) -> torch.Tensor:
+            return torch.full((n,), value, dtype=dtype, device=like.device)
+
+        return RowState(full(-torch.inf), full(0), full(0) if entropy else None, full(-torch.inf))
+
+    def of(self, rows: slice | torch.Tensor) -> RowState:
+        """Some of the rows: views for a slice, copies for an index."""
+        return RowState(*(None if x is None else x[rows] for x in self))  # type: ignore[arg-type]
+
+    def put(self, rows: slice, part: RowState) -> None:
+        """The state of these rows; rows of `part` beyond them are padding."""
+        for x, y in zip(self, part, strict=True):
+            if x is not None and y is not None:
+                x[rows] = y[: rows.stop - rows.start]
+
+
+class RowStats(NamedTuple):
+    """What the results and the backward need; lse = peak + log_sum."""
+
+    logprob: torch.Tensor
+    entropy: torch.Tensor | None
+    peak: torch.Tensor
+    log_sum: torch.Tensor
+
+    def of(self, rows: slice | torch.Tensor) -> RowStats:
+        return RowStats(*(None if x is None else x[rows] for x in self))  # type: ignore[arg-type]
+
+
+class RowGradient(NamedTuple):
+    """What the gradient of a row needs beside its logits; lse = peak + log_sum.
+
+    dz_v = -p_v (offset + slope log p_v)   v != t        dz_t = at_target
+
+    All three are 0 where no gradient was sent; slope is None where none was sent to an entropy.
+    scale and temperature are in them: their chain rule costs no pass over a tile.
+    """
+
+    at_target: torch.Tensor
+    offset: torch.Tensor
+    slope: torch.Tensor | None
+    peak: torch.Tensor
+    log_sum: torch.Tensor
+
+    @staticmethod
+    def new(
+        stats: RowStats,
+        c: torch.Tensor | None,
+        g: torch.Tensor | None,
+        e: torch.Tensor | None,
+        map: LogitMap,
+    ) -> RowGradient:
+        """Of the upstream gradients of logprob, entropy and lse, None where none was sent."""
+        logprob = stats.logprob.clamp(min=FLOOR)  # 0 * -inf is NaN
+        p = torch.exp(logprob)
+        at_target, offset = torch.zeros_like(p), torch.zeros_like(p)
+        slope, sent = None, at_target != 0
+        if c is not None:
+            at_target -= c * torch.expm1(logprob)
+            offset += c
+            sent |= c != 0
+        if e is not None:
+            at_target += e * p
+            offset -= e
+            sent |= e != 0
+        if g is not None and stats.entropy is not None:
+            at_target -= g * p * (logprob + stats.entropy)
+            offset += g * stats.entropy
+            slope = g * (map.scale / map.temperature)
+            sent |= g != 0
+        # a row without an upstream gradient is not read: a NaN in it stays there
+        at_target, offset = (
+            torch.where(sent, x * (map.scale / map.temperature), 0.0) for x in (at_target, offset)
+        )
+        return RowGradient(at_target, offset, slope, stats.peak, stats.log_sum)
+
+    @property
+    def parts(self) -> list[torch.Tensor]:
+        """What is linear in the upstream gradients."""
+        return [x for x in (self.at_target, self.offset, self.slope) if x is not None]
+
+    def live(self) -> torch.Tensor:
+        """Rows whose gradient is not zero throughout, bool."""
+        return torch.stack([x != 0 for x in self.parts]).any(0)
+
+    def divided(self, unit: torch.Tensor) -> RowGradient:
+        """The gradient in units of another number."""
+        slope = None if self.slope is None else self.slope / unit
+        return self._replace(
+            at_target=self.at_target / unit, offset=self.offset / unit, slope=slope
+        )
+
+    def of(self, rows: slice | torch.Tensor) -> RowGradient:
+        return RowGradient(*(None if x is None else x[rows] for x in self))  # type: ignore[arg-type]
+
+
+def combine(parts: RowState) -> RowState:
+    """The states [S, R] of S pieces of every row as one [R]."""
+    m = parts.m.amax(0)
+    s, u = relative_to(m, parts)
+    return RowState(m, s.sum(0), None if u is None else u.sum(0), parts.zt.amax(0))
+
+
+def relative_to(m: torch.Tensor, part: RowState) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """s and u of a part of the columns, as if its maximum had been m, that of all of them."""
+    anchor = torch.where(m == -torch.inf, 0.0, m)  # -inf - -inf is NaN
+    shift = (part.m - anchor).clamp_(min=FLOOR)
+    keep = torch.exp(shift)
+    return part.s * keep, None if part.u is None else keep * (part.u + part.s * shift)

@@ -1,0 +1,138 @@
+"""The backward of a head: each row goes the dense way or the sparse one, into the same gradients.
+
+At most one float32 buffer of a whole gradient is made, and none for a float32 weight: of dH or dW,
+whichever is smaller, or of dW where dense and sparse rows meet. Rows that are many go through in
+pieces, whose dH is summed apart.
+
+One host synchronisation on a GPU, before anything else: lm_head/row_partition.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from riskpo_kernels.core.accumulator import Accumulator
+from riskpo_kernels.core.matmul import Products
+from riskpo_kernels.core.rows import RowGradient
+from riskpo_kernels.lm_head.block_filter import ActiveBlocks
+from riskpo_kernels.lm_head.row_partition import Ways, find_ways
+from riskpo_kernels.lm_head.sparse_torch import sparse_backward
+from riskpo_kernels.lm_head.tiles import (
+    Gradients,
+    Head,
+    Options,
+    dense_backward,
+    products_of,
+)
+
+ROUNDING_STEP = 4096  # rows of a float32 buffer that are rounded at a time
+
+
+def backward_rows(
+    head: Head,
+    up: RowGradient,
+    active: ActiveBlocks | None,
+    ways: Ways,
+    needs: Sequence[bool],
+    o: Options,
+    *,
+    wide_dh: bool = False,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """dH [N, D], dW [V, D], dbias [V] of the rows that `ways` keeps, None where not needed; in the
+    dtypes of what they are gradients of, dH with wide_dh as its sums are."""
+    products = products_of(head)
+    unit = _unit(up, products)
+    if unit is not None:
+        up = up.divided(unit)
+    free = head.weight.dtype == products.wide  # dW is as wide as its sums: it needs no buffer
+    dense, both = ways.dense, ways.dense is not None and bool(ways.sparse)
+    rows_outer = both or free or not needs[1] or (needs[0] and head.vocab <= head.n)
+    dw_pieces = rows_outer if dense is not None else free or head.n > head.vocab
+    dw = Accumulator(head.weight, products.wide, whole=dw_pieces) if needs[1] else None
+    db = torch.zeros(head.vocab, dtype=products.wide, device=head.hidden.device)
+    into = Gradients(None, dw, db if needs[2] else None)
+    dh = None
+    if needs[0]:
+        dtype = products.wide if wide_dh else head.hidden.dtype
+        dh = torch.zeros(head.hidden.shape, dtype=dtype, device=head.hidden.device)
+
+    if dense is not None:
+        part, sent = (head.of(dense), up.of(dense)) if ways.sparse else (head, up)
+        into.dh = _rows_of(dh, part, products, unit, whole=not rows_outer)
+        _set_unit(into, unit)
+        dense_backward(part, sent, o, into, rows_outer)
+        _finish(into.dh)
+    for s, counts in (ways if dw_pieces else ways.whole()).sparse:
+        assert active is not None
+        part, sent, blocks = head, up, active
+        if s.numel() < head.n:
+            part, sent, blocks = head.of(s), up.of(s), active.of(s)
+        into.dh = _rows_of(dh, part, products, unit, whole=True)
+        _set_unit(into, unit)
+        _sparse(head, o)(part, sent, blocks, counts, o, into)
+        _finish(into.dh)
+    if dw is not None:
+        dw.finish(ROUNDING_STEP)
+    if unit is not None:
+        db *= unit
+    return (
+        dh,
+        None if dw is None else dw.grad,
+        db.to(head.bias.dtype) if needs[2] and head.bias is not None else None,
+    )
+
+
+def _sparse(head: Head, o: Options) -> Callable[..., None]:
+    # exact float32 products of the kernels' tiles do not fit in a GPU's registers
+    spills = head.hidden.device.type == "cuda" and not products_of(head).mixed
+    if o.backend == "torch" or spills:
+        return sparse_backward
+    from riskpo_kernels.lm_head import (
+        sparse_triton as sparse_launch,  # needs Triton: only on demand
+    )
+
+    return sparse_launch.sparse_backward
+
+
+def ways_of(head: Head, active: ActiveBlocks | None, sent: torch.Tensor, o: Options) -> Ways:
+    """The way of each row, given which have a coefficient (bool [n])."""
+    return find_ways(sent, active, head.vocab, _piece(head, products_of(head), o))
+
+
+def _piece(head: Head, products: Products, o: Options) -> int:
+    """Rows whose float32 dH takes half of the workspace."""
+    return max(256, int(o.memory_mib * 2**19) // (head.hidden.shape[1] * products.wide.itemsize))
+
+
+def _rows_of(
+    dh: torch.Tensor | None,
+    part: Head,
+    products: Products,
+    unit: torch.Tensor | None,
+    *,
+    whole: bool,
+) -> Accumulator | None:
+    if dh is None:
+        return None
+    return Accumulator(dh, products.wide, whole=whole, index=part.rows, grad=dh)
+
+
+def _finish(dh: Accumulator | None) -> None:
+    if dh is not None:
+        dh.finish(ROUNDING_STEP)
+
+
+def _set_unit(into: Gradients, unit: torch.Tensor | None) -> None:
+    for accumulator in (into.dh, into.dw):
+        if accumulator is not None:
+            accumulator.unit = unit
+
+
+def _unit(up: RowGradient, products: Products) -> torch.Tensor | None:
+    """Gradients of a mean over many tokens vanish in fp16's range: they are divided by their
+    largest before they are rounded, and the sums are multiplied by it."""
+    if not products.mixed or products.dtype != torch.float16 or not up.offset.numel():
+        return None
+    return torch.stack(up.parts).abs().amax().clamp(min=torch.finfo(torch.float32).tiny)

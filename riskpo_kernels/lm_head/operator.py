@@ -1,0 +1,268 @@
+"""The operators behind linear_logprob: forward and backward over rows [N], one opaque node each.
+
+Their results have the caller's number of rows, whatever is ignored, so that their sizes are known
+without looking at a value (torch.compile); inside, ignored rows enter no product. What the
+backward needs of the forward is among the results: 16 to 20 bytes and V / 1024 bytes a row, and on
+a CPU the logits that were kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from riskpo_kernels.core.backends import choose
+from riskpo_kernels.core.inputs import live_rows
+from riskpo_kernels.core.matmul import exact_products
+from riskpo_kernels.core.operators import register
+from riskpo_kernels.core.process_groups import group_called, sum_over
+from riskpo_kernels.core.rows import LogitMap, RowGradient, RowStats
+from riskpo_kernels.lm_head.backward import backward_rows, ways_of
+from riskpo_kernels.lm_head.block_filter import ActiveBlocks
+from riskpo_kernels.lm_head.logit_cache import KeptLogits, kept_columns
+from riskpo_kernels.lm_head.row_partition import Ways
+from riskpo_kernels.lm_head.softmax import finish
+from riskpo_kernels.lm_head.tiles import Head, Options, forward_rows
+from riskpo_kernels.lm_head.vocab_parallel import VocabShard
+
+OP = "linear_logprob"
+TENSORS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? row_temperature"
+# the last nine are the fields of head_tiles.Options, in their order; backend as the caller says it
+OPTIONS = (
+    "int? ignore_index, str group, float scale, float? softcap, float temperature, "
+    "bool return_entropy, str backend, float memory_mib, float tail_eps, bool deterministic, "
+    "bool keep"
+)
+# logprob, entropy, lse | peak, log_sum | bits, dense, pairs | the first column's global id | logits
+RESULTS = ", ".join(["Tensor"] * 10)
+
+
+def _wide(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
+
+
+def _resolve(hidden: torch.Tensor, weight: torch.Tensor, numbers: tuple[Any, ...]) -> Options:
+    o = Options(*numbers)
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    return replace(o, backend=choose(OP, o.backend, hidden.device, dtype))
+
+
+def _map(o: Options, row_temperature: torch.Tensor | None, wide: torch.dtype) -> LogitMap:
+    if row_temperature is None:
+        return LogitMap(o.scale, o.softcap, o.temperature)
+    return LogitMap(o.scale, o.softcap, row_temperature.to(wide).contiguous())
+
+
+def _shard(
+    group: str, hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, o: Options
+) -> VocabShard | None:
+    if not group:
+        return None
+    same: dict[str, int | torch.Tensor] = {  # what the number of collectives hangs on, and more
+        "rows": target.shape[0],
+        "hidden width": hidden.shape[1],
+        "bytes of a sum": _wide(hidden, weight).itemsize,
+        "sum of the targets": target.sum(),
+        "return_entropy": o.entropy,
+        "triton": o.backend == "triton",
+        "memory_mib * 1024": int(o.memory_mib * 1024),
+    }
+    return VocabShard.find(OP, group_called(group), weight, same)
+
+
+def _among(keep: torch.Tensor | None, n: int, x: torch.Tensor) -> torch.Tensor:
+    """Live rows' numbers (along the last dimension) among all n rows; zero elsewhere."""
+    return x if keep is None else x.new_zeros(*x.shape[:-1], n).index_copy(-1, keep, x)
+
+
+def _forward(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    row_temperature: torch.Tensor | None,
+    ignore_index: int | None,
+    group: str,
+    *numbers: Any,
+) -> tuple[torch.Tensor, ...]:
+    o = _resolve(hidden, weight, numbers)
+    shard = _shard(group, hidden, weight, target, o)
+    offset, vocab = (shard.offset, shard.total) if shard else (0, weight.shape[0])
+    checked = 1.0 if row_temperature is None else row_temperature
+    keep, ids = live_rows(OP, target, vocab, ignore_index, checked)
+    bias = None if bias is None else bias.contiguous()
+    map = _map(o, row_temperature, _wide(hidden, weight))
+    map = map if keep is None else map.of(keep)
+    with exact_products(hidden.device):
+        kept = _kept(hidden, weight, group, o)
+        kept = kept if keep is None else kept.zero_()  # an operator's results are never undefined
+        local = ids - offset if offset else ids
+        head = Head(hidden, weight, bias, keep, local, map, KeptLogits(kept))
+        state, active = forward_rows(head, o, shard)
+        logprob, entropy, peak, log_sum = finish(state)
+        lse = peak + log_sum
+    n = target.shape[0]
+    logprob, lse, peak, log_sum = (_among(keep, n, x) for x in (logprob, lse, peak, log_sum))
+    entropy = hidden.new_empty(0, dtype=lse.dtype) if entropy is None else _among(keep, n, entropy)
+    blocks = _no_blocks(hidden) if active is None else (_among(keep, n, x) for x in active)
+    first = torch.full((), offset, dtype=torch.int64, device=hidden.device)
+    return logprob, entropy, lse, peak, log_sum, *blocks, first, kept
+
+
+def _kept(hidden: torch.Tensor, weight: torch.Tensor, group: str, o: Options) -> torch.Tensor:
+    """Room [N, K] for logits that the backward need not recompute; rows of a group move."""
+    wide = _wide(hidden, weight)
+    columns = 0
+    # With deterministic=True a row's products may not depend on how many rows there are.
+    keeps = o.keep and not (o.deterministic or group)
+    if keeps and o.backend == "torch" and hidden.device.type == "cpu":
+        columns = kept_columns(hidden.shape[0], weight.shape[0], wide.itemsize, o.memory_mib)
+    return hidden.new_empty(hidden.shape[0], columns, dtype=wide)
+
+
+def _no_blocks(like: torch.Tensor) -> ActiveBlocks:
+    return ActiveBlocks(
+        *(like.new_empty(0, dtype=d) for d in (torch.uint8, torch.bool, torch.int32))
+    )
+
+
+def _forward_fake(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    row_temperature: torch.Tensor | None,
+    ignore_index: int | None,
+    group: str,
+    *numbers: Any,
+) -> tuple[torch.Tensor, ...]:
+    o, n = Options(*numbers), target.shape[0]
+    sizes = (n, n if o.entropy else 0, n, n, n)
+    rows = (hidden.new_empty(size, dtype=_wide(hidden, weight)) for size in sizes)
+    selects = o.tail_eps != 0 and weight.shape[0] != 0
+    blocks = ActiveBlocks.new(weight.shape[0], n, hidden.device) if selects else _no_blocks(hidden)
+    first = hidden.new_empty((), dtype=torch.int64)
+    return *rows, *blocks, first, _kept(hidden, weight, group, _resolve(hidden, weight, numbers))
+
+
+def _backward(
+    c: torch.Tensor | None,
+    g: torch.Tensor | None,
+    e: torch.Tensor | None,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    row_temperature: torch.Tensor | None,
+    logprob: torch.Tensor,
+    entropy: torch.Tensor,
+    peak: torch.Tensor,
+    log_sum: torch.Tensor,
+    bits: torch.Tensor,
+    dense: torch.Tensor,
+    pairs: torch.Tensor,
+    offset: torch.Tensor,
+    kept: torch.Tensor,
+    needs: list[bool],
+    ignore_index: int | None,
+    group: str,
+    *numbers: Any,
+) -> tuple[torch.Tensor, ...]:
+    o, wide = _resolve(hidden, weight, numbers), logprob.dtype
+    g = g if o.entropy else None  # a compiled graph sends zeros instead of nothing
+    c, g, e = (None if x is None else x.to(wide) for x in (c, g, e))
+    bias = None if bias is None else bias.contiguous()
+    map, local = _map(o, row_temperature, wide), target.long() - offset
+    head = Head(hidden, weight, bias, None, local, map, KeptLogits(kept))
+    stats = RowStats(logprob, entropy if o.entropy else None, peak, log_sum)
+    up = RowGradient.new(stats, c, g, e, map)
+    active = ActiveBlocks(bits, dense, pairs) if dense.numel() else None
+    sent = up.live()  # the other rows enter no product
+    if ignore_index is not None:
+        sent &= target != ignore_index
+    ways = ways_of(head, active, sent, o)
+    if ways.keep is not None:
+        head, up = head.of(ways.keep), up.of(ways.keep)
+        active = None if active is None else active.of(ways.keep)
+    with exact_products(hidden.device):
+        if group:
+            gradients = _shard_backward(head, up, active, ways, needs, o, group)
+        else:
+            gradients = backward_rows(head, up, active, ways, needs, o)
+    return tuple(hidden.new_empty(0) if x is None else x for x in gradients)
+
+
+def _shard_backward(
+    head: Head,
+    up: RowGradient,
+    active: ActiveBlocks | None,
+    ways: Ways,
+    needs: list[bool],
+    o: Options,
+    group: str,
+) -> tuple[torch.Tensor | None, ...]:
+    """backward_rows on one shard of the vocabulary; dH is summed over the ranks before it is
+    rounded, in one float32 buffer of the rows with a coefficient."""
+    hidden, rows = head.hidden, head.rows
+    head = replace(head, hidden=head.take(slice(None), hidden.dtype), rows=None)
+    dh, dw, db = backward_rows(head, up, active, ways, needs, o, wide_dh=True)
+    if dh is not None:
+        dh = sum_over(group_called(group), dh).to(hidden.dtype)
+        dh = dh if rows is None else torch.zeros_like(hidden).index_copy(0, rows, dh)
+    return dh, dw, db
+
+
+def _backward_fake(c: Any, g: Any, e: Any, *rest: Any) -> tuple[torch.Tensor, ...]:
+    hidden, weight, bias, *_ = rest
+    needs = rest[14]
+    like = zip((hidden, weight, bias), needs, strict=True)
+    return tuple(
+        hidden.new_empty(x.shape, dtype=x.dtype) if n else hidden.new_empty(0) for x, n in like
+    )
+
+
+_backward_operator = register(
+    "linear_logprob_backward",
+    f"(Tensor? c, Tensor? g, Tensor? e, {TENSORS}, Tensor logprob, Tensor entropy, Tensor peak, "
+    "Tensor log_sum, Tensor bits, Tensor dense, Tensor pairs, Tensor offset, "
+    "Tensor kept, bool[] needs, "
+    f"{OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    fake=_backward_fake,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    logprob, entropy, _, *rest = output
+    ctx.save_for_backward(*inputs[:5], logprob, entropy, *rest)
+    ctx.options = inputs[5:]
+    ctx.set_materialize_grads(False)  # a gradient nobody sent costs nothing
+    ctx.mark_non_differentiable(*rest)
+
+
+def _gradients(
+    ctx: Any,
+    c: torch.Tensor | None,
+    g: torch.Tensor | None,
+    e: torch.Tensor | None,
+    *_: None,
+) -> tuple[torch.Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[:3])
+    nothing = (None,) * len(ctx.needs_input_grad)
+    if (c is None and g is None and e is None) or not any(needs):
+        return nothing
+    gradients = _backward_operator(c, g, e, *ctx.saved_tensors, needs, *ctx.options)
+    wanted = zip(gradients, needs, strict=True)
+    return *(x if need else None for x, need in wanted), *nothing[3:]
+
+
+head_operator = register(
+    OP,
+    f"({TENSORS}, {OPTIONS}) -> ({RESULTS})",
+    _forward,
+    fake=_forward_fake,
+    setup_context=_setup_context,
+    backward=_gradients,
+)

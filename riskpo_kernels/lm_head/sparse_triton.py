@@ -1,0 +1,287 @@
+"""Lists active pairs block by block and launches the three products of kernels/sparse_blocks.py.
+
+As many blocks at a time as fit in memory_mib: their lists, and dz of all their pairs.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from riskpo_kernels.core.matmul import spans
+from riskpo_kernels.core.rows import BLOCK, RowGradient
+from riskpo_kernels.core.work import executed
+from riskpo_kernels.kernels.head_forward import multiprocessors
+from riskpo_kernels.kernels.sparse_blocks import (
+    BK,
+    STAGES,
+    WARPS,
+    dz_kernel,
+    register_limit,
+    tile_rows,
+)
+from riskpo_kernels.kernels.sparse_hidden import BD, GATHER_WARPS, dh_kernel, gather_kernel
+from riskpo_kernels.kernels.sparse_weight import BD as BD_W
+from riskpo_kernels.kernels.sparse_weight import REGISTERS, dw_kernel, fold_kernel
+from riskpo_kernels.lm_head.block_filter import ActiveBlocks, block_groups
+from riskpo_kernels.lm_head.tiles import Gradients, Head, Options, products_of
+
+# A job of dW is an eighth of a multiprocessor's share at most, but 16 tiles, beside which its sums
+# are little to write and read again. Counted, not measured.
+EVEN, FEWEST_TILES = 8, 16
+
+
+def sparse_backward(
+    head: Head,
+    up: RowGradient,
+    active: ActiveBlocks,
+    counts: list[int],
+    o: Options,
+    into: Gradients,
+) -> None:
+    """Add the active pairs of the rows to the gradients; same contract as
+    riskpo_kernels.lm_head.sparse_torch.sparse_backward."""
+    products = products_of(head)
+    head = _plain(head, products.dtype)
+    # a half may hold a float32 piece of dH, an eighth the parts of dH, and after them of dW
+    budget = int(o.memory_mib * 3 * 2**17)
+    bm = tile_rows(head.map.softcap is not None)
+    pair_bytes = BLOCK * products.dtype.itemsize + 20  # dz; and the pair's place in the lists
+    if o.deterministic:
+        pair_bytes += 4 * BD + 40  # its part of dH, and the same lists in another order
+    with torch.cuda.device_of(head.hidden):
+        for blocks in block_groups(counts, head.n, bm, pair_bytes, budget):
+            if sum(counts[blocks]):
+                _one_group(head, up, active, counts, blocks, o, into)
+
+
+def _plain(head: Head, dtype: torch.dtype) -> Head:
+    """The head as the kernels read it: columns next to each other, of the products' dtype (only
+    16-bit hidden with a float32 weight differs), and an index for the rows."""
+
+    def plain(x: torch.Tensor) -> torch.Tensor:
+        x = x.to(dtype)
+        return x if x.stride(-1) == 1 else x.contiguous()
+
+    rows = torch.arange(head.n, device=head.target.device) if head.rows is None else head.rows
+    bias = None if head.bias is None else head.bias.float()
+    return replace(head, hidden=plain(head.hidden), weight=plain(head.weight), bias=bias, rows=rows)
+
+
+def _one_group(
+    head: Head,
+    up: RowGradient,
+    active: ActiveBlocks,
+    counts: list[int],
+    blocks: slice,
+    o: Options,
+    into: Gradients,
+) -> None:
+    device, dtype = head.hidden.device, head.hidden.dtype
+    here, bm = counts[blocks], tile_rows(head.map.softcap is not None)
+    tiles_each = [-(-n // bm) for n in here]
+    n_blocks, n_tiles = len(here), sum(tiles_each)
+    starts, tiles = (torch.tensor([0, *itertools.accumulate(x)]) for x in (here, tiles_each))
+    tile_block = torch.repeat_interleave(torch.arange(n_blocks), torch.tensor(tiles_each))
+    starts, tiles, tile_block = (
+        x.to(device, non_blocking=True) for x in (starts, tiles, tile_block)
+    )
+    rows = active.pair_rows(blocks, sum(here))
+    dz = torch.empty(n_tiles, bm, BLOCK, dtype=dtype, device=device)
+    sums = None  # of the columns of each tile, before dz is rounded
+    if into.db is not None:
+        sums = torch.empty(n_tiles, BLOCK, dtype=torch.float32, device=device)
+    lists = dict(p_rows=rows, p_starts=starts, p_tiles=tiles)
+    sizes = dict(D=head.hidden.shape[1], V=head.vocab, first_block=blocks.start)
+    room = int(o.memory_mib * 2**17)
+    _launch_dz(head, up, dz, sums, tile_block, lists, sizes)
+    if into.dh is not None:
+        dh, in_order = into.dh.open(slice(0, head.n)), room if o.deterministic else None
+        _launch_dh(head, dh, dz, tile_block, in_order, lists, sizes)
+    if into.dw is not None or into.db is not None:
+        _launch_dw(head, into, dz, sums, tiles_each, room, lists, sizes)
+
+
+def _launch_dz(
+    head: Head,
+    up: RowGradient,
+    dz: torch.Tensor,
+    sums: torch.Tensor | None,
+    tile_block: torch.Tensor,
+    lists: dict[str, torch.Tensor],
+    sizes: dict[str, int],
+) -> None:
+    executed(dz.numel(), sizes["D"])
+    map = head.map
+    per_row = map.temperature if isinstance(map.temperature, torch.Tensor) else None
+    dz_kernel[(dz.shape[0],)](
+        p_hidden=head.hidden,
+        p_weight=head.weight,
+        p_bias=head.bias,
+        p_index=head.rows,
+        p_tile_block=tile_block,
+        p_target=head.target,
+        p_temperature=per_row,
+        p_at_target=up.at_target,
+        p_offset=up.offset,
+        p_slope=up.slope,
+        p_peak=up.peak,
+        p_log_sum=up.log_sum,
+        p_dz=dz,
+        p_sums=sums,
+        stride_h=head.hidden.stride(0),
+        stride_w=head.weight.stride(0),
+        scale=map.scale,
+        softcap=map.softcap or 1.0,
+        temperature=1.0 if per_row is not None else map.temperature,
+        HAS_BIAS=head.bias is not None,
+        HAS_SOFTCAP=map.softcap is not None,
+        HAS_TEMPERATURE=per_row is not None,
+        HAS_SLOPE=up.slope is not None,
+        HAS_DB=sums is not None,
+        BM=dz.shape[1],
+        BLOCK=BLOCK,
+        BK=BK,
+        num_warps=WARPS,
+        num_stages=STAGES,
+        maxnreg=register_limit(dz.shape[1]),
+        **lists,
+        **sizes,
+    )
+
+
+def _launch_dh(
+    head: Head,
+    dh: torch.Tensor,
+    dz: torch.Tensor,
+    tile_block: torch.Tensor,
+    in_order: int | None,
+    lists: dict[str, torch.Tensor],
+    sizes: dict[str, int],
+) -> None:
+    """Add to dH [n, D]: by atomics, or in the order of a row's blocks with in_order bytes of room
+    for the pairs' products, as many columns at a time as fit."""
+    executed(dz.numel(), sizes["D"])
+
+    def products(out: torch.Tensor, c: slice, atomic: bool) -> None:
+        weight = head.weight[:, c]
+        dh_kernel[(dz.shape[0], -(-weight.shape[1] // BD))](
+            p_weight=weight,
+            p_tile_block=tile_block,
+            p_dz=dz,
+            p_dh=out,
+            stride_w=weight.stride(0),
+            stride_dh=out.stride(0),
+            ATOMIC=atomic,
+            BM=dz.shape[1],
+            BLOCK=BLOCK,
+            BD=BD,
+            num_warps=WARPS,
+            num_stages=STAGES,
+            maxnreg=register_limit(dz.shape[1]),
+            **lists,
+            **sizes | {"D": weight.shape[1]},
+        )
+
+    if in_order is None:
+        products(dh, slice(None), atomic=True)
+        return
+    rows = lists["p_rows"]
+    sorted_rows, order = torch.sort(rows, stable=True)
+    ends = torch.arange(head.n + 1, dtype=rows.dtype, device=rows.device)
+    first_pair = torch.searchsorted(sorted_rows, ends)
+    columns = BD * max(1, min(in_order // (4 * BD * rows.numel()), -(-sizes["D"] // BD)))
+    parts = torch.empty(rows.numel(), columns, dtype=torch.float32, device=rows.device)
+    for c in spans(sizes["D"], columns):
+        products(parts, c, atomic=False)
+        gather_kernel[(head.n, -(-(c.stop - c.start) // BD))](
+            p_parts=parts,
+            p_order=order,
+            p_first_pair=first_pair,
+            p_dh=dh[:, c],
+            D=c.stop - c.start,
+            stride_parts=columns,
+            stride_dh=dh.stride(0),
+            BD=BD,
+            num_warps=GATHER_WARPS,
+        )
+
+
+def _launch_dw(
+    head: Head,
+    into: Gradients,
+    dz: torch.Tensor,
+    sums: torch.Tensor | None,
+    tiles_each: list[int],
+    room: int,
+    lists: dict[str, torch.Tensor],
+    sizes: dict[str, int],
+) -> None:
+    """dW (and dbias) of the group's blocks, written, or added to the sums where rows come in
+    several pieces."""
+    add, unit, dw = True, None, into.dw
+    if dw is None:  # dbias alone: one column of a head nobody asked for
+        out = torch.zeros(head.vocab, 1, dtype=torch.float32, device=dz.device)
+        sizes = sizes | {"D": 1}
+    elif dw.buffer is not None or dw.direct:
+        out = dw.grad if dw.buffer is None else dw.buffer
+    else:
+        add, unit, out = False, dw.unit, dw.grad
+    columns = -(-sizes["D"] // BD_W)
+    most_parts = room // (BLOCK * 4 * sizes["D"])
+    most = longest_job(tiles_each, columns, multiprocessors(dz.device), most_parts)
+    jobs, first_part = jobs_of(tiles_each, most)
+
+    def sent(x: Iterable[int]) -> torch.Tensor:
+        return torch.tensor(x).to(dz.device, non_blocking=True)
+
+    job_block, job_tile = (sent(x) for x in zip(*jobs, strict=True))
+    parts = torch.empty(first_part[-1] * BLOCK, sizes["D"], dtype=torch.float32, device=dz.device)
+    part_sums = None if into.db is None else parts.new_empty(parts.shape[0])
+    both: dict[str, Any] = dict(p_parts=parts, p_part_sums=part_sums, p_job_block=job_block)
+    both |= dict(p_dw=out, p_db=into.db, p_unit=unit, stride_dw=out.stride(0), BLOCK=BLOCK, BD=BD_W)
+    both |= dict(HAS_DB=into.db is not None, HAS_UNIT=unit is not None, ADD=add, **sizes)
+    executed(dz.numel(), sizes["D"])
+    dw_kernel[(len(jobs), columns)](
+        p_hidden=head.hidden,
+        p_index=head.rows,
+        p_dz=dz,
+        p_sums=sums,
+        p_job_tile=job_tile,
+        most=most,
+        n_parts=first_part[-1],
+        stride_h=head.hidden.stride(0),
+        BM=dz.shape[1],
+        num_warps=WARPS,
+        num_stages=STAGES,
+        maxnreg=REGISTERS,
+        **lists,
+        **both,
+    )
+    if first_part[-1]:
+        fold_kernel[(len(first_part) - 1, columns)](
+            p_first_part=sent(first_part), num_warps=WARPS, **both
+        )
+
+
+def longest_job(tiles: list[int], columns: int, multiprocessors: int, parts: int) -> int:
+    """The most tiles of a block that are one job of dW: no job goes on for long when the others are
+    done, and no more parts than given are left to be added up."""
+    most = max(FEWEST_TILES, sum(tiles) * columns // (EVEN * multiprocessors))
+    while sum(-(-n // most) for n in tiles if n > most) > parts:
+        most *= 2
+    return most
+
+
+def jobs_of(tiles: list[int], most: int) -> tuple[list[tuple[int, int]], list[int]]:
+    """(block, its first tile) of each job: the parts of divided blocks, then whole blocks, long
+    ones first. And where the parts of each divided block begin, their number last."""
+    divided = [b for b, n in enumerate(tiles) if n > most]
+    whole = sorted((b for b, n in enumerate(tiles) if 0 < n <= most), key=lambda b: -tiles[b])
+    parts = [(b, first) for b in divided for first in range(0, tiles[b], most)]
+    first_part = itertools.accumulate((-(-tiles[b] // most) for b in divided), initial=0)
+    return [*parts, *((b, 0) for b in whole)], list(first_part)

@@ -1,0 +1,335 @@
+"""The tile loops of a language-model head: forward into softmax statistics, backward into dH, dW.
+
+Tiles of [rows, cols] logits fit in memory_mib. The forward folds each tile into a few float32
+numbers per row; the dense backward recomputes a tile, turns it into the gradient of its logits and
+multiplies that into dH and dW. lm_head/sparse_torch.py has the backward that visits active blocks
+only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from types import ModuleType
+
+import torch
+
+from riskpo_kernels.core.accumulator import Accumulator
+from riskpo_kernels.core.checks import reject
+from riskpo_kernels.core.matmul import Plan, Products, plan_tiles, spans
+from riskpo_kernels.core.rows import BLOCK, LogitMap, RowGradient, RowState
+from riskpo_kernels.lm_head import softmax as softmax_rows
+from riskpo_kernels.lm_head.block_filter import CAP, ActiveBlocks, n_blocks, row_eps, select
+from riskpo_kernels.lm_head.logit_cache import KeptLogits
+from riskpo_kernels.lm_head.softmax import finish
+from riskpo_kernels.lm_head.vocab_parallel import VocabShard
+
+# (rows, cols) of the largest tile. CUDA forward: 32 MiB of fp32 logits stay in the L2 cache between
+# the product and the fold. CUDA backward: wide tiles, so that dH and dW are touched rarely.
+FORWARD_TILE = {"cuda": (8192, 1024), "cpu": (2048, 2048)}
+BACKWARD_TILE = {"cuda": (8192, 8192), "cpu": (2048, 2048)}
+# With deterministic=True every product has this many rows, some of them padding, and columns that
+# do not depend on the batch: the bits of a product's row depend on the product's shape.
+WHOLE_TILE = {"cuda": (128, 65_536), "cpu": (128, 2048)}
+# How the triton backend makes the forward's statistics. "tiles": a cuBLAS product into such a tile,
+# then the fold. "gemm" and "gemm, warp-specialised": one kernel (kernels/head_forward.py). The
+# benchmarks set this to compare the two; what loses on a GPU is to be deleted.
+GEMM_ROWS = 65_536
+FORWARD: ContextVar[str] = ContextVar("forward", default="tiles")
+
+
+def padded(x: torch.Tensor, rows: int, value: float = 0.0) -> torch.Tensor:
+    """x with rows of `value` below it, `rows` in all; without rows to reach x itself, else always a
+    copy: a product's bits may depend on how its operands lie in memory."""
+    if not rows:
+        return x
+    out = x.new_full((max(rows, x.shape[0]), *x.shape[1:]), value)
+    out[: x.shape[0]] = x
+    return out
+
+
+def rows_of(up: RowGradient, rows: slice | torch.Tensor, pad: int) -> RowGradient:
+    """Some of the rows, and rows without a gradient up to `pad`."""
+    return RowGradient(*(None if x is None else padded(x, pad) for x in up.of(rows)))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything that is not a tensor."""
+
+    scale: float
+    softcap: float | None
+    temperature: float
+    entropy: bool
+    backend: str
+    memory_mib: float
+    tail_eps: float
+    deterministic: bool
+    keep: bool  # a backward may follow
+
+
+@dataclass(frozen=True)
+class Head:
+    """hidden [N, D], weight [V, D], bias [V]; n of the rows, by index (None: all), with targets."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    rows: torch.Tensor | None
+    target: torch.Tensor
+    map: LogitMap
+    kept: KeptLogits | None = None  # the forward writes it, the backward reads it
+
+    @property
+    def n(self) -> int:
+        return self.target.numel()
+
+    @property
+    def vocab(self) -> int:
+        return self.weight.shape[0]
+
+    def of(self, keep: torch.Tensor) -> Head:
+        """Some of the rows."""
+        rows = keep if self.rows is None else self.rows[keep]
+        return replace(self, rows=rows, target=self.target[keep], map=self.map.of(keep))
+
+    def take(self, s: slice | torch.Tensor, dtype: torch.dtype, pad: int = 0) -> torch.Tensor:
+        """Hidden states of rows s, and rows of zeros up to `pad`."""
+        return padded(self.hidden[self.at(s)].to(dtype), pad)
+
+    def targets(self, s: slice | torch.Tensor, v: slice, pad: int = 0) -> torch.Tensor:
+        """Targets of rows s, counted from the first of columns v."""
+        return padded(self.target[s], pad) - v.start
+
+    def map_of(self, s: slice | torch.Tensor, pad: int = 0) -> LogitMap:
+        map = self.map.of(s)
+        if isinstance(map.temperature, torch.Tensor):
+            return map._replace(temperature=padded(map.temperature, pad, 1.0))
+        return map
+
+    def at(self, s: slice | torch.Tensor) -> slice | torch.Tensor:
+        """Where rows s lie in hidden."""
+        return s if self.rows is None else self.rows[s]
+
+    def logits(
+        self,
+        products: Products,
+        s: slice | torch.Tensor,
+        v: slice,
+        h: torch.Tensor,
+        w: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """Raw logits of rows s and columns v into `out`: h @ w.T, unless they were kept."""
+        known = 0 if self.kept is None else self.kept.load(self.at(s), v, out)
+        if known < w.shape[0]:
+            products.into(out[:, known:], h, w[known:].T)
+
+    def bias_of(self, v: slice, dtype: torch.dtype) -> torch.Tensor | None:
+        return None if self.bias is None else self.bias[v].to(dtype)
+
+
+@dataclass
+class Gradients:
+    """Accumulators of dH, dW and dbias; None where no gradient is required."""
+
+    dh: Accumulator | None
+    dw: Accumulator | None
+    db: torch.Tensor | None
+
+
+# (hidden states of rows, which rows, their state, their blocks' log-sum-exps or None)
+Fold = Callable[[torch.Tensor, slice, RowState, torch.Tensor | None], None]
+
+
+def tile_functions(backend: str) -> ModuleType:
+    """The module whose `fold` and `gradient` work on a tile."""
+    if backend == "torch":
+        return softmax_rows
+    from riskpo_kernels.kernels import softmax_rows as triton_rows  # needs Triton: only on demand
+
+    return triton_rows
+
+
+def products_of(head: Head) -> Products:
+    return Products(head.hidden.device, head.hidden.dtype, head.weight.dtype)
+
+
+def plan_for(
+    head: Head, o: Options, products: Products, *, back: bool, vocab: int | None = None
+) -> Plan:
+    """The tile that memory_mib allows, for `vocab` columns instead of the head's own if given."""
+    vocab = head.vocab if vocab is None else vocab
+    device = "cuda" if head.hidden.device.type == "cuda" else "cpu"
+    rows, cols = (BACKWARD_TILE if back else FORWARD_TILE)[device]
+    if o.deterministic:
+        rows, cols = WHOLE_TILE[device]
+    wide = products.wide.itemsize
+    tiles = 1  # the logits; further tiles are temporaries of the torch formulas
+    if o.backend == "torch":
+        tiles += int(o.entropy) + int(back and o.softcap is not None)
+    return plan_tiles(
+        "linear_logprob",
+        rows if o.deterministic else head.n,
+        vocab,
+        head.hidden.shape[1],
+        memory_mib=o.memory_mib - (0 if head.kept is None else head.kept.raw.nbytes / 2**20),
+        most_rows=rows,
+        most_cols=cols,
+        tile_bytes=tiles * wide + (2 if products.mixed and back else 0),
+        edge_bytes=(3 if back else 1) * wide,
+        row_bytes=0 if back else _selection_bytes(o, vocab, wide),
+    )
+
+
+def forward_rows(
+    head: Head, o: Options, shard: VocabShard | None = None
+) -> tuple[RowState, ActiveBlocks | None]:
+    """The softmax state of the rows and, unless tail_eps is 0, which blocks are active. The columns
+    may be one shard of the vocabulary; the state is always that of all of it."""
+    products = products_of(head)
+    cap = CAP / shard.ranks if shard else CAP
+    state = RowState.new(head.n, o.entropy, head.hidden, products.wide)
+    active = None
+    if o.tail_eps and head.vocab:
+        active = ActiveBlocks.new(head.vocab, head.n, head.hidden.device)
+    size, pad, fold = _forward_way(head, o, products, shard.widest if shard else head.vocab)
+    for r in spans(head.n, size):
+        h, part = head.take(r, products.dtype, pad), state.of(r)
+        if h.shape[0] > part.m.numel():
+            part = RowState.new(h.shape[0], o.entropy, head.hidden, products.wide)
+        n_here = n_blocks(head.vocab) if active is not None else 0
+        blocks = h.new_empty(h.shape[0], n_here, dtype=products.wide)
+        fold(h, r, part, blocks if n_here else None)
+        if shard is not None:
+            shard.merge(part)
+        if active is not None:
+            target = padded(head.target[r], h.shape[0])
+            stats = finish(part)
+            eps = row_eps(o.tail_eps, stats, head.map_of(r, h.shape[0]))
+            keep = select(blocks, target, stats, eps, o.entropy, cap)
+            active.record(r, keep[: r.stop - r.start], by_row=o.deterministic)
+        state.put(r, part)
+    return state, active
+
+
+def _forward_way(head: Head, o: Options, products: Products, vocab: int) -> tuple[int, int, Fold]:
+    """Rows of a chunk, rows to pad it to, and what folds its hidden states h of rows r into their
+    state `part`."""
+    way = FORWARD.get()
+    if o.backend == "triton" and way != "tiles":
+        # its tiles have one shape whatever the rows: nothing to pad
+        return _gemm_way(head, o, products, vocab, way)
+    plan = plan_for(head, o, products, back=False, vocab=vocab)
+    tile = torch.empty(plan.rows * plan.cols, dtype=products.wide, device=head.hidden.device)
+    fold = tile_functions(o.backend).fold
+
+    def tiles(h: torch.Tensor, r: slice, part: RowState, blocks: torch.Tensor | None) -> None:
+        map = head.map_of(r, h.shape[0])
+        for v in spans(head.vocab, plan.cols):
+            raw = tile[: h.shape[0] * (v.stop - v.start)].view(h.shape[0], -1)
+            products.into(raw, h, head.weight[v].to(products.dtype).T)
+            if head.kept is not None:
+                head.kept.save(head.at(r), v, raw)
+            here = None if blocks is None else blocks[:, v.start // BLOCK : n_blocks(v.stop)]
+            target = head.targets(r, v, h.shape[0])
+            fold(raw, target, head.bias_of(v, products.wide), part, map, here)
+
+    return plan.rows, plan.rows if o.deterministic else 0, tiles
+
+
+def _gemm_way(
+    head: Head, o: Options, products: Products, vocab: int, way: str
+) -> tuple[int, int, Fold]:
+    """_forward_way by one kernel: there is no tile of logits."""
+    from riskpo_kernels.kernels.head_forward import SHAPES, SPAN, statistics  # needs Triton
+
+    if way not in SHAPES:
+        reject("linear_logprob", f"forward {way!r}", f"tiles, {', '.join(SHAPES)}", "Choose one.")
+    if head.hidden.device.type == "cuda" and not products.mixed:
+        todo = "Float32 products of its tiles do not fit in registers: choose tiles."
+        reject("linear_logprob", f"forward {way!r} for {products.dtype}", "16-bit inputs", todo)
+    parts = 8 * -(-vocab // SPAN)  # of a row's statistics, and temporaries of their sum
+    chunk = _row_chunk(head, o, products, vocab, parts)
+    weight = head.weight.to(products.dtype)
+    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+
+    def gemm(h: torch.Tensor, r: slice, part: RowState, blocks: torch.Tensor | None) -> None:
+        if not head.vocab:
+            return
+        target = padded(head.target[r], h.shape[0])  # a copy: ids next to each other
+        rows = (h if h.stride(1) == 1 else h.contiguous(), weight, target, head.bias)
+        entropy = part.u is not None
+        state = statistics(*rows, head.map_of(r, h.shape[0]), blocks, entropy=entropy, shape=way)
+        for into, x in zip(part, state, strict=True):
+            if into is not None and x is not None:
+                into.copy_(x)
+
+    return chunk, 0, gemm
+
+
+def _row_chunk(head: Head, o: Options, products: Products, vocab: int, numbers: int) -> int:
+    """Rows that fit in memory_mib with their hidden states, `numbers` and the selection's."""
+    wide = products.wide.itemsize
+    plan = plan_tiles(
+        "linear_logprob",
+        head.n,
+        1,
+        head.hidden.shape[1],
+        memory_mib=o.memory_mib,
+        most_rows=GEMM_ROWS,
+        most_cols=1,
+        tile_bytes=0,
+        edge_bytes=products.dtype.itemsize,
+        row_bytes=numbers * wide + _selection_bytes(o, vocab, wide),
+    )
+    return plan.rows
+
+
+def _selection_bytes(o: Options, vocab: int, wide: int) -> int:
+    """Of a row while its active blocks are chosen."""
+    return 0 if o.tail_eps == 0 else (4 + o.entropy) * wide * n_blocks(vocab)
+
+
+def dense_backward(
+    head: Head, up: RowGradient, o: Options, into: Gradients, rows_outer: bool
+) -> None:
+    """Add every column of the rows to the gradients. The axis of the outer loop is opened and
+    closed piece by piece; the other one is visited again and again."""
+    products = products_of(head)
+    plan = plan_for(head, o, products, back=True)
+    gradient = tile_functions(o.backend).gradient
+    pad = plan.rows if o.deterministic else 0
+    tile = torch.empty(plan.rows * plan.cols, dtype=products.wide, device=head.hidden.device)
+    small = torch.empty_like(tile, dtype=products.dtype) if products.mixed else tile
+
+    def one_tile(r: slice, v: slice, dh: torch.Tensor | None, dw: torch.Tensor | None) -> None:
+        h, w = head.take(r, products.dtype, pad), head.weight[v].to(products.dtype)
+        raw, dz = (x[: h.shape[0] * w.shape[0]].view(h.shape[0], -1) for x in (tile, small))
+        head.logits(products, r, v, h, w, raw)
+        bias, part, map = head.bias_of(v, products.wide), rows_of(up, r, pad), head.map_of(r, pad)
+        # dbias is summed before the rounding; where there is none dz is raw under another name
+        out = dz if products.mixed and into.db is None else raw
+        gradient(raw, head.targets(r, v, pad), bias, part, map, out)
+        if into.db is not None:
+            into.db[v] += raw.sum(0)
+            if products.mixed:
+                dz.copy_(raw)
+        if dh is not None:
+            products.add(dh, dz, w, apart=o.deterministic)
+        if dw is not None:
+            products.add(dw, dz.T, h)
+
+    rows, cols = (head.n, plan.rows, into.dh), (head.vocab, plan.cols, into.dw)
+    outer, inner = (rows, cols) if rows_outer else (cols, rows)
+    for a in spans(*outer[:2]):
+        piece = None if outer[2] is None else outer[2].open(a)
+        for b in spans(*inner[:2]):
+            other = None if inner[2] is None else inner[2].open(b)
+            if rows_outer:
+                one_tile(a, b, piece, other)
+            else:
+                one_tile(b, a, other, piece)
+        if outer[2] is not None and piece is not None:
+            outer[2].close(a, piece)

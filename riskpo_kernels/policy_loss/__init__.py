@@ -1,0 +1,1 @@
+"""clipped_surrogate from inside: checks, operator, one pass in PyTorch."""

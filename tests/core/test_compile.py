@@ -1,0 +1,209 @@
+"""torch.compile(fullgraph=True) around the ops: no graph break, the eager numbers and gradients,
+other lengths without another graph (trap 25); and what PyTorch demands of an operator."""
+
+import pytest
+import torch
+import torch._inductor.config
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from riskpo_kernels import (
+    clipped_surrogate,
+    linear_logprob,
+    logits_logprob,
+    reference,
+    riskpo_loss,
+    riskpo_loss_from_logits,
+    sequence_logprob,
+)
+from riskpo_kernels.lm_head.logits_operator import logits_operator
+from riskpo_kernels.lm_head.operator import head_operator
+from riskpo_kernels.policy_loss.operator import surrogate_operator
+from tests.head_inputs import head
+
+N, V, D = 40, 300, 16
+
+
+def inputs(n=N, device="cpu"):
+    h, w, b, target = head(n, V, D, torch.float32, device)
+    target[3] = -100
+    cu = torch.tensor([0, 9, 9, n - 5, n], dtype=torch.int32, device=device)
+    advantage = torch.tensor([1.0, -1.0, 0.5, -2.0], device=device)
+    return h, w, b, target, cu, advantage
+
+
+@pytest.fixture(autouse=True)
+def no_leftover_graphs():
+    torch._dynamo.reset()
+
+
+def both(f, leaves, *args, compiled):
+    """Loss and gradients of f, as is or compiled."""
+    leaves = [x.detach().clone().requires_grad_() for x in leaves]
+    loss = (compiled if compiled else f)(*leaves, *args)
+    loss.backward()
+    return [loss.detach(), *(x.grad for x in leaves)]
+
+
+def same(f, cases, graphs, backend="aot_eager"):
+    """f(leaves..., args...) compiled once for all cases; how many graphs that took."""
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(f, fullgraph=True, backend=counter)
+    for leaves, args in cases:
+        want, got = both(f, leaves, *args, compiled=None), both(f, leaves, *args, compiled=compiled)
+        for x, y in zip(got, want, strict=True):
+            assert torch.allclose(x, y, rtol=1e-5, atol=1e-6), (x - y).abs().max()
+    assert counter.frame_count <= graphs, f"{counter.frame_count} graphs"
+
+
+def test_riskpo_loss():
+    def f(h, w, b, target, cu, advantage):
+        options = dict(bias=b, cu_seqlens=cu, temperature=0.7, entropy_coef=0.01)
+        return riskpo_loss(h, w, target, None, advantage, **options).loss
+
+    cases = [(x[:3], x[3:]) for x in (inputs(n) for n in (40, 33, 50, 61))]
+    same(f, cases, graphs=2)  # the first length, then any
+
+
+def test_riskpo_loss_through_inductor():
+    def f(h, w, target, cu, advantage):
+        return riskpo_loss(h * 1.5, w, target, None, advantage, cu_seqlens=cu).loss
+
+    h, w, _, target, cu, advantage = inputs()
+    with torch._inductor.config.patch(compile_threads=1):  # its pool of workers is slow to start
+        same(f, [((h, w), (target, cu, advantage))], graphs=1, backend="inductor")
+
+
+def test_riskpo_loss_from_logits():
+    def f(z, target, mask, advantage):
+        options = dict(mask=mask, ratio="token", aggregate="token-mean", clip_high=0.28)
+        return riskpo_loss_from_logits(z * 1.0, target, None, advantage, **options).loss
+
+    z, target = torch.randn(4, 9, V), torch.randint(V, (4, 9))
+    mask, advantage = torch.rand(4, 9) > 0.3, torch.randn(4)
+    same(f, [((z,), (target, mask, advantage))], graphs=1)
+
+
+def test_temperature_as_a_number_and_as_a_tensor():
+    """A number is a constant of the graph; a tensor is an input, so annealing it costs no graph.
+
+    At the second number the compiler tries a graph with a symbol for it, and gives that up.
+    """
+
+    def f(h, w, target, t):
+        out = linear_logprob(h, w, target, temperature=t, return_entropy=True, tail_eps=1e-6)
+        return out.logprob.sum() + 0.3 * out.entropy.sum()
+
+    h, w, _, target, *_ = inputs()
+    same(f, [((h, w), (target, t)) for t in (0.5, 0.9)], graphs=3)
+    numbers = [torch.full((N,), t) for t in (0.5, 0.9, 1.1)]
+    torch._dynamo.reset()
+    same(f, [((h, w), (target, t)) for t in numbers], graphs=1)
+
+
+def numbers(v):
+    """Every number that is an option, of the value v."""
+    both = dict(temperature=v + 0.1, softcap=20 * v, clip_low=0.1 * v, clip_high=0.15 * v)
+    both |= dict(dual_clip=1 + v, kl_coef=0.1 * v, entropy_coef=0.05 * v)
+    head = dict(scale=0.8 + 0.2 * v, tail_eps=1e-3 * v, memory_mib=300 * v, constant=10 * v)
+    return both, head, {"denominator": 3 * v}
+
+
+def losses(h, w, target, cu, advantage, old, ref, both, head, logits):
+    common = dict(cu_seqlens=cu, ratio="token", ref_logprob=ref, **both)
+    norm = "sequence-sum-norm"
+    a = riskpo_loss(h, w, target, old, advantage, aggregate=norm, **common, **head)
+    b = riskpo_loss_from_logits(h @ w.T, target, old, advantage, **common, **logits)
+    return a.loss + b.loss
+
+
+def numbers_case():
+    h, w, _, target, cu, _ = inputs()
+    near = reference.linear_logprob(h, w, target, temperature=1.1, softcap=20.0).logprob
+    old = near + torch.randn(N)
+    return (h, w), (target, cu, torch.randn(N), old, old + 0.2 * torch.randn(N))
+
+
+def test_numbers_that_change_between_calls():
+    """A float that a graph knows as a symbol, where else it is used, is right in an option too."""
+
+    def f(h, w, target, cu, advantage, old, ref, v):
+        return losses(h * v, w, target, cu, advantage, old, ref, *numbers(v))
+
+    leaves, rest = numbers_case()
+    with torch._inductor.config.patch(compile_threads=1):
+        cases = [(leaves, (*rest, v)) for v in (1.0, 0.9, 0.8)]
+        same(f, cases, graphs=9, backend="inductor")
+
+
+def test_every_number_matters_there():
+    """Else the test above could not fail."""
+    (h, w), rest = numbers_case()
+    want = losses(h, w, *rest, *numbers(1.0))
+    for i, group in enumerate(numbers(0.8)):
+        for name, value in group.items():
+            if name not in ("tail_eps", "memory_mib"):
+                changed = list(numbers(1.0))
+                changed[i] = changed[i] | {name: value}
+                assert (losses(h, w, *rest, *changed) - want).abs() > 1e-4, name
+
+
+def test_options_that_change_the_graph():
+    """In-place backward is left out of a graph; the sequence sums have no operator of their own."""
+
+    def f(z, target, cu):
+        out = logits_logprob(z * 1.0, target, softcap=5.0, ignore_index=None, inplace_backward=True)
+        return sequence_logprob(out.logprob, cu_seqlens=cu, reduce="mean").sum()
+
+    z, target, cu = torch.randn(N, V), torch.randint(V, (N,)), inputs()[4]
+    same(f, [((z,), (target, cu))], graphs=1)
+
+
+def test_surrogate_with_everything():
+    def f(new, entropy, old, advantage, cu, correction, ref, denominator):
+        options = dict(correction=correction, ref_logprob=ref, kl_coef=0.1, entropy_coef=0.01)
+        loss, stats = clipped_surrogate(
+            new, old, advantage, cu_seqlens=cu, entropy=entropy, denominator=denominator, **options
+        )
+        return loss + 0 * stats["kl"]
+
+    new, entropy = -torch.rand(N), torch.rand(N)
+    old, ref = new + 0.1 * torch.randn(N), new + 0.1 * torch.randn(N)
+    cu, advantage = inputs()[4:]
+    rest = (old, advantage, cu, torch.rand(4), ref, torch.tensor(7.0))
+    same(f, [((new, entropy), rest)], graphs=1)
+
+
+def test_wrong_values_are_still_refused():
+    """What only values show is checked when the graph runs."""
+    compiled = torch.compile(linear_logprob, fullgraph=True, backend="aot_eager")
+    h, w, _, target, *_ = inputs()
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        compiled(h, w, target + V)
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-3])
+@pytest.mark.parametrize("entropy", [False, True])
+def test_head_operator_is_sound(eps, entropy):
+    h, w, b, target, *_ = inputs()
+    leaves = [x.requires_grad_() for x in (h, w, b)]
+    numbers = (1.0, None, 0.7, entropy, "torch", 300.0, eps, False, True)
+    torch.library.opcheck(head_operator, (*leaves, target, None, -100, "", *numbers))
+
+
+def test_logits_and_surrogate_operators_are_sound():
+    z, target = torch.randn(N, V, requires_grad=True), torch.randint(V, (N,))
+    numbers = (5.0, 1.0, True, False, "torch", -100)
+    torch.library.opcheck(logits_operator, (z, target, torch.rand(N) + 0.5, *numbers))
+    new, entropy = (torch.randn(N, requires_grad=True) for _ in range(2))
+    cu, advantage = inputs()[4:]
+    tensors = (new, entropy, torch.randn(N), advantage, None, None, None, cu, None)
+    numbers = ("sequence", None, None, None, 0.0, "k3", 0.1, "sequence-mean", None)
+    torch.library.opcheck(surrogate_operator, (*tensors, "", "torch", *numbers, *(None,) * 3))
+
+
+def test_a_second_derivative_is_refused():
+    h, w, _, target, *_ = inputs()
+    h.requires_grad_()
+    (dh,) = torch.autograd.grad(linear_logprob(h, w, target).logprob.sum(), h, create_graph=True)
+    with pytest.raises(RuntimeError, match="not differentiable: its op is, once"):
+        dh.sum().backward()

@@ -1,0 +1,181 @@
+"""Triton's sparse products: heavy blocks of dW in several jobs, dH in the order of blocks."""
+
+import pytest
+import torch
+
+from riskpo_kernels import linear_logprob, reference
+from riskpo_kernels.core import work
+from riskpo_kernels.lm_head import block_filter as block_selection
+from tests.compare import assert_all_close_as_plain
+from tests.conftest import has_triton
+from tests.head_inputs import head, run
+
+pytestmark = [
+    pytest.mark.skipif(not has_triton(), reason="needs triton"),
+    pytest.mark.usefixtures("recomputed"),
+]
+
+
+@pytest.fixture
+def finest(monkeypatch):
+    """Every block of more than one tile is divided; counts the parts that were launched."""
+    from riskpo_kernels.lm_head import sparse_triton as sparse_launch
+
+    monkeypatch.setattr(block_selection, "DENSE_SHARE", {"cuda": 2.0, "cpu": 2.0})
+    monkeypatch.setattr(sparse_launch, "FEWEST_TILES", 1)
+    monkeypatch.setattr(sparse_launch, "EVEN", 10**9)
+    parts, real = [], sparse_launch.fold_kernel
+
+    class Counting:
+        def __getitem__(self, grid):
+            return lambda **given: (
+                parts.append(given["p_first_part"][-1].item()) or real[grid](**given)
+            )
+
+    monkeypatch.setattr(sparse_launch, "fold_kernel", Counting())
+    return parts
+
+
+OPTIONS = [
+    {},
+    {"softcap": 5.0, "scale": 1.5},
+    {"g": False},
+    {"memory_mib": 0.1},  # of two parts
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_divided_blocks_are_exact(options, bias, device, finest):
+    sixteen = torch.float16 if device.type == "cpu" else torch.bfloat16
+    for dtype in (torch.float32, sixteen):
+        h, w, b, target = head(700, 300, 12, dtype, device)
+        tensors = {"hidden": h, "weight": w} | ({"bias": b} if bias else {})
+        exact = {k: x.double() for k, x in tensors.items()}
+        assert_all_close_as_plain(
+            run(linear_logprob, tensors, target, tail_eps=1e-30, backend="triton", **options),
+            run(reference.linear_logprob, exact, target, **options),
+            run(reference.linear_logprob, tensors, target, **options),
+            factor=5,  # float32 logits of gathered rows come from a product of another shape
+        )
+    room = int(options.get("memory_mib", 256) * 2**17) // (128 * 12 * 4)
+    assert finest and all(1 < n <= room for n in finest)
+
+
+@pytest.mark.parametrize("fewest", [1, 10**6])  # blocks divided, and whole
+def test_rows_in_pieces_add_up(fewest, device, finest, monkeypatch):
+    """Rows that are many come in pieces: what one gives to dW and dbias is added to the others'."""
+    from riskpo_kernels.lm_head import backward as head_backward
+    from riskpo_kernels.lm_head import sparse_triton as sparse_launch
+
+    monkeypatch.setattr(head_backward, "_piece", lambda head, products, o: 256)
+    monkeypatch.setattr(sparse_launch, "FEWEST_TILES", fewest)
+    sixteen = torch.float16 if device.type == "cpu" else torch.bfloat16
+    for dtype in (torch.float32, sixteen):
+        h, w, b, target = head(700, 300, 12, dtype, device)
+        tensors = {"hidden": h, "weight": w, "bias": b}
+        exact = {k: x.double() for k, x in tensors.items()}
+        assert_all_close_as_plain(
+            run(linear_logprob, tensors, target, tail_eps=1e-30, backend="triton"),
+            run(reference.linear_logprob, exact, target),
+            run(reference.linear_logprob, tensors, target),
+            factor=5,
+        )
+    assert bool(finest) == (fewest == 1)
+
+
+@pytest.mark.parametrize("n", [280, 700])  # into the gradient itself, and through a buffer
+def test_common_unit_of_half_precision(n, device, finest, monkeypatch):
+    """fp16 products divide the coefficients by their largest: divided sums get it back, once."""
+    from riskpo_kernels.lm_head import backward as head_backward
+
+    unit = torch.tensor(2.0**-7, device=device)
+    monkeypatch.setattr(head_backward, "_unit", lambda up, products: unit)
+    h, w, b, target = head(n, 300, 12, torch.float16, device)
+    tensors = {"hidden": h, "weight": w, "bias": b}
+    exact = {k: x.double() for k, x in tensors.items()}
+    assert_all_close_as_plain(
+        run(linear_logprob, tensors, target, tail_eps=1e-30, backend="triton"),
+        run(reference.linear_logprob, exact, target),
+        run(reference.linear_logprob, tensors, target),
+        factor=5,
+    )
+    assert finest
+
+
+def test_the_same_twice_and_the_same_work(device, finest, monkeypatch):
+    """In an order of their own, whatever the programs' order was; no product is computed twice."""
+    from riskpo_kernels.lm_head import sparse_triton as sparse_launch
+
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    h, w, b, target = head(700, 300, 12, dtype, device)
+    found, units = [], []
+    for fewest in (1, 1, 10**9):
+        monkeypatch.setattr(sparse_launch, "FEWEST_TILES", fewest)
+        x = w.clone().requires_grad_()
+        with work.counting() as done:
+            out = linear_logprob(h, x, target, bias=b, tail_eps=1e-30, backend="triton")
+            out.logprob.sum().backward()
+        found.append(x.grad)
+        units.append(done.multiply_adds)
+    assert len(finest) == 2, "the third was not to be divided"
+    assert torch.equal(found[0], found[1]) and units[0] == units[1] == units[2]
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Whether dH was launched with atomics, and the columns of its parts."""
+    from riskpo_kernels.lm_head import sparse_triton as sparse_launch
+
+    found, real = [], sparse_launch.dh_kernel
+
+    class Recording:
+        def __getitem__(self, grid):
+            return lambda **given: (
+                found.append((given["ATOMIC"], given["stride_dh"])) or real[grid](**given)
+            )
+
+    monkeypatch.setattr(sparse_launch, "dh_kernel", Recording())
+    monkeypatch.setattr(block_selection, "DENSE_SHARE", {"cuda": 2.0, "cpu": 2.0})
+    return found
+
+
+@pytest.mark.parametrize("memory_mib", [256.0, 1.0, 0.5])  # all columns at once, 256, 128
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0}], ids=str)
+def test_dh_in_the_order_of_blocks(memory_mib, options, device, launches):
+    """deterministic=True: no atomics; rows of no pair, of one and of all blocks."""
+    sixteen = torch.float16 if device.type == "cpu" else torch.bfloat16
+    for dtype in (torch.float32, sixteen):
+        h, w, b, target = head(150, 300, 300, dtype, device)
+        h *= 0.1
+        target[::4] = -100
+        tensors = {"hidden": h, "weight": w, "bias": b}
+        exact = {k: x.double() for k, x in tensors.items()}
+        more = {"deterministic": True, "memory_mib": memory_mib, "backend": "triton"}
+        assert_all_close_as_plain(
+            run(linear_logprob, tensors, target, tail_eps=1e-30, **more, **options),
+            run(reference.linear_logprob, exact, target, **options),
+            run(reference.linear_logprob, tensors, target, **options),
+            factor=5,
+        )
+    assert launches and not any(atomic for atomic, _ in launches)
+    most = {256.0: 384, 1.0: 256 if device.type == "cpu" else 128, 0.5: 128}[memory_mib]
+    assert max(columns for _, columns in launches) == most
+
+
+@pytest.mark.parametrize("parts", [0, 1, 5, 40, 10**6])
+def test_longest_job(parts):
+    """No job is longer than it may be, unless there is no room for the parts."""
+    from riskpo_kernels.lm_head.sparse_triton import FEWEST_TILES, jobs_of, longest_job
+
+    tiles, columns, multiprocessors = [1] * 1000 + [500, 17, 130], 24, 132
+    most = longest_job(tiles, columns, multiprocessors, parts)
+    assert sum(-(-n // most) for n in tiles if n > most) <= parts
+    jobs, first_part = jobs_of(tiles, most)
+    taken = [(b, i) for b, first in jobs for i in range(first, min(first + most, tiles[b]))]
+    assert sorted(taken) == [(b, i) for b, n in enumerate(tiles) for i in range(n)], "all, once"
+    assert len({b for b, _ in jobs[: first_part[-1]]}) == len(first_part) - 1
+    if parts == 10**6:
+        assert most == sum(tiles) * columns // (8 * multiprocessors) > FEWEST_TILES
+    assert longest_job([64], columns, multiprocessors, parts) >= (16 if parts >= 4 else 64)
+    assert longest_job([64] * 1200, columns, multiprocessors, 10**6) > 64, "nothing is uneven"

@@ -1,0 +1,264 @@
+"""find_head: the formula is the model's own for every family, or the family is refused by name."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import prune
+
+from riskpo.model.lm_head import find_head
+from riskpo_kernels import linear_logprob
+from tests.model_families import NOT_TINY, build, class_name, families
+
+# Families whose logits are more than one linear layer makes of the decoder's output.
+REFUSED = {
+    **dict.fromkeys(
+        ("bert", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert",
+         "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta",
+         "xlm-roberta-xl", "xmod"),
+        "logits depend on .*(dense|transform)",
+    ),
+    "llama4": "cannot probe",  # get_decoder() is no decoder
+    "llama4_text": "cannot probe",
+    "mllama": "cannot probe",
+    "modernbert-decoder": "cannot probe",
+    "prophetnet": "logits differ",  # reads streams of predicted n-grams
+    "rembert": "cannot probe",  # a layer between decoder and head
+}  # fmt: skip
+# Numbers that act on logits, where they are 1 or absent by default.
+SETTINGS = {
+    "falcon_h1": {"lm_head_multiplier": 0.3},
+    "gemma3_text": {"final_logit_softcapping": 7.0},
+    "gemma4_text": {"final_logit_softcapping": 7.0},
+    "granite": {"logits_scaling": 4.0},
+    "granitemoe": {"logits_scaling": 4.0},
+    "granitemoehybrid": {"logits_scaling": 4},
+    "hyperclovax": {"logits_scaling": 4.0},
+    "inkling_text": {"unpadded_vocab_size": 50},
+    "mpt": {"logit_scale": 0.25},  # transformers' forward takes no notice
+    "recurrent_gemma": {"logits_soft_cap": 500.0},
+    "xlstm": {"output_logit_soft_cap": 2.0},
+}
+IDS = torch.arange(12)[None] * 7 % 60 + 2
+
+
+def compare(model, head) -> None:
+    """Log-probs, entropies and gradients through the head are those of the model's own logits."""
+    target = IDS[0].flip(0) % len(head.weight)
+    hidden = model.get_decoder()(input_ids=IDS, use_cache=False).last_hidden_state[0]
+    made = linear_logprob(
+        hidden, head.weight, target, bias=head.bias, return_entropy=True, **asdict(head.options)
+    )
+    got = results(model, made.logprob, made.entropy)
+    logp = model(input_ids=IDS, use_cache=False).logits[0].float().log_softmax(-1)
+    entropy = -(logp.exp() * logp).sum(-1)
+    expected = results(model, logp.gather(-1, target[:, None])[:, 0], entropy)
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        gap = (got[name] - value).abs().max()
+        assert gap <= 2e-4 * value.abs().max().clamp(min=1e-3), (name, float(gap))
+
+
+def results(model, logprob, entropy) -> dict[str, torch.Tensor]:
+    """The values, and the gradients of everything that is trained and gets one."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    loss = (logprob * torch.linspace(-1, 1, len(logprob))).sum() + 0.1 * entropy.sum()
+    gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+    found = {n: g for n, g in zip(trained, gradients, strict=True) if g is not None}
+    return {"logprob": logprob.detach(), "entropy": entropy.detach(), **found}
+
+
+def enlarge(head) -> None:
+    """Make the logits large enough for what acts on them to show."""
+    with torch.no_grad():
+        head.weight.mul_(60)
+        if head.bias is not None:
+            head.bias.normal_(std=20, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("family", [name for name in families() if name not in NOT_TINY])
+def test_every_family_is_right_or_refused_by_name(family):
+    model = build(family)
+    if family in REFUSED:
+        with pytest.raises(ValueError, match=f"head: .*{REFUSED[family]}") as refused:
+            find_head(model)
+        assert class_name(family) in str(refused.value)
+        return
+    check_log_probs(model)
+
+
+@pytest.mark.parametrize("family", SETTINGS)
+def test_every_number_that_acts_on_logits_is_found(family):
+    check_log_probs(build(family, **SETTINGS[family]))
+
+
+@torch.no_grad()
+def check_log_probs(model) -> None:
+    head = find_head(model)
+    enlarge(head)
+    logits = model(input_ids=IDS, use_cache=False).logits[0].double()
+    hidden = model.get_decoder()(input_ids=IDS, use_cache=False).last_hidden_state[0]
+    target = torch.arange(12)
+    got = linear_logprob(hidden, head.weight, target, bias=head.bias, **asdict(head.options))
+    expected = logits.log_softmax(-1).gather(-1, target[:, None])[:, 0]
+    assert (got.logprob - expected).abs().max() < 1e-5 * logits.abs().max()
+
+
+def test_the_padding_of_a_vocabulary_has_no_logits():
+    model = build("inkling_text", unpadded_vocab_size=50)
+    head = find_head(model)
+    assert head.weight.shape[0] == 50 < model.lm_head.weight.shape[0]
+    compare(model, head)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "mamba2"])
+def test_a_float32_head_on_a_16_bit_model(family):
+    model = build(family).bfloat16()
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.float())
+    if family == "qwen2":  # its forward multiplies one dtype only, and so says the error
+        with pytest.raises(ValueError, match="head: cannot probe a Qwen2ForCausalLM.*dtype"):
+            find_head(model)
+        return
+    head = find_head(model)
+    assert head.weight.dtype == torch.float32
+    hidden = model.get_decoder()(input_ids=IDS, use_cache=False).last_hidden_state[0]
+    got = linear_logprob(hidden, head.weight, IDS[0], bias=head.bias).logprob
+    logp = model(input_ids=IDS, use_cache=False).logits[0].log_softmax(-1)
+    torch.testing.assert_close(got, logp.gather(-1, IDS[0, :, None])[:, 0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("cap", [0.5, 30.0, 5e4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_softcap_without_a_known_name_is_refused(cap, dtype):
+    """However small the model's own logits are beside it."""
+    model = build("llama")
+    model.lm_head.weight.data.mul_(1e-3)
+    patch(model, lambda z: cap * torch.tanh(z / cap))
+    with pytest.raises(ValueError, match="head: got a Capped whose logits differ"):
+        find_head(model.to(dtype))
+
+
+@pytest.mark.parametrize("change", [lambda z: 1.03 * z, lambda z: z + 1e-3, lambda z: z.relu()])
+def test_other_changes_of_the_logits_are_refused(change):
+    model = build("llama")
+    patch(model, change)
+    with pytest.raises(ValueError, match="head: got a Capped whose logits differ"):
+        find_head(model)
+
+
+def patch(model, change) -> None:
+    """The model's class becomes one that changes its logits."""
+    kind = type(model)
+
+    class Capped(kind):
+        def forward(self, **given):
+            output = super().forward(**given)
+            output.logits = change(output.logits)
+            return output
+
+    model.__class__ = Capped
+
+
+class Extra(nn.Module):
+    """Nothing yet: what a fresh adapter, bias or gain is."""
+
+    def __init__(self, kind: str, width: int) -> None:
+        super().__init__()
+        fresh = torch.zeros(width) if kind == "bias" else torch.ones(width)
+        if kind == "buffer":
+            self.register_buffer("amount", torch.zeros(width))
+        else:
+            self.amount = nn.Parameter(fresh, requires_grad=kind != "frozen")
+        self.kind = kind
+
+    def forward(self, x):
+        return x + self.amount if self.kind in ("bias", "buffer") else x * self.amount
+
+
+@pytest.mark.parametrize("kind", ["bias", "buffer", "gain", "frozen"])
+def test_what_changes_nothing_yet_is_named(kind):
+    model = build("llama")
+    model.extra = Extra(kind, model.config.vocab_size)
+    patch(model, model.extra)
+    with pytest.raises(ValueError, match="head: got a Capped whose logits depend on extra.amount"):
+        find_head(model)
+    assert [p.requires_grad for p in model.extra.parameters()] in ([], [kind != "frozen"])
+
+
+class Quiet(nn.Linear):
+    """A linear layer that does more while it is trained."""
+
+    def forward(self, x):
+        return super().forward(x + torch.randn_like(x) if self.training else x)
+
+
+def test_other_kinds_of_head_are_refused_by_name():
+    model = build("llama")
+    kinds = {
+        "Quiet with a weight": Quiet(32, 64, bias=False),
+        "Sequential with no weight": nn.Sequential(model.lm_head),
+        "ModuleList with no weight": nn.ModuleList([model.lm_head] * 2),
+        "torch.int8": nn.Linear(32, 64, bias=False),
+    }
+    kinds["torch.int8"].weight = nn.Parameter(torch.ones(64, 32, dtype=torch.int8), False)
+    for named, head in kinds.items():
+        model.lm_head = head
+        with pytest.raises(ValueError, match=f"head: got a .*{named}.* as lm_head of a Llama"):
+            find_head(model)
+
+
+@pytest.mark.parametrize("kind", ["Linear8bitLt", "Linear4bit"])
+def test_a_quantised_head_is_refused(kind):
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    model = build("llama")
+    model.lm_head = getattr(bnb.nn, kind)(32, 64, bias=False)
+    with pytest.raises(ValueError, match=f"head: got a .*{kind}.*modules_to_not_convert"):
+        find_head(model)
+
+
+@pytest.mark.parametrize("where", ["head", "model"])
+@pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook", "full_backward_hook"])
+def test_a_hook_is_refused_by_name(where, kind):
+    def notebook_hook(*_):
+        return None
+
+    model = build("llama")
+    part = model.lm_head if where == "head" else model
+    getattr(part, f"register_{kind}")(notebook_hook)
+    with pytest.raises(ValueError, match="head: got the hook .*notebook_hook on"):
+        find_head(model)
+
+
+def test_old_weight_norms_masks_and_replaced_forwards_are_refused():
+    for wrap in (
+        lambda head: nn.utils.weight_norm(head),
+        lambda head: prune.identity(head, "weight"),
+        lambda head: setattr(head, "forward", lambda x: x),
+    ):
+        model = build("llama")
+        wrap(model.lm_head)
+        with pytest.raises(ValueError, match="head: got the hook .* on lm_head of a Llama"):
+            find_head(model)
+
+
+def test_a_parametrized_weight_is_right():
+    model = build("llama")
+    nn.utils.parametrizations.weight_norm(model.lm_head)
+    model.lm_head.parametrizations.weight.original0.data.mul_(3)
+    compare(model, find_head(model))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_left_as_it_was(training):
+    model = build("llama").train(training)
+    model.model.layers[0].eval()
+    model.lm_head.weight.requires_grad_(False)
+    before = [part.training for part in model.modules()]
+    with torch.inference_mode():
+        find_head(model)
+    assert before == [part.training for part in model.modules()]
+    assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["lm_head.weight"]
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

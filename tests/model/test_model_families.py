@@ -1,0 +1,150 @@
+"""Every causal language model that transformers can name: packed, one by one, or refused by name.
+
+The page docs/model-families.md is the list; a family that is not on it, or does otherwise, fails.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from riskpo.memory import isolation
+
+from riskpo.model.dropout import train_without_dropout
+from riskpo.model.isolation import (
+    Packing,
+    decoder_of,
+    packing_of,
+    plain_row,
+    settle_attention,
+)
+from riskpo.model.packing import hidden_states, pack
+from tests.model_families import NOT_TINY, VOCAB, build, class_name, families
+from tests.toy import random_rollouts
+from tools.family_page import rows, settled
+
+CPU = torch.device("cpu")
+PAGE = rows()
+SOME = range(0, 12, 2)
+
+
+def test_the_page_lists_every_family():
+    """A family that transformers adds is noticed here; python -m tools.family_page writes it."""
+    assert {name: row[1] for name, row in PAGE.items()} == {n: class_name(n) for n in families()}
+    assert NOT_TINY.keys() <= PAGE.keys()
+    assert {row[2] for row in PAGE.values()} == {"packed", "one by one", "refused"}
+
+
+def gradients(model, hidden):
+    """Of every parameter, from a loss that weighs each value otherwise."""
+    wanted = [p for p in decoder_of(model).parameters() if p.requires_grad]
+    weight = torch.linspace(0.5, 1.5, hidden.numel()).view_as(hidden)
+    found = torch.autograd.grad((hidden.sin() * weight).sum(), wanted, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for g, p in zip(found, wanted, strict=True)]
+
+
+def gaps(model, packing):
+    """(values, gradient): packed against one at a time, relative to the largest."""
+    rollouts = random_rollouts(VOCAB)
+    isolation._FOUND[model] = isolation._implementation(model), packing
+    ours = hidden_states(model, pack(rollouts, SOME, CPU))
+    theirs = torch.cat([plain_row(decoder_of(model), rollouts.tokens[i][None, :-1]) for i in SOME])
+    pairs = list(zip(gradients(model, ours), gradients(model, theirs), strict=True))
+    size = max(float(y.abs().max()) for _, y in pairs)
+    return (
+        float((ours - theirs).detach().abs().max() / theirs.detach().abs().max()),
+        max(float((x - y).abs().max()) for x, y in pairs) / size,
+    )
+
+
+@pytest.mark.parametrize("family", [n for n in families() if n not in NOT_TINY])
+def test_packed_is_one_at_a_time(family):
+    """The decision is made on a model of the default's windows and chunks, and tried on short."""
+    if PAGE[family][2] == "refused":
+        with pytest.raises(ValueError, match=class_name(family)):
+            settled(family)
+        return
+    model, packing = settled(family)
+    assert ("packed" if packing.reason is None else "one by one") == PAGE[family][2]
+    train_without_dropout(model)
+    value, gradient = gaps(model, packing)
+    assert value < 1e-5 and gradient < 1e-4
+
+
+LEAKING = ["lfm2", "qwen3_5_text", "mamba", "rwkv", "recurrent_gemma", "bloom", "jamba", "gpt_oss"]
+
+
+@pytest.mark.parametrize("family", LEAKING)
+def test_a_planted_leak_is_seen(family):
+    """Forced to pack, these are wrong, and the comparison above says so."""
+    model, packing = settled(family)
+    assert packing.reason is not None
+    assert max(gaps(model, Packing())) > 1e-2
+
+
+@pytest.mark.parametrize("family", ["llama", "lfm2"])
+def test_row_by_row_is_said_once(family, caplog):
+    with caplog.at_level(logging.WARNING, logger="riskpo"):
+        model = build(family)
+        packing = settle_attention(model, "auto")
+        hidden_states(model, pack(random_rollouts(VOCAB), SOME, CPU))
+    said = [r.message for r in caplog.records if "one sequence at a time" in r.message]
+    assert len(said) == (packing.reason is not None) == (family == "lfm2")
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+        {
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "short_factor": [1.0] * 4,
+            "long_factor": [2.0] * 4,
+            "original_max_position_embeddings": 8,
+            "factor": 16.0,
+        },
+    ],
+)
+def test_rope_that_grows_with_the_row(rope):
+    """Its angles follow the longest sequence of the row: the others' would change with it."""
+    model = build("llama", rope_parameters=rope, head_dim=8)
+    packing = settle_attention(model, "auto")
+    assert packing.reason and rope["rope_type"] in packing.reason
+    assert max(gaps(model, packing)) < 1e-5
+
+
+def test_a_leak_behind_a_gate_of_zero_is_seen():
+    """A fresh gate lets nothing through at the start, and everything after some steps."""
+    model = build("llama")
+
+    class Gated(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.gate = inner, torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, x):
+            return self.inner(x + self.gate * torch.nn.functional.pad(x[:, :-1], (0, 0, 1, 0)))
+
+    layer = model.model.layers[0]
+    layer.mlp = Gated(layer.mlp)
+    packing = settle_attention(model, "auto")
+    assert packing.reason is not None and "neighbour" in packing.reason
+    assert float(layer.mlp.gate.detach()) == 0
+
+
+def test_trial_leaves_the_model_as_it_was():
+    model = build("qwen2").train()
+    before = {n: p.clone() for n, p in model.state_dict().items()}
+    state = torch.random.get_rng_state()
+    packing_of(model)
+    assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
+    assert all(m.training for m in model.modules())
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_encoders_are_refused():
+    with pytest.raises(ValueError, match="is_decoder=True"):
+        settle_attention(build("bert", is_decoder=False), "auto")

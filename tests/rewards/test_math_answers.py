@@ -1,0 +1,285 @@
+"""Which answers are equal: the cases of each kind, and many more that are drawn."""
+
+import random
+from fractions import Fraction
+
+import pytest
+
+from riskpo.rewards.math import verify_math
+
+
+def outcomes(gold, answer):
+    """Of an answer alone, boxed and after "Answer:"."""
+    forms = (f"so \\boxed{{{answer}}}", f"#### {answer}", f"Answer: {answer}")
+    return {verify_math(gold, form).outcome.value for form in forms}
+
+
+def check(gold, answer, outcome):
+    assert outcomes(gold, answer) == {outcome}, (gold, answer)
+
+
+FORMS = r"""
+4:30 | 2:15 | wrong
+4:30 | 4:30 PM | right
+4:30 PM | 16:30 | right
+4:30 PM | 4:30 AM | wrong
+04:30 | 4:30 | right
+\text{4:30 p.m.} | 4:30\text{ PM} | right
+12:00 | 12:00\text{ PM} | right
+12:00 PM | 12:00 AM | wrong
+12:00 AM | 00:00 | right
+1:2:3 | 1 : 2 : 3 | right
+1:2:3 | 1:3:2 | wrong
+2:3 | \frac{2}{3} | right
+2:3 | 2 to 3 | right
+2:3 | 3:2 | wrong
+2 | 4:2 | wrong
+2 | 3 1/2 | wrong
+3 1/2 | \frac{7}{2} | right
+3.5 | 3\frac12 | right
+-3.5 | -3\ \dfrac{1}{2} | right
+1,234\frac{1}{2} | 1234.5 | right
+12 | 1 2 | wrong
+3 | 1 2 | wrong
+1 2 | 12 | wrong
+1 2 | 1 2 | right
+12345 | 12 345 | right
+cat | act | wrong
+cat | Cat | right
+\text{cat} | act | wrong
+cat | \text{cat} | right
+red, blue | blue, red | right
+red, blue | der, blue | wrong
+xyz | zyx | right
+1101_2 | 1101_{2} | right
+1101_2 | (1101)_2 | right
+1101_2 | 1101_{\text{two}} | right
+1101_2 | 1101 \text{ (base 2)} | right
+1101_2 | 1101 | right
+1101_2 | 1101_3 | wrong
+1101_2 | 13 | wrong
+13 | 1101_2 | wrong
+1F_{16} | 1f_{16} | right
+12_{10} | 12 | right
+"""
+VALUES = r"""
+\frac{1}{2004!} | \frac{1}{2006!} | wrong
+\frac{1}{2004!} | \frac{2005}{2005!} | right
+\frac{1}{2^{99}} | \frac{1}{2^{98}} | wrong
+\frac{1}{2^{99}} | 2^{-99} | right
+\frac{2^{2005}+1}{3 \cdot 2^{2006}} | \frac{1}{3 \cdot 2^{2006}} | wrong
+\frac{2^{2005}+1}{3 \cdot 2^{2006}} | \frac{1}{6}+\frac{1}{3 \cdot 2^{2006}} | right
+4.6e-24 | 2e-20 | wrong
+4.6e-24 | 4.6 \times 10^{-24} | right
+4.6e-24 | 46e-25 | right
+1.6e-19 | -1.6e-19 | wrong
+.25 | .2500004 | wrong
+.25 | 0.250 | right
+.25 | 1/4 | right
+1/3 | .333333333 | wrong
+10^{400} | 10^{400}+1 | wrong
+10^{400}+1 | 1+10^{400} | right
+\frac{x}{2^{99}} | \frac{x}{2^{98}} | wrong
+\frac{x}{2^{99}} | 2^{-99}x | right
+x+2^{-99} | x+2^{-98} | wrong
+\frac{\sqrt{2}}{2^{99}} | \frac{\sqrt{2}}{2^{98}} | wrong
+\frac{\sqrt{2}}{2^{99}} | \frac{1}{2^{98}\sqrt{2}} | right
+e^{-100} | e^{-101} | wrong
+(1, 2^{-99}) | (1, 2^{-98}) | wrong
+\{1, 2^{-99}\} | \{1, 2^{-98}\} | wrong
+[0, 2^{-99}) | [0, 2^{-98}) | wrong
+x=2^{-99} | x=2^{-98} | wrong
+\begin{pmatrix} 2^{-99} \\ 1 \end{pmatrix} | \begin{pmatrix} 2^{-98} \\ 1 \end{pmatrix} | wrong
+\sqrt{10^{60}+1} | 10^{30} | wrong
+0.64N | \frac{16}{25}N | right
+"""
+WORKED = r"""
+6 | 1+5 | unevaluated
+72 | 48/2+48 | unevaluated
+2 | \sqrt{4} | unevaluated
+2 | \frac{4}{2} | unevaluated
+120 | 5! | unevaluated
+6 | \binom{4}{2} | unevaluated
+6 | 2 \cdot 3 | unevaluated
+6 | 2 \times 3 | unevaluated
+6 | 6=1+5 | unevaluated
+8 | 2^3 | unevaluated
+\frac{1}{2} | \frac{1}{4}+\frac{1}{4} | unevaluated
+\{1,2\} | \{1, 1+1\} | unevaluated
+6 | 1+5=6 | right
+6 | 6.0 | right
+6 | x=6 | right
+6 | 6 \text{ cm}^2 | right
+-6 | -6 | right
+1000 | 1e3 | right
+3000000 | 3 \times 10^6 | right
+0.75 | \frac{3}{4} | right
+\frac{3}{4} | 0.75 | right
+1+5 | 5+1 | right
+6 | 7 | wrong
+6 | 1+6 | wrong
+"""
+LENIENT = r"""
+35 | 35.0\% | right
+12.5 | 12.5\% | right
+12.5\% | 0.125 | right
+12.5\% | \frac{1}{8} | right
+12.5\% | 12\frac{1}{2}\% | right
+12.5\% | 1.25 | wrong
+12.5\% | 1.25\% | wrong
+\frac{3+\sqrt5}{2}, \frac{3-\sqrt5}{2} | \frac{3\pm\sqrt5}{2} | right
+\frac{3\pm\sqrt5}{2} | \frac{3-\sqrt5}{2}, \frac{3+\sqrt5}{2} | right
+\frac{3\pm\sqrt5}{2} | \frac{3+\sqrt5}{2} | wrong
+3 \pm 2 \sqrt{2} | x = 3 \pm \sqrt{8} | right
+3 \pm 2 \sqrt{2} | 3 \pm \sqrt{7} | wrong
+1, -1, 2, -2 | \pm 1, \pm 2 | right
+(-\infty,2)\cup(3,\infty) | x<2\text{ or }x>3 | right
+(-\infty,2)\cup(3,\infty) | x<2 or x>3 | right
+(-\infty,2)\cup(3,\infty) | x<2 \lor x>4 | wrong
+x<2\text{ or }x>3 | (-\infty,2)\cup(3,\infty) | right
+(2,3) | x>2\text{ and }x<3 | right
+\frac{1}{3} | 0.\overline{3} | right
+\frac{1}{3} | 0.(3) | right
+\frac{1}{3} | 0.333... | right
+\frac{1}{3} | 0.\dot{3} | right
+1 | 0.\overline{9} | right
+\frac{1}{3} | 0.\overline{4} | wrong
+30 | 30° | right
+30^\circ | 30 | right
+30 | 30^{\circ} | right
+\sqrt{5} | √5 | right
+2\sqrt{15} | 2√(15) | right
+x^2+1 | x²+1 | right
+12 | １２ | right
+1,2 | １，２ | right
+3.5 | ３．５ | right
+3.5 | 3½ | right
+-5 | −5 | right
+2\pi | 2π | right
+x \le 2 | x ≤ 2 | right
+5 | €5 | right
+5 | £5.00 | right
+5 | 5 USD | right
+\$5 | US\$5 | right
+1234 | ¥1,234 | right
+0,111 | 0.111 | right
+5 | 5\,\text{cm} | right
+"""
+
+
+@pytest.mark.parametrize(
+    "gold, answer, outcome",
+    [
+        line.split(" | ")
+        for table in (FORMS, VALUES, WORKED, LENIENT)
+        for line in table.strip().splitlines()
+    ],
+)
+def test_equal_however_it_is_written_and_only_then(gold, answer, outcome):
+    check(gold, answer, outcome)
+
+
+@pytest.mark.parametrize(
+    "gold, response, outcome",
+    [
+        (r"\boxed{1} and \boxed{-2}", r"\boxed{-2}", "wrong"),
+        (r"\boxed{1} and \boxed{-2}", r"\boxed{-2} and \boxed{1}", "right"),
+        (r"One root is \boxed{1}. The other one is \boxed{-2}.", r"\boxed{-2}", "wrong"),
+        (r"One root is \boxed{1}. The other one is \boxed{-2}.", r"\boxed{-2, 1}", "right"),
+        (r"\boxed{5}, that is \boxed{5}", r"\boxed{5}", "right"),
+        ("1,-2", r"$\boxed{1}$, $\boxed{-2}$", "right"),
+        ("1,-2", r"\boxed{1} \quad \text{and} \quad \boxed{-2}", "right"),
+        ("1,-2", r"First \boxed{1}. Then we see that another one is \boxed{-2}", "right"),
+        ("1,-2", r"First \boxed{1}. Or \boxed{3}? Then we have \boxed{-2}", "wrong"),
+        ("-2", r"\boxed{1} or rather \boxed{-2}", "right"),
+        ("-2", r"\boxed{1}, \boxed{-2}", "wrong"),
+        ("5", "<think> so 5", "no_answer"),
+        ("5", r"<think> \boxed{5}", "no_answer"),
+        ("5", "<Thinking>\nso 5", "no_answer"),
+        ("5", "<think>4</think> 5", "right"),
+        ("5", "<think> 4 <think> 5 </think> 6 <think> 5", "wrong"),
+        ("5", r"\boxed{5} <think> or is it 6?", "right"),
+        ("5", "[THINK] 5", "no_answer"),
+    ],
+)
+def test_boxes_and_thoughts(gold, response, outcome):
+    assert verify_math(gold, response).outcome.value == outcome
+
+
+def test_an_unevaluated_answer_is_right_on_request():
+    assert verify_math("6", r"\boxed{1+5}", False).outcome.value == "right"
+    assert verify_math("6", r"\boxed{1+6}", False).outcome.value == "wrong"
+
+
+DRAWS = 25
+
+
+def drawn(kind, rng):
+    """(gold, an equal answer, another one) of a kind."""
+    a, b, c = rng.sample(range(2, 60), 3)
+    if kind == "clock":
+        hour, minute = rng.randrange(1, 12), rng.randrange(10, 29)
+        return f"{hour * 2}:{minute * 2}", f"{hour * 2} : {minute * 2}", f"{hour}:{minute}"
+    if kind == "ratio":
+        return f"{a}:{b}:{c}", f"{a} : {b} : {c}", f"{a}:{c}:{b}"
+    if kind == "mixed":
+        value = Fraction(c) + Fraction(min(a, b), max(a, b))
+        text = f"{c} {min(a, b)}/{max(a, b)}"
+        return text, f"\\frac{{{value.numerator}}}{{{value.denominator}}}", f"{c + 1}"
+    if kind == "blanks":
+        return f"{a}{b}", f"{a}{b}", f"{a} {b}"
+    if kind == "word":
+        word = "".join(rng.sample("abcdefghklmopqrstuvw", 5))
+        return word, word.upper(), word[1:] + word[0]
+    if kind == "base":
+        base = rng.randrange(3, 10)
+        digits = "1" + "".join(str(rng.randrange(base - 1)) for _ in range(4))
+        return f"{digits}_{base}", f"{digits}_{{{base}}}", f"{digits}_{{{base + 1}}}"
+    if kind == "tiny":
+        return f"\\frac{{{a}}}{{{b}^{{{c + 40}}}}}", f"{a} \\cdot {b}^{{-{c + 40}}}", \
+               f"\\frac{{{a}}}{{{b}^{{{c + 41}}}}}"  # fmt: skip
+    if kind == "nearly":
+        return f"{a}^{{{c}}}+{b}^{{9}}", f"{b}^{{9}}+{a}^{{{c}}}", f"{a}^{{{c}}}+{b}^{{9}}+1"
+    if kind == "factorial":
+        return f"\\frac{{1}}{{{a + 90}!}}", f"\\frac{{{a + 91}}}{{{a + 91}!}}", \
+               f"\\frac{{1}}{{{a + 91}!}}"  # fmt: skip
+    if kind == "decimal":
+        return f".{a}{b}", f"0.{a}{b}0", f".{a}{b}0000001"
+    if kind == "scientific":
+        return f"{a}.{b}e-{c}", f"{a}.{b} \\times 10^{{-{c}}}", f"-{a}.{b}e-{c}"
+    if kind == "repeating":
+        value = Fraction(a, 10**6 - 1)
+        return f"\\frac{{{value.numerator}}}{{{value.denominator}}}", \
+               f"0.\\overline{{{a:06}}}", f"0.\\overline{{{a + 1:06}}}"  # fmt: skip
+    if kind == "percent":
+        return f"{a}.{b % 9 + 1}", f"{a}.{b % 9 + 1}\\%", f"{a}.{b % 9 + 2}\\%"
+    roots = f"{a}+\\sqrt{{{b}}}, {a}-\\sqrt{{{b}}}"
+    return roots, f"{a} \\pm \\sqrt{{{b}}}", f"{a} \\pm \\sqrt{{{b + 1}}}"
+
+
+KINDS = (
+    "clock", "ratio", "mixed", "blanks", "word", "base", "tiny", "nearly", "factorial", "decimal",
+    "scientific", "repeating", "percent", "roots",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_drawn_cases(kind):
+    rng = random.Random(kind)
+    for _ in range(DRAWS):
+        gold, equal, other = drawn(kind, rng)
+        assert verify_math(gold, f"\\boxed{{{equal}}}").outcome.value == "right", (gold, equal)
+        assert verify_math(gold, f"\\boxed{{{other}}}").outcome.value == "wrong", (gold, other)
+        assert verify_math(gold, None).outcome.value == "right", gold
+
+
+@pytest.mark.parametrize("sign", ["+", "-", "\\cdot", "*", "\\times", "/"])
+def test_drawn_echoes(sign):
+    rng = random.Random(sign)
+    for _ in range(DRAWS):
+        b, a = rng.randrange(2, 30), 0
+        a = b * rng.randrange(2, 30)
+        value = {"+": a + b, "-": a - b, "/": a // b}.get(sign, a * b)
+        for answer in (f"{a}{sign} {b}", f"({a}) {sign} ({b})", f"{value}={a} {sign} {b}"):
+            assert outcomes(str(value), answer) == {"unevaluated"}, (value, answer)
+        check(str(value), f"{a} {sign} {b} = {value}", "right")

@@ -12,13 +12,14 @@ import math
 
 import pytest
 import torch
-from riskpo.memory import attention, switches
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import riskpo.rollout.generate
 import riskpo.run
 from riskpo.config import MemoryConfig, TrainConfig
+from riskpo.model import attention
+from riskpo.model import memory_switches as switches
 from riskpo.model.activation_offload import CudaTransfers, PlainTransfers
 from riskpo.model.attention import VARLEN
 from riskpo.model.memory_switches import apply_switches

@@ -1,6 +1,6 @@
 """RiskPO in SkyRL: one call in your entry point registers an estimator and a policy loss.
 
-    from riskpo.hosts import skyrl
+    from riskpo.integrations import skyrl
     skyrl.register(state_dir="ckpts/riskpo", bundle_size=5)
 
 then trainer.algorithm.advantage_estimator=riskpo and trainer.algorithm.policy_loss_type=riskpo.

@@ -15,10 +15,13 @@ def check_window(package: str, lowest: str, below: str) -> None:
     try:
         found = version(package)
     except PackageNotFoundError:
-        raise ImportError(f"riskpo.hosts: {package} is not installed. Run: {remedy}") from None
+        raise ImportError(
+            f"riskpo.integrations: {package} is not installed. Run: {remedy}"
+        ) from None
     if not _release(lowest) <= _release(found) < _release(below):
         raise ImportError(
-            f"riskpo.hosts: got {package} {found}; expected a tested version, >={lowest},<{below}. "
+            f"riskpo.integrations: got {package} {found}; expected a tested version, "
+            f">={lowest},<{below}. "
             f"Run: {remedy}"
         )
 

@@ -5,14 +5,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from riskpo_kernels import (
-    head_op,
-    linear_logprob,
-    logits_logprob,
-    logits_op,
-    reference,
-    riskpo_loss,
-)
+from riskpo_kernels import linear_logprob, logits_logprob, reference, riskpo_loss
+from riskpo_kernels.lm_head import logits_operator as logits_op
+from riskpo_kernels.lm_head import operator as head_op
 from tests.conftest import has_triton
 from tests.head_inputs import head
 

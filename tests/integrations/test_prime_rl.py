@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from riskpo.hosts import prime_rl
+from riskpo.integrations import prime_rl
 from riskpo_kernels import reference
 
 T = 9

@@ -204,7 +204,7 @@ def test_lightning(tmp_path):
 @pytest.mark.parametrize("number, label", [(0, "RiskPO"), (1, "GRPO")], ids=["trainer", "head"])
 def test_trl(tmp_path, monkeypatch, number, label):
     pytest.importorskip("trl", reason="trl is not installed: pip install 'riskpo[trl]'")
-    from riskpo.hosts import trl_head
+    from riskpo.integrations.trl import head as trl_head
     from tests.hosts import trl_toy
 
     calls = []

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from riskpo.hosts import skyrl
+from riskpo.integrations import skyrl
 from riskpo_kernels import reference
 
 B, T = 8, 6

@@ -10,7 +10,7 @@ import trl.trainer.utils as host  # noqa: E402
 from trl import GRPOTrainer  # noqa: E402
 
 from riskpo.demo import build_tokenizer  # noqa: E402
-from riskpo.hosts import trl_head  # noqa: E402
+from riskpo.integrations.trl import head as trl_head  # noqa: E402
 from riskpo.integrations.trl.trainer import use_riskpo_head  # noqa: E402
 from riskpo.rollout.generate import Policy  # noqa: E402
 from tests.compare import assert_all_close_as_plain  # noqa: E402

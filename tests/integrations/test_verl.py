@@ -23,8 +23,9 @@ core = pytest.importorskip(
 from omegaconf import OmegaConf  # noqa: E402
 from verl.trainer.ppo.checkpoint_callback import build_checkpoint_callback  # noqa: E402
 
-from riskpo.hosts import verl as host  # noqa: E402
-from riskpo.hosts import verl_advantage, verl_reward  # noqa: E402
+from riskpo.integrations import verl as host  # noqa: E402
+from riskpo.integrations.verl import advantage as verl_advantage  # noqa: E402
+from riskpo.integrations.verl import reward as verl_reward  # noqa: E402
 
 QUESTIONS, ANSWERS, BUNDLE, T = 6, 4, 3, 12
 SETTINGS = {"bundle_size": BUNDLE, "seed": 3}

@@ -13,7 +13,7 @@ core = pytest.importorskip(
 from verl.utils.metric import AggregationType, Metric  # noqa: E402
 from verl.workers.config import ActorConfig  # noqa: E402
 
-from riskpo.hosts import verl_loss  # noqa: E402
+from riskpo.integrations.verl import loss as verl_loss  # noqa: E402
 
 B, T = 8, 10
 MODES = list(verl_loss.AGGREGATES)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from riskpo.hosts import trl_head
+from riskpo.integrations.trl import head as trl_head
 from riskpo.integrations.trl.rows import answer_key
 from riskpo.model.lm_head import find_head
 from tests.integrations.test_trl_loss import batch, old_logprob

@@ -9,9 +9,9 @@ import sys
 from dataclasses import replace
 
 import pytest
-from riskpo.memory import run_plan
 
 from riskpo.config import MemoryConfig, TrainConfig, resolve
+from riskpo.memory_plan import run_plan
 from riskpo.memory_plan.budget import GIB, MIB, Workload, attention_flop, budget, longest
 from riskpo.memory_plan.command import CHECKPOINTS, LADDER, WIDTH, find_card, plan_command
 from riskpo.memory_plan.model_shape import find_shape

@@ -9,8 +9,8 @@ import logging
 
 import pytest
 import torch
-from riskpo.memory import isolation
 
+from riskpo.model import isolation
 from riskpo.model.dropout import train_without_dropout
 from riskpo.model.isolation import (
     Packing,

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.attention.varlen
-from riskpo.memory import attention
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from riskpo.demo import build_questions
+from riskpo.model import attention
 from riskpo.model.attention import SEQUENCES, VARLEN, choose, packed_keywords
 from riskpo.model.packing import hidden_states, pack
 from riskpo.rollout.generate import sample

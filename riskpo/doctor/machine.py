@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from typing import NamedTuple
 
@@ -101,16 +101,13 @@ def interpreted() -> Iterator[Check]:
             "from riskpo.doctor.machine import numerics; "
             f"c = numerics('triton', '{dtype}', 'cpu'); print(c.text); raise SystemExit(not c.ok)"
         )
-        done = subprocess.run(
+        yield in_process(
             [sys.executable, "-c", code],
-            env={**os.environ, "TRITON_INTERPRET": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
+            300,
+            f"interpreter, triton {dtype} on cpu",
+            lambda last: f"interpreter, {last}",
+            {"TRITON_INTERPRET": "1"},
         )
-        last = (done.stdout.strip() or done.stderr.strip() or "no output").splitlines()[-1]
-        ok = done.returncode == 0
-        yield Check(ok, f"interpreter, {last}", "" if ok else REMEDY["triton"])
 
 
 def compiled() -> Check:
@@ -121,14 +118,37 @@ def compiled() -> Check:
     if torch.cuda.is_available():
         arch = "".join(map(str, torch.cuda.get_device_capability()))
     command = [sys.executable, "-m", "riskpo_kernels.kernels.compile_check", "--quick"]
-    done = subprocess.run(
-        [*command, "--arch", arch], capture_output=True, text=True, timeout=600, check=False
+    return in_process(
+        [*command, "--arch", arch],
+        600,
+        f"compile check, sm_{arch}",
+        lambda last: f"{last.strip()}, sm_{arch}, one of each kernel",
     )
+
+
+def in_process(
+    command: list[str],
+    seconds: int,
+    what: str,
+    line: Callable[[str], str],
+    environment: Mapping[str, str] | None = None,
+) -> Check:
+    """A check in a process of its own: line(its last line of output), or that it took too long."""
+    try:
+        done = subprocess.run(
+            command,
+            env={**os.environ, **(environment or {})},
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        late = f"{what}: not finished within {seconds} s, so nothing is known of its numbers"
+        return Check(None, late, "Run doctor again while the machine has less to do.")
     last = (done.stdout.strip() or done.stderr.strip() or "no output").splitlines()[-1]
     ok = done.returncode == 0
-    return Check(
-        ok, f"{last.strip()}, sm_{arch}, one of each kernel", "" if ok else REMEDY["triton"]
-    )
+    return Check(ok, line(last), "" if ok else REMEDY["triton"])
 
 
 def _one_line(error: Exception) -> str:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from riskpo.doctor.term_sizes import head_sizes
 from riskpo.doctor.tolerance import Bound, bounds, errors, summed
 from riskpo_kernels import linear_logprob, riskpo_loss
 
@@ -49,9 +50,15 @@ class Results(NamedTuple):
 
 
 def make_problem(
-    *, batch: int = 6, tokens: int = 12, width: int = 64, vocab: int = 509, seed: int = 0
+    *,
+    batch: int = 6,
+    tokens: int = 12,
+    width: int = 64,
+    vocab: int = 509,
+    seed: int = 0,
+    lean: float = 8.0,
 ) -> Problem:
-    """Peaked rows (about half of the targets likely), ragged lengths, float32.
+    """Peaked rows (about half of the targets likely), ragged lengths, float32. lean: how peaked.
 
     The loss is at least half as large as its terms together, and no ratio is within 1 % of a clip
     bound: float32 decides neither its digits nor a branch.
@@ -59,18 +66,19 @@ def make_problem(
     g = torch.Generator().manual_seed(seed)
     weight = torch.randn(vocab, width, generator=g)
     target = torch.randint(vocab, (batch, tokens), generator=g)
-    lean = torch.rand(batch, tokens, 1, generator=g) * 8 / width**0.5
-    hidden = torch.randn(batch, tokens, width, generator=g) * 0.3 + lean * weight[target]
+    pull = torch.rand(batch, tokens, 1, generator=g) * lean / width**0.5
+    hidden = torch.randn(batch, tokens, width, generator=g) * 0.3 + pull * weight[target]
     # float32 values that every 16-bit dtype holds, so that the truth is the same for all
     hidden, weight = hidden.bfloat16().float(), weight.bfloat16().float()
-    lengths = torch.randint(tokens // 2, tokens + 1, (batch,), generator=g)
+    lengths = torch.randint(max(tokens // 2, 1), tokens + 1, (batch,), generator=g)
     mask = torch.arange(tokens) < lengths[:, None]
     new = linear_logprob(hidden.double(), weight.double(), target, backend="reference").logprob
     old = (new.float() + 0.4 * torch.randn(batch, tokens, generator=g)).clamp(max=-1e-3)
     cuts = torch.tensor(CLIP).log()[:, None, None]
     old = torch.where(((new - old - cuts).abs() < 0.01).any(0), old - 0.05, old)
     advantage = torch.randn(batch, generator=g)
-    advantage[0] = 0.0
+    if batch > 1:
+        advantage[0] = 0.0
     problem = Problem(hidden, weight, target, mask, old, advantage)
     terms = sums(new[mask], problem)["loss"]
     falls, rises = -terms.clamp(max=0).sum(), terms.clamp(min=0).sum()
@@ -203,7 +211,7 @@ class Yardstick:
     """What a problem's results are held against, by name.
 
     truth: the float64 reference. honest: plain PyTorch's, in sums without the luck that errors of
-    terms cancel. size: of the terms of sums.
+    terms cancel. size: of the terms that each sums, in logits, gradients and totals.
     """
 
     truth: dict[str, torch.Tensor]
@@ -214,16 +222,34 @@ class Yardstick:
     def of(cls, problem: Problem, honest: Results) -> Yardstick:
         """honest: plain PyTorch's results of `problem` in the dtype that is judged."""
         truth = ours(problem.to(torch.float64), backend="reference").values
-        values, size = dict(honest.values), {}
+        values, size = dict(honest.values), _sizes(problem, truth["logprob"])
         exact, rounded = (sums(x["logprob"], problem) for x in (truth, values))
         for name in exact:
-            truth[name], values[name], size[name] = summed(exact[name], rounded[name])
+            truth[name], values[name], terms = summed(exact[name], rounded[name])
+            moved = (exact[name].abs() * size["logprob"]).sum()  # an exponential of a log-prob
+            size[name] = terms + (0.0 if name == "clip_fraction" else moved)
         return cls(truth, values, size)
 
     def bounds(self, name: str, got: torch.Tensor) -> tuple[Bound, Bound]:
         """The rule of tolerance for one named result."""
         got = got.reshape(self.truth[name].shape)
         return bounds(got, self.truth[name], self.honest[name], size=self.size.get(name))
+
+
+def _sizes(problem: Problem, logprob: torch.Tensor) -> dict[str, torch.Tensor]:
+    """head_sizes of a problem, in the shapes of its results; logprob: the true ones."""
+    at, x = problem.mask, logprob.detach().requires_grad_()
+    (c,) = torch.autograd.grad(sums(x, problem)["loss"].sum(), x)
+    sizes = head_sizes(
+        problem.hidden[at],
+        problem.weight,
+        problem.target[at],
+        bias=problem.bias,
+        upstream={"logprob": c, "curvature": c},
+    )
+    dhidden = torch.zeros(problem.hidden.shape, dtype=torch.float64)
+    dhidden[at] = sizes["dhidden"]
+    return sizes | {"dhidden": dhidden}
 
 
 def relative_error(x: torch.Tensor, truth: torch.Tensor) -> float:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from riskpo.doctor.libraries import Found, LogProb, Op
+from riskpo.doctor.term_sizes import head_sizes
 from riskpo.doctor.tolerance import bounds
 
 
@@ -91,6 +92,9 @@ def against_plain(
     truth = gradients(exact_plain, h.double(), w.double(), t, c, e, temperature)
     honest = gradients(exact_plain, h, w, t, c, e, temperature)
     got = gradients(op.call, h, w, t, c, e, temperature)
+    up = {k: x.reshape(-1) for k, x in (("logprob", c), ("entropy", e)) if x is not None}
+    flat = h.reshape(-1, h.shape[-1])
+    sizes = head_sizes(flat, w, t.reshape(-1), temperature=temperature, upstream=up)
     seen, worst = Seen(None), -1.0
     for name, g, x, p in zip(NAMES, got, truth, honest, strict=True):
         if (
@@ -101,7 +105,7 @@ def against_plain(
             or (only and name not in only)
         ):
             continue
-        for metric, error, limit in bounds(g, x, p):
+        for metric, error, limit in bounds(g, x, p, size=sizes[name].reshape(x.shape)):
             share = math.inf if math.isnan(error) else error / (limit or 1e-300)
             if share > worst:
                 unit = f" {name}" if metric == "relative norm" else f" {name}, {metric}"

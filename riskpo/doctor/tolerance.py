@@ -8,7 +8,8 @@ error is at most twice plain's, in the relative Frobenius norm and in the larges
 
 * size is the size of what was summed: of the value itself, or, for a sum whose terms have both
   signs, the sum of the terms' magnitudes. A sum that nearly cancels keeps the errors of its terms,
-  so an error relative to the sum alone says nothing.
+  so an error relative to the sum alone says nothing. What a head gives sums products in its logits:
+  their sizes are in riskpo/doctor/term_sizes.py, since few rows are right or wrong by luck else.
 * plain's error in such a sum is what it makes in the terms (`summed`): in one number these errors
   may cancel by luck, and then an equally good result would fail.
 * The floor is two units in the last place of float32: plain PyTorch is sometimes exact by luck on

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import pytest
 import torch
@@ -126,6 +127,26 @@ def test_the_compile_check_runs_and_a_failing_one_is_seen(monkeypatch):
     monkeypatch.setattr(machine.sys, "executable", "/bin/false")
     failed = machine.compiled()
     assert failed.ok is False and failed.remedy
+
+
+def test_a_check_that_is_late_is_a_line_and_neither_failure_nor_traceback(monkeypatch, capsys):
+    pytest.importorskip("triton")
+    run = machine.subprocess.run
+    given = []
+
+    def slow(command, *, timeout, **options):
+        given.append(timeout)
+        return run([sys.executable, "-c", "import time; time.sleep(60)"], timeout=0.2, **options)
+
+    monkeypatch.setattr(machine.subprocess, "run", slow)
+    late = [c for c in (*machine.interpreted(), machine.compiled()) if "not finished" in c.text]
+    assert [c.ok for c in late] == [None] * 3 and given == [300, 300, 600]
+    assert "within 300 s" in late[0].text and "within 600 s" in late[-1].text
+    monkeypatch.setattr(machine.subprocess, "run", run)
+    monkeypatch.setattr(command, "machine_checks", lambda: late)
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("skipped") == 3 and "FAILED" not in out and "-> Run doctor again" in out
 
 
 def test_a_failed_check_is_exit_status_two(monkeypatch, capsys):

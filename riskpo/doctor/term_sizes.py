@@ -1,0 +1,117 @@
+"""The size of what is summed in a head's results, for the rule of tolerance.
+
+Honest float32 rounds every product in a logit and the logit itself. A logit of size 30 is then off
+by 1e-6, whatever the error of one plain run by luck; where few rows or near-certain words are
+judged, nothing averages this out. So the size of a result is its own, and to first order what all
+logits' sizes make of it: the sum over v of |d result / d z_v| (|h| . |w_v| + |b_v|).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+UNIT = 2.0**-2  # a term is rounded to half a unit in the last place; the rule's floor is two
+TRUTH = 2.0**-30  # of the floor: what float64 itself cannot hold
+
+
+class Rows(NamedTuple):
+    """What the rows' softmax gives, [N, V] but where said; float64."""
+
+    z: torch.Tensor
+    off: torch.Tensor  # size of a logit before the softcap: of its products
+    bend: torch.Tensor  # tanh of the softcap, 0 without
+    logp: torch.Tensor
+    hit: torch.Tensor  # 1 at the target
+    entropy: torch.Tensor  # [N, 1]
+    softcap: float | None
+
+    @property
+    def slope(self) -> torch.Tensor:
+        return 1 - self.bend**2
+
+    @property
+    def z_off(self) -> torch.Tensor:
+        """The size of a logit."""
+        return self.slope * self.off + self.z.abs()
+
+    @property
+    def spread(self) -> torch.Tensor:
+        """-d entropy / d z."""
+        return self.logp.exp() * (self.logp + self.entropy)
+
+    @property
+    def wide(self) -> torch.Tensor:
+        """[N, 1]: what float64's truth is off by, in floors of the rule."""
+        return TRUTH * (1 + self.z.abs().amax(-1, keepdim=True))
+
+
+def head_sizes(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    upstream: dict[str, torch.Tensor] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Sizes by name, float64: logprob, entropy, lse [N] and, with `upstream`, dhidden, dweight and
+    dbias in the shapes of hidden [N, D], weight [V, D] and bias [V].
+
+    target: [N] valid ids. upstream: gradients [N] of logprob, entropy and lse, and as "curvature"
+    how much the gradient of logprob changes with the logprob; a missing name is 0.
+    """
+    h, w, b = (None if x is None else x.detach().double().cpu() for x in (hidden, weight, bias))
+    assert h is not None and w is not None
+    b = torch.zeros(len(w), dtype=h.dtype) if b is None else b
+    raw, off = (h @ w.T + b) / temperature, (h.abs() @ w.abs().T + b.abs()) / temperature
+    bend = torch.tanh(raw / softcap) if softcap else torch.zeros_like(raw)
+    z = bend * softcap if softcap else raw
+    logp = torch.log_softmax(z, -1)
+    hit = torch.nn.functional.one_hot(target.cpu(), len(w)).double()
+    rows = Rows(z, off, bend, logp, hit, -(logp.exp() * logp).sum(-1, keepdim=True), softcap)
+    p, z_off = logp.exp(), rows.z_off
+    exact = torch.where(hit > 0, logp, 0.0).sum(-1)
+    # float32 holds a probability near 1 to one unit; that of the target the op keeps better
+    unit = (p * (1 - hit)).sum(-1)
+    sizes = {
+        "logprob": exact.abs() + UNIT * ((hit - p).abs() * z_off).sum(-1),
+        "entropy": rows.entropy[:, 0] + UNIT * ((rows.spread.abs() * z_off).sum(-1) + unit),
+        "lse": z.logsumexp(-1).abs() + UNIT * (p * z_off).sum(-1),
+    }
+    sizes = {name: size + rows.wide[:, 0] for name, size in sizes.items()}
+    if upstream is None:
+        return sizes
+    none = torch.zeros(len(h), dtype=h.dtype)
+    c, g, e, curvature = (
+        upstream.get(name, none).detach().double().cpu()[:, None]
+        for name in ("logprob", "entropy", "lse", "curvature")
+    )
+    moved = curvature.abs() * sizes["logprob"][:, None]
+    dz, dz_off = (x / temperature for x in _gradient(rows, c, g, e, moved))
+    return sizes | {
+        "dhidden": (dz @ w).abs() + dz_off @ w.abs(),
+        "dweight": (dz.T @ h).abs() + dz_off.T @ h.abs(),
+        "dbias": dz.sum(0).abs() + dz_off.sum(0),
+    }
+
+
+def _gradient(
+    rows: Rows, c: torch.Tensor, g: torch.Tensor, e: torch.Tensor, moved: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient of the logits and the size of what it may be off by; moved: that of c."""
+    p, hit, z_off, spread = rows.logp.exp(), rows.hit, rows.z_off, rows.spread
+    dz = c * (hit - p) - g * spread + e * p
+    others = ((p * z_off).sum(-1, keepdim=True) - p * z_off).clamp(min=0)
+    p_off = p * ((1 - p) * z_off + others)
+    bent = 1 + (rows.logp + rows.entropy).abs()
+    off = dz.abs() + (c.abs() + e.abs()) * p_off
+    off += g.abs() * (p_off * bent + p * (spread.abs() * z_off).sum(-1, keepdim=True))
+    off = UNIT * off + moved * (hit - p).abs() + (c.abs() + g.abs() + e.abs()) * rows.wide
+    bend, slope = rows.bend.abs(), rows.slope
+    if rows.softcap:  # the slope is off by a rounding of 1 and by what moves the bend
+        far = 1 + 2 * bend * slope * rows.off / rows.softcap
+        off = off * slope + UNIT * dz.abs() * far
+    return dz * slope, off

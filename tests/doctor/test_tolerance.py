@@ -21,10 +21,11 @@ NAMES = (
 HEAD = ("logprob", "entropy", "lse", "dhidden", "dweight", "dbias")
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_right_never_fails_and_spoilt_always_does(threads):
+# two threads wait for each other: few problems, or a busy machine takes minutes
+@pytest.mark.parametrize("threads, seeds", [(1, range(100, 117)), (2, range(110, 113))])
+def test_right_never_fails_and_spoilt_always_does(threads, seeds):
     """docs/kernel-notes.md has the same of 200 problems."""
-    found = study(range(90 + 10 * threads, 100 + 10 * threads), threads)
+    found = study(seeds, threads)
     assert {name for _, name in found} == {*NAMES, CANCELS, *(f"head: {name}" for name in HEAD)}
     for key, (right, spoilt) in found.items():
         assert right <= 1 < spoilt, (key, right, spoilt)

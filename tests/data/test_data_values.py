@@ -170,7 +170,7 @@ def test_every_format_gives_the_same_questions(tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "set.parquet")
     for kind in ("jsonl", "json", "csv"):
         path = tmp_path / f"set.{kind}"
-        (tmp_path / f"set.{kind}.gz").write_bytes(gzip.compress(path.read_bytes()))
+        (tmp_path / f"set.{kind}.gz").write_bytes(gzip.compress(path.read_bytes(), mtime=0))
     found = [load_questions(str(path)) for path in sorted(tmp_path.iterdir())]
     assert len(found) == 7 and all(q == found[0] for q in found)
     assert [(q.prompt, q.gold) for q in found[0]] == [(r["question"], r["answer"]) for r in ROWS]
@@ -189,7 +189,7 @@ def test_every_format_gives_the_same_questions(tmp_path):
         ("set.csv", b'a,b\nq,1\n', r"set.csv line 2 has the fields \['a', 'b'\].*columns.question"),
         ("set.jsonl", b'{"question": "\xff", "answer": "1"}', "set.jsonl cannot be read.*UTF-8"),
         ("set.jsonl.gz", b"no gzip", "set.jsonl.gz cannot be read after its beginning"),
-        ("set.jsonl.gz", gzip.compress(b"x" * 999)[:-9], "set.jsonl.gz "),
+        ("set.jsonl.gz", gzip.compress(b"x" * 999, mtime=0)[:-9], "set.jsonl.gz "),
         ("set.parquet", b"PAR1 nothing", "set.parquet cannot be read as parquet after row 0"),
         ("set.tsv", b"question\tanswer\nq\t1\n", "expected a file that ends in .jsonl"),
         ("set.xlsx", b"", "expected a file that ends in .jsonl"),

@@ -7,9 +7,6 @@ import subprocess
 import sys
 import time
 
-import math_verify.grader
-
-from riskpo.rewards.math import verify_math
 from riskpo.rewards.verdict import Outcome, Verdict, right
 
 
@@ -58,40 +55,6 @@ def act(what: str) -> float:
         print('{"reward": 1.0, "outcome": "right", "detail": "forged"}', flush=True)
         return 0.0
     return 1.0
-
-
-CALLS: list[str] = []
-
-
-def hidden(what: str) -> Verdict | float:
-    """Wrong at first sight; when it is watched it does what the item says."""
-    CALLS.append(what)
-    if what == "late":
-        time.sleep(0.5)
-    if what == "calls":
-        return right(" ".join(CALLS))
-    return 0.0 if sys.gettrace() is None else act(what)
-
-
-def second_thoughts(_: str) -> Verdict:
-    """Wrong both times, with another reward and another word for it when it is watched."""
-    if sys.gettrace() is None:
-        return Verdict(0.25, Outcome.WRONG, "at first")
-    return Verdict(0.75, Outcome.WRONG, "on second thoughts")
-
-
-def planted(gold: str, answer: str) -> Verdict:
-    """The math reward on top of a sympy that cannot simplify."""
-
-    def simplify(expression: object) -> object:
-        raise RuntimeError("planted")
-
-    original = math_verify.grader.simplify
-    math_verify.grader.simplify = simplify
-    try:
-        return verify_math(gold, answer)
-    finally:
-        math_verify.grader.simplify = original
 
 
 def half_for_short(text: str, question) -> float:

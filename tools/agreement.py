@@ -1,7 +1,6 @@
 """Agreement of the rewards with labelled data, file by file: python -m tools.agreement FOLDER
 
-FOLDER may hold three folders; each gives one table, and the first two another one with the
-exceptions that the libraries swallowed behind an answer that they called wrong or none.
+FOLDER may hold three folders; each gives one table.
 
   labelled_outputs/*.jsonl  {id, problem, gold, response, label, label_review}; rows whose label is
                             null (unknown) or under review are counted apart
@@ -18,19 +17,17 @@ import argparse
 import hashlib
 import json
 import re
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from riskpo.data.questions import load_questions
 from riskpo.rewards.pool import VerifierPool
-from riskpo.rewards.scorer import MATH, MATH_WATCH
-from riskpo.rewards.verdict import DENIED, OUTCOMES, Outcome, tally
+from riskpo.rewards.scorer import MATH
+from riskpo.rewards.verdict import OUTCOMES, Outcome, tally
 
 HALVES = ("even", "odd")
 _RESPONSE = re.compile(r"\$|\\boxed|\\[(\[]|nswer|[a-z]{2,} [a-z]{2,}")  # more than an answer
-WATCH = ("swallowed", "not_watched")
 
 
 def read_rows(path: Path, half: str = "all") -> tuple[list[dict[str, Any]], int]:
@@ -75,9 +72,8 @@ def line(*cells: object) -> None:
 
 
 def answers(pool: VerifierPool, files: list[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Prints both tables; yields (half, row) for every disagreement."""
-    heading("file", "half", "agree / rows", "%", "left out", *OUTCOMES, *WATCH)
-    silences: list[dict[str, Any]] = []
+    """Prints a table; yields (half, row) for every disagreement."""
+    heading("file", "half", "agree / rows", "%", "left out", *OUTCOMES)
     for path in files:
         for half in HALVES:
             rows, left_out = read_rows(path, half)
@@ -88,21 +84,8 @@ def answers(pool: VerifierPool, files: list[Path]) -> Iterator[tuple[str, dict[s
             )
             share = f"{100 * agree / max(1, len(rows)):.1f}"
             line(path.stem, half, f"{agree} / {len(rows)}", share, left_out,
-                 *(counts[name] for name in (*OUTCOMES, *WATCH)))  # fmt: skip
-            silences += (row for row in judged if row["verdict"].swallowed)
+                 *(counts[name] for name in OUTCOMES))  # fmt: skip
             yield from ((half, row) for row in judged if not row["agrees"])
-    swallowed_table(silences)
-
-
-def swallowed_table(rows: list[dict[str, Any]]) -> None:
-    """Answers by the exception behind them, and the ids of those whose label says right."""
-    names = Counter(entry for row in rows for entry in row["verdict"].swallowed)
-    print()
-    heading("swallowed", *(outcome.value for outcome in DENIED), "labelled right")
-    for name, _ in names.most_common():
-        met = [row for row in rows if name in row["verdict"].swallowed]
-        line(name, *(sum(row["verdict"].outcome is o for row in met) for o in DENIED),
-             ", ".join(str(row["id"]) for row in met if not row["agrees"]) or "none")  # fmt: skip
     print()
 
 
@@ -119,7 +102,7 @@ def golds(pool: VerifierPool, files: list[Path]) -> None:
 def show(row: dict[str, Any]) -> None:
     verdict, response = row["verdict"], row["response"]
     print(f"* {row['id']}: label {row['label']}, gold {row['gold']!r}: {verdict.outcome.value}, ")
-    print(f"  {verdict.detail}; ends in {response[-120:]!r}; swallowed: {verdict.swallowed}")
+    print(f"  {verdict.detail}; ends in {response[-120:]!r}")
 
 
 def main() -> None:
@@ -136,9 +119,7 @@ def main() -> None:
         found = [p for folder in folders for p in sorted((options.folder / folder).glob("*"))]
         return [p for p in found if options.only in p.name and p.suffix in (".jsonl", ".parquet")]
 
-    with VerifierPool(
-        MATH, workers=options.workers, seconds=options.seconds, watch=MATH_WATCH
-    ) as pool:
+    with VerifierPool(MATH, workers=options.workers, seconds=options.seconds) as pool:
         found = [*answers(pool, files("labelled_outputs"))]
         found += answers(pool, files("answer_pairs"))
         golds(pool, files("problems", "verl"))

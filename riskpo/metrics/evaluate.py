@@ -66,8 +66,7 @@ class EvalResult:
     avg       mean reward, avg@samples
     pass_at   {k: Estimate}
     maj_at    the same; empty where responses have no answer to vote for
-    counts    responses per outcome: right, wrong, no_answer, unparsable_gold, timeout, crash; and
-              what the watch for swallowed exceptions saw (riskpo.rewards.verdict.tally)
+    counts    responses per outcome, and crashes by name (riskpo.rewards.verdict.tally)
     rewards   {question id: its `samples` rewards}, for tails and paired comparisons
     values    {"avg@8": one number per question, ...}, in the order of rewards: what is averaged
     texts     {question id: {"prompt", "gold", "responses"}}, in the order of rewards

@@ -38,11 +38,6 @@ def verdict_share(name: str) -> Callable[[Record], float | None]:
     return of
 
 
-def swallowed_share(r: Record) -> float | None:
-    watched = r.get("verifier_watched")
-    return r["verifier_swallowed"] / watched if watched else None
-
-
 def counters(log: Log) -> list[Counter]:
     """Everything that a run of this algorithm may have logged; what it has not is left out."""
     ratio = find_strategy(log.config.algorithm).loss.ratio
@@ -56,7 +51,6 @@ def counters(log: Log) -> list[Counter]:
         Counter("truncated responses", entry("truncated_fraction"), worry=True),
         Counter("verifier timeouts", verdict_share("timeout"), worry=True),
         Counter("verifier exceptions", verdict_share("crash"), worry=True),
-        Counter("exceptions swallowed in the verifier", swallowed_share),
         Counter("effective sample size of the sampler's weights", entry("sampler_ess")),
     ]
 

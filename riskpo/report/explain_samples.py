@@ -8,7 +8,6 @@ from riskpo.algorithms import find_strategy
 from riskpo.report.findings import Finding, Log
 
 LOST_VERDICTS = 0.01  # share of verdicts that were a timeout, a crash or an unreadable gold
-SWALLOWED = 0.1  # share of watched answers without reward behind which a library met an exception
 TRUNCATED = 0.2
 MISMATCH_KL = 1e-3  # nats per token between sampler and trainer
 SMALL_SAMPLE = 0.5  # share of the sample that the correction's weights leave
@@ -32,28 +31,6 @@ def verdicts(log: Log) -> Iterable[Finding]:
     silent = log.total("outcome_no_answer") / every
     if silent > TRUNCATED:
         yield Finding(topic, f"{silent:.0%} of the responses held no answer at all.", True)
-    yield from _silences(log, topic)
-
-
-def _silences(log: Log, topic: str) -> Iterable[Finding]:
-    """Exceptions behind answers that were called wrong or none; a log without a watch has none."""
-    watched, missed = log.total("verifier_watched"), log.total("verifier_not_watched")
-    if not watched + missed:
-        return
-    prefix = "verifier_swallowed_"
-    names = {k: log.total(k) for r in log.steps for k in r if k.startswith(prefix)}
-    most = sorted(names.items(), key=lambda item: (-item[1], item[0]))[:3]
-    named = ", ".join(f"{name.removeprefix(prefix)} {count:.0f}" for name, count in most)
-    count = log.total("verifier_swallowed")
-    share = count / max(watched, 1.0)
-    text = f"{watched:.0f} math answers without reward were looked into" + (
-        f": behind {count:.0f} of them ({share:.1%}) a library swallowed an exception ({named})"
-        if count
-        else ", and no swallowed exception was found"
-    )
-    doubt = "; some of these may be right." if share > SWALLOWED else "."
-    left = f" {missed:.0f} could not be." if missed else ""
-    yield Finding(topic, text + doubt + left, share > SWALLOWED or missed > watched)
 
 
 def sampler(log: Log) -> Iterable[Finding]:

@@ -20,17 +20,15 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
-from riskpo.rewards.verdict import DENIED, OUT_OF_MEMORY, Outcome, Verdict, failed
+from riskpo.rewards.verdict import OUT_OF_MEMORY, Outcome, Verdict, failed
 
 START_SECONDS = 120.0  # imports on a busy machine
 POLL_SECONDS = 0.02  # how far past the limit a verifier may run
 REPLY_BYTES = 65536
 ATTEMPTS = 2
-WATCH_SHARE = 0.25  # of the seconds: a verdict that took longer is not repeated to be watched
 BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from riskpo.rewards.worker import main; main()"
@@ -89,41 +87,11 @@ class _Worker:
 
     def ask(self, arguments: Sequence[Any]) -> Verdict | None:
         """The verdict on one item, or None when the process died or was killed over it."""
-        began = time.monotonic()
-        verdict = self._ask(arguments, self._setup["seconds"])
-        if verdict is None or not self._setup["watch"] or verdict.outcome not in DENIED:
-            return verdict
-        return self._watch(arguments, verdict, time.monotonic() - began)
-
-    def _watch(self, arguments: Sequence[Any], verdict: Verdict, taken: float) -> Verdict:
-        """The verdict, which stands, with the exceptions that were swallowed on its way.
-
-        It is there already, so that a watch that does not end in time costs only itself.
-        """
-        seconds = self._setup["seconds"]
-        again = None
-        if taken <= WATCH_SHARE * seconds:
-            again = self._ask(arguments, seconds - taken, watch=True)
-            if again is None:
-                self.stop()  # dead, late or not to be trusted: the next item gets a fresh process
-        if again is None or again.outcome is not verdict.outcome or not again.watched:
-            return replace(verdict, watched=False)
-        return replace(verdict, watched=True, swallowed=again.swallowed)
-
-    def _ask(
-        self, arguments: Sequence[Any], seconds: float, *, watch: bool = False
-    ) -> Verdict | None:
-        reply = self._exchange({"arguments": list(arguments), "watch": watch}, seconds)
+        reply = self._exchange({"arguments": list(arguments)}, self._setup["seconds"])
         try:
             if reply is None:
                 return None
-            return Verdict(
-                float(reply["reward"]),
-                Outcome(reply["outcome"]),
-                str(reply["detail"]),
-                watched=reply["watched"],
-                swallowed=tuple(map(str, reply["swallowed"])),
-            )
+            return Verdict(float(reply["reward"]), Outcome(reply["outcome"]), str(reply["detail"]))
         except (KeyError, TypeError, ValueError):
             self.kill()  # not our protocol: do not trust this process any further
             return None
@@ -206,10 +174,6 @@ class VerifierPool:
     workers     processes
     seconds     wall clock per item; the process is killed and replaced there: `timeout`
     memory_mib  address space per process, where the system can limit it
-    watch       modules or packages whose silence is not trusted: an item that is wrong or without
-                an answer is judged once more, in what is left of its seconds, and its verdict says
-                which exceptions they swallowed (riskpo/rewards/swallowed.py). The verdict itself,
-                and its reward, are those of the first time, whatever becomes of the second
 
     A process that dies over an item (killed from outside, os._exit, out of memory) is replaced and
     the item tried once more on the fresh one; a second death makes it `crash`. An exception in
@@ -223,19 +187,13 @@ class VerifierPool:
         workers: int = 2,
         seconds: float = 5.0,
         memory_mib: int = 2048,
-        watch: Sequence[str] = (),
     ) -> None:
         if workers < 1 or seconds <= 0 or memory_mib < 1:
             raise ValueError(
                 f"VerifierPool: got workers={workers}, seconds={seconds}, memory_mib={memory_mib}; "
                 "expected all above 0. Set verifier_workers and verifier_seconds accordingly."
             )
-        setup = {
-            "function": verify,
-            "seconds": seconds,
-            "memory_mib": memory_mib,
-            "watch": list(watch),
-        }
+        setup = {"function": verify, "seconds": seconds, "memory_mib": memory_mib}
         self.seconds = seconds
         self._workers = [_Worker(setup) for _ in range(workers)]
         self._busy = threading.Lock()

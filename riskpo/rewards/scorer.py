@@ -41,12 +41,6 @@ from riskpo.types import Question
 __all__ = ["Outcome", "Scorer", "Verdict", "VerifierPool", "check_golds", "verify_exact"]
 
 MATH = "riskpo.rewards.math:verify_math"
-MATH_WATCH = (
-    "math_verify",
-    "latex2sympy2_extended",
-    "riskpo.rewards.math",
-    "riskpo.rewards.answers.values",
-)
 CODE = "riskpo.rewards.code:verify_code"
 CODE_LEVELS = {"code": "namespaces", "code-limits-only": "limits"}
 CODE_EXTRA_SECONDS = 30.0  # to start two sandboxes on a busy machine, beside the program's own time
@@ -112,7 +106,7 @@ class Scorer:
 
         texts are R responses, question-major: with Q questions, rows i * R / Q .. belong to
         question i (R = Q is one response each). All seven outcomes are in the counts, zeros too,
-        and what the watch over math answers without reward saw: see riskpo.rewards.verdict.tally.
+        and crashes by name: see riskpo.rewards.verdict.tally.
         """
         verdicts = self.verdicts(texts, questions)
         return torch.tensor([v.reward for v in verdicts], dtype=torch.float32), tally(verdicts)
@@ -203,8 +197,7 @@ class Scorer:
             if path == CODE:
                 require(self._level)
                 options["seconds"] += CODE_EXTRA_SECONDS
-            watch = MATH_WATCH if path == MATH else ()
-            self._pools[path] = VerifierPool(path, watch=watch, **options)
+            self._pools[path] = VerifierPool(path, **options)
         return self._pools[path]
 
     def close(self) -> None:

@@ -23,24 +23,15 @@ class Outcome(str, Enum):
 
 
 OUTCOMES = tuple(outcome.value for outcome in Outcome)
-DENIED = (Outcome.WRONG, Outcome.NO_ANSWER)  # said of the answer; a lost exception may hide here
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """reward is 1.0 for right unless a reward function says otherwise; detail is for logs.
-
-    watched    whether it was looked for exceptions that a library handled in silence behind this
-               verdict: None where nobody was to look, False where it could not be done
-    swallowed  what was found: ("TypeError in sympy_symbolic_eq", ...); see
-    riskpo/rewards/swallowed.py
-    """
+    """reward is 1.0 for right unless a reward function says otherwise; detail is for logs."""
 
     reward: float
     outcome: Outcome
     detail: str = ""
-    watched: bool | None = None
-    swallowed: tuple[str, ...] = ()
 
 
 def right(detail: str = "") -> Verdict:
@@ -53,22 +44,16 @@ def failed(outcome: Outcome, detail: str = "") -> Verdict:
 
 
 def tally(verdicts: Iterable[Verdict]) -> dict[str, int]:
-    """How many verdicts had which outcome, all seven, and what the watch over the denied ones saw.
+    """How many verdicts had which outcome: all seven, zeros too.
 
-    watched, not_watched  verdicts of DENIED behind which it was looked, or should have been
-    swallowed             watched ones during which at least one exception was swallowed
-    swallowed_TypeError   of these, those with a TypeError; only the names that were seen
-    crash_KeyError        crashes with a KeyError, or crash_process: the process died; as they occur
+    Crashes are also counted by name, as they occur: crash_KeyError, or crash_process where the
+    process died.
     """
-    counts = Counter(dict.fromkeys((*OUTCOMES, "watched", "not_watched", "swallowed"), 0))
+    counts = Counter(dict.fromkeys(OUTCOMES, 0))
     for verdict in verdicts:
         counts[verdict.outcome.value] += 1
         if verdict.outcome is Outcome.CRASH:
             counts[f"crash_{crash_name(verdict.detail)}"] += 1
-        if verdict.watched is not None:
-            counts["watched" if verdict.watched else "not_watched"] += 1
-        counts["swallowed"] += bool(verdict.swallowed)
-        counts.update({f"swallowed_{entry.split()[0]}" for entry in verdict.swallowed})
     return dict(counts)
 
 

@@ -1,8 +1,5 @@
 """The process in which a verifier meets untrusted text: one JSON line in, one JSON line out.
 
-A request is {"arguments": [...], "watch": false}. With true the item is judged under a tracer, and
-the reply says what the packages of the set-up line swallowed; that is asked for after the verdict.
-
 Started by riskpo/rewards/pool.py with `python -c`, not through multiprocessing: a spawned child
 of multiprocessing imports the parent's main module again, and with it torch. JSON rather than
 pickle, so that a worker that was taken over can say wrong things but cannot run code in the
@@ -20,18 +17,16 @@ import numbers
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import IO, Any
 
-from riskpo.rewards.swallowed import swallowed
 from riskpo.rewards.verdict import OUT_OF_MEMORY, Outcome, Verdict, failed
 
 DETAIL_CHARACTERS = 300
 CPU_SECONDS_SLACK = 5
-ENTRIES, ENTRY_CHARACTERS = 16, 120  # of swallowed exceptions, in a reply
 
 
 def load_function(path: str) -> Callable[..., Any]:
@@ -128,16 +123,6 @@ def answer(function: Callable[..., Any], arguments: list[Any]) -> Verdict:
         return failed(Outcome.CRASH, f"{type(error).__name__}: {error}")
 
 
-def watched(function: Callable[..., Any], arguments: list[Any], packages: Sequence[str]) -> Verdict:
-    """One call under a tracer: its verdict with the exceptions that `packages` swallowed."""
-    found = swallowed(lambda: answer(function, arguments), packages)
-    if found is None:
-        return replace(answer(function, arguments), watched=False)
-    verdict, entries = found
-    entries = tuple(entry[:ENTRY_CHARACTERS] for entry in entries[:ENTRIES])
-    return replace(verdict, watched=True, swallowed=entries)
-
-
 def _send(channel: IO[bytes], **message: object) -> None:
     channel.write(json.dumps(message).encode() + b"\n")
     channel.flush()
@@ -154,17 +139,11 @@ def main() -> None:
     limit_memory(setup["memory_mib"])
     try:
         function = load_function(setup["function"])
-        for package in setup["watch"]:
-            importlib.import_module(package)
     except BaseException as error:  # a script may end itself, or read our arguments
         _send(outgoing, error=f"{type(error).__name__}: {error}"[:4000])
         sys.exit(1)
     _send(outgoing, ready=True)
     for line in incoming:
         limit_cpu(setup["seconds"])
-        request = json.loads(line)
-        if request["watch"]:
-            verdict = watched(function, request["arguments"], setup["watch"])
-        else:
-            verdict = answer(function, request["arguments"])
+        verdict = answer(function, json.loads(line)["arguments"])
         _send(outgoing, **asdict(replace(verdict, detail=verdict.detail[:DETAIL_CHARACTERS])))

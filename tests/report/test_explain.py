@@ -130,30 +130,6 @@ def test_sampler_mismatch(tmp_path):
     assert text.endswith("at most a factor of 1.00001 in a response: rounding.")
 
 
-def test_swallowed_exceptions_are_named(tmp_path):
-    few = {"verifier_watched": 200.0, "verifier_not_watched": 0.0, "verifier_swallowed": 0.0}
-    text = [f for f in write(tmp_path, constant(**few)) if "without reward" in f.text]
-    assert [f.notable for f in text] == [False]
-    assert text[0].text == ("4000 math answers without reward were looked into, and no swallowed "
-                            "exception was found.")  # fmt: skip
-    many = few | {"verifier_swallowed": 30.0, "verifier_not_watched": 2.0}
-    records = constant(**many, verifier_swallowed_TypeError=20.0)
-    records += constant(**few, verifier_swallowed_NotImplementedError=15.0)
-    found = [f for f in write(tmp_path, records[10:30], updates_per_step=2) if "behind" in f.text]
-    assert [f.notable for f in found] == [False]  # said, but no reason to stop
-    assert "behind 300 of them (7.5%)" in found[0].text
-    assert "(TypeError 200, NotImplementedError 150). 20 could not be." in found[0].text
-    found = [f.text for f in write(tmp_path, records[:20], updates_per_step=2) if f.notable]
-    assert found == [
-        "4000 math answers without reward were looked into: behind 600 of them (15.0%) a library "
-        "swallowed an exception (TypeError 400); some of these may be right. 40 could not be."
-    ]
-    unwatched = few | {"verifier_watched": 0.0, "verifier_not_watched": 200.0}
-    found = [f.text for f in write(tmp_path, constant(**unwatched)) if f.notable]
-    assert found[0].startswith("0 math answers") and "4000 could not be" in found[0]
-    assert not any("swallowed" in f.text for f in write(tmp_path, constant()))
-
-
 @pytest.mark.parametrize(
     "settings, numbers, sentences",
     [

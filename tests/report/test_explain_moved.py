@@ -108,10 +108,6 @@ def test_verifier_troubles_move_as_shares_of_all_verdicts(tmp_path):
         assert found[1] == f"! {expected}"
         found = said(write(tmp_path, rising[::-1]), MOVED)
         assert found[1].startswith(f"  Verifier {label}: 9.1% early, 0.0% late")
-    watched = {"verifier_watched": 200.0, "verifier_not_watched": 0.0}
-    swallowed = [HEALTHY | watched | {"verifier_swallowed": 20.0 * (i >= 10)} for i in range(20)]
-    found = said(write(tmp_path, swallowed), MOVED)
-    assert found[1].startswith("  Exceptions swallowed in the verifier: 0.0% early, 10.0% late")
 
 
 def test_ratios_are_named_as_the_algorithm_has_them(tmp_path):

@@ -235,7 +235,7 @@ def test_scorer_returns_rewards_in_order_and_all_seven_counts():
         assert rewards.dtype == torch.float32 and rewards.tolist() == [1, 0, 0, 1]
         assert counts == {
             "right": 2, "wrong": 1, "no_answer": 1, "unparsable_gold": 0, "timeout": 0, "crash": 0,
-            "unevaluated": 0, "watched": 2, "not_watched": 0, "swallowed": 0,
+            "unevaluated": 0,
         }  # fmt: skip
         with pytest.raises(ValueError, match="3 texts for 2 questions"):
             scorer.score(["", "", ""], questions("1", "2"))

@@ -18,7 +18,8 @@ import torch
 from riskpo.config import TrainConfig
 from riskpo_kernels import RiskPOAdvantage
 
-RISK_SETTINGS = ("bundle_size", "omega", "alpha", "beta", "baseline", "scale", "credit")
+# of RiskPOAdvantage, those that the config has too; the seed is every algorithm's
+RISK_SETTINGS = vars(RiskPOAdvantage().settings).keys() & vars(TrainConfig()).keys() - {"seed"}
 GROUP_STD_EPS = 1e-6
 RS_BETA = 2.0
 
@@ -140,7 +141,7 @@ def group(formula: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[TrainCon
     """A factory of GroupAdvantage."""
 
     def build(config: TrainConfig) -> Advantage:
-        useless = [k for k in RISK_SETTINGS if getattr(config, k) is not None]
+        useless = sorted(k for k in RISK_SETTINGS if getattr(config, k) is not None)
         if useless:
             raise ValueError(
                 f"config: got {', '.join(useless)} with algorithm={config.algorithm!r}; expected "

@@ -16,7 +16,8 @@ from riskpo.config import DEMO, REAL, is_embedded
 from riskpo.data.questions import BOXED_INSTRUCTION, load_questions, split_holdout
 from riskpo.demo import find_task, task_questions
 from riskpo.eval_config import VERIFIER_SECONDS, EvalConfig
-from riskpo.metrics.evaluate import EvalResult, EvalSettings, evaluate, over_seeds, write_json
+from riskpo.files import write_json
+from riskpo.metrics.evaluate import EvalResult, EvalSettings, evaluate, over_seeds
 from riskpo.report.progress import sampling_progress
 from riskpo.rewards.math import extract
 from riskpo.rewards.scorer import EXACT_SOURCES, MATH_KINDS, Scorer, stop_if_all_crashed

@@ -36,6 +36,7 @@ LAYERS = (
     "riskpo",
     "riskpo.types",
     "riskpo.errors",
+    "riskpo.files",
     "riskpo.config",
     "riskpo.eval_config",
     "riskpo.distributed",

@@ -5,20 +5,18 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-import logging
 import sys
-import threading
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from riskpo.data.hub import HUB_SECONDS, hub_error
+
 FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 OTHER_SUFFIXES = (".txt", ".tsv", ".xlsx", ".xls", ".arrow", ".zip", ".zst", ".bz2", ".xz", ".pkl")
-HUB_SECONDS = 3.0
 
 Row = dict[str, Any]
-_log = logging.getLogger(__name__)
 
 
 def is_file(source: str) -> bool:
@@ -130,14 +128,16 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
 def read_hub(source: str, split: str) -> Iterable[Row]:
     import datasets
     from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
 
     offline = constants.HF_HUB_OFFLINE
-    if not Path(source).exists() and not offline and not _hub_answers():
-        raise ConnectionError(
-            f"load_questions: the hub ({constants.ENDPOINT}) did not answer within "
-            f"{HUB_SECONDS:.0f} s, so {source!r} cannot be loaded. Give a local .jsonl or .parquet "
-            "file, or set HF_HUB_OFFLINE=1 to use a copy from the cache."
-        )
+    if not Path(source).exists() and not offline:
+        if error := hub_error(lambda: get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)):
+            raise ConnectionError(
+                f"load_questions: the hub ({constants.ENDPOINT}) did not answer ({error}), so "
+                f"{source!r} cannot be loaded. Give a local .jsonl or .parquet file, or set "
+                "HF_HUB_OFFLINE=1 to use a copy from the cache."
+            )
     name, _, config = source.partition(":")
     try:
         return datasets.load_dataset(name, config or None, split=split)
@@ -149,26 +149,3 @@ def read_hub(source: str, split: str) -> Iterable[Row]:
             f"{' (HF_HUB_OFFLINE is set)' if offline else ''}: {reason}. Check the name, or give a "
             "local .jsonl or .parquet file."
         ) from None  # one line; the reason is in it
-
-
-def _hub_answers() -> bool:
-    """One request with a short limit, proxies respected; the libraries retry for 23 s and more."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
-
-    answered, done = threading.Event(), threading.Event()
-
-    def ask() -> None:
-        try:
-            get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
-            answered.set()
-        except Exception as error:  # any reason means the same: no hub
-            _log.debug("hub: %s", error)
-        finally:
-            done.set()
-
-    threading.Thread(
-        target=ask, daemon=True
-    ).start()  # name resolution has no time limit of its own
-    done.wait(HUB_SECONDS)
-    return answered.is_set()

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from riskpo.files import write_json
 from riskpo_kernels import RiskPOAdvantage
 
 STATE_FILE = "riskpo_state.json"
@@ -111,15 +112,7 @@ def draw_numbers(questions: Sequence[Any], keys: Sequence[Any]) -> list[int]:
 
 def write_state(folder: str | os.PathLike[str], state: dict[str, Any]) -> Path:
     """folder/riskpo_state.json, whole or not at all."""
-    path = Path(folder) / STATE_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
-    with open(unfinished, "w", encoding="utf-8") as file:
-        json.dump(state, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
-    return path
+    return write_json(Path(folder) / STATE_FILE, state)
 
 
 def read_state(op: str, folder: str | os.PathLike[str]) -> dict[str, Any]:

@@ -16,8 +16,6 @@ them.
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,6 +23,7 @@ from typing import Any
 
 import torch
 
+from riskpo.files import write_json
 from riskpo.metrics.intervals import Interval, near_the_ends, t_interval
 from riskpo.metrics.maj_at_k import group_sizes, maj_at_k
 from riskpo.types import Question
@@ -51,30 +50,21 @@ class EvalSettings:
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A mean over questions and its 95 % bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
 class EvalResult:
     """What `evaluate` found.
 
-    avg       mean reward, avg@samples
-    pass_at   {k: Estimate}
-    maj_at    the same; empty where responses have no answer to vote for
+    avg       mean reward, avg@samples, with its 95 % interval over questions
+    pass_at   {k: the same of pass@k}
+    maj_at    {k: the same of maj@k}; empty where responses have no answer to vote for
     counts    responses per outcome, and crashes by name (riskpo.rewards.verdict.tally)
     rewards   {question id: its `samples` rewards}, for tails and paired comparisons
     values    {"avg@8": one number per question, ...}, in the order of rewards: what is averaged
     texts     {question id: {"prompt", "gold", "responses"}}, in the order of rewards
     """
 
-    avg: Estimate
-    pass_at: dict[int, Estimate]
-    maj_at: dict[int, Estimate]
+    avg: Interval
+    pass_at: dict[int, Interval]
+    maj_at: dict[int, Interval]
     samples: int
     questions: int
     counts: dict[str, int]
@@ -83,7 +73,7 @@ class EvalResult:
     settings: EvalSettings
     texts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def estimates(self) -> dict[str, Estimate]:
+    def estimates(self) -> dict[str, Interval]:
         """All of them by name: avg@n, then pass@k, then maj@k."""
         named = {f"avg@{self.samples}": self.avg}
         named |= {f"pass@{k}": estimate for k, estimate in self.pass_at.items()}
@@ -186,7 +176,7 @@ def _majorities(
     }
 
 
-def over_seeds(results: Sequence[EvalResult]) -> dict[str, tuple[Estimate, Interval]]:
+def over_seeds(results: Sequence[EvalResult]) -> dict[str, tuple[Interval, Interval]]:
     """{name: (interval over questions, interval over seeds)}; both are around the same mean.
 
     Where the seeds share their questions, the bootstrap redraws questions whose numbers are means
@@ -208,16 +198,7 @@ def over_seeds(results: Sequence[EvalResult]) -> dict[str, tuple[Estimate, Inter
     return found
 
 
-def write_json(path: str | Path, content: object) -> None:
-    """Replaced in one step, so that a reader never sees half a file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
-
-
-def _estimate(per_question: torch.Tensor, seed: int) -> Estimate:
+def _estimate(per_question: torch.Tensor, seed: int) -> Interval:
     """Mean of [Q] float64 values; questions are redrawn with replacement for the interval."""
     count = len(per_question)
     generator = torch.Generator().manual_seed(seed)
@@ -230,4 +211,4 @@ def _estimate(per_question: torch.Tensor, seed: int) -> Estimate:
     tail = (1 - CONFIDENCE) / 2
     low, high = torch.quantile(drawn, torch.tensor([tail, 1 - tail], dtype=drawn.dtype)).tolist()
     mean = per_question.mean().item()
-    return Estimate(mean, *near_the_ends(mean, low, high, per_question.tolist()))
+    return Interval(mean, *near_the_ends(mean, low, high, per_question.tolist()), count)

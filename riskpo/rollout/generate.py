@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.utils import is_flash_attn_2_available
 
+from riskpo.data.hub import HUB_SECONDS, hub_error
 from riskpo.data.images import require_processor
 from riskpo.distributed import best_device
 from riskpo.model.positions import check_positions
@@ -32,8 +33,6 @@ from riskpo.model.vision import (
     question_inputs,
 )
 from riskpo.types import Question, Rollouts, Stream
-
-HUB_SECONDS = 3.0
 
 
 @dataclass
@@ -127,10 +126,7 @@ def prepare(policy: Policy) -> Policy:
 
 
 def _is_local(name: str) -> bool:
-    """Whether files on this machine will do; asks the hub, with a short limit, when they will not.
-
-    The libraries would retry for most of a minute before they say that there is no network.
-    """
+    """Whether files on this machine will do; where not, ConnectionError unless the hub has it."""
     if Path(name).is_dir() or os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
         return True
     try:
@@ -138,14 +134,11 @@ def _is_local(name: str) -> bool:
         return True
     except (OSError, ValueError):
         pass
-    try:
-        model_info(name, timeout=HUB_SECONDS)
-    except Exception as error:  # whatever the client library raises, the run cannot start
-        reason = str(error).strip().partition("\n")[0]
+    if error := hub_error(lambda: model_info(name, timeout=HUB_SECONDS)):
         raise ConnectionError(
             f"model: {name!r} is no folder, is not in the cache, and the hub gave no model of that "
-            f"name ({type(error).__name__}: {reason[:200]}). Give a local folder."
-        ) from None
+            f"name ({error}). Give a local folder."
+        )
     return False
 
 

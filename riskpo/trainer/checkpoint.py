@@ -30,6 +30,7 @@ from safetensors import SafetensorError
 
 from riskpo.config import TrainConfig, changes, locked
 from riskpo.distributed import like_shard, to_first
+from riskpo.files import flush, write_text
 
 KEEP = 2
 UNFINISHED = ".unfinished_"
@@ -78,11 +79,11 @@ def _finish(run_dir: Path, step: int, write: Callable[[Path], None]) -> Path:
         unfinished.mkdir(parents=True)
         write(unfinished)
         for path in unfinished.iterdir():
-            _flush(path)
-        _flush(unfinished)
+            flush(path)
+        flush(unfinished)
         shutil.rmtree(final, ignore_errors=True)
         unfinished.rename(final)
-        _flush(folder)
+        flush(folder)
     except (OSError, RuntimeError, SafetensorError) as error:  # as the writers put a full disk
         shutil.rmtree(unfinished, ignore_errors=True)
         last, reason = latest_checkpoint(run_dir), str(error).partition("\n")[0]
@@ -199,10 +200,7 @@ def truncate_log(path: Path, step: int) -> None:
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         if line.endswith("\n") and json.loads(line)["step"] <= step:
             kept.append(line)
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text("".join(kept), encoding="utf-8")
-    _flush(unfinished)
-    unfinished.replace(path)
+    write_text(path, "".join(kept))
 
 
 def set_aside(path: Path) -> None:
@@ -232,11 +230,3 @@ def _set_random_states(states: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
     if len(states["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(states["cuda"])
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,7 +9,8 @@ pytest.importorskip("trl", reason="trl is not installed: pip install 'riskpo[trl
 
 import pandas as pd  # noqa: E402
 
-from riskpo.integrations.trl.rows import answer_key, draw_numbers, question_ids, question_key  # noqa: E402
+from riskpo.integrations.common import draw_numbers  # noqa: E402
+from riskpo.integrations.trl.rows import answer_key, question_ids, question_key  # noqa: E402
 from riskpo.integrations.trl.trainer import STATE_FILE  # noqa: E402
 from riskpo_kernels import RiskPOAdvantage  # noqa: E402
 from tests.integrations.trl_toy import GENERATIONS, losses, questions, trainer  # noqa: E402
@@ -119,7 +120,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     checkpoint = tmp_path / "whole" / "checkpoint-2"
     saved = json.loads((checkpoint / STATE_FILE).read_text())
     assert saved["generation_batches"] == 2 and saved["advantage"]["last_step"] == 1
-    assert not list(checkpoint.glob("*.tmp"))
+    assert not list(checkpoint.glob("*.unfinished"))
     rest = trainer(tmp_path / "rest", **saving)
     rest.train(resume_from_checkpoint=str(checkpoint))
     assert losses(rest) == losses(whole) and len(losses(rest)) == 4

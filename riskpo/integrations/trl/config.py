@@ -12,23 +12,6 @@ from riskpo_kernels import RiskPOAdvantage
 OP = "RiskPOConfig"
 # loss_type of TRL -> aggregate of riskpo_kernels.clipped_surrogate
 AGGREGATES = {"grpo": "sequence-mean", "dapo": "token-mean", "dr_grpo": "sequence-sum-norm"}
-ADVANTAGE = (
-    "form",
-    "alpha",
-    "beta",
-    "omega",
-    "w_mix",
-    "eps",
-    "bundle_size",
-    "quantiles",
-    "tracker_step",
-    "credit",
-    "baseline",
-    "scale",
-    "std_floor",
-    "pairing",
-    "leftover",
-)
 
 
 def _override(text: str) -> Any:
@@ -101,10 +84,9 @@ class RiskPOConfig(GRPOConfig):
 
     def advantage(self) -> RiskPOAdvantage:
         """A new RiskPOAdvantage with these settings; ValueError as it raises."""
-        given = {name: getattr(self, f"riskpo_{name}") for name in ADVANTAGE}
-        given = {name: value for name, value in given.items() if value is not None}
-        seed = self.seed if self.riskpo_seed is None else self.riskpo_seed
-        return RiskPOAdvantage(self.riskpo_preset, seed=seed, **given)
+        given = {n: getattr(self, f"riskpo_{n}", None) for n in vars(RiskPOAdvantage().settings)}
+        given = {"seed": self.seed} | {n: x for n, x in given.items() if x is not None}
+        return RiskPOAdvantage(self.riskpo_preset, **given)
 
 
 def _refuse(c: RiskPOConfig) -> None:

@@ -61,13 +61,3 @@ def question_ids(keys: Sequence[str], draws: int) -> list[str]:
                 f"num_generations={draws}. A sampler that splits questions cannot be bundled."
             )
     return ids
-
-
-def draw_numbers(questions: Sequence[str], answers: Sequence[str]) -> list[int]:
-    """[N], 0..G-1 within each question, by the answers' keys; equal answers in order of place."""
-    numbers = [0] * len(questions)
-    seen: dict[str, int] = {}
-    for row in sorted(range(len(questions)), key=lambda row: (answers[row], row)):
-        numbers[row] = seen.get(questions[row], 0)
-        seen[questions[row]] = numbers[row] + 1
-    return numbers

@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +26,11 @@ from accelerate.utils import broadcast_object_list, gather_object  # noqa: E402
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR  # noqa: E402
 from trl import GRPOTrainer  # noqa: E402
 
+from riskpo.integrations.common import STATE_FILE, draw_numbers, write_state  # noqa: E402
 from riskpo.integrations.trl.config import AGGREGATES, RiskPOConfig  # noqa: E402
 from riskpo.integrations.trl.head import use_riskpo_head  # noqa: E402
 from riskpo.integrations.trl.rows import (  # noqa: E402
     answer_key,
-    draw_numbers,
     question_ids,
     question_key,
 )
@@ -40,7 +39,6 @@ from riskpo_kernels import clipped_surrogate  # noqa: E402
 __all__ = ["STATE_FILE", "RiskPOConfig", "RiskPOTrainer", "use_riskpo_head"]
 
 OP = "RiskPOTrainer"
-STATE_FILE = "riskpo_state.json"  # beside trainer_state.json in every checkpoint
 
 
 class RiskPOTrainer(GRPOTrainer):
@@ -281,11 +279,7 @@ class RiskPOTrainer(GRPOTrainer):
         """The state first: what pushes or rotates checkpoints then finds it in its place."""
         if self.args.should_save:
             name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            folder = Path(self._get_output_dir(trial=trial)) / name
-            folder.mkdir(parents=True, exist_ok=True)
-            unfinished = folder / f"{STATE_FILE}.tmp"
-            unfinished.write_text(json.dumps(self._riskpo_state(), indent=1), encoding="utf-8")
-            os.replace(unfinished, folder / STATE_FILE)
+            write_state(Path(self._get_output_dir(trial=trial)) / name, self._riskpo_state())
         super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -1,0 +1,32 @@
+"""Writing files that a reader finds whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Replace the file in one step, on the disk before it has its name; makes its folder."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    flush(unfinished)
+    unfinished.replace(path)
+    return path
+
+
+def write_json(path: str | Path, content: object) -> Path:
+    """`write_text` of the content as indented JSON."""
+    return write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the list of names in a folder, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -42,7 +42,7 @@ class RiskPOConfig(GRPOConfig):
     use_bias_correction_kl: bool = False
 
     riskpo_preset: str = field(
-        default="paper", metadata={"help": "paper, official-easy or official-hard."}
+        default="paper", metadata={"help": "paper, matched, official-easy or official-hard."}
     )
     riskpo_form: str | None = _override("paper, official, seeking or mean.")
     riskpo_alpha: float | None = _override("Level of the lower quantile.")
@@ -53,7 +53,10 @@ class RiskPOConfig(GRPOConfig):
     riskpo_bundle_size: int | None = _override("Questions per bundle.")
     riskpo_quantiles: str | None = _override("tracked, bundle or mix.")
     riskpo_tracker_step: float | None = _override("Step of the tracked quantiles, in scores.")
-    riskpo_credit: str | None = _override("uniform, score, std or sum-mean.")
+    riskpo_credit: str | None = _override("uniform, score, std, sum-mean or conditional.")
+    riskpo_bundling: str | None = _override("random or matched: questions of like difficulty.")
+    riskpo_difficulty: str | None = _override("Of matched bundles: history or cross-fit.")
+    riskpo_history_rate: float | None = _override("Of the mean of a question's rewards.")
     riskpo_baseline: str | None = _override("natural, none, leave-one-out or batch.")
     riskpo_scale: str | None = _override("none, bundle-std or batch-std.")
     riskpo_std_floor: float | None = _override("Smallest divisor of batch-std.")

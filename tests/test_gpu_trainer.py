@@ -18,8 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import riskpo.rollout.generate
 import riskpo.run
 from riskpo.config import MemoryConfig, TrainConfig
-from riskpo.model import attention
-from riskpo.model import memory_switches as switches
+from riskpo.model import attention, memory_switches
 from riskpo.model.activation_offload import CudaTransfers, PlainTransfers
 from riskpo.model.attention import VARLEN
 from riskpo.model.memory_switches import apply_switches
@@ -142,7 +141,7 @@ def test_checkpoints_that_wait_on_the_host_change_no_bit(device, monkeypatch):
         assert torch.equal(gradient, again[name]), f"{name} is another in every run"
     memory = MemoryConfig(attention="sequences", checkpointing=True, offload_checkpoints=True)
     if device == "cuda":  # the switch itself takes them there
-        monkeypatch.setattr(switches, "CudaTransfers", Watched)
+        monkeypatch.setattr(memory_switches, "CudaTransfers", Watched)
         parked = layered_gradients(device, memory)
     else:
         parked = layered_gradients(device, memory, Watched())

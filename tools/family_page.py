@@ -9,62 +9,71 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from riskpo.model.isolation import Packing, settle_attention
+from riskpo.model.isolation import Packing, adopt_packing, settle_attention
 from riskpo.model.lm_head import find_head
-from tests.model_families import NOT_TINY, build, class_name, families
+from tests.model_families import NOT_TINY, build, class_name, families, tiny_config
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "model-families.md"
 INTRO = """# Which models train
 
-Every causal language model that transformers names, built tiny and tried on the CPU without
-optional kernels. Written by `python -m tools.family_page`; `tests/model/test_model_families.py`
-tries each again.
+Every causal language model that transformers names, built tiny and tried on the CPU. Written by
+`python -m tools.family_page`; `tests/model/test_model_families.py` tries each again.
 
-* **packed**: several sequences go through the model end to end. Values and gradients are those of
-  one sequence at a time.
+Sequences of a micro-batch:
+
+* **packed**: several go through the model end to end. Values and gradients are those of one
+  sequence at a time.
 * **one by one**: a state, a mask or a position would carry over, so the trainer calls the model
   once for each sequence, and says so once. The numbers are the same; it is slower.
 * **refused**: an error that names the model, before the first step.
 
-The trial runs on the real model at every start, so a model that is not listed is treated by what
-it does. With flash-linear-attention, causal-conv1d or mamba-ssm installed, the model's own packed
-path is tried first: some of the second kind may then be packed. The head is what
-`riskpo.model.lm_head.find_head` says of the same tiny model.
+The head:
+
+* **right**: log-probs from the head's weight are those of the model's own logits.
+* **refused**: an error that gives the reason, before the first step.
+
+The trainer tries the real model at every start, so a model that is not listed is treated by what
+it does. On a GPU with flash-linear-attention, causal-conv1d or mamba-ssm installed, it first tries
+the packed path of the model's own kernels, on sequences longer than their chunks. It takes that
+path only if hidden states are those of one sequence at a time and no gradient crosses. No release
+of these kernels has been run for this page.
 
 | model type | class | sequences | head | why |
 |---|---|---|---|---|
 """
 
 
-def settled(family: str, **changes: Any) -> tuple[Any, Packing]:
+def settled(family: str) -> tuple[Any, Packing]:
     """(the tiny model, how it is fed); its lengths are short, the decision is of default ones.
 
     ValueError where the trainer refuses it.
     """
-    packing = settle_attention(build(family, tiny_lengths=False, **changes), "auto")
-    model = build(family, **changes)
-    settle_attention(model, "auto")
+    model = build(family, tiny_lengths=False)
+    packing = settle_attention(model, "auto")
+    if tiny_config(family).to_dict() != model.config.to_dict():
+        model = build(family)
+        adopt_packing(model, "auto", packing)
     return model, packing
 
 
-def verdict(family: str) -> tuple[str, str]:
-    """(packed | one by one | refused, why) of a family."""
+def verdicts(family: str) -> tuple[str, str, str]:
+    """(packed | one by one | refused, right | refused: why, why) of a family."""
     if family in NOT_TINY:
-        return "refused", NOT_TINY[family]
+        return "refused", "-", NOT_TINY[family]
     try:
-        _, packing = settled(family)
+        model, packing = settled(family)
     except ValueError as error:
-        return "refused", str(error).partition("; ")[0].partition(": ")[2]
-    return ("packed", "") if packing.reason is None else ("one by one", packing.reason)
+        return "refused", head_verdict(build(family)), str(error).partition(": ")[2].split("; ")[0]
+    head = head_verdict(model)
+    return ("packed", head, "") if packing.reason is None else ("one by one", head, packing.reason)
 
 
-def head_verdict(family: str) -> str:
-    if family in NOT_TINY:
-        return "-"
+def head_verdict(model: Any) -> str:
     try:
-        find_head(build(family))
-    except Exception:  # as the family's own code fails without pictures or masks
-        return "refused"
+        find_head(model)
+    except ValueError as error:
+        reason = str(error).partition("; expected")[0].removeprefix("head: ")
+        return "refused: " + reason.rpartition(f"{type(model).__name__} whose ")[2]
     return "right"
 
 
@@ -78,11 +87,8 @@ def rows() -> dict[str, list[str]]:
 def write() -> None:
     lines = []
     for family in families():
-        what, why = verdict(family)
-        why = why.replace("|", "/")
-        lines.append(
-            f"| `{family}` | {class_name(family)} | {what} | {head_verdict(family)} | {why} |\n"
-        )
+        cells = (f"`{family}`", class_name(family), *verdicts(family))
+        lines.append("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |\n")
         print(lines[-1], end="", file=sys.stderr)
     PAGE.write_text(INTRO + "".join(lines), encoding="utf-8")
 

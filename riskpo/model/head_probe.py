@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from riskpo.model.decoder import decoder_of
+
 # Largest |h W^T| of a row of the probe. 0 shows a bias, the small ones a scale, the large ones a
 # softcap of any size.
 SIZES = (0.0, 0.0, 1.0, 1.0, 30.0, 30.0, 1e3, 1e3, 3e4, 3e4, 1e6, 1e6)
@@ -64,7 +66,7 @@ def look(model: Any, head: Any) -> HeadSight:
     model.eval()
     try:
         ids = probe_ids(model)
-        decoder = model.get_decoder()
+        decoder = decoder_of(model)
         with torch.inference_mode(False):
             with torch.no_grad():
                 hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state

@@ -19,20 +19,6 @@ KEEP_VALUES = ("torch.distributed", "accelerate", "deepspeed", "transformers", "
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
-def unwrapped(model: Any) -> Any:
-    """The causal LM inside torch.compile's and peft's wrappers; ValueError for virtual tokens."""
-    model = getattr(model, "_orig_mod", model)
-    if not hasattr(model, "get_base_model"):
-        return model
-    if model.active_peft_config.is_prompt_learning:
-        raise ValueError(
-            f"head: got {model.active_peft_config.peft_type.value} by peft; expected adapters "
-            "inside the model's layers, since packed sequences have no room for virtual tokens. "
-            "Use LoRA."
-        )
-    return model.get_base_model()
-
-
 def computed(module: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(weight, bias) as the head's forward takes them now; differentiable in what makes them."""
     parts = getattr(module, "_modules", {})

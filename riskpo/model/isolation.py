@@ -8,9 +8,9 @@ hands one sequence's state to the next, whatever the attention mask says. So two
                     gradient from one sequence to another: `_leak`
 
 A model that fails goes through its sequences one by one, in the same micro-batches, and says so
-once. Where transformers has a kernel that takes sequence bounds (flash-linear-attention,
-causal-conv1d, mamba-ssm), the model's own packed path is tried first. A model whose tokens see
-later ones is no policy and is refused.
+once. On a GPU the model's own packed path is tried first, since its kernels may take sequence
+bounds (flash-linear-attention, causal-conv1d, mamba-ssm); the trial is then longer than their
+chunks. A model whose tokens see later ones is no policy and is refused.
 """
 
 from __future__ import annotations
@@ -26,11 +26,14 @@ from typing import Any
 
 import torch
 
-from riskpo.model.attention import choose, packed_keywords
+from riskpo.model.attention import FLASH, choose, packed_keywords
+from riskpo.model.decoder import decoder_of
 
 log = logging.getLogger("riskpo")
 
 TRIAL = (9, 7, 5)  # tokens of the sequences that are tried
+KERNEL_TRIAL = (150, 90, 70)  # kernels work in chunks of 64 to 256 tokens
+KERNEL_DEVICES = ("cuda", "xpu")
 # Largest difference of packed and alone, relative to the largest value: rounding of another order
 # of sums. In 16 bits, where a mixture of experts may also send a token elsewhere, for most tokens.
 ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3}
@@ -71,12 +74,7 @@ def packing_of(model: Any) -> Packing:
     """
     found = _FOUND.get(model)
     if found is None or found[0] != _implementation(model):
-        packing = _examine(model)
-        if packing.reason is not None:
-            log.warning(
-                "packing: %s runs one sequence at a time: %s", type(model).__name__, packing.reason
-            )
-        found = _FOUND[model] = _implementation(model), packing
+        return _found(model, _examine(model))
     return found[1]
 
 
@@ -87,11 +85,11 @@ def settle_attention(model: Any, requested: str) -> Packing:
     """
     before = str(model.config._attn_implementation)
     model.set_attn_implementation(choose(requested, model))
-    if requested == "auto" and _implementation(model) != before:
+    packing = _examine(model)
+    if packing.reason is not None and requested == "auto" and _implementation(model) != before:
+        model.set_attn_implementation(before)
         packing = _examine(model)
-        if packing.reason is not None:
-            model.set_attn_implementation(before)
-    return packing_of(model)
+    return _found(model, packing)
 
 
 def adopt_packing(model: Any, requested: str, packing: Packing) -> None:
@@ -104,14 +102,13 @@ def adopt_packing(model: Any, requested: str, packing: Packing) -> None:
     _FOUND[model] = _implementation(model), packing
 
 
-def decoder_of(model: Any) -> Any:
-    """The module that turns token ids into last hidden states: the model without its head."""
-    decoder = model.get_decoder()
-    if not hasattr(decoder, "get_input_embeddings"):
-        return model.base_model  # a head that is called decoder
-    if decoder.get_output_embeddings() is not None:
-        return getattr(decoder, "model", decoder)
-    return decoder
+def _found(model: Any, packing: Packing) -> Packing:
+    if packing.reason is not None:
+        log.warning(
+            "packing: %s runs one sequence at a time: %s", type(model).__name__, packing.reason
+        )
+    _FOUND[model] = _implementation(model), packing
+    return packing
 
 
 def _implementation(model: Any) -> str:
@@ -122,11 +119,12 @@ def keywords(
     packing: Packing, implementation: str, cu_seqlens: torch.Tensor, lengths: Sequence[int]
 ) -> dict[str, Any]:
     """What the decoder hands down with a packed row, beside ids and positions."""
+    given = packed_keywords(implementation, cu_seqlens, lengths)
     if not packing.own:
-        return packed_keywords(implementation, cu_seqlens, lengths)
+        return given
     place = torch.arange(len(lengths), dtype=torch.int32, device=cu_seqlens.device)
     index = place.repeat_interleave(cu_seqlens.diff(), output_size=sum(lengths))
-    return packed_keywords("flash_attention_2", cu_seqlens, lengths) | {"seq_idx": index[None]}
+    return given | packed_keywords(FLASH, cu_seqlens, lengths) | {"seq_idx": index[None]}
 
 
 def known_reach(model: Any) -> tuple[str | None, bool]:
@@ -183,14 +181,16 @@ def _examine(model: Any) -> Packing:
     model.eval()
     try:
         with _shaken(decoder), torch.enable_grad():
-            rows = _trial_rows(weight)
+            rows = _trial_rows(weight, TRIAL)
             alone = _alone(model, decoder, rows)
             reason, cuttable = known_reach(model)
             if reason is None:
-                failed = _leak(decoder, rows, alone, Packing())
-                return Packing(failed)
-            if not cuttable:
+                return Packing(_leak(decoder, rows, alone, Packing()))
+            if not cuttable or weight.device.type not in KERNEL_DEVICES:
                 return Packing(reason)
+            rows = _trial_rows(weight, KERNEL_TRIAL)
+            with torch.no_grad():
+                alone = [plain_row(decoder, row) for row in rows]
             failed = _leak(decoder, rows, alone, Packing(own=True))
             return Packing(own=True) if failed is None else Packing(f"{reason} ({failed})")
     finally:
@@ -198,11 +198,11 @@ def _examine(model: Any) -> Packing:
             module.training = training
 
 
-def _trial_rows(weight: torch.Tensor) -> list[torch.Tensor]:
+def _trial_rows(weight: torch.Tensor, lengths: Sequence[int]) -> list[torch.Tensor]:
     """Token ids [1, n]; neither the first few, which are often special, nor the last."""
     vocab = weight.shape[0]
-    ids = (torch.arange(sum(TRIAL)) * 7919 + 101) % max(vocab - 8, 1) + min(5, vocab - 1)
-    return [row[None].to(weight.device) for row in ids.clamp(max=vocab - 1).split(TRIAL)]
+    ids = (torch.arange(sum(lengths)) * 7919 + 101) % max(vocab - 8, 1) + min(5, vocab - 1)
+    return [row[None].to(weight.device) for row in ids.clamp(max=vocab - 1).split(list(lengths))]
 
 
 def _alone(model: Any, decoder: Any, rows: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -266,19 +266,19 @@ def _leak(
     packing: Packing,
 ) -> str | None:
     """Why packed rows are not what they are alone; None: they are."""
-    device = rows[0].device
-    places = torch.cat([torch.arange(n, device=device) for n in TRIAL])[None]
-    bounds = torch.tensor([0, *accumulate(TRIAL)], dtype=torch.int32, device=device)
+    device, lengths = rows[0].device, [row.shape[1] for row in rows]
+    places = torch.cat([torch.arange(n, device=device) for n in lengths])[None]
+    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
     try:
         with _embeddings(decoder) as seen:
-            hidden = packed_rows(decoder, torch.cat(rows, 1), places, packing, bounds, TRIAL)
-            parts = hidden.split(TRIAL)
+            hidden = packed_rows(decoder, torch.cat(rows, 1), places, packing, bounds, lengths)
+            parts = hidden.split(lengths)
             gradient = _gradient(parts[1], seen)
     except Exception as error:  # any model's code, and any reason of it not to take a packed row
         return f"it does not take a packed row: {' '.join(str(error).split())[:120]}"
     if gradient is None:
         return "its tokens' gradients cannot be followed"
-    first, own, last = gradient.split(TRIAL)
+    first, own, last = gradient.split(lengths)
     if bool(first.ne(0).any()) or bool(last.ne(0).any()) or not bool(own.ne(0).any()):
         return "a packed sequence sees its neighbour"
     if not all(_close(*pair) for pair in zip(parts, alone, strict=True)):

@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
+from riskpo.model.decoder import unwrapped
 from riskpo.model.head_probe import look, raw_logits, row_gaps
-from riskpo.model.head_weight import computed, refuse_wrapped_head, unwrapped
+from riskpo.model.head_weight import computed, refuse_wrapped_head
 
 # Names of numbers in a config that may act on the logits. A name proposes, the probe decides: the
 # same logits_scaling divides in Granite and multiplies in HyperCLOVA X.

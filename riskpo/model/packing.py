@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from riskpo.model.isolation import decoder_of, packed_rows, packing_of, plain_row
+from riskpo.model.decoder import decoder_of
+from riskpo.model.isolation import packed_rows, packing_of, plain_row
 from riskpo.model.vision import Inputs, vision_hidden_states
 from riskpo.types import Rollouts
 

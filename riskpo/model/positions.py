@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from riskpo.model.decoder import decoder_of
+
 POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings", "positions_embed")
 
 
@@ -18,7 +20,7 @@ def position_limit(model: Any) -> int | None:
     tables = [
         # OPT's table begins with `offset` unused rows, RoBERTa's with those up to its padding.
         m.num_embeddings - getattr(m, "offset", 0 if m.padding_idx is None else m.padding_idx + 1)
-        for name, m in model.get_decoder().named_modules()
+        for name, m in decoder_of(model).named_modules()
         if isinstance(m, torch.nn.Embedding) and name.rpartition(".")[2] in POSITION_TABLES
     ]
     config = model.config.get_text_config()

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from riskpo.model.decoder import decoder_of
+
 
 class _Tiled(torch.autograd.Function):
     """mlp over tiles; its parameters are inputs, so that autograd owns their gradients."""
@@ -91,7 +93,7 @@ def tile_mlps(model: Any, rows: int) -> None:
     ValueError for a model without one such module per layer, one that mixes tokens or returns
     more than its output (experts), or one that draws random numbers.
     """
-    layers = getattr(model.get_decoder(), "layers", None)
+    layers = getattr(decoder_of(model), "layers", None)
     mlps: list[Any] = [getattr(layer, "mlp", None) for layer in layers or ()]
     if not mlps or None in mlps:
         raise ValueError(

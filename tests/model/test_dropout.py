@@ -9,8 +9,9 @@ import torch
 
 from riskpo.algorithms import LossOptions
 from riskpo.demo import build_questions
+from riskpo.model.decoder import decoder_of
 from riskpo.model.dropout import train_without_dropout
-from riskpo.model.isolation import decoder_of, plain_row
+from riskpo.model.isolation import plain_row
 from riskpo.model.lm_head import find_head
 from riskpo.rollout.generate import sample
 from riskpo.trainer.optimizer import Optimizer

@@ -1,4 +1,7 @@
-"""find_head: the formula is the model's own for every family, or the family is refused by name."""
+"""find_head: the formula is the model's own, or the model is refused by name.
+
+Every family goes through test_model_families.py.
+"""
 
 from __future__ import annotations
 
@@ -9,25 +12,11 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
+from riskpo.model.decoder import decoder_of
 from riskpo.model.lm_head import find_head
 from riskpo_kernels import linear_logprob
-from tests.model_families import NOT_TINY, build, class_name, families
+from tests.model_families import build
 
-# Families whose logits are more than one linear layer makes of the decoder's output.
-REFUSED = {
-    **dict.fromkeys(
-        ("bert", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert",
-         "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta",
-         "xlm-roberta-xl", "xmod"),
-        "logits depend on .*(dense|transform)",
-    ),
-    "llama4": "cannot probe",  # get_decoder() is no decoder
-    "llama4_text": "cannot probe",
-    "mllama": "cannot probe",
-    "modernbert-decoder": "cannot probe",
-    "prophetnet": "logits differ",  # reads streams of predicted n-grams
-    "rembert": "cannot probe",  # a layer between decoder and head
-}  # fmt: skip
 # Numbers that act on logits, where they are 1 or absent by default.
 SETTINGS = {
     "falcon_h1": {"lm_head_multiplier": 0.3},
@@ -48,7 +37,7 @@ IDS = torch.arange(12)[None] * 7 % 60 + 2
 def compare(model, head) -> None:
     """Log-probs, entropies and gradients through the head are those of the model's own logits."""
     target = IDS[0].flip(0) % len(head.weight)
-    hidden = model.get_decoder()(input_ids=IDS, use_cache=False).last_hidden_state[0]
+    hidden = decoder_of(model)(input_ids=IDS, use_cache=False).last_hidden_state[0]
     made = linear_logprob(
         hidden, head.weight, target, bias=head.bias, return_entropy=True, **asdict(head.options)
     )
@@ -79,17 +68,6 @@ def enlarge(head) -> None:
             head.bias.normal_(std=20, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("family", [name for name in families() if name not in NOT_TINY])
-def test_every_family_is_right_or_refused_by_name(family):
-    model = build(family)
-    if family in REFUSED:
-        with pytest.raises(ValueError, match=f"head: .*{REFUSED[family]}") as refused:
-            find_head(model)
-        assert class_name(family) in str(refused.value)
-        return
-    check_log_probs(model)
-
-
 @pytest.mark.parametrize("family", SETTINGS)
 def test_every_number_that_acts_on_logits_is_found(family):
     check_log_probs(build(family, **SETTINGS[family]))
@@ -100,7 +78,7 @@ def check_log_probs(model) -> None:
     head = find_head(model)
     enlarge(head)
     logits = model(input_ids=IDS, use_cache=False).logits[0].double()
-    hidden = model.get_decoder()(input_ids=IDS, use_cache=False).last_hidden_state[0]
+    hidden = decoder_of(model)(input_ids=IDS, use_cache=False).last_hidden_state[0]
     target = torch.arange(12)
     got = linear_logprob(hidden, head.weight, target, bias=head.bias, **asdict(head.options))
     expected = logits.log_softmax(-1).gather(-1, target[:, None])[:, 0]
@@ -124,7 +102,7 @@ def test_a_float32_head_on_a_16_bit_model(family):
         return
     head = find_head(model)
     assert head.weight.dtype == torch.float32
-    hidden = model.get_decoder()(input_ids=IDS, use_cache=False).last_hidden_state[0]
+    hidden = decoder_of(model)(input_ids=IDS, use_cache=False).last_hidden_state[0]
     got = linear_logprob(hidden, head.weight, IDS[0], bias=head.bias).logprob
     logp = model(input_ids=IDS, use_cache=False).logits[0].log_softmax(-1)
     torch.testing.assert_close(got, logp.gather(-1, IDS[0, :, None])[:, 0], rtol=1e-4, atol=1e-4)

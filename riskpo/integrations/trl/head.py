@@ -20,7 +20,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import GRPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
-from riskpo.model.head_weight import unwrapped
+from riskpo.model.decoder import decoder_of, unwrapped
 from riskpo.model.lm_head import Head, find_head
 from riskpo_kernels import full_weight, linear_logprob
 
@@ -137,7 +137,7 @@ def _score(
         if kwargs.pop(name, None) is not None:
             todo = "Only GRPOTrainer's own loss takes this path."
             _reject(f"{name} with fused_lm_head=True", "labels alone", todo)
-    hidden = model.get_decoder()(*args, **kwargs, use_cache=False).last_hidden_state
+    hidden = decoder_of(model)(*args, **kwargs, use_cache=False).last_hidden_state
     # The labels move, not the hidden states: a slice of those would be a copy.
     target = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
     # a head that FSDP2 shards as a module of its own; one gather per forward

@@ -128,6 +128,12 @@ def tiny_config(family: str, *, tiny_lengths: bool = True, **changes: Any) -> An
     return kind(**given)
 
 
+def has_lengths(family: str) -> bool:
+    """Whether tiny_lengths makes the family another model."""
+    default = CONFIG_MAPPING[family]()
+    return shrunk(default, SIZES) != shrunk(default, SIZES + LENGTHS)
+
+
 def merge(into: dict[str, Any], changes: dict[str, Any]) -> None:
     for key, value in changes.items():
         if isinstance(value, dict) and isinstance(into.get(key), dict):

@@ -11,7 +11,7 @@ from typing import Any
 
 from riskpo.model.isolation import Packing, adopt_packing, settle_attention
 from riskpo.model.lm_head import find_head
-from tests.model_families import NOT_TINY, build, class_name, families, tiny_config
+from tests.model_families import NOT_TINY, build, class_name, families, has_lengths
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "model-families.md"
 INTRO = """# Which models train
@@ -50,7 +50,7 @@ def settled(family: str) -> tuple[Any, Packing]:
     """
     model = build(family, tiny_lengths=False)
     packing = settle_attention(model, "auto")
-    if tiny_config(family).to_dict() != model.config.to_dict():
+    if has_lengths(family):
         model = build(family)
         adopt_packing(model, "auto", packing)
     return model, packing

@@ -17,12 +17,23 @@ mean here, and counted as sampler_missing.
 
 from __future__ import annotations
 
+import logging
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from riskpo.types import Rollouts
+
+log = logging.getLogger("riskpo")
+
 LOG_LIMIT = 20.0  # of log r, as in the surrogate
+# Nats per token. An engine that rounds otherwise in 16 bits is some .001 to .01 off; state that
+# leaks between packed sequences, or dropout, was measured at .1 to .4.
+SAMPLER_KL_LIMIT = 0.05
+_WARNED: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 @dataclass(frozen=True)
@@ -114,3 +125,36 @@ def mismatch_sums(
             )
         )
     return total
+
+
+def warn_of_mismatch(model: Any, sampler_kl: float) -> None:
+    """Say, once of a model, that the sampler's policy is another, and what is known to cause it."""
+    if sampler_kl > SAMPLER_KL_LIMIT and model not in _WARNED:
+        _WARNED.add(model)
+        log.warning(
+            "sampler_kl is %.3g nats per token; expected at most %g. The sampler and the trainer "
+            "do not hold the same policy. Known causes: another dtype or temperature in the "
+            "engine, weights that the engine has not received, tokens that were encoded again "
+            "(chat template, a second BOS), state that leaks between packed sequences (compare "
+            "with micro_batch_tokens=1, one sequence at a time), dropout in the engine, or many "
+            "updates on one batch. This is said once; sampler_kl is logged at every step.",
+            sampler_kl,
+            SAMPLER_KL_LIMIT,
+        )
+
+
+def warn_of_missing(rollouts: Rollouts, correction: Correction) -> None:
+    """One line where the sampler left out log-probs, with what that costs."""
+    missing = sum(int(x.isnan().sum()) for x in rollouts.logprob)
+    if missing:
+        rows = sum(bool(x.isnan().any()) for x in rollouts.logprob)
+        cost = {"token": "these tokens have weight 0", "sequence": "these responses have weight 0"}
+        log.warning(
+            "the sampler gave no log-prob for %d tokens in %d of %d responses: %s",
+            missing,
+            rows,
+            len(rollouts),
+            "only the sampler's metrics leave them out"
+            if correction.kind == "none"
+            else cost[correction.level],
+        )

@@ -29,15 +29,18 @@ from riskpo.model.packing import (
 )
 from riskpo.trainer.optimizer import Optimizer
 from riskpo.trainer.parallel import Trainee
-from riskpo.trainer.rollout_correction import Correction, MismatchSums, mismatch_sums
+from riskpo.trainer.rollout_correction import (
+    Correction,
+    MismatchSums,
+    mismatch_sums,
+    warn_of_mismatch,
+    warn_of_missing,
+)
+from riskpo.trainer.tally import Tally
 from riskpo.types import Rollouts
 from riskpo_kernels import SurrogateLoss, linear_logprob, riskpo_loss
 
 log = logging.getLogger("riskpo")
-
-# Nats per token. An engine that rounds otherwise in 16 bits is some .001 to .01 off; state that
-# leaks between packed sequences, or dropout, was measured at .1 to .4.
-SAMPLER_KL_LIMIT = 0.05
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ def update(
     batches = mini_batches(rollouts, plan.updates)
     live = advantage.ne(0).tolist() if plan.skip_zero_advantage and not plan.entropy_coef else None
     cuts = [share_of(rollouts, rows, plan.micro_batch_tokens, ranks, live) for rows in batches]
-    tally, first = _Tally(), None
+    tally, first = Tally(), None
     warn_of_missing(rollouts, plan.correction)
     if plan.updates > 1 or plan.correction.kind != "none":
         first, tally.mismatch = first_pass(trainee, head, rollouts, sum(cuts, []), plan)
@@ -122,43 +125,11 @@ def update(
     model.eval()
     tally.gather(ranks)
     numbers = tally.numbers(plan.correction.kind)
-    warn_of_mismatch(numbers["sampler_kl"])
+    warn_of_mismatch(model, numbers["sampler_kl"])
     return numbers | {
         "skipped_updates": float(optimizer.skipped),
         "skipped_responses": float(live.count(False)) if live else 0.0,
     }
-
-
-def warn_of_mismatch(sampler_kl: float) -> None:
-    """Say when the sampler's policy is not the trainer's, and what is known to cause it."""
-    if sampler_kl > SAMPLER_KL_LIMIT:
-        log.warning(
-            "sampler_kl is %.3g nats per token; expected at most %g. The sampler and the trainer "
-            "do not hold the same policy. Known causes: another dtype or temperature in the "
-            "engine, weights that the engine has not received, tokens that were encoded again "
-            "(chat template, a second BOS), state that leaks between packed sequences (compare "
-            "with micro_batch_tokens=1, one sequence at a time), dropout in the engine, or many "
-            "updates on one batch.",
-            sampler_kl,
-            SAMPLER_KL_LIMIT,
-        )
-
-
-def warn_of_missing(rollouts: Rollouts, correction: Correction) -> None:
-    """One line where the sampler left out log-probs, with what that costs."""
-    missing = sum(int(x.isnan().sum()) for x in rollouts.logprob)
-    if missing:
-        rows = sum(bool(x.isnan().any()) for x in rollouts.logprob)
-        cost = {"token": "these tokens have weight 0", "sequence": "these responses have weight 0"}
-        log.warning(
-            "the sampler gave no log-prob for %d tokens in %d of %d responses: %s",
-            missing,
-            rows,
-            len(rollouts),
-            "only the sampler's metrics leave them out"
-            if correction.kind == "none"
-            else cost[correction.level],
-        )
 
 
 def share_of(
@@ -285,65 +256,3 @@ def recompute(
         pieces = trainee(logprob, batch).split(batch.cu_seqlens.diff().tolist())
         found.update(zip(part, pieces, strict=False))  # an idle batch has a piece and no row
     return found
-
-
-class _Tally:
-    """Sums of a step's numbers, weighted by tokens or by what a ratio belongs to."""
-
-    MEANS_OF_UNITS = ("clip_fraction", "clip_low_fraction", "clip_high_fraction", "ratio_mean")
-
-    def __init__(self) -> None:
-        self.sums: dict[str, float] = {}
-        self.units = self.tokens = self.missing = 0.0
-        self.ratio_max = 0.0
-        self.steps: list[tuple[float, float]] = []
-        self.mismatch: MismatchSums | None = None
-
-    def add(self, stats: dict[str, torch.Tensor], sequences: int | None, missing: int) -> None:
-        """A micro-batch's stats; `sequences` where each sequence has one ratio; `missing` tokens
-        without a log-prob of the sampler, which are not in "kl"."""
-        tokens = float(stats["tokens"])
-        units = tokens if sequences is None else sequences
-        self.units += units
-        self.tokens += tokens
-        self.missing += missing
-        for name in (*self.MEANS_OF_UNITS, "zero_coefficient_fraction", "entropy", "kl"):
-            weight = units if name in self.MEANS_OF_UNITS else tokens
-            weight -= missing if name == "kl" else 0
-            self.sums[name] = self.sums.get(name, 0.0) + weight * float(stats[name])
-        self.ratio_max = max(self.ratio_max, float(stats["ratio_max"]))
-
-    def step(self, loss: float, norm: float) -> None:
-        self.steps.append((loss, norm))
-
-    def gather(self, ranks: Ranks) -> None:
-        """Add up what all ranks counted; the steps are the same on all."""
-        others = [other for i, other in enumerate(ranks.gather(self)) if i != ranks.rank]
-        for other in others:
-            self.units += other.units
-            self.tokens += other.tokens
-            self.missing += other.missing
-            for name, value in other.sums.items():
-                self.sums[name] = self.sums.get(name, 0.0) + value
-            self.ratio_max = max(self.ratio_max, other.ratio_max)
-            if self.mismatch is not None and other.mismatch is not None:
-                self.mismatch.add(other.mismatch)
-
-    def numbers(self, correction: str) -> dict[str, float]:
-        """The step's loss and gradient norm are means over its updates."""
-        counts = dict.fromkeys(self.MEANS_OF_UNITS, self.units) | {"kl": self.tokens - self.missing}
-        means = {
-            name: value / max(counts.get(name, self.tokens), 1.0)
-            for name, value in self.sums.items()
-        }
-        loss, norm = (sum(x) / len(self.steps) for x in zip(*self.steps, strict=True))
-        mismatch = {} if self.mismatch is None else self.mismatch.numbers(correction)
-        return means | {
-            "sampler_kl": means.pop("kl"),
-            "sampler_missing": self.missing,
-            "loss": loss,
-            "grad_norm": norm,
-            "ratio_max": self.ratio_max,
-            "tokens": self.tokens,
-            **mismatch,
-        }

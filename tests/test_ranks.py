@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from riskpo.algorithms import GroupAdvantage
+from riskpo.algorithms import GroupAdvantage, over_std
 from riskpo.config import MemoryConfig, SamplerConfig, TrainConfig, resolve
 from riskpo.distributed import ALONE, Ranks, digest
 from riskpo.memory_plan.peak_meter import PeakMeter
@@ -107,7 +107,7 @@ def large(rank: int, folder: Path) -> dict[str, float]:
     for i, weight in enumerate(optimizer.weights):
         weight.grad = torch.full_like(weight, 1.0 + i % 3)
     optimizer.step(torch.zeros(()))
-    advantage = GroupAdvantage(over_std=True)
+    advantage = GroupAdvantage(over_std)
     with measured("save"):
         checkpoint = save_checkpoint(
             folder / "large", step=1, trainee=trainee, tokenizer=policy.tokenizer,

@@ -30,8 +30,17 @@ def doctor_command(given: Sequence[str]) -> None:
     parser.add_argument("--report", help="write machine, comparisons and traps as Markdown")
     with refusals_in_one_line(parser.prog):
         options = parser.parse_args(given)
-    warnings.filterwarnings("ignore")
+    before = logging.root.manager.disable
     logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _answer(options)
+    finally:
+        logging.disable(before)
+
+
+def _answer(options: argparse.Namespace) -> None:
     if options.report:
         Path(options.report).write_text(report(print), encoding="utf-8")
         print(f"report: {options.report}")

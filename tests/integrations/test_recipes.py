@@ -205,7 +205,7 @@ def test_lightning(tmp_path):
 def test_trl(tmp_path, monkeypatch, number, label):
     pytest.importorskip("trl", reason="trl is not installed: pip install 'riskpo[trl]'")
     from riskpo.integrations.trl import head as trl_head
-    from tests.hosts import trl_toy
+    from tests.integrations import trl_toy
 
     calls = []
     op = trl_head.linear_logprob

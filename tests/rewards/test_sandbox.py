@@ -205,7 +205,7 @@ def test_refusal_is_clear_and_never_a_weaker_sandbox(monkeypatch):
     with pytest.raises(ValueError, match="expected one of namespaces, limits"):
         run_program("", "", level="none")
     broken = sandbox.BOOT.replace(
-        "main()", "from riskpo import sandbox_kernel as k; k.unshare = refuse; main()"
+        "; main()", "; from riskpo.rewards.sandbox import syscalls as k; k.unshare = refuse; main()"
     )
     refuse = "\ndef refuse(flags): raise PermissionError(1, 'unshare')\n"
     start, _, rest = broken.partition("from riskpo.rewards.sandbox.child")

@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from riskpo_kernels import reference
-from riskpo_kernels.core.checks import check_shape, reject
+from riskpo_kernels.core.checks import check_constant, check_shape, reject
 from riskpo_kernels.linear_logprob import linear_logprob
 from riskpo_kernels.logits_logprob import logits_logprob
 from riskpo_kernels.reference import SurrogateLoss
@@ -57,6 +56,7 @@ def _loss(
         check_shape(name, "old_logprob", old_logprob, tuple(target.shape), "one per target")
     if mask is not None:
         check_shape(name, "mask", mask, tuple(target.shape), "one per target")
+        check_constant(name, mask=mask)
     ignore = ours.get("ignore_index", -100)
     counted = torch.ones_like(target, dtype=torch.bool) if mask is None else mask != 0
     if ignore is not None:
@@ -93,7 +93,8 @@ def riskpo_loss(
         weight: [V, D] head.
         target: [N] or [B, T] ids of the tokens taken, already shifted.
         old_logprob: like target, float; log-probs of the behaviour policy at the same temperature.
-            None: on-policy, they are the new ones and every ratio is exactly 1.
+            None: on-policy, they are the new ones and every ratio is exactly 1. This, advantage,
+            mask and what options holds for clipped_surrogate must not require grad.
         advantage: [S] or [B] per sequence, or like target for ratio="token"; detached.
         mask: like target; a token counts where mask and target != ignore_index both hold. Others
             cost nothing and are never read (with ignore_index=None a masked token costs its
@@ -108,17 +109,6 @@ def riskpo_loss(
     Raises:
         ValueError: as linear_logprob and clipped_surrogate. TypeError: an unknown option.
     """
-    if options.get("backend") == "reference":
-        return reference.riskpo_loss(
-            hidden,
-            weight,
-            target,
-            old_logprob,
-            advantage,
-            cu_seqlens=cu_seqlens,
-            mask=mask,
-            **options,
-        )
     if hidden.shape[:-1] != target.shape:
         came = f"hidden {list(hidden.shape)} with target {list(target.shape)}"
         reject("riskpo_loss", came, "target [...] for hidden [..., D]", "Shift and slice both.")
@@ -150,10 +140,6 @@ def riskpo_loss_from_logits(
     A chunk of a larger batch passes the global `denominator`; chunks must hold whole sequences
     when ratio="sequence". Options are those of logits_logprob and clipped_surrogate.
     """
-    if options.get("backend") == "reference":
-        return reference.riskpo_loss_from_logits(
-            logits, target, old_logprob, advantage, cu_seqlens=cu_seqlens, mask=mask, **options
-        )
     return _loss(
         "riskpo_loss_from_logits",
         logits_logprob,

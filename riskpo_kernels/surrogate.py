@@ -87,9 +87,10 @@ def clipped_surrogate(
 ) -> SurrogateLoss:
     """Clipped policy loss to minimise: surrogate + kl_coef * KL - entropy_coef * entropy.
 
-    Differentiable in logprob and entropy; everything else is a constant. A masked token never
-    counts and its values (NaN, inf) are never read into a result. Nor is what has coefficient 0:
-    ref_logprob with kl_coef=0, entropy with entropy_coef=0, the ratio of a token (of a sequence)
+    Differentiable, once, in logprob and entropy. Every other tensor is a constant, and one that
+    requires grad is refused: on-policy code passes old_logprob=logprob.detach(). A masked token
+    never counts and its values (NaN, inf) are never read into a result. Nor is what has coefficient
+    0: ref_logprob with kl_coef=0, entropy with entropy_coef=0, the ratio of a token (of a sequence)
     whose advantage or correction is 0, and of these two the other. What is used and NaN makes the
     loss NaN.
 
@@ -111,8 +112,8 @@ def clipped_surrogate(
                             default 3e-4 / 4e-4 for the sequence ratio, 0.2 / 0.2 for the token's.
     dual_clip               c > 1: where the advantage is negative the surrogate is at most
                             -c * advantage (arXiv 1912.09729).
-    correction              [S] or per token, not negative: sampler-mismatch weight, detached, of
-                            the surrogate alone. Per token under the sequence ratio its mean acts.
+    correction              [S] or per token, not negative: sampler-mismatch weight of the
+                            surrogate alone. Per token under the sequence ratio its mean acts.
     ref_logprob, kl_coef    KL to the reference policy from u = ref_logprob - logprob, clamped to
     kl                      +-20: "k1" -u, "k2" u^2 / 2, "k3" exp(u) - 1 - u (J. Schulman,
                             "Approximating KL divergence"). The gradient is that of this value:
@@ -148,7 +149,8 @@ def clipped_surrogate(
     entropy): means over tokens. Values that are NaN and have coefficient 0 are left out of the
     means and the maximum. Nothing to count gives zeros.
 
-    Raises ValueError where shapes, dtypes, devices, words or numbers do not fit.
+    Raises ValueError where shapes, dtypes, devices, words or numbers do not fit, or a constant
+    requires grad.
     """
     sequences = check_layout(OP, logprob, cu_seqlens, mask)
     options = Options(

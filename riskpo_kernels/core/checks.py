@@ -27,6 +27,14 @@ def check_float(op: str, name: str, x: object) -> None:
         reject(op, f"{name} = {describe(x)}", "a floating-point tensor", f"Convert {name} first.")
 
 
+def check_constant(op: str, **tensors: torch.Tensor | None) -> None:
+    """None of the tensors that are given wants a gradient, for the op has none to give."""
+    for name, x in tensors.items():
+        if x is not None and x.requires_grad:
+            todo = f"Pass {name}.detach(): no gradient flows into it."
+            reject(op, f"{name} that requires grad", "a constant", todo)
+
+
 def check_device(op: str, **tensors: torch.Tensor | None) -> None:
     """All tensors that are given live on one device."""
     devices = {name: x.device for name, x in tensors.items() if x is not None}

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from riskpo_kernels.core.checks import (
+    check_constant,
     check_device,
     check_float,
     check_positive,
@@ -105,8 +106,7 @@ def check_options(
         check_shape(op, "temperature", temperature, rows, "one per target")
         if temperature.device != device:
             reject(op, f"temperature on {temperature.device}", f"{device}", "Move it.")
-        if temperature.requires_grad:
-            reject(op, "a temperature that requires grad", "a constant", "Detach it.")
+        check_constant(op, temperature=temperature)
     else:
         check_positive(op, "temperature", temperature)
     if not isinstance(scale, (int, float)) or scale != scale or scale in (0, float("inf")):

@@ -12,6 +12,10 @@ from typing import Any, NoReturn
 import torch
 
 NAMESPACE = "riskpo_kernels"
+REFUSAL = (
+    NAMESPACE + "::{}: got a backward through its gradient; expected at most one, for the op is "
+    "differentiable once. Use backend='reference', which PyTorch differentiates again."
+)
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 
@@ -31,18 +35,44 @@ def register(
             no result shares memory with another tensor.
         kernel: what runs; its arguments are the schema's, all positional.
         fake: the same from shapes alone.
-        setup_context, backward: as in torch.library.register_autograd; without them the results
-            are not differentiable, and a backward through them raises.
+        setup_context, backward: as in torch.library.register_autograd. A backward through the
+            gradients that `backward` returns raises.
     """
     _library.define(name + schema)
     _library.impl(name, kernel, "CompositeExplicitAutograd")
     qualified = f"{NAMESPACE}::{name}"
     torch.library.register_fake(qualified, fake, lib=_library)
 
-    def refuse(ctx: Any, *gradients: Any) -> NoReturn:
-        raise RuntimeError(f"{qualified} is not differentiable: its op is, once.")
-
-    torch.library.register_autograd(
-        qualified, backward or refuse, setup_context=setup_context, lib=_library
-    )
+    if backward is not None:
+        once = _once(name, backward)
+        torch.library.register_autograd(qualified, once, setup_context=setup_context, lib=_library)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+class _Refused(torch.autograd.Function):
+    """x, which raises when a backward reaches it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, name: str) -> torch.Tensor:
+        ctx.name = name
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> NoReturn:
+        raise RuntimeError(REFUSAL.format(ctx.name))
+
+
+def _once(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
+    """`backward`, whose gradients refuse a second derivative even where the upstream gradient is a
+    constant (torch's own once_differentiable lets that one pass as if it were 0)."""
+
+    def first(ctx: Any, *gradients: Any) -> tuple[torch.Tensor | None, ...]:
+        with torch.no_grad():
+            found = backward(ctx, *gradients)
+        if not torch.is_grad_enabled():  # no create_graph: nobody can ask for a second one
+            return found
+        return tuple(
+            x if x is None else _Refused.apply(x.detach().requires_grad_(), name) for x in found
+        )
+
+    return first

@@ -10,6 +10,7 @@ import torch
 from riskpo_kernels.core.checks import (
     FLOATS,
     check_choice,
+    check_constant,
     check_device,
     check_float,
     check_positive,
@@ -54,6 +55,7 @@ def check_layout(
         check_shape(op, "mask", mask, tuple(logprob.shape), "the shape of logprob")
         if mask.dtype not in MASKS:
             reject(op, f"mask = {describe(mask)}", "a bool, int or float mask", "Convert it.")
+        check_constant(op, mask=mask)
     if logprob.dim() == 2:
         _check_padded(op, cu_seqlens, mask)
         return logprob.shape[0]
@@ -111,9 +113,9 @@ def check_options(op: str, o: Options) -> None:
         todo = "Dr. GRPO takes the longest response allowed, in tokens."
         reject(op, "aggregate='sequence-sum-norm' alone", "constant or denominator", todo)
     if isinstance(o.denominator, torch.Tensor):
-        if o.denominator.dim() != 0 or o.denominator.requires_grad:
+        if o.denominator.dim() != 0:
             came = f"denominator = {describe(o.denominator)}"
-            reject(op, came, "a number or a detached 0-d tensor", "Sum the counts, then detach.")
+            reject(op, came, "a number or a 0-d tensor", "Sum the counts.")
     elif o.denominator is not None:
         check_positive(op, "denominator", o.denominator, zero_ok=True)
     for name in ("advantage_per", "correction_per"):
@@ -146,14 +148,13 @@ def check_tensors(
             reject(op, f"{coef}={value!r} without {name}", name, f"Pass {name} or {coef}=0.")
     whose = logprob, sequences, o.advantage_per
     _check_weight(op, "advantage", advantage, *whose, per_token=o.ratio == "token")
-    if advantage.requires_grad:
-        reject(op, "an advantage that requires grad", "a constant", "Pass advantage.detach().")
     if correction is not None:
         whose = logprob, sequences, o.correction_per
         _check_weight(op, "correction", correction, *whose, per_token=True)
     number = o.denominator if isinstance(o.denominator, torch.Tensor) else None
     others = {"advantage": advantage, "correction": correction, "denominator": number}
     check_device(op, logprob=logprob, **others, **per_token)
+    check_constant(op, **others, **{k: x for k, x in per_token.items() if k != "entropy"})
 
 
 def _check_weight(

@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from riskpo_kernels.core.backends import choose
 from riskpo_kernels.core.matmul import no_autocast
@@ -185,28 +184,28 @@ def _problem(
     mask: torch.Tensor | None,
     group: str,
 ) -> Problem:
-    """The callers' tensors as flat constants."""
+    """The callers' tensors, flat; clipped_surrogate has refused those that want a gradient."""
     wide = _wide(logprob)
     sequences = None if cu_seqlens is None else len(cu_seqlens) - 1
     sequences = logprob.shape[0] if logprob.dim() == 2 else sequences
     ranks = group_called(group)
     if ranks is not None:
         agree(OP, ranks, logprob.device, same={"sequences": 1 if sequences is None else sequences})
-    where, weighted = (logprob, cu_seqlens), advantage.detach().to(wide)
+    where, weighted = (logprob, cu_seqlens), advantage.to(wide)
     per = "sequence" if options.ratio == "sequence" else options.advantage_per
     per_token = reference.is_per_token("advantage", advantage, *where, given=per, group=ranks)
     if correction is not None:
         layout, per = Sequences.of(logprob, cu_seqlens, mask, ranks), options.correction_per
         each = reference.is_per_token("correction", correction, *where, given=per, group=ranks)
         if options.ratio == "sequence" and each:
-            correction, each = layout.mean(layout.tokens(correction.detach(), wide)), False
-        weights = (weighted, per_token), (correction.detach().to(wide), each)
+            correction, each = layout.mean(layout.tokens(correction, wide)), False
+        weights = (weighted, per_token), (correction.to(wide), each)
         weighted, per_token = _weigh(*weights, layout)
     return Problem(
-        old=old.detach().reshape(-1),
+        old=old.reshape(-1),
         advantage=weighted.reshape(-1),
         advantage_per_token=per_token,
-        ref=None if ref is None else ref.detach().reshape(-1),
+        ref=None if ref is None else ref.reshape(-1),
         mask=None if mask is None else mask.reshape(-1) != 0,
         cu_seqlens=_bounds(logprob, cu_seqlens),
         sequences=1 if sequences is None else sequences,
@@ -240,7 +239,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
     ctx.mark_non_differentiable(stats, tokens, *slopes, share)
 
 
-@once_differentiable
 def _gradients(ctx: Any, dloss: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
     *slopes, share = ctx.saved_tensors
     scale, needs = dloss / share, ctx.needs_input_grad

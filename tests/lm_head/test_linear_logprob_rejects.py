@@ -31,7 +31,7 @@ H, W, T = torch.zeros(4, 8), torch.zeros(9, 8), torch.zeros(4, dtype=torch.int64
         ({"bias": torch.zeros(9).half()}, "Cast the bias"),
         ({"temperature": 0.0}, "above 0"),
         ({"temperature": float("nan")}, "above 0"),
-        ({"temperature": torch.ones(4, requires_grad=True)}, "Detach"),
+        ({"temperature": torch.ones(4, requires_grad=True)}, r"temperature\.detach\(\)"),
         ({"temperature": torch.ones(3)}, "one per target"),
         ({"temperature": torch.tensor([1.0, 1.0, -1.0, 1.0])}, "1 temperatures not above 0"),
         ({"scale": 0.0}, "other than 0"),

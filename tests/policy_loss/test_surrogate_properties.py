@@ -127,7 +127,9 @@ def test_nothing_to_count(backend, device):
                 got = run(empty, cu_seqlens=bounds, **options)
                 assert all((v == 0).all() for v in got.values()), got
     grid = torch.zeros(3, 0, device=device, requires_grad=True)
-    loss, _ = clipped_surrogate(grid, grid, torch.ones(3, device=device), mask=grid.detach())
+    loss, _ = clipped_surrogate(
+        grid, grid.detach(), torch.ones(3, device=device), mask=grid.detach()
+    )
     loss.backward()
     assert loss == 0 and grid.grad.shape == (3, 0)
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import product
+from itertools import accumulate, product
 from typing import Any
 
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
@@ -42,6 +42,8 @@ _JUNCTION = re.compile(
 )
 _COMMAND = re.compile(r"\\(?:begin|end) *\{[a-z]+\}|\\[A-Za-z]+")
 _SHORT = 80  # characters of an unmarked line that is all answer
+_DEEPEST = 40  # brackets within brackets; math-verify's parser takes seconds over hundreds
+_MOST_RELATIONS = 8  # of one answer
 
 
 def verify_math(gold: str, answer: str | None, worked_out: bool = True) -> Verdict:
@@ -131,13 +133,18 @@ def parsed_gold(gold: str) -> tuple[Any, ...]:
 def parse_answer(found: str, marked: bool) -> list[Any]:
     """An extracted answer as math-verify's values."""
     text = sentence(found) if marked else found
-    if not text or len(text) > LONGEST_ANSWER:
+    if not text or len(text) > LONGEST_ANSWER or _depth(text) > _DEEPEST:
         return []
     if not marked:
         return _parse(numbers(found), _LATEX, _EXPR)
     if not _is_prose(text):
         return _parse_boxed(text)
     return _parse(f"answer: {numbers(text)}", _LATEX, _EXPR)
+
+
+def _depth(text: str) -> int:
+    """How deep the brackets of a text are nested; those that never close count too."""
+    return max(accumulate((c in "([{") - (c in ")]}") for c in text))
 
 
 def _parse_boxed(text: str) -> list[Any]:
@@ -176,7 +183,11 @@ def _junction(text: str) -> Any:
     relations = [piece.strip(" ,~\\") for piece in pieces[:: _JUNCTION.groups + 1]]
     words = (next(filter(None, match.groups())) for match in _JUNCTION.finditer(text))
     joints = {"and" if word in ("and", "land", "wedge") else "or" for word in words}
-    if len(joints) != 1 or not all(_RELATION.search(relation) for relation in relations):
+    if (
+        len(joints) != 1
+        or len(relations) > _MOST_RELATIONS
+        or not all(_RELATION.search(relation) for relation in relations)
+    ):
         return None
     values = [_expressions(_formula(relation)) for relation in relations]
     if not all(v and hasattr(v[0], "as_set") and len(v[0].free_symbols) == 1 for v in values):

@@ -97,3 +97,17 @@ def test_a_long_tail_of_blanks_costs_neither_time_nor_the_answer(answer, tail):
     verdict = verify_math("5", answer + tail * (SIZE // len(tail)))
     assert verdict.outcome.value == "right"
     assert time.process_time() - start < CPU_SECONDS
+
+
+@pytest.mark.parametrize("unit", [" ", "\n", "7", "\\boxed{", "$", "{", "\u221a", '"answer":'])
+def test_a_whole_verdict_on_300_kilobytes(unit):
+    start = time.process_time()
+    verify_math("5", unit * (SIZE // len(unit)))
+    assert time.process_time() - start < CPU_SECONDS
+
+
+@pytest.mark.parametrize("unit", ["(", "{", "x<1 or ", "$", "1,", "\\frac{", " "])
+def test_the_longest_answer_costs_its_parser_little(unit):
+    start = time.process_time()
+    verify_math("5", f"Answer: {unit * (990 // len(unit))}")
+    assert time.process_time() - start < 2 * CPU_SECONDS  # brackets alone took 6 s

@@ -61,6 +61,26 @@ xyz | zyx | right
 13 | 1101_2 | wrong
 1F_{16} | 1f_{16} | right
 12_{10} | 12 | right
+12:00 PM | noon | right
+noon | 12:00 | right
+12 noon | 12 PM | right
+12:00 AM | noon | wrong
+midnight | 00:00 | right
+3:00 PM | 3 p.m. | right
+3 PM | 15:00 | right
+3 PM | 3 AM | wrong
+3 | 3 PM | right
+15 | 3 PM | wrong
+3 | 3:00 | wrong
+a:b | a:b | right
+a:b | b:a | wrong
+a:b | b | wrong
+A:B | B:A | wrong
+\frac{7}{3} | 2 and 1/3 | right
+-\frac{7}{3} | -2\text{ and }\frac{1}{3} | right
+\frac{7}{3} | 2 and 1/4 | wrong
+2 | 2 and 1/3 | wrong
+2,\frac{1}{3} | 2 and 1/3 | right
 """
 VALUES = r"""
 \frac{1}{2004!} | \frac{1}{2006!} | wrong
@@ -91,6 +111,11 @@ e^{-100} | e^{-101} | wrong
 x=2^{-99} | x=2^{-98} | wrong
 \begin{pmatrix} 2^{-99} \\ 1 \end{pmatrix} | \begin{pmatrix} 2^{-98} \\ 1 \end{pmatrix} | wrong
 \sqrt{10^{60}+1} | 10^{30} | wrong
+x<2^{-99} | x<2^{-98} | wrong
+x<2^{-99} | 2^{-99}>x | right
+x<2^{-99} | x \le 2^{-99} | wrong
+0<x<2^{-99} | 0<x<2^{-98} | wrong
+0<x<2^{-99} | 2^{-99}>x>0 | right
 0.64N | \frac{16}{25}N | right
 """
 WORKED = r"""
@@ -164,6 +189,17 @@ x \le 2 | x ≤ 2 | right
 1234 | ¥1,234 | right
 0,111 | 0.111 | right
 5 | 5\,\text{cm} | right
+6 | 6 m/s | right
+6 m/s | 6 | right
+60 | 60km/h | right
+9.8 | 9.8 m/s^2 | right
+6 | 6 \frac{m}{s} | right
+5 | \$5/hour | right
+\frac{6m}{s} | 6 m/s | right
+6 | 7 m/s | wrong
+6 | 6 x/y | wrong
+6 | 6/s | wrong
+6 | 6 m/s + 1 | wrong
 """
 
 

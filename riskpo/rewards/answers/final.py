@@ -41,7 +41,9 @@ _BETWEEN_CHARACTERS = 60
 _HASHES = re.compile(r"####[ \t]*(\S[^\n]*)")
 _JSON = re.compile(r'"answer"\s*:\s*(?:"((?:[^"\\\n]|\\.)*)"|(-?[\d.,]+))', re.IGNORECASE)
 _MARKED = re.compile(
-    r"(?:\banswer(?:\s+is)?[*\s]*:|\banswer\s+is\b|^[* \t]*A:)[*\s]*(\S[^\n]*)",
+    # A:b is a ratio, A: b an answer.
+    r"(?:\banswer(?:\s+is)?[*\s]*:|\banswer\s+is\b|^[* \t]*(?-i:A):(?![A-Za-z](?![A-Za-z])))"
+    r"[*\s]*(\S[^\n]*)",
     re.IGNORECASE | re.MULTILINE,
 )
 

@@ -19,7 +19,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from riskpo.rewards.answers.writing import BLANK, tidy, without_text
+from riskpo.rewards.answers.writing import BLANK, MIXED, mixed, tidy, without_text
 
 LARGEST_EXPONENT = 10_000  # of ten, in a number that is written out
 
@@ -32,7 +32,9 @@ _NUMBER = re.compile(
 _CLOCK = re.compile(r"\A(\d{1,2}):(\d{2})(?::(\d{2}))?\s*(?:([ap])\.?\s*m\b\.?)?", re.IGNORECASE)
 _COLON = re.compile(r"(?:\\mathbin\{:\}|\{:\}|\\colon|:|(?<=\d) +to +(?=\d))")
 _IN_TEXT = re.compile(
-    r"(?<![\d.])\d+(?:\.\d+)?(?: ?: ?\d+(?:\.\d+)?)+(?:\s*[ap]\.?m\b\.?)?", re.IGNORECASE
+    r"(?<![\d.])\d+(?:\.\d+)?(?: ?: ?\d+(?:\.\d+)?)+(?:\s*[ap]\.?m\b\.?)?|\b(?:noon|midnight)\b"
+    r"|(?<![\d.:])\d{1,2} ?[ap]\.?m\b",
+    re.IGNORECASE,
 )
 _NUMERAL = re.compile(
     r"\A\(?([0-9A-Za-z]+)\)?(?:_ *\{? *\(?(?:base *)?([0-9]+|[a-z]+)\)?\}?|\s*\(?(?:in )?base "
@@ -50,6 +52,19 @@ _MATHS = re.compile(
 )
 _PRODUCT = re.compile(r"[xyz]+")  # letters that stand for numbers, so that xy is yx
 _UNIT = re.compile(r"\\(?:text|textrm|mathrm|mbox)\s*\{[^{}]*\}(?:\^\{?-?\d\}?)?$")
+_TIMES = "s|sec|seconds?|min|minutes?|h|hrs?|hours?|days?|weeks?|months?|years?"
+_MEASURE = (
+    rf"(?:{_TIMES}|[mck]?m|[km]?g|in|ft|feet|foot|mi|miles?|yd|lbs?|m?[lL]|gal|gallons?|k?N|k?J|k?W"
+    r"|k?Pa|V|K|mol|meters?|metres?)(?:\^\{?-?\d\}?)?"
+)
+_RATE = re.compile(  # 6 m/s, 6 \frac{m}{s}, \$5/hour; x/y is no unit
+    rf"(?<=[\d.}}])(?:{BLANK}*{_MEASURE}(?:(?: |\\cdot *){_MEASURE})* */ *{_MEASURE}"
+    rf"|{BLANK}*\\[dt]?frac *\{{ *{_MEASURE} *\}} *\{{ *{_MEASURE} *\}}"
+    rf"|{BLANK}*/ *(?:{_TIMES.replace('s|', '', 1).replace('|h|', '|')}|miles?|gallons?|person))$"
+)
+_AND = re.compile(r"(?<=\d) *\band\b *(?=\\[dtc]?frac|\d+ */ *\d+$)")  # 2 and 1/3
+_HOUR = re.compile(r"\A(\d{1,2}) *([ap])\.? *m\b\.?\Z", re.IGNORECASE)
+_MIDDLE = re.compile(r"\A(?:12(?::00)? *)?(noon|midnight)\Z", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -63,7 +78,9 @@ class Number:
 
 def number(text: str) -> Number | None:
     """The number that a tidy text is; None for a formula, and for an exponent out of reach."""
-    match = _NUMBER.fullmatch(without_text(_UNIT.sub("", text)).strip().strip("$").strip())
+    text = without_text(_UNIT.sub("", text)).strip().strip("$").strip()
+    text = MIXED.sub(mixed, _AND.sub(" ", _RATE.sub("", text)))
+    match = _NUMBER.fullmatch(text)
     if not match:
         return None
     sign, top, bottom, over, under, whole, decimals, exponent, percent = match.groups()
@@ -138,7 +155,7 @@ def _special(part: str) -> bool:
 def form_in(prose: str, gold: str) -> str | None:
     """The last clock, ratio or numeral in a sentence, where the gold is one."""
     pattern = _IN_TEXT if _colon(gold) else _NUMERAL_IN_TEXT if _numeral(gold) else None
-    found = pattern.findall(prose) if pattern else []
+    found = [match[0] for match in pattern.finditer(prose)] if pattern else []
     return found[-1] if found else None
 
 
@@ -169,6 +186,9 @@ def _compare_colons(gold: str, answer: str) -> bool | None:
             or (_clock(gold) is None or _clock(answer) is None)
             and (len(g) == len(a) and all(_same_part(x, y) for x, y in zip(g, a, strict=True)))
         )
+    hour = next(filter(None, map(_HOUR.match, map(without_text, (gold, answer)))), None)
+    if hour:  # 3 PM is 3
+        return number(hour[1]) == number(answer if g is not None else gold)
     ratio, other = (g, number(answer)) if g is not None else (a, number(gold))
     clock = _clock(gold if g is not None else answer)
     values = [number(part) for part in ratio or ()]
@@ -185,7 +205,7 @@ def _same_part(a: str, b: str) -> bool:
 
 def _colon(text: str) -> list[str] | None:
     """The parts of a ratio or a time; None where the colon is of a set, a map or a sentence."""
-    text = _side(text)
+    text = _spelled_time(_side(text))
     if not (":" in text or " to " in text or "\\colon" in text):
         return None
     text = without_text(text).replace("$", "")
@@ -201,11 +221,20 @@ def _prose(found: list[str]) -> bool:
 
 
 def _clock(text: str) -> tuple[int, int, int, str] | None:
-    match = _CLOCK.fullmatch(without_text(_side(text)).replace("~", " ").strip())
+    match = _CLOCK.fullmatch(_spelled_time(_side(text)).replace("~", " ").strip())
     if not match:
         return None
     hour, minute, second = (int(match[i] or 0) for i in (1, 2, 3))
     return (hour, minute, second, (match[4] or "").lower()) if max(minute, second) < 60 else None
+
+
+def _spelled_time(text: str) -> str:
+    """noon and 3 PM with their minutes."""
+    text = without_text(text).strip()
+    middle, hour = _MIDDLE.match(text), _HOUR.match(text)
+    if middle:
+        return "12:00 PM" if middle[1].lower() == "noon" else "12:00 AM"
+    return f"{hour[1]}:00 {hour[2]}m" if hour else text
 
 
 def _same_clock(gold: str, answer: str) -> bool:

@@ -33,6 +33,7 @@ from sympy import (
     Mul,
     Pow,
     Rational,
+    Rel,
     Symbol,
     Tuple,
     UnevaluatedExpr,
@@ -75,9 +76,23 @@ def same(gold: Any, answer: Any) -> bool | None:
             return _any_order(gold.args, answer.args)
     if isinstance(gold, Eq) and isinstance(answer, Eq) and isinstance(gold.lhs, Symbol):
         return same(gold.rhs, answer.rhs) if gold.lhs == answer.lhs else None
+    if isinstance(gold, Rel) and isinstance(answer, Rel):
+        return _same_relation(gold, answer)
+    if isinstance(gold, And) and isinstance(answer, And):
+        return _any_order(gold.args, answer.args)
     if isinstance(gold, Expr) and isinstance(answer, Expr):
         return _same_formula(gold, answer)
     return None
+
+
+def _same_relation(gold: Rel, answer: Rel) -> bool | None:
+    """x < a and a > x; anything but one letter beside a number is math-verify's."""
+    gold, answer = (r if isinstance(r.lhs, Symbol) else r.reversed for r in (gold, answer))
+    if not isinstance(gold.lhs, Symbol) or gold.lhs != answer.lhs:
+        return None
+    if gold.rhs.free_symbols or answer.rhs.free_symbols:
+        return None
+    return gold.rel_op == answer.rel_op and same(gold.rhs, answer.rhs)
 
 
 def _unwrapped(gold: Any, answer: Any) -> tuple[Any, Any]:

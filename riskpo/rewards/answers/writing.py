@@ -37,7 +37,7 @@ BLANK = r"(?: |~|\\[ ,;:!]|\\q?quad\b)"
 _GROUP = r"(?:\\[,! ]|\{,\}|,\\!|~| )\d{3}"
 _THOUSANDS = re.compile(rf"(?<![\d.])\d{{1,3}}(?:{_GROUP})+(?!\d)")
 _BARE_FRACTION = re.compile(r"\\([dtc]?)frac *(\d) *(\d)")
-_MIXED = re.compile(
+MIXED = re.compile(
     rf"(?<![\d.^_A-Za-z/])(\d{{1,3}}(?:,\d{{3}})+|\d+)(?:{BLANK}*\\[dtc]?frac *"
     rf"\{{ *(\d+) *\}} *\{{ *(\d+) *\}}|{BLANK}+(\d+)/(\d+)(?![\d/.]))"
 )
@@ -69,7 +69,7 @@ _DOTS = re.compile(r"(?<=\d)\.\.\.$")  # 0.333...
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|rm|bf)\s*\{([^{}]*)\}")
 NOT_UNITS = {
     *("pi", "million", "billion", "thousand", "hundred", "dozen", "percent", "or", "and"),
-    *("base", "to", "am", "pm", "a.m.", "p.m."),
+    *("base", "to", "am", "pm", "a.m.", "p.m.", "a.m", "p.m", "noon", "midnight"),
 }
 
 
@@ -142,7 +142,7 @@ def numbers(text: str) -> str:
     text = _REPEATING.sub(_repeating, text)
     text = _GOES_ON.sub(_going_on, text)
     text = _BARE_FRACTION.sub(r"\\\1frac{\2}{\3}", text)
-    text = _MIXED.sub(_mixed, text)
+    text = MIXED.sub(mixed, text)
     text = _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", text)
     return _EXPONENT.sub(r"^{\2}", _POWER_OF_TEN.sub(r" \\times 10^", text))
 
@@ -201,7 +201,7 @@ def _going_on(match: re.Match[str]) -> str:
     return match[0]
 
 
-def _mixed(match: re.Match[str]) -> str:
+def mixed(match: re.Match[str]) -> str:
     whole, top, bottom = (int(g.replace(",", "")) for g in match.groups() if g is not None)
     if top >= bottom:
         return match[0]

@@ -112,7 +112,9 @@ def _start(config: TrainConfig, overrides: dict[str, Any], ranks: Ranks, opened:
     # Tried on the first rank's whole weights, before they are spread.
     packing = ranks.first(lambda: settle_attention(policy.model, config.memory.attention))
     trainee = Trainee(policy.model, ranks, sharded=config.memory.sharded)
-    memory = plan_run(config, policy.model)
+    short, longest = ranks.first(lambda: fitting(policy, config, questions, log.note))
+    held_out_short, longest_held_out = fitting(policy, config, held_out, log.note)
+    memory = plan_run(config, policy.model, max(longest, longest_held_out))
     for line in (*said, *memory.lines(), *trainee.lines()):
         log.note(line)
     head = trainee.look(find_head)
@@ -120,7 +122,7 @@ def _start(config: TrainConfig, overrides: dict[str, Any], ranks: Ranks, opened:
         check_vision_head(policy, head, [*questions, *held_out])
     scorer = build_scorer(config, ranks)
     opened.callback(scorer.close)
-    kept = ranks.first(lambda: usable(policy, scorer, config, questions, log.note))
+    kept = ranks.first(lambda: usable(short, scorer, config, log.note))
     # Before the random states are restored, which an engine resets.
     sampler = SharedSampler(build_sampler(policy, config, trainee.whole, trainee.look), ranks)
     opened.callback(sampler.close)
@@ -143,7 +145,7 @@ def _start(config: TrainConfig, overrides: dict[str, Any], ranks: Ranks, opened:
         plan=build_plan(config),
         memory=memory,
         questions=kept,
-        held_out=fitting(policy, config, held_out, log.note),
+        held_out=held_out_short,
         scorer=scorer,
         score=shared_score(scorer.score, ranks),
         sampler=sampler,
@@ -276,21 +278,19 @@ def build_scorer(config: TrainConfig, ranks: Ranks) -> Scorer:
 
 
 def usable(
-    policy: Policy,
+    questions: Sequence[Question],
     scorer: Scorer,
     config: TrainConfig,
-    questions: Sequence[Question],
     note: Callable[[str], None],
 ) -> list[Question]:
-    """Training questions whose prompt fits and whose gold verifies against itself."""
-    kept = fitting(policy, config, questions, note)
-    bad = scorer.check_golds(kept)
+    """Training questions whose gold verifies against itself."""
+    bad = scorer.check_golds(questions)
     if bad:
         note(f"data: left out {len(bad)} questions whose gold does not verify against itself:")
         for question, verdict in bad[:3]:
             note(f"  {question.id}: gold {question.gold[:60]!r}: {verdict.outcome.value}")
     refused = {question.id for question, _ in bad}
-    kept = [q for q in kept if q.id not in refused]
+    kept = [q for q in questions if q.id not in refused]
     if len(kept) < config.questions_per_step:
         raise ValueError(
             f"data: got {len(kept)} usable questions; expected at least "
@@ -301,8 +301,11 @@ def usable(
 
 def fitting(
     policy: Policy, config: TrainConfig, questions: Sequence[Question], note: Callable[[str], None]
-) -> list[Question]:
-    """Questions whose prompt has at most max_prompt_tokens tokens; says how many are not."""
+) -> tuple[list[Question], int]:
+    """Questions whose prompt has at most max_prompt_tokens tokens, and the tokens of the longest.
+
+    Says how many questions are left out.
+    """
     assert config.max_prompt_tokens is not None  # resolve has seen to it
     most = config.max_prompt_tokens
     lengths = [len(read_prompts(policy, [q])[0][0]) for q in questions]
@@ -314,7 +317,7 @@ def fitting(
             f"data: left out {len(questions) - len(kept)} of {len(questions)} questions with more "
             f"than max_prompt_tokens={most} tokens"
         )
-    return kept
+    return kept, longest
 
 
 def open_log(

@@ -12,8 +12,17 @@ import riskpo.run
 from riskpo.algorithms import STRATEGIES
 from riskpo.cli import main
 from riskpo.config import TrainConfig
-from riskpo.demo import build_model, build_questions, build_tokenizer, warm_start
+from riskpo.demo import (
+    build_model,
+    build_questions,
+    build_tokenizer,
+    find_task,
+    task_questions,
+    warm_start,
+)
+from riskpo.memory_plan import run_plan
 from riskpo.report.logs import read_records, step_line
+from riskpo.rollout.generate import prompt_tokens
 from riskpo.train import train
 from tests.toy import save_arithmetic, save_byte_model
 
@@ -63,19 +72,23 @@ def lines_of_memory(printed):
     return "\n".join(lines[i] for i in plan), len(outcome)
 
 
-def test_a_larger_run_prints_its_plan_by_moment(tmp_path, cold_start, capsys):
-    """Only the lengths are larger: what is planned for is what could be sampled."""
+def test_a_larger_run_prints_its_plan_by_moment(tmp_path, cold_start, capsys, monkeypatch):
+    """Planned for the data's longest prompt, not for the limit."""
+    monkeypatch.setattr(run_plan, "SMALL_GIB", 0.0)
     config = TrainConfig(
         run_dir=str(tmp_path), steps=1, eval_every_steps=0, micro_batch_tokens=200_000,
         max_prompt_tokens=150_000, max_response_tokens=8, **SMALL,
     )  # fmt: skip
     train(config)
     plan, outcomes = lines_of_memory(capsys.readouterr().out)
-    moments, largest = plan.splitlines()
+    moments, largest, lengths = plan.splitlines()
     assert outcomes == 1
     for doing in ("updating", "stepping", "reading prompts", "sampling"):
-        assert re.search(rf"{doing} (\d+\.\d|<0\.1)", moments), doing
-    assert largest.startswith("memory plan, largest: activations of all layers")
+        assert f"{doing} <0.1" in moments, "150,000 tokens would take more"
+    assert largest.startswith("memory plan, largest: ")
+    data = task_questions(find_task(None), config.seed)
+    longest = max(len(prompt_tokens(build_tokenizer(), q.prompt)) for q in data)
+    assert longest < 20 and f"data has {longest} tokens, a response at most 8" in lengths
 
 
 @pytest.mark.parametrize("name", STRATEGIES)

@@ -47,6 +47,7 @@ SIZES = {
 }
 # malloc gives a block of this size back at once, and the resident set follows the tensors
 GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+HEADER = "| case | measured, MiB | predicted, MiB | prediction off by |\n|---|---|---|---|"
 
 TRAIN = (
     "--reward exact --steps 2 --questions-per-step 10 --responses-per-question 4 "
@@ -145,25 +146,38 @@ def sampled(model: Any, case: Case, meter: PeakMeter) -> None:
         )
 
 
-def run(case: Case) -> dict[str, Any]:
-    """The case in a fresh process; RuntimeError with the end of its error where it fails."""
+def fresh(*arguments: str) -> str:
+    """What `python ARGUMENTS` prints in a process that gives its memory back.
+
+    RuntimeError with the end of its error where it fails.
+    """
     done = subprocess.run(
-        [sys.executable, "-m", "tools.plan_check", "--case", json.dumps(asdict(case))],
+        [sys.executable, *arguments],
         capture_output=True,
         text=True,
         env={**os.environ, **GIVES_BACK},
     )
     if done.returncode:
-        raise RuntimeError(f"plan check: {case.label}: {done.stderr[-300:]}")
-    found: dict[str, Any] = json.loads(done.stdout.strip().rpartition("\n")[2])
+        raise RuntimeError(f"{' '.join(arguments)}: {(done.stderr or done.stdout)[-300:]}")
+    return done.stdout.strip()
+
+
+def run(case: Case) -> dict[str, Any]:
+    """The case in a fresh process."""
+    said = fresh("-m", "tools.plan_check", "--case", json.dumps(asdict(case)))
+    found: dict[str, Any] = json.loads(said.rpartition("\n")[2])
     return found
 
 
-def train_run(folder: Path) -> list[str]:
-    """The memory lines of a `riskpo train` on sums, with the model and all it writes in `folder`.
+def line(label: str, found: dict[str, Any]) -> str:
+    """A row under HEADER."""
+    measured, predicted = found["measured"], found["predicted"]
+    numbers = f"{measured / MIB:.0f} | {predicted / MIB:.0f} | {predicted / measured - 1:+.0%}"
+    return f"| {label} | {numbers} |"
 
-    RuntimeError with the end of its error where it fails.
-    """
+
+def train_run(folder: Path) -> list[str]:
+    """The memory lines of a `riskpo train` on sums; the model and the run are in `folder`."""
     torch.manual_seed(0)
     values = SIZES | {"eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None}
     config = AutoConfig.for_model(values.pop("model_type"), **values)
@@ -172,12 +186,14 @@ def train_run(folder: Path) -> list[str]:
     rows = [{"prompt": q.prompt, "gold": q.gold, "id": q.id} for q in build_questions(60, 0)]
     sums = folder / "sums.jsonl"
     sums.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    command = [sys.executable, "-m", "riskpo", "train", "--run-dir", str(folder / "run")]
-    command += ["--model", str(folder / "model"), "--data", str(sums), *TRAIN.split()]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **GIVES_BACK})
-    if done.returncode:
-        raise RuntimeError(f"plan check: riskpo train: {(done.stderr or done.stdout)[-300:]}")
-    return [line for line in done.stdout.splitlines() if line.startswith("memory")]
+    return train_on(folder / "model", sums, folder / "run", TRAIN)
+
+
+def train_on(model: Path, data: Path, run_dir: Path, settings: str) -> list[str]:
+    """The memory lines of a `riskpo train`."""
+    folders = ["--model", str(model), "--data", str(data), "--run-dir", str(run_dir)]
+    said = fresh("-m", "riskpo", "train", *folders, *settings.split())
+    return [line for line in said.splitlines() if line.startswith("memory")]
 
 
 def main() -> None:
@@ -195,13 +211,10 @@ def main() -> None:
         print(json.dumps(measure(Case(**json.loads(given.case)))))
         return
     records = []
-    print("| case | measured, MiB | predicted, MiB | prediction off by |\n|---|---|---|---|")
+    print(HEADER)
     for case in (CASES[i] for i in given.only or range(len(CASES))):
         records.append(run(case))
-        measured, predicted = (records[-1][name] for name in ("measured", "predicted"))
-        off = predicted / measured - 1
-        numbers = f"{measured / MIB:.0f} | {predicted / MIB:.0f} | {off:+.0%}"
-        print(f"| {case.label} | {numbers} |", flush=True)
+        print(line(case.label, records[-1]), flush=True)
     if given.out:
         given.out.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
 

@@ -132,20 +132,20 @@ def _gradients(
 
     From the second micro-batch on all of them wait there. In a single one they grow while the
     activations of the layers go: the last layer's turn has all gradients and its own activations.
-    A tied head's gradient waits besides until the embedding's is there, at the end.
+    The head's comes first; a tied one waits, and at the end the embedding's is beside it.
     """
-    found = {"gradients": all_of_them}
-    if work.micro_batches == 1:
-        last = all_of_them + sum(kept.values()) / shape.layers + sum(layer.values())
-        found["gradients"] = max(0.0, last - sum(kept.values()) - sum(stage.values()))
-    if shape.tied and shape.head_learns and "head workspace" not in stage:
-        found["gradient of the tied head"] = float(
-            shape.vocab * shape.hidden * work.bytes_per_weight
-        )
-        if work.micro_batches == 1:  # one of the gradients, but there before the layers'
-            rest = found["gradients"] - found["gradient of the tied head"]
-            found["gradients"] = max(0.0, rest)
-    return found
+    once, beside = work.micro_batches == 1, sum(kept.values()) + sum(stage.values())
+    head = float(shape.vocab * shape.hidden * work.bytes_per_weight * shape.head_learns)
+    there = "head workspace" not in stage and (shape.tied or once)
+    found = {"gradient of the head": head} if there and head else {}
+    beside += sum(found.values())
+    first_layer = sum(kept.values()) / shape.layers + sum(layer.values())
+    embedding = head * shape.tied
+    if once:
+        rest = max(0.0, all_of_them + max(first_layer, embedding) - beside)
+    else:
+        rest = max(all_of_them, all_of_them + 2 * embedding - beside)
+    return {"gradients": rest} | found
 
 
 def _step(
@@ -169,8 +169,9 @@ def _kept(shape: ModelShape, memory: MemoryConfig, work: Workload) -> dict[str, 
     copies = 1 if memory.checkpointing else shape.layers
     mask = {"[T, T] masks": T**2 * (1.0 + copies * b)} if memory.attention == "masked" else {}
     if not memory.checkpointing:
-        mlp = 0 if _is_tiled(memory, work) else 4 * b * shape.intermediate
-        layer = _saved_by_attention(shape, b) + _norm(H, b) + 2 * b * H + mlp
+        # gate, silu and up; their product is the input of the last projection
+        mlp = 0 if _is_tiled(memory, work) else (3 + shape.mlp_learns) * b * shape.intermediate
+        layer = _saved_by_attention(shape, b) + _norm_of_mlp(shape, b) + 2 * b * H + mlp
         return {"activations of all layers": float(T * shape.layers * layer), **mask}
     layers = float(shape.layers)
     if memory.offload_checkpoints and not work.on_host:
@@ -181,7 +182,9 @@ def _kept(shape: ModelShape, memory: MemoryConfig, work: Workload) -> dict[str, 
 def _layer(shape: ModelShape, memory: MemoryConfig, work: Workload) -> dict[str, float]:
     """One layer in its backward: what all of it needs, then its MLP's and its attention's turn."""
     T, H, I, b = work.tokens, shape.hidden, shape.intermediate, work.bytes_per_weight  # noqa: E741
-    saved = _saved_by_attention(shape, b) + _norm(H, b) + b * H if memory.checkpointing else 0.0
+    saved = 0.0
+    if memory.checkpointing:
+        saved = _saved_by_attention(shape, b) + _norm_of_mlp(shape, b) + b * H
     flowing = 3 * b * H  # gradients of the two residual streams and of what is added to them
     if _is_tiled(memory, work):
         # tiles as above, gradients of one layer's weights twice: the sum in float32 and a tile's
@@ -199,20 +202,25 @@ def _layer(shape: ModelShape, memory: MemoryConfig, work: Workload) -> dict[str,
     }
 
 
-def _norm(H: int, b: int) -> float:
-    """Bytes per token that an RMSNorm keeps: float32 inside, the weight's dtype outside."""
-    return 8.0 * H if b == 4 else 4.0 * H + 2 * b * H
+def _norm(shape: ModelShape, b: int) -> float:
+    """Bytes per token that an RMSNorm keeps: its input as float32 where it is not, what its weight
+    multiplies if that learns, and its output, the input of a projection."""
+    return float(shape.hidden * (4 * (b < 4) + b * shape.norms_learn + b))
+
+
+def _norm_of_mlp(shape: ModelShape, b: int) -> float:
+    return _norm(shape, b) - b * shape.hidden * (not shape.mlp_learns)
 
 
 def _saved_by_attention(shape: ModelShape, b: int) -> float:
     """Bytes per token: its norm, q, k, v, the output and the log-sum-exp."""
-    return _norm(shape.hidden, b) + b * (2 * shape.queries + 2 * shape.keys) + 4 * shape.heads
+    return _norm(shape, b) + b * (2 * shape.queries + 2 * shape.keys) + 4 * shape.heads
 
 
 def _head(shape: ModelShape, memory: MemoryConfig, work: Workload) -> float:
     """The last norm, dH in float32 and as a gradient, dW in float32, and the workspace."""
     T, H, b = work.tokens, shape.hidden, work.bytes_per_weight
-    around = T * (_norm(H, b) + (4 + b) * H)
+    around = T * (_norm(shape, b) + (4 + b) * H)
     rows = T if work.head_tokens is None else work.head_tokens
     if work.plain_head:
         # float32 log-softmax, its gradient and the logits'; 16-bit logits besides

@@ -63,6 +63,8 @@ class ModelShape:
     trained: int | None = None  # parameters that are; None: all of them
     tied: bool = False  # the head is the embedding
     head_learns: bool = True
+    norms_learn: bool = True  # what a frozen one normalises is not kept for its gradient
+    mlp_learns: bool = True  # nor are the inputs of a frozen product
 
     @property
     def trainable(self) -> int:
@@ -142,8 +144,14 @@ def with_parameters(
 
 def shape_of_model(model: Any) -> ModelShape:
     """The shape of a loaded model, frozen parameters told apart; ValueError if it is not dense."""
-    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    everything, trained = sum(n for n, _ in counts), sum(n for n, learns in counts if learns)
+    weights = list(model.parameters())
+    learning = [p for p in weights if p.requires_grad]
+    everything, trained = (sum(p.numel() for p in some) for some in (weights, learning))
     shape = with_parameters(model.config, type(model).__name__, everything, trained)
     head = model.get_output_embeddings()
-    return replace(shape, head_learns=head is None or head.weight.requires_grad)
+    return replace(
+        shape,
+        head_learns=head is None or head.weight.requires_grad,
+        norms_learn=any(p.shape == (shape.hidden,) for p in learning),
+        mlp_learns=any(shape.intermediate in p.shape for p in learning),
+    )

@@ -6,21 +6,26 @@ import re
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+PAGE = 4096  # bytes, or more
 RESET_PEAK = "5"  # of VmHWM, by proc(5)
 
 
 class PeakMeter:
-    """Starts at what is allocated now. On the CPU it is the process' resident set (Linux only).
+    """Starts at what is allocated now, with all weights of `model` in memory.
 
+    On the CPU it is the process' resident set (Linux only).
     The resident set follows the tensors only as far as malloc gives memory back: with
     MALLOC_MMAP_THRESHOLD_=65536 in the environment every tensor of that size does at once; without
     it glibc keeps freed blocks, and the peak may come out higher.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, model: torch.nn.Module | None = None) -> None:
         self.device = device
+        if model is not None:
+            page_in(model)
         self.start = self._now()
         self.restart()
 
@@ -41,6 +46,13 @@ class PeakMeter:
         if self.device.type == "cuda":
             return torch.cuda.memory_allocated(self.device)
         return _resident("VmRSS") if STATUS.exists() else 0
+
+
+def page_in(model: torch.nn.Module) -> None:
+    """Read one element of every page: weights mapped from a file are not in memory before."""
+    for weight in model.parameters():
+        if weight.device.type == "cpu" and not isinstance(weight, DTensor):  # a shard is a copy
+            weight.detach().flatten()[:: PAGE // weight.itemsize].sum()
 
 
 def _resident(name: str) -> int:

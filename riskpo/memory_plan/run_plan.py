@@ -44,9 +44,11 @@ class RunPlan:
     meter: PeakMeter
     predicted: Budget | None  # None: the plan does not know this kind of model
     capacity: float | None  # bytes of the device; None: this machine does not tell
+    prompt: int  # tokens of the data's longest prompt
+    response: int  # tokens of a response at most
 
     def lines(self) -> list[str]:
-        """What is expected, in three lines at most."""
+        """What is expected, in four lines at most."""
         b = self.predicted
         if b is None:
             return ["memory plan: none for this kind of model"]
@@ -59,6 +61,8 @@ class RunPlan:
             found = [
                 f"memory plan, GiB on {self.meter.device.type}: {moments}",
                 f"memory plan, largest: {named}",
+                f"memory plan, lengths: the longest prompt of the data has {self.prompt} tokens, "
+                f"a response at most {self.response}",
             ]
         if self.capacity is not None and b.peak > self.capacity:
             found.append(
@@ -81,25 +85,32 @@ class RunPlan:
         return f"{said} MiB, measured {measured / MIB:.0f} MiB ({kind}{hint})"
 
 
-def plan_run(config: TrainConfig, model: Any) -> RunPlan:
-    """The plan of a resolved config and its loaded model; the meter starts here."""
+def plan_run(config: TrainConfig, model: Any, prompt: int) -> RunPlan:
+    """The plan of a resolved config, its loaded model, and the longest prompt of its data in
+    tokens; the meter starts here."""
     device = next(model.parameters()).device
     capacity = memory_of_this_machine()
     if device.type == "cuda":
         capacity = float(torch.cuda.get_device_properties(device).total_memory)
-    return RunPlan(PeakMeter(device), _predicted(config, model, device), capacity)
+    assert config.max_response_tokens  # resolve has seen to it
+    predicted = _predicted(config, model, device, prompt, config.max_response_tokens)
+    meter = PeakMeter(device, model)
+    return RunPlan(meter, predicted, capacity, prompt, config.max_response_tokens)
 
 
-def _predicted(config: TrainConfig, model: Any, device: torch.device) -> Budget | None:
+def _predicted(
+    config: TrainConfig, model: Any, device: torch.device, prompt: int, response: int
+) -> Budget | None:
     try:
         shape = shape_of_model(model)
     except ValueError:
         return None
-    # resolve has seen to all three
-    assert config.micro_batch_tokens and config.max_prompt_tokens and config.max_response_tokens
-    prompt, response = config.max_prompt_tokens, config.max_response_tokens
+    assert config.micro_batch_tokens  # resolve has seen to it
     context = prompt + response
     responses = config.questions_per_step * config.responses_per_question
+    # evaluations sample too, beside the optimiser's state from the first step on
+    if config.eval_every_steps:
+        responses = max(responses, config.eval_questions * config.eval_samples)
     # a mini-batch has whole questions; the last token of a sequence is a target only
     rows = -(-config.questions_per_step // config.updates_per_step) * config.responses_per_question
     mini_batch = rows * (context - 1)

@@ -20,6 +20,7 @@ extras = {
         "tyro>=1.0",
         "rich>=13",
         "matplotlib>=3.8",
+        "pandas>=2.2",
         "safetensors>=0.5",
         "tomli-w>=1.0",
         "tomli>=2.0; python_version<'3.11'",

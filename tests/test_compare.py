@@ -20,14 +20,14 @@ from riskpo.compare.launch import (
     warm,
 )
 from riskpo.compare.numbers import (
-    RunLogs,
+    by_step,
     entropy_at_equal_reward,
-    evaluation,
     last_step,
     load,
     over_seeds,
     paired,
     run_dir,
+    summaries,
     summary,
 )
 from riskpo.compare.page import write_page
@@ -156,27 +156,28 @@ def test_numbers_by_hand(tmp_path):
         fake_run(tmp_path, "a", seed, [0.0] * 18 + [ours - 0.1, ours + 0.1])
         fake_run(tmp_path, "b", seed, [theirs] * 20, passes=(0.2, 0.3))
     runs = load(tmp_path, ["a", "b"], [0, 1, 2])
-    summaries = {s: {k: summary(r, 20) for k, r in each.items()} for s, each in runs.items()}
-    found = summaries["a"][0]
+    rows = summaries(runs, lambda run: 20)
+    found = rows.loc["a", 0]
     assert found["reward_mean"] == pytest.approx(0.5)  # the last tenth
     assert found["cov_mean"] == pytest.approx(np.arange(20).mean())  # all of them
     assert found["eval pass@1"] == 0.5 and found["gain pass@1"] == pytest.approx(0.3)
-    assert not any("time" in name or "step" in name for name in found)
-    mean = over_seeds(summaries)["a"]["reward_mean"]
+    assert not any("time" in name or "step" in name for name in found.index)
+    mean = over_seeds(rows)["a"]["reward_mean"]
     half = 4.303 * np.std([0.5, 0.6, 0.4], ddof=1) / np.sqrt(3)
     assert (mean.value, mean.high) == pytest.approx((0.5, 0.5 + half))
-    change = paired(summaries, "b")["a"]["reward_mean"]
+    change = over_seeds(paired(rows, "b"))["a"]["reward_mean"]
     half = 4.303 * np.std([0.2, 0.1, 0.3], ddof=1) / np.sqrt(3)
     assert (change.value, change.low) == pytest.approx((0.2, 0.2 - half))
-    assert list(paired(summaries, "b")) == ["a"]
+    assert list(over_seeds(paired(rows, "b"))) == ["a"]
 
 
 def test_equal_responses_and_common_steps(tmp_path):
     fake_run(tmp_path, "plain", 0, [0.1] * 30)
     fake_run(tmp_path, "resampling", 0, np.linspace(0, 1, 20).tolist(), responses=25)
     runs = load(tmp_path, ["plain", "resampling"], [0])
-    assert {r.last_step for each in runs.values() for r in each.values()} == {20}
-    assert last_step(runs["resampling"][0], 200.0) == 8
+    assert {run.index[-1] for run in runs.values()} == {20}
+    assert last_step(runs["resampling", 0], 200.0) == 8
+    assert last_step(runs["resampling", 0], 24.0) == 0
     write_page(tmp_path, "p", ["plain", "resampling"], [0], "plain")
     content = json.loads((tmp_path / "p.json").read_text())
     assert content["about"]["responses"] == 200.0 and content["about"]["steps"] == 20
@@ -187,10 +188,10 @@ def test_equal_responses_and_common_steps(tmp_path):
 
 
 def test_held_out_numbers_between_two_evaluations():
-    run = RunLogs([], [{"step": 0, "pass@1": 0.2}, {"step": 50, "pass@1": 0.4}])
-    at = {step: evaluation(run, step)["pass@1"] for step in (0, 40, 50, 60)}
+    run = by_step([], [{"step": 0, "pass@1": 0.2}, {"step": 50, "pass@1": 0.4}])
+    at = {step: summary(run, step)["eval pass@1"] for step in (0, 40, 50, 60)}
     assert at == pytest.approx({0: 0.2, 40: 0.36, 50: 0.4, 60: 0.4})
-    assert evaluation(RunLogs([], []), 3) == {}
+    assert summary(by_step([{"step": 1, "mvar": 2.0}]), 3).to_dict() == {"mvar": 2.0}
 
 
 def test_a_difference_is_bold_where_it_excludes_zero(tmp_path):
@@ -206,27 +207,27 @@ def test_a_difference_is_bold_where_it_excludes_zero(tmp_path):
 
 def test_entropy_at_equal_reward():
     def run(rewards, entropies):
-        pairs = zip(rewards, entropies, strict=True)
-        return RunLogs([{"reward_mean": r, "sampled_entropy": h} for r, h in pairs], [])
+        pairs = enumerate(zip(rewards, entropies, strict=True), 1)
+        rows = [{"step": i, "reward_mean": r, "sampled_entropy": h} for i, (r, h) in pairs]
+        return by_step(rows)
 
     fast = run([0.1, 0.3, 0.5, 0.7], [1.0, 0.8, 0.6, 0.4])
     slow = run([0.1, 0.2, 0.3, 0.3], [1.0, 0.95, 0.9, 0.85])
-    (difference,) = entropy_at_equal_reward(slow, fast).values()
-    assert difference == pytest.approx(0.9 - 0.8)  # both first reach 0.3
-    assert entropy_at_equal_reward(slow, RunLogs([{"reward_mean": 0.1}], [])) == {}
+    assert entropy_at_equal_reward(slow, fast) == pytest.approx(0.9 - 0.8)  # both first reach 0.3
+    assert np.isnan(entropy_at_equal_reward(slow, by_step([{"step": 1, "reward_mean": 0.1}])))
 
 
 def test_the_share_of_steps_clipped_by_norm(tmp_path):
     """A third of all steps is above the run's own bound, and all of the last tenth."""
     norms = [0.5] * 20 + [2.0] * 10
     steps = [{"step": i + 1, "grad_norm": n} for i, n in enumerate(norms)]
-    found = summary(RunLogs(steps, [], 1.0), 30)
+    found = summary(by_step(steps, [], 1.0), 30)
     assert found["norm_clipped_fraction"] == pytest.approx(1 / 3) and found["grad_norm"] == 2.0
-    assert summary(RunLogs(steps, [], 2.0), 30)["norm_clipped_fraction"] == 0.0  # not above it
-    assert "norm_clipped_fraction" not in summary(RunLogs(steps, []), 30)
+    assert summary(by_step(steps, [], 2.0), 30)["norm_clipped_fraction"] == 0.0  # not above it
+    assert "norm_clipped_fraction" not in summary(by_step(steps), 30)
     fake_run(tmp_path, "a", 0, [0.1] * 3)
     (run_dir(tmp_path, "a", 0) / "config.toml").write_text("max_grad_norm = 0.25\n")
-    assert load(tmp_path, ["a"], [0])["a"][0].max_grad_norm == 0.25
+    assert load(tmp_path, ["a"], [0])["a", 0]["max_grad_norm"].tolist() == [0.25] * 4
 
 
 @pytest.mark.parametrize("cards, named", [([], "cores, Python"), (["A", "A"], "cores, A, Python")])

@@ -5,7 +5,7 @@ Two views of the same runs. "steps": every system at the last step that all of t
 thriftiest system did in all; they differ where an algorithm resamples (DAPO). Step numbers are
 means over the last tenth of the steps of the view, covariances and the share of steps clipped by
 norm over all of them; held-out numbers are those at its end, on the line between the evaluations
-around it where there is none.
+around it where there is none. A step without a number, or with nan, is left out of its mean.
 
 Entropy falls as reward rises, so that a system that learns less keeps more of it. "Entropy at equal
 reward" therefore compares two runs of one seed where their smoothed mean rewards first reach the
@@ -17,164 +17,136 @@ differences are taken seed by seed first.
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from riskpo.config import read_toml
 from riskpo.metrics.intervals import Interval, t_interval
 from riskpo.report.logs import read_records
 from riskpo.report.plots import smooth
 
-OVER_ALL_STEPS = ("cov_", "corr_")
 EVAL = "eval "  # in front of the held-out names, so that reward_4+4 of both kinds can be told apart
 EQUAL_REWARD = "entropy at equal reward"  # a difference, never a level
 NORM_CLIPPED = "norm_clipped_fraction"  # of all steps: those whose grad_norm is above its bound
 GAIN = "gain "  # in front of a held-out number's rise since step 0
+BOUND = "max_grad_norm"  # a column of its own, the same at every step
+OVER_ALL_STEPS = ("cov_", "corr_", NORM_CLIPPED)
+BOOKKEEPING = ("_s", "_low", "_high", BOUND)  # ends of names that are no results
 
 
 def run_dir(out: Path, system: str, seed: int) -> Path:
     return out / system / f"seed-{seed}"
 
 
-@dataclass(frozen=True)
-class RunLogs:
-    """The records of one run."""
+def by_step(
+    steps: Sequence[dict[str, Any]],
+    evals: Sequence[dict[str, Any]] = (),
+    max_grad_norm: float | None = None,
+) -> pd.DataFrame:
+    """A run as a table: a row per step, 0 for the start; a column per number, nan where not logged.
 
-    steps: list[dict[str, Any]]
-    evals: list[dict[str, Any]]
-    max_grad_norm: float | None = None  # what gradients were shortened to
-
-    @property
-    def last_step(self) -> int:
-        return max((int(r["step"]) for r in self.steps), default=0)
-
-    def until(self, step: int) -> RunLogs:
-        steps, evals = ([r for r in x if r["step"] <= step] for x in (self.steps, self.evals))
-        return replace(self, steps=steps, evals=evals)
-
-    def responses(self) -> list[float]:
-        """Responses sampled up to and with each step."""
-        total, sums = 0.0, []
-        for record in self.steps:
-            total += record["sampled_responses"]
-            sums.append(total)
-        return sums
-
-
-def read_run(folder: Path) -> RunLogs:
-    """The logs of one run; ValueError where there is no log."""
-    steps, evals = read_records(folder, "step"), read_records(folder, "eval")
-    settings = folder / "config.toml"
-    bound = read_toml(settings).max_grad_norm if settings.is_file() else None
-    return RunLogs(steps, evals, bound)
-
-
-def load(out: Path, systems: Sequence[str], seeds: Sequence[int]) -> dict[str, dict[int, RunLogs]]:
-    """{system: {seed: logs}}, up to the last step that every run has.
-
-    ValueError where a run has not been made.
+    Held-out names begin with EVAL. max_grad_norm is the bound that gradients were shortened to.
     """
-    runs = {name: {seed: read_run(run_dir(out, name, seed)) for seed in seeds} for name in systems}
-    common = min(run.last_step for each in runs.values() for run in each.values())
-    return {
-        name: {seed: run.until(common) for seed, run in each.items()} for name, each in runs.items()
-    }
+    rows: dict[int, dict[str, Any]] = {}
+    for prefix, records in (("", steps), (EVAL, evals)):
+        for record in records:
+            numbers = {prefix + k: v for k, v in record.items() if k not in ("kind", "step")}
+            rows.setdefault(record["step"], {}).update(numbers)
+    run = pd.DataFrame.from_dict(rows, orient="index", dtype=float).sort_index()
+    if "cov_mean" in run and "cov_mvar" in run:
+        run["cov_gap"] = run["cov_mean"] - run["cov_mvar"]
+    if "grad_norm" in run and max_grad_norm is not None:
+        norm = run["grad_norm"]
+        run[NORM_CLIPPED] = (norm > max_grad_norm).astype(float).where(norm.notna())
+    run[BOUND] = max_grad_norm
+    return run
 
 
-def budget(runs: dict[str, dict[int, RunLogs]]) -> float:
-    """Responses of the run that sampled fewest."""
-    return min(run.responses()[-1] for seeds in runs.values() for run in seeds.values())
+def read_run(folder: Path) -> pd.DataFrame:
+    """The log of one run as `by_step` has it; ValueError where there is no log, or no step."""
+    steps, settings = read_records(folder, "step"), folder / "config.toml"
+    if not steps:
+        raise ValueError(f"compare: {folder} has no step yet. Let its run finish.")
+    bound = read_toml(settings).max_grad_norm if settings.is_file() else None
+    return by_step(steps, read_records(folder, "eval"), bound)
 
 
-def last_step(run: RunLogs, responses: float) -> int:
+Runs = dict[tuple[str, int], pd.DataFrame]  # (system, seed) -> its table, see `by_step`
+
+
+def load(out: Path, systems: Sequence[str], seeds: Sequence[int]) -> Runs:
+    """The runs up to the last step that all of them have; ValueError as `read_run` raises it."""
+    runs = {(name, seed): read_run(run_dir(out, name, seed)) for name in systems for seed in seeds}
+    common = min(responses(run).index[-1] for run in runs.values())
+    return {key: run.loc[:common] for key, run in runs.items()}
+
+
+def responses(run: pd.DataFrame) -> pd.Series:
+    """Responses sampled up to and with each step."""
+    return run["sampled_responses"].dropna().cumsum()
+
+
+def last_step(run: pd.DataFrame, limit: float) -> int:
     """The last step within that many responses."""
-    within = [r["step"] for r, n in zip(run.steps, run.responses(), strict=True) if n <= responses]
-    return int(within[-1]) if within else 0
+    total = responses(run)
+    return int(max(total.index[total <= limit], default=0))
 
 
-def summary(run: RunLogs, step: int) -> dict[str, float]:
+def summary(run: pd.DataFrame, step: int) -> pd.Series:
     """The run's numbers as of `step`; see the head of this file."""
-    seen = [r for r in run.steps if r["step"] <= step]
-    recent = seen[-max(len(seen) // 10, 1) :]
-    found: dict[str, float] = {}
-    for name in numbers_of(seen):
-        over = seen if name.startswith(OVER_ALL_STEPS) else recent
-        values = [r[name] for r in over if name in r]
-        if values:
-            found[name] = statistics.fmean(values)
-    norms = [r["grad_norm"] for r in seen if "grad_norm" in r]
-    if norms and run.max_grad_norm is not None:
-        found[NORM_CLIPPED] = statistics.fmean(n > run.max_grad_norm for n in norms)
-    if "cov_mean" in found and "cov_mvar" in found:
-        found["cov_gap"] = found["cov_mean"] - found["cov_mvar"]
-    held_out = evaluation(run, step)
-    found |= {EVAL + k: v for k, v in held_out.items()}
-    found |= {GAIN + k: v - run.evals[0][k] for k, v in held_out.items()}
-    return found
+    kept = run[[name for name in run if not name.endswith(BOOKKEEPING)]]
+    held_out = [name for name in kept if name.startswith(EVAL)]
+    seen = kept.drop(columns=held_out).loc[1:step]
+    found = seen.tail(max(len(seen) // 10, 1)).mean()
+    found.update(seen[[name for name in seen if name.startswith(OVER_ALL_STEPS)]].mean())
+    evals = kept[held_out].dropna(how="all")
+    at = evaluation(evals, step)
+    rise = (at - evals.iloc[0] if len(evals) else at).rename(lambda k: GAIN + k[len(EVAL) :])
+    return pd.concat([found, at, rise]).dropna()
 
 
-def evaluation(run: RunLogs, step: int) -> dict[str, float]:
+def evaluation(evals: pd.DataFrame, step: int) -> pd.Series:
     """The held-out numbers at `step`, on the line between the evaluations on either side of it."""
-    before = [r for r in run.evals if r["step"] <= step]
-    after = [r for r in run.evals if r["step"] >= step]
-    if not before:
-        return {}
-    a, b = before[-1], (after or before[-1:])[0]
-    way = (step - a["step"]) / max(b["step"] - a["step"], 1)
-    return {k: a[k] + way * (b[k] - a[k]) for k in numbers_of([a]) if k in b}
+    return evals.reindex(evals.index.union([step])).interpolate("index").loc[step]
 
 
-def numbers_of(records: Sequence[dict[str, Any]]) -> list[str]:
-    """Names of the numbers in any of the records, times and bookkeeping left out."""
-    names = dict.fromkeys(k for r in records for k in r)
-    return [
-        k for k in names if k not in ("kind", "step") and not k.endswith(("_s", "_low", "_high"))
-    ]
+def summaries(runs: Runs, step_of: Callable[[pd.DataFrame], int]) -> pd.DataFrame:
+    """A row per (system, seed), a column per number, nan where a run has none."""
+    index = pd.MultiIndex.from_tuples(runs, names=["system", "seed"])
+    rows = [summary(run, step_of(run)).to_dict() for run in runs.values()]
+    return pd.DataFrame(rows, index)
 
 
 Table = dict[str, dict[str, Interval]]  # system -> name -> over seeds
 
 
-def over_seeds(summaries: dict[str, dict[int, dict[str, float]]]) -> Table:
+def over_seeds(rows: pd.DataFrame) -> Table:
     """Every system's numbers over the seeds that have them."""
-    table: Table = {}
-    for system, seeds in summaries.items():
-        names = dict.fromkeys(k for s in seeds.values() for k in s)
-        table[system] = {
-            name: t_interval([s[name] for s in seeds.values() if name in s]) for name in names
-        }
-    return table
+    return {
+        str(system): {n: t_interval(x.dropna()) for n, x in each.items() if x.notna().any()}
+        for system, each in rows.groupby("system", sort=False)
+    }
 
 
-def entropy_at_equal_reward(run: RunLogs, other: RunLogs) -> dict[str, float]:
-    """{EQUAL_REWARD: entropy of run minus that of other}; {} where the log has no entropy."""
-    if not all("sampled_entropy" in r for r in run.steps + other.steps):
-        return {}
-    curves = [(_smoothed(r, "reward_mean"), _smoothed(r, "sampled_entropy")) for r in (run, other)]
+def paired(rows: pd.DataFrame, against: str) -> pd.DataFrame:
+    """Every other system's numbers minus those of `against` on the same seed."""
+    others = rows.drop(against, level="system")
+    return others - rows.loc[against].reindex(others.index, level="seed")
+
+
+def entropy_at_equal_reward(run: pd.DataFrame, other: pd.DataFrame) -> float:
+    """Entropy of run minus that of other; nan where a log has no entropy, or not of every step."""
+    curves = []
+    for each in (run, other):
+        if "sampled_entropy" not in each or each.loc[1:, "sampled_entropy"].isna().any():
+            return np.nan
+        window = max(len(each.loc[1:]) // 15, 1)
+        names = ("reward_mean", "sampled_entropy")
+        curves.append([smooth(each.loc[1:, name].to_numpy(), window) for name in names])
     height = min(reward.max() for reward, _ in curves)
     ours, theirs = (entropy[np.argmax(reward >= height)] for reward, entropy in curves)
-    return {EQUAL_REWARD: float(ours - theirs)}
-
-
-def _smoothed(run: RunLogs, name: str) -> np.ndarray:
-    """A number by step, averaged over a fifteenth of the steps."""
-    return smooth(np.array([r[name] for r in run.steps]), max(len(run.steps) // 15, 1))
-
-
-def paired(summaries: dict[str, dict[int, dict[str, float]]], against: str) -> Table:
-    """Every other system's numbers minus those of `against` on the same seed."""
-    reference = summaries[against]
-    differences = {
-        system: {
-            seed: {k: v - reference[seed][k] for k, v in numbers.items() if k in reference[seed]}
-            for seed, numbers in seeds.items()
-        }
-        for system, seeds in summaries.items()
-        if system != against
-    }
-    return over_seeds(differences)
+    return float(ours - theirs)

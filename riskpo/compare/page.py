@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import platform
 from collections.abc import Callable, Sequence
@@ -11,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
 from riskpo.compare.numbers import (
@@ -18,18 +18,19 @@ from riskpo.compare.numbers import (
     EVAL,
     GAIN,
     NORM_CLIPPED,
-    RunLogs,
+    Runs,
     Table,
-    budget,
     entropy_at_equal_reward,
     last_step,
     load,
     over_seeds,
     paired,
-    summary,
+    responses,
+    summaries,
 )
 from riskpo.compare.plot import draw_page
-from riskpo.metrics.intervals import Interval, t_interval
+from riskpo.files import write_json, write_text
+from riskpo.metrics.intervals import Interval
 
 LEARNING = {
     "reward_mean": "mean reward",
@@ -59,57 +60,46 @@ def write_page(
 ) -> list[Path]:
     """OUT/PAGE.md, .json and .png from the logs of finished runs."""
     runs = load(out, systems, seeds)
-    limit = budget(runs)
+    about = _about(runs, against)
     views = {
-        "steps": _summaries(runs, lambda run: run.last_step),
-        "responses": _summaries(runs, lambda run: last_step(run, limit)),
+        "steps": summaries(runs, lambda run: int(run.index[-1])),
+        "responses": summaries(runs, lambda run: last_step(run, about["responses"])),
     }
+    changes = {name: paired(view, against) for name, view in views.items()}
+    changes["steps"][EQUAL_REWARD] = [
+        entropy_at_equal_reward(runs[system, seed], runs[against, seed])
+        for system, seed in changes["steps"].index
+    ]
     tables = {name: over_seeds(view) for name, view in views.items()}
-    differences = {name: paired(view, against) for name, view in views.items()}
-    for name in differences["steps"]:
-        pairs = [(runs[name][seed], runs[against][seed]) for seed in seeds]
-        values = [x for pair in pairs for x in entropy_at_equal_reward(*pair).values()]
-        if values:
-            differences["steps"][name][EQUAL_REWARD] = t_interval(values)
-    path = out / page
-    path.parent.mkdir(parents=True, exist_ok=True)
-    about = _about(runs, seeds, against, limit)
-    text = markdown(tables, differences, about)
-    _replace(path.with_name(f"{page}.md"), text)
+    differences = {name: over_seeds(change) for name, change in changes.items()}
     content = {
         "about": about,
         "over_seeds": {k: _plain(t) for k, t in tables.items()},
         f"minus {against}": {k: _plain(t) for k, t in differences.items()},
-        "per_seed": views,
-    }
-    _replace(path.with_name(f"{page}.json"), json.dumps(content, indent=1) + "\n")
-    picture = draw_page(path.with_name(f"{page}.png"), runs, against)
-    return [path.with_name(f"{page}.md"), path.with_name(f"{page}.json"), picture]
-
-
-def _summaries(
-    runs: dict[str, dict[int, RunLogs]], step_of: Callable[[RunLogs], int]
-) -> dict[str, dict[int, dict[str, float]]]:
-    return {
-        system: {seed: summary(run, step_of(run)) for seed, run in seeds.items()}
-        for system, seeds in runs.items()
-    }
-
-
-def _about(
-    runs: dict[str, dict[int, RunLogs]], seeds: Sequence[int], against: str, limit: float
-) -> dict[str, Any]:
-    logs = [run for each in runs.values() for run in each.values()]
-    seconds = sum(r.get("time_s", 0.0) for run in logs for r in run.steps + run.evals)
-    return {
-        "seeds": list(seeds),
-        "against": against,
-        "steps": logs[0].last_step,
-        "responses": limit,
-        "sampled": {
-            name: sum(run.responses()[-1] for run in each.values()) / len(each)
-            for name, each in runs.items()
+        "per_seed": {
+            name: {
+                system: {seed: row.dropna().to_dict() for seed, row in view.loc[system].iterrows()}
+                for system in systems
+            }
+            for name, view in views.items()
         },
+    }
+    return [
+        write_text(out / f"{page}.md", markdown(tables, differences, about)),
+        write_json(out / f"{page}.json", content),
+        draw_page(out / f"{page}.png", runs, against),
+    ]
+
+
+def _about(runs: Runs, against: str) -> dict[str, Any]:
+    sampled = pd.Series({key: responses(run).iloc[-1] for key, run in runs.items()})
+    seconds = sum(run.filter(regex=f"^({EVAL})?time_s$").sum().sum() for run in runs.values())
+    return {
+        "seeds": list(dict.fromkeys(seed for _, seed in runs)),
+        "against": against,
+        "steps": int(next(iter(runs.values())).index[-1]),
+        "responses": sampled.min(),
+        "sampled": sampled.groupby(level=0, sort=False).mean().to_dict(),
         "run_hours": round(seconds / 3600, 2),
         "machine": _machine(),
     }
@@ -194,10 +184,3 @@ def _plain(table: Table) -> dict[str, dict[str, dict[str, float]]]:
         system: {name: dataclasses.asdict(x) for name, x in row.items()}
         for system, row in table.items()
     }
-
-
-def _replace(path: Path, text: str) -> None:
-    """All at once, so that a reader never sees half a file."""
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)

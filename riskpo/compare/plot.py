@@ -11,20 +11,17 @@ from pathlib import Path
 
 import matplotlib
 
-from riskpo.compare.numbers import RunLogs
+from riskpo.compare.numbers import Runs
 from riskpo.compare.panels import (
     Draw,
     Page,
-    advantages,
     by_responses,
     by_step,
     covariances,
-    difference_by_step,
     entropy_by_reward,
     gradient_norm,
     pass_at_k,
     pass_rise,
-    several_by_step,
     strata,
 )
 from riskpo.report.plots import INK, PAPER, dress
@@ -34,36 +31,45 @@ import matplotlib.pyplot as plt  # noqa: E402  the backend has to be chosen firs
 
 COLUMNS = 3
 WIDTH = 46  # letters of a title above one column
-ADVANTAGES = {"advantage_max": "highest", "advantage_mean": "mean", "advantage_min": "lowest"}
-QUANTILES = {"q_beta": "q_beta", "q_alpha": "q_alpha"}
 MEANS = "no interval"
 
 
 def panels(against: str) -> tuple[tuple[str, Draw], ...]:
     """(title, what draws it), by rows."""
+    levels = {
+        "reward_mean": "mean reward",
+        "rvar_lower": "lower tail (RVaR 0-.2)",
+        "sampled_entropy": "token entropy (nats)",
+    }
+    extremes = ("advantage_max", "advantage_mean", "advantage_min")
     return (
-        (f"mean reward, {MEANS}", by_step("reward_mean", band=False)),
-        (f"lower tail (RVaR 0-.2), {MEANS}", by_step("rvar_lower", band=False)),
-        (f"token entropy (nats), {MEANS}", by_step("sampled_entropy", band=False)),
-        (f"mean reward minus {against}, paired 95 %", difference_by_step("reward_mean")),
-        (f"lower tail minus {against}, paired 95 %", difference_by_step("rvar_lower")),
-        (f"token entropy minus {against}, paired 95 %", difference_by_step("sampled_entropy")),
-        (f"MVaR of bundle scores, {MEANS}", by_step("mvar", band=False)),
+        *((f"{title}, {MEANS}", by_step(name)) for name, title in levels.items()),
+        *(
+            (
+                f"{title.partition(' (')[0]} minus {against}, paired 95 %",
+                by_step(name, band=True, minus=True, zero=True),
+            )
+            for name, title in levels.items()
+        ),
+        (f"MVaR of bundle scores, {MEANS}", by_step("mvar")),
         (f"mean reward by responses, {MEANS}", by_responses),
         (f"entropy by mean reward, {MEANS}", entropy_by_reward),
         (f"pass@k at the end (dotted: start), {MEANS}", pass_at_k),
         ("rise of pass@k since the start", pass_rise),
         ("held-out reward by stratum", strata),
         ("Cov(l, A_mean) - Cov(l, A_MVaR)", covariances),
-        (f"advantages, {MEANS}", advantages(ADVANTAGES)),
-        (f"quantiles in use, {MEANS}", several_by_step(QUANTILES)),
-        ("clipped share", by_step("clip_fraction", share=True)),
-        ("share with advantage 0", by_step("zero_advantage_fraction", share=True)),
+        (
+            f"advantages, {MEANS}",
+            by_step(*extremes, labels=("highest", "mean", "lowest"), zero=True),
+        ),
+        (f"quantiles in use, {MEANS}", by_step("q_beta", "q_alpha", labels=("q_beta", "q_alpha"))),
+        ("clipped share", by_step("clip_fraction", band=True, share=True)),
+        ("share with advantage 0", by_step("zero_advantage_fraction", band=True, share=True)),
         (f"gradient norm (dotted: bound), {MEANS}", gradient_norm),
     )
 
 
-def draw_page(path: Path, runs: dict[str, dict[int, RunLogs]], against: str) -> Path:
+def draw_page(path: Path, runs: Runs, against: str) -> Path:
     """Write the PNG; returns its path."""
     page, shown = Page(runs, against), panels(against)
     figure, axes = plt.subplots(

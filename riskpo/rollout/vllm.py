@@ -1,7 +1,7 @@
 """A vLLM engine in the trainer's own process and on its device, asleep while the weights change.
 
-Names are those of vLLM 0.20 to 0.32. tests/test_vllm_real.py runs vLLM's CPU build; on a GPU it is
-unverified. Order of the calls:
+Names are those of vLLM 0.20 to 0.32. The tests run an engine of the same surface; vLLM itself has
+not been run by a test. Order of the calls:
 
     sample   wake_up(["weights"]), reload_weights, reset_prefix_cache, wake_up(["kv_cache"]),
              generate; a second call before `rest` only generates
@@ -37,8 +37,8 @@ from riskpo.types import Question, Rollouts, Stream
 SEEDS = 2**31  # vLLM adds a response's number to the seed of its question
 COLDEST, HOTTEST = 0.01, 2.0  # temperatures; vLLM raises a lower one to 0.01
 PROBES, PROBE_TOKENS = 4, 64  # responses that are compared, and tokens of each
-# Nats by which log-probs at temperature 1 may differ in the mean. Seen with vLLM 0.32 on a CPU:
-# 1e-4 in float32, 1e-2 in bfloat16; with a head that was left stale: above 1.
+# Nats by which log-probs at temperature 1 may differ in the mean. Reported for vLLM 0.32 on a CPU:
+# 1e-4 in float32, above 1 with a head that was left stale. The one for bfloat16 is an estimate.
 LARGEST_GAP = {torch.float32: 0.02, torch.bfloat16: 0.2}
 
 

@@ -1,4 +1,4 @@
-"""The vLLM adapter on an engine of the same surface; on vLLM itself: tests/test_vllm_real.py.
+"""The vLLM adapter on an engine of the same surface.
 
 The engine below has its own copy of the weights, forgets them when it sleeps at level 2, and fails
 where vLLM would: a call while asleep, a cache from before the weights changed.

@@ -96,7 +96,7 @@ def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(tmp_path):
     killed = command(tmp_path, "killed")
     assert run("-c", DIE, "riskpo.train", "update", "5", *killed) == -signal.SIGKILL
     assert metrics(tmp_path / "killed")[-1]["step"] == 4
-    assert run("-c", DIE, "riskpo.trainer.checkpoint", "_flush", "2", *killed) == -signal.SIGKILL
+    assert run("-c", DIE, "riskpo.trainer.checkpoint", "flush", "2", *killed) == -signal.SIGKILL
     assert latest_checkpoint(tmp_path / "killed").name == "step_000004"
     assert run("-m", "riskpo", *killed) == 0
 

@@ -14,7 +14,7 @@ product, a row without upstream gradient none in the backward. On a CPU the reco
 is saved for the logits that were kept (lm_head/logit_cache.py), all of a small head's. The operator
 that PyTorch sees is in lm_head/operator.py, its loops in lm_head/tiles.py and
 lm_head/sparse_torch.py, the mathematics of a tile in lm_head/softmax.py, of dropping in
-lm_head/block_filter.py, of shards in vocab_parallel.py.
+lm_head/block_filter.py, of shards in lm_head/vocab_parallel.py.
 """
 
 from __future__ import annotations
@@ -72,15 +72,14 @@ def linear_logprob(
             for a near-certain row, or near a softcap) gets no gradient from the row; what a row
             loses is at most 32 tail_eps |upstream| in the 1-norm of its logits' gradient
             (lm_head/block_filter.py). Rows of the head below the threshold for every token get a
-            zero
-            gradient: under Adam rows that are never a target move less (half as far in a short
-            run). 0 is exact.
-            Default: 2^-14 for bf16, 2^-18 for fp16, 0 for fp32 and fp64.
+            zero gradient: under Adam rows that are never a target move less (half as far in a
+            short run). 0 is exact. Default: 2^-14 for bf16, 2^-18 for fp16, 0 for fp32 and fp64.
         vocab_group: a process group whose ranks hold the columns of the head in rank order: weight
             (and bias) are this rank's, perhaps none; target holds ids of the whole vocabulary;
-            hidden, target and every option are the same on all ranks, and the same loss is made
-            of the results on all of them. dH is the whole one, dW and dbias are this rank's.
-            The collectives, and why tail_eps means the same: vocab_parallel.py.
+            hidden, target and every option are the same on all ranks. Every rank must compute the
+            same loss from the results. dH is summed over the group; dW and dbias cover only this
+            rank's shard. The collectives, and why tail_eps means the same:
+            lm_head/vocab_parallel.py.
         memory_mib: workspace in MiB beside results, gradients and, for 16-bit inputs, one float32
             accumulator: of the smaller of [N, D] and [V, D], or of [V, D] where rows of both ways,
             dense and sparse, meet. On a CPU every call holds up to a twentieth of it until its

@@ -2,8 +2,7 @@
 
 The operator that PyTorch sees is in policy_loss/operator.py: one pass makes the loss and its slopes
 with respect to logprob and entropy; backward multiplies them by the upstream scalar. Memory beside
-the
-inputs: 8 bytes per token with an entropy bonus, else 4 (Triton), or a few such buffers (torch).
+the inputs: 8 bytes per token with an entropy bonus, else 4 (Triton), or a few such buffers (torch).
 """
 
 from __future__ import annotations

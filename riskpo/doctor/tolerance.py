@@ -57,8 +57,7 @@ def within(error: float, plain_error: float, size: float = 1.0, floor: float = F
 
 
 def tensor_core(x: torch.Tensor) -> bool:
-    """Whether x was made where 16-bit products are; tests/lm_head/test_rounded_products.py
-    pretends."""
+    """Whether x was made where 16-bit products are (test_rounded_products.py pretends)."""
     return x.is_cuda
 
 

@@ -106,8 +106,7 @@ def evaluate(
     """Sample, score and summarise.
 
     sample    (questions, n) -> Q * n texts, question-major
-    score     (texts, questions) -> (rewards [Q * n], counts), such as
-    riskpo.rewards.scorer.Scorer.score
+    score     (texts, questions) -> (rewards [Q * n], counts), such as Scorer.score
     samples   n, responses per question
     ks        the k of pass@k and maj@k, each at most `samples`
     settings  carried into the result; its seed also seeds the bootstrap
@@ -116,16 +115,7 @@ def evaluate(
     ValueError for no questions, repeated ids, a k out of range, or a wrong number of texts.
     """
     ids = [question.id for question in questions]
-    if not ids or len(set(ids)) < len(ids):
-        raise ValueError(
-            f"evaluate: got {len(ids)} questions with {len(set(ids))} different ids; expected at "
-            "least one question and no id twice. Ask for more samples instead of repeating rows."
-        )
-    if samples < 1 or any(not 1 <= k <= samples for k in ks):
-        raise ValueError(
-            f"evaluate: got samples={samples}, ks={list(ks)}; expected 1 <= k <= samples. Draw "
-            "more samples or ask for smaller k."
-        )
+    _check(ids, samples, ks)
     texts = sample(questions, samples)
     if len(texts) != len(ids) * samples:
         raise ValueError(
@@ -160,6 +150,19 @@ def evaluate(
             for i, q in enumerate(questions)
         },
     )
+
+
+def _check(ids: Sequence[str], samples: int, ks: Sequence[int]) -> None:
+    if not ids or len(set(ids)) < len(ids):
+        raise ValueError(
+            f"evaluate: got {len(ids)} questions with {len(set(ids))} different ids; expected at "
+            "least one question and no id twice. Ask for more samples instead of repeating rows."
+        )
+    if samples < 1 or any(not 1 <= k <= samples for k in ks):
+        raise ValueError(
+            f"evaluate: got samples={samples}, ks={list(ks)}; expected 1 <= k <= samples. Draw "
+            "more samples or ask for smaller k."
+        )
 
 
 def _majorities(

@@ -19,8 +19,8 @@ Kinds of reward:
                      current folder too
 
 "auto" takes "exact" for the embedded arithmetic task, "code" for programming tasks and "math" for
-everything else. Timeouts,
-crashes and unreadable golds give reward 0 and are counted under their own names, never as wrong.
+everything else. Timeouts, crashes and unreadable golds give reward 0 and are counted under their
+own names, never as wrong.
 """
 
 from __future__ import annotations

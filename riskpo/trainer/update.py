@@ -115,12 +115,8 @@ def update(
         total = ranks.mean(total)
         norm, taken = optimizer.step(total)
         if not taken:
-            log.warning(
-                "update skipped: loss %s, gradient norm %s; %d skipped so far",
-                float(total),
-                norm,
-                optimizer.skipped,
-            )
+            told = "update skipped: loss %s, gradient norm %s; %d skipped so far"
+            log.warning(told, float(total), norm, optimizer.skipped)
         tally.step(float(total), norm)
     model.eval()
     tally.gather(ranks)

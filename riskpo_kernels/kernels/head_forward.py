@@ -3,8 +3,8 @@
     z = softcap(scale * (h W^T + b)) / T, in tiles [BM, 128] that never leave the registers
 
 A job is BM rows x SPAN columns. Its 128-column tiles are folded into m, s, u, z_t of the rows
-(lm_head/softmax.py), written once per job; `combine` there puts the parts of a row together. A tile
-is one vocabulary block, whose log-sum-exp is what the choice of active blocks needs.
+(lm_head/softmax.py), written once per job; `combine` in core/rows.py puts the parts of a row
+together. A tile is one vocabulary block, whose log-sum-exp the choice of active blocks needs.
 
     tensor            shape              dtype
     hidden, weight    [R, D], [V, D]     bf16, fp16 (fp32 in the interpreter)

@@ -48,8 +48,8 @@ def logits_gradient(
 @triton.jit
 def online_softmax(z, taken, here, m, s, u, zt, ENTROPY: tl.constexpr, FLOOR: tl.constexpr):
     # tile z [R, C] into m, s, u, z_t [R], the target kept out of the sums (lm_head/softmax.py);
-    # taken marks the target, here the rows that have it in this tile. Also e^(z - anchor) and the
-    # anchor
+    # taken marks the target, here the rows that have it in this tile. Also gives e^(z - anchor)
+    # and the anchor.
     zt = tl.where(here, tl.sum(tl.where(taken, z, 0.0), 1), zt)  # a NaN stays one
     z = tl.where(taken, float("-inf"), z)
     new_m = tl.maximum(m, tl.max(z, 1))

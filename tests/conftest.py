@@ -1,7 +1,6 @@
 """Decides once, before Triton is imported, whether kernels run on a GPU or in the interpreter."""
 
 import os
-import tempfile
 
 import torch
 import torch.utils._device
@@ -10,8 +9,6 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read by Triton at its first import
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for a hub fails at once
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# What an earlier version of an operator compiled would be called with this version's arguments.
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.mkdtemp(prefix="riskpo-inductor-"))
 
 import importlib.util  # noqa: E402
 from pathlib import Path  # noqa: E402

@@ -6,6 +6,7 @@ torch.library.custom_op: that one imports the whole compiler at the first eager 
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -28,7 +29,10 @@ def register(
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """Define `riskpo_kernels::name` and return the function that calls it.
+    """Define `riskpo_kernels::name_HASH` and return the function that calls it.
+
+    HASH is of the schema. A graph that Inductor cached on disk calls its operators by name; after
+    an upgrade it would call one of other arguments with those it was compiled for.
 
     Args:
         schema: "(Tensor x, float s) -> Tensor" as PyTorch writes it; no argument is written to and
@@ -38,15 +42,16 @@ def register(
         setup_context, backward: as in torch.library.register_autograd. A backward through the
             gradients that `backward` returns raises.
     """
-    _library.define(name + schema)
-    _library.impl(name, kernel, "CompositeExplicitAutograd")
-    qualified = f"{NAMESPACE}::{name}"
+    own = f"{name}_{zlib.crc32(schema.encode()):08x}"
+    _library.define(own + schema)
+    _library.impl(own, kernel, "CompositeExplicitAutograd")
+    qualified = f"{NAMESPACE}::{own}"
     torch.library.register_fake(qualified, fake, lib=_library)
 
     if backward is not None:
         once = _once(name, backward)
         torch.library.register_autograd(qualified, once, setup_context=setup_context, lib=_library)
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    return getattr(getattr(torch.ops, NAMESPACE), own).default
 
 
 class _Refused(torch.autograd.Function):

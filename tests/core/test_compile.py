@@ -17,6 +17,7 @@ from riskpo_kernels import (
     rvar,
     sequence_logprob,
 )
+from riskpo_kernels.core.operators import register
 from riskpo_kernels.lm_head.logits_operator import logits_operator
 from riskpo_kernels.lm_head.operator import head_operator
 from riskpo_kernels.policy_loss.operator import surrogate_operator
@@ -194,6 +195,18 @@ def test_wrong_values_are_still_refused():
     h, w, _, target, *_ = inputs()
     with pytest.raises(ValueError, match="outside the vocabulary"):
         compiled(h, w, target + V)
+
+
+def test_an_operator_of_another_schema_has_another_name():
+    """A graph cached for the old one finds no operator, instead of calling this one."""
+
+    def kernel(*x):
+        return x[0].clone()
+
+    schemas = ("(Tensor x) -> Tensor", "(Tensor x, float s) -> Tensor")
+    old, new = (register("probe", schema, kernel, fake=kernel) for schema in schemas)
+    assert old.name() != new.name() and old.name().startswith("riskpo_kernels::probe_")
+    assert torch.equal(new(torch.ones(2), 3.0), torch.ones(2))
 
 
 @pytest.mark.parametrize("eps", [0.0, 1e-3])

@@ -1,10 +1,12 @@
-"""Writing files that a reader finds whole or not at all."""
+"""The names of a run's files, and writing that a reader finds whole or not at all."""
 
 from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
+
+METRICS, TEXTS, SETTINGS = "metrics.jsonl", "rollouts.jsonl", "config.toml"  # in run_dir
 
 
 def write_text(path: str | Path, text: str) -> Path:

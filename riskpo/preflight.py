@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 from riskpo.config import ColumnsConfig, is_embedded
 from riskpo.data.files import is_file, read_file
+from riskpo.files import METRICS
 from riskpo.rewards.verdict import Outcome
 
 if TYPE_CHECKING:
     from riskpo.types import Question
 
-METRICS = "metrics.jsonl"  # in run_dir
 FIRST_ROWS = 100  # of a file that are read here; the rest is read when the run starts
 SAMPLES = ("", "42", "The answer is 42.")  # responses that a reward of yours is tried on
 

@@ -23,6 +23,7 @@ from riskpo.demo import (
     warm_start,
 )
 from riskpo.distributed import Ranks, best_device
+from riskpo.files import METRICS, SETTINGS
 from riskpo.memory_plan.run_plan import RunPlan, plan_run
 from riskpo.model.isolation import settle_attention
 from riskpo.model.lm_head import Head, find_head
@@ -30,7 +31,7 @@ from riskpo.model.lora import attach_lora, thaw_lora
 from riskpo.model.memory_switches import apply_switches
 from riskpo.model.positions import check_positions
 from riskpo.model.vision import check_vision_head, check_vision_setup
-from riskpo.report.logs import METRICS, RunLog, SilentLog
+from riskpo.report.logs import RunLog, SilentLog
 from riskpo.rewards.scorer import MATH_KINDS, Scorer
 from riskpo.rollout.engines import build_sampler, sampling_limits
 from riskpo.rollout.generate import Policy, load_policy_for, prepare, read_prompts, seed_everything
@@ -333,7 +334,7 @@ def open_log(
     else:
         truncate_log(metrics, step)
     log = RunLog(config, first_step=step)
-    path = Path(config.run_dir) / "config.toml"
+    path = Path(config.run_dir) / SETTINGS
     path.write_text(to_toml(config), encoding="utf-8")
     log.note(f"riskpo: {config.algorithm}, seed {config.seed}, settings in {path}")
     if overrides:

@@ -40,7 +40,8 @@ from riskpo.config import (
     with_settings,
 )
 from riskpo.errors import refusals_in_one_line
-from riskpo.report.logs import METRICS, read_records
+from riskpo.files import METRICS
+from riskpo.report.logs import read_records
 from riskpo.report.progress import EVERY_S, FIRST_S, spoken
 from riskpo.trainer.checkpoint import latest_checkpoint, owned, read_about
 

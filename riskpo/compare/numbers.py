@@ -25,6 +25,7 @@ import numpy as np
 import pandas as pd
 
 from riskpo.config import read_toml
+from riskpo.files import SETTINGS
 from riskpo.metrics.intervals import Interval, t_interval
 from riskpo.report.logs import read_records
 from riskpo.report.plots import smooth
@@ -68,7 +69,7 @@ def by_step(
 
 def read_run(folder: Path) -> pd.DataFrame:
     """The log of one run as `by_step` has it; ValueError where there is no log, or no step."""
-    steps, settings = read_records(folder, "step"), folder / "config.toml"
+    steps, settings = read_records(folder, "step"), folder / SETTINGS
     if not steps:
         raise ValueError(f"compare: {folder} has no step yet. Let its run finish.")
     bound = read_toml(settings).max_grad_norm if settings.is_file() else None

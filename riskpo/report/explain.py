@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from riskpo.config import read_toml
+from riskpo.files import SETTINGS
 from riskpo.report.explain_moved import moved
 from riskpo.report.explain_samples import sampler, verdicts
 from riskpo.report.explain_tracker import tracker
@@ -34,7 +35,7 @@ def explain(run_dir: str | Path) -> list[Finding]:
         raise ValueError(
             f"explain: {run_dir} has no finished step. Train it for at least one step first."
         )
-    log = Log(steps, read_records(run_dir, "eval"), read_toml(Path(run_dir) / "config.toml"))
+    log = Log(steps, read_records(run_dir, "eval"), read_toml(Path(run_dir) / SETTINGS))
     return [finding for question in QUESTIONS for finding in question(log)]
 
 

@@ -14,10 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from riskpo.config import TrainConfig
+from riskpo.files import METRICS, TEXTS
 from riskpo.trainer.checkpoint import set_aside, truncate_log
 
-METRICS = "metrics.jsonl"
-TEXTS = "rollouts.jsonl"
 TEXT_CHARACTERS = 4000  # that are kept of a prompt, a response or a gold
 CRASH = "verifier_crash_"  # before the exception's name, in a step's record
 LINE = 120  # columns of a step's line

@@ -44,13 +44,21 @@ def texts(size):
 
 def slow(scan, size=SIZE):
     """The texts on which a scan takes too long, each with its CPU time."""
-    found = {}
-    for unit, text in texts(size):
+    limit = CPU_SECONDS * size / SIZE
+    taken = {unit: seconds(scan, text, limit=limit) for unit, text in texts(size)}
+    return {unit: taken[unit] for unit in taken if taken[unit] > limit}
+
+
+def seconds(run, *arguments, limit=CPU_SECONDS):
+    """CPU time of a call: the least of three, since a collection of garbage is no fault of it."""
+    least = float("inf")
+    for _ in range(3):
         start = time.process_time()
-        scan(text)
-        if time.process_time() - start > CPU_SECONDS * size / SIZE:
-            found[unit] = time.process_time() - start
-    return found
+        run(*arguments)
+        least = min(least, time.process_time() - start)
+        if least <= limit:
+            break
+    return least
 
 
 def in_a_process(target, *arguments, seconds):
@@ -93,21 +101,17 @@ def test_whole_responses_are_read_in_linear_time(scan):
 @pytest.mark.parametrize("answer", ["Answer: 5", "\\boxed{5}", "#### 5", '{"answer": "5"}', "5"])
 @pytest.mark.parametrize("tail", ["\n", " \n", "\u00a0\n"])
 def test_a_long_tail_of_blanks_costs_neither_time_nor_the_answer(answer, tail):
-    start = time.process_time()
-    verdict = verify_math("5", answer + tail * (SIZE // len(tail)))
-    assert verdict.outcome.value == "right"
-    assert time.process_time() - start < CPU_SECONDS
+    text = answer + tail * (SIZE // len(tail))
+    assert verify_math("5", text).outcome.value == "right"
+    assert seconds(verify_math, "5", text) < CPU_SECONDS
 
 
 @pytest.mark.parametrize("unit", [" ", "\n", "7", "\\boxed{", "$", "{", "\u221a", '"answer":'])
 def test_a_whole_verdict_on_300_kilobytes(unit):
-    start = time.process_time()
-    verify_math("5", unit * (SIZE // len(unit)))
-    assert time.process_time() - start < CPU_SECONDS
+    assert seconds(verify_math, "5", unit * (SIZE // len(unit))) < CPU_SECONDS
 
 
 @pytest.mark.parametrize("unit", ["(", "{", "x<1 or ", "$", "1,", "\\frac{", " "])
 def test_the_longest_answer_costs_its_parser_little(unit):
-    start = time.process_time()
-    verify_math("5", f"Answer: {unit * (990 // len(unit))}")
-    assert time.process_time() - start < 2 * CPU_SECONDS  # brackets alone took 6 s
+    taken = seconds(verify_math, "5", f"Answer: {unit * (990 // len(unit))}")
+    assert taken < 2 * CPU_SECONDS  # brackets alone took 6 s

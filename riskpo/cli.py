@@ -23,6 +23,7 @@ from riskpo.config import (
 )
 from riskpo.errors import expected, one_line, refusals_in_one_line
 from riskpo.eval_config import VERIFIER_SECONDS, EvalConfig
+from riskpo.files import check_folder, check_out
 
 USAGE = """riskpo: risk-averse policy optimisation of language models
 
@@ -41,8 +42,8 @@ USAGE = """riskpo: risk-averse policy optimisation of language models
 
 `riskpo COMMAND --help` lists the settings. An error is one line; --debug shows its traceback."""
 
-# A command's module is imported when the command is run: most of them load torch. Each takes the
-# arguments after its name; errors become one line.
+# A command's module is imported when the command is run. Each takes the arguments after its name,
+# and checks them before it imports what takes seconds; errors become one line.
 COMMANDS = {
     "train": "riskpo.cli:train_command",
     "eval": "riskpo.cli:eval_command",
@@ -68,8 +69,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         module, name = COMMANDS[given[0]].split(":")
-        if module != __name__ and "torch" not in sys.modules:
-            print(f"riskpo {given[0]}: loading PyTorch ...", file=sys.stderr, flush=True)
         getattr(importlib.import_module(module), name)(given[1:])
     except KeyboardInterrupt:
         print("riskpo: interrupted; the same command goes on from what is saved.", file=sys.stderr)
@@ -96,10 +95,11 @@ def train_command(given: list[str]) -> None:
         config = tyro.cli(TrainConfig, prog="riskpo train", args=rest, default=base)
     effective, _ = resolve(config)
     validate(effective)
+    preflight.check_algorithm(effective.algorithm)
     if ours.print_config:
         print(to_toml(effective), end="")
         return
-    preflight.check_folder(config.run_dir)
+    check_folder(config.run_dir)
     preflight.check_model(config.model)
     question = preflight.check_data(config.data, config.columns)
     preflight.check_data(config.eval_data, config.columns)
@@ -124,7 +124,7 @@ def eval_command(given: list[str]) -> None:
     with refusals_in_one_line("riskpo eval"):
         config = tyro.cli(EvalConfig, prog="riskpo eval", args=given)
     config.validate()
-    preflight.check_out(config.out)
+    check_out(config.out)
     question = preflight.check_data(config.data, config.columns)
     preflight.check_model(config.model)
     preflight.say(f"riskpo eval: {config.model}; loading PyTorch and transformers ...")

@@ -138,6 +138,7 @@ REAL = {
 DEMO_OVERRIDES = {"riskpo-paper": {"baseline": "leave-one-out"}}
 
 DTYPES = ("float32", "bfloat16")
+IN_FLIGHT = 2  # layer inputs at once on their way to the host, under memory.offload_checkpoints
 ATTENTIONS = ("auto", "flash", "varlen", "sequences", "masked")
 # May differ from the saved run's: what changes no number of a step, and what its roundings.
 FREE_ON_RESUME = (

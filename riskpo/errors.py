@@ -1,4 +1,4 @@
-"""Errors of commands as one line: what came, what was expected, what to do."""
+"""What commands say: an error in one line (what came, what was expected, what to do); a wait."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import errno
 import io
 import re
+import sys
 import traceback
 from collections.abc import Iterator
 
@@ -66,6 +67,12 @@ def refusals_in_one_line(prog: str) -> Iterator[None]:
         if not error.code:
             raise
         raise ValueError(f"{_boiled(printed.getvalue(), prog)} See `{prog} --help`.") from None
+
+
+def loading(command: str) -> None:
+    """Said once the arguments are checked, before imports that take seconds."""
+    if "torch" not in sys.modules:
+        print(f"riskpo {command}: loading PyTorch ...", file=sys.stderr, flush=True)
 
 
 def _boiled(text: str, prog: str) -> str:

@@ -9,6 +9,11 @@ from pathlib import Path
 METRICS, TEXTS, SETTINGS = "metrics.jsonl", "rollouts.jsonl", "config.toml"  # in run_dir
 
 
+def run_dir(out: Path, system: str, seed: int) -> Path:
+    """Of one run of a comparison."""
+    return out / system / f"seed-{seed}"
+
+
 def write_text(path: str | Path, text: str) -> Path:
     """Replace the file in one step, on the disk before it has its name; makes its folder."""
     path = Path(path)
@@ -23,6 +28,25 @@ def write_text(path: str | Path, text: str) -> Path:
 def write_json(path: str | Path, content: object) -> Path:
     """`write_text` of the content as indented JSON."""
     return write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def check_folder(run_dir: str) -> None:
+    """ValueError, or the system's own error, where nothing can be written into `run_dir`."""
+    path = Path(run_dir)
+    path.mkdir(parents=True, exist_ok=True)
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"run_dir: nothing can be written into {run_dir}. Choose another one, or change its "
+            "permissions."
+        )
+
+
+def check_out(out: str | None) -> None:
+    """The same for a file that will be written at the end."""
+    if out is not None:
+        if Path(out).is_dir():
+            raise ValueError(f"out: {out} is a folder; expected a file. Add a name to it.")
+        check_folder(str(Path(out).parent))
 
 
 def flush(path: Path) -> None:

@@ -5,6 +5,7 @@ Nothing here imports torch or transformers, so that a mistake costs a second and
 
 from __future__ import annotations
 
+import difflib
 import os
 from dataclasses import asdict, replace
 from itertools import islice
@@ -20,7 +21,24 @@ if TYPE_CHECKING:
     from riskpo.types import Question
 
 FIRST_ROWS = 100  # of a file that are read here; the rest is read when the run starts
+# Names of the rows of riskpo/algorithms.py, which imports torch.
+ALGORITHMS = (
+    "riskpo-paper", "riskpo-loo", "riskpo-batch", "riskpo-none", "riskpo-official-easy",
+    "riskpo-official-hard", "riskpo-seeking", "riskpo-seeking-loo", "bundle-mean",
+    "riskpo-conditional", "riskpo-matched", "grpo", "dr-grpo", "rloo", "maxrl", "rs-grpo", "gspo",
+    "dapo",
+)  # fmt: skip
 SAMPLES = ("", "42", "The answer is 42.")  # responses that a reward of yours is tried on
+
+
+def check_algorithm(name: str) -> None:
+    """ValueError, with the nearest one, for a name that no algorithm has."""
+    if name not in ALGORITHMS:
+        near = difflib.get_close_matches(name, ALGORITHMS, n=1, cutoff=0.4)
+        raise ValueError(
+            f"algorithm: got {name!r}; expected one of {', '.join(ALGORITHMS)}. "
+            + (f"Did you mean {near[0]!r}?" if near else "Check the spelling.")
+        )
 
 
 def check_data(source: str | None, columns: ColumnsConfig) -> Question | None:
@@ -54,25 +72,6 @@ def check_model(name: str | None) -> None:
             f"model: there is no folder {name}. Give a folder that save_pretrained or `riskpo "
             "train` wrote, or the name of a model on the hub."
         )
-
-
-def check_folder(run_dir: str) -> None:
-    """ValueError, or the system's own error, where nothing can be written into `run_dir`."""
-    path = Path(run_dir)
-    path.mkdir(parents=True, exist_ok=True)
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise ValueError(
-            f"run_dir: nothing can be written into {run_dir}. Choose another one, or change its "
-            "permissions."
-        )
-
-
-def check_out(out: str | None) -> None:
-    """The same for a file that will be written at the end."""
-    if out is not None:
-        if Path(out).is_dir():
-            raise ValueError(f"out: {out} is a folder; expected a file. Add a name to it.")
-        check_folder(str(Path(out).parent))
 
 
 def check_log(run_dir: str) -> None:

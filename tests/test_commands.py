@@ -15,7 +15,8 @@ from riskpo.cli import main
 from riskpo.config import ColumnsConfig
 from riskpo.errors import one_line
 from riskpo.eval_config import EvalConfig
-from riskpo.preflight import check_data, check_folder, check_model, try_reward
+from riskpo.files import check_folder
+from riskpo.preflight import check_data, check_model, try_reward
 from riskpo.types import Question
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,11 +90,34 @@ MISTAKES = [
     ("eval --out good.jsonl/x.json", "good.jsonl"),
     ("eval --model ./absent", "there is no folder ./absent"),
     ("eval --data absent.parquet", "there is no file absent.parquet"),
+    ("train --algorithm grop", "Did you mean 'grpo'"),
     ("plot", "run_dir"),
     ("plot a b", "unrecognized arguments: b"),
     ("plot absent", "there is no absent/metrics.jsonl"),
     ("explain absent", "there is no absent/metrics.jsonl"),
     ("explain", "run_dir"),
+    ("plan", "--model"),
+    ("plan --model Qwen2.5-7B --context 0", "--context 0"),
+    ("plan --model Qwen2.5-7B --dtype int8", "--dtype int8"),
+    ("plan --model Qwen2.5-7B --gpu huge", "--gpu 'huge'"),
+    ("plan --model ./absent", "no config for model './absent'"),
+    ("plan --model empty", "no config.json"),
+    ("plan --model no/such-model", "Qwen2.5-1.5B, Qwen2.5-7B, Llama-3.1-8B"),
+    ("doctor --against absent", "invalid choice: 'absent'"),
+    ("doctor --report .", "is a folder"),
+    ("doctor --report good.jsonl/x.md", "good.jsonl"),
+    ("doctor stray", "unrecognized arguments: stray"),
+    ("compare", "--algorithms"),
+    ("compare --algorithms grpoo", "Did you mean 'grpo'"),
+    ("compare --algorithms grpo+steps", "expected setting=value"),
+    ("compare --algorithms grpo+step=3", "unknown key 'step'"),
+    ("compare --algorithms grpo+steps=-1", "steps=-1"),
+    ("compare --algorithms grpo --seeds 1,1", "seeds='1,1'"),
+    ("compare --algorithms grpo --against dapo", "against='dapo'"),
+    ("compare --algorithms grpo --jobs 0", "jobs=0"),
+    ("compare --algorithms grpo --out good.jsonl", "good.jsonl"),
+    ("compare absent.toml --algorithms grpo", "config: got config='absent.toml'"),
+    ("compare lost.toml --algorithms grpo", "there is no folder ./absent"),
     ("trian", "no command 'trian'"),
 ]
 
@@ -103,6 +127,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("here")
     texts = {
         "good.jsonl": GOOD, "good.tsv": GOOD, "broken.jsonl": GOOD + '{"qu', "broken.toml": "a b",
+        "lost.toml": 'model = "./absent"\ndata = "good.jsonl"',
         "unknown.toml": "lerning_rate = 1.0", "typed.toml": 'steps = "many"', "typo.py": "def f(:",
         "mine.py": (
             "N = 3\ndef length(text, question): return float(len(text))\n"

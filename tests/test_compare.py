@@ -26,12 +26,12 @@ from riskpo.compare.numbers import (
     load,
     over_seeds,
     paired,
-    run_dir,
     summaries,
     summary,
 )
 from riskpo.compare.page import write_page
 from riskpo.config import TrainConfig
+from riskpo.files import run_dir
 
 SMALL = TrainConfig(
     data="embedded:mixed", steps=2, questions_per_step=5, responses_per_question=2,

@@ -23,6 +23,7 @@ from riskpo.algorithms import (
 )
 from riskpo.config import TrainConfig
 from riskpo.metrics.step import all_equal, by_stratum, risk_curves, sampled_entropy
+from riskpo.preflight import ALGORITHMS
 from riskpo.rollout.collect import MAX_ATTEMPTS, Batch, collect, draw, shaped_rewards
 from riskpo.types import Question, Rollouts
 from riskpo_kernels import RiskPOAdvantage
@@ -152,6 +153,10 @@ def test_config_overrides_the_row():
     assert loss_options(strategy, config).clip_high == 0.1
     assert loss_options(strategy, config).clip_low == 3e-4
     assert loss_options(find_strategy("dr-grpo"), config).constant == 16.0
+
+
+def test_the_names_that_commands_know_before_torch():
+    assert tuple(STRATEGIES) == ALGORITHMS
 
 
 def test_refusals():

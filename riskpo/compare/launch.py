@@ -28,8 +28,6 @@ from typing import Any
 
 import tomli_w
 
-from riskpo.algorithms import find_strategy
-from riskpo.compare.numbers import run_dir
 from riskpo.config import (
     TrainConfig,
     is_embedded,
@@ -39,11 +37,10 @@ from riskpo.config import (
     validate,
     with_settings,
 )
-from riskpo.errors import refusals_in_one_line
-from riskpo.files import METRICS
-from riskpo.report.logs import read_records
+from riskpo.errors import loading, refusals_in_one_line
+from riskpo.files import METRICS, check_folder, run_dir
+from riskpo.preflight import check_algorithm, check_data, check_model
 from riskpo.report.progress import EVERY_S, FIRST_S, spoken
-from riskpo.trainer.checkpoint import latest_checkpoint, owned, read_about
 
 START = "start"  # folder of the warm starts, beside the systems'
 START_DEPENDS_ON = ("seed", "data", "eval_questions", "temperature", "max_response_tokens", "dtype")
@@ -81,10 +78,16 @@ def compare_command(given: list[str]) -> None:
             f"compare: got against={against!r}; expected one of "
             f"{', '.join(s.name for s in systems)}. Add it to --algorithms."
         )
+    if a.jobs < 1:
+        raise ValueError(f"compare: got jobs={a.jobs}; expected at least 1. Raise it.")
     out = Path(a.out)
-    if not a.page_only:
+    configs = {} if a.page_only else settings_of_all(base, systems, seeds, out)
+    loading("compare")
+    if configs:
+        from riskpo.trainer.checkpoint import owned
+
         with owned(out):
-            run_all(base, systems, seeds, out, jobs=a.jobs)
+            run_all(base, configs, seeds, out, jobs=a.jobs)
     from riskpo.compare.page import write_page
 
     for path in write_page(out, a.page, [s.name for s in systems], seeds, against):
@@ -105,7 +108,7 @@ def parse_system(spec: str, named: dict[str, dict[str, Any]]) -> System:
     name, *changes = spec.strip().split("+")
     settings = dict(named.get(name, {}))
     algorithm = settings.pop("algorithm", name)
-    find_strategy(algorithm)
+    check_algorithm(algorithm)
     for change in changes:
         setting, equals, value = change.partition("=")
         if not equals:
@@ -141,10 +144,10 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
-def run_all(
-    base: TrainConfig, systems: list[System], seeds: list[int], out: Path, *, jobs: int
-) -> None:
-    """Train every system on every seed, `jobs` at a time; ValueError, at the end, if any failed."""
+def settings_of_all(
+    base: TrainConfig, systems: list[System], seeds: list[int], out: Path
+) -> dict[tuple[str, int], TrainConfig]:
+    """The settings of every system on every seed; ValueError where one of them cannot run."""
     if base.model is None and not is_embedded(base.data):
         validate(base)  # says what is missing
     configs = {
@@ -154,6 +157,25 @@ def run_all(
     }
     for config in configs.values():
         validate(resolve(config)[0])
+    check_model(base.model)
+    for data in (base.data, base.eval_data):
+        check_data(data, base.columns)
+    check_folder(str(out))
+    return configs
+
+
+def run_all(
+    base: TrainConfig,
+    configs: dict[tuple[str, int], TrainConfig],
+    seeds: list[int],
+    out: Path,
+    *,
+    jobs: int,
+) -> None:
+    """Train every system on every seed, `jobs` at a time; ValueError, at the end, if any failed."""
+    from riskpo.algorithms import find_strategy
+
+    for config in configs.values():
         find_strategy(config.algorithm).advantage(config)
     threads = max(1, (os.cpu_count() or 1) // jobs)
     spawn = multiprocessing.get_context("spawn")
@@ -278,6 +300,9 @@ def train_run(config: TrainConfig) -> str:
 
 def finished(config: TrainConfig) -> bool:
     """Whether the run has its steps, or more; ValueError when it was made with other settings."""
+    from riskpo.report.logs import read_records
+    from riskpo.trainer.checkpoint import latest_checkpoint, read_about
+
     checkpoint = latest_checkpoint(config.run_dir)
     if checkpoint is None or read_about(checkpoint, resolve(config)[0]) < config.steps:
         return False

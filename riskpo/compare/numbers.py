@@ -25,7 +25,7 @@ import numpy as np
 import pandas as pd
 
 from riskpo.config import read_toml
-from riskpo.files import SETTINGS
+from riskpo.files import SETTINGS, run_dir
 from riskpo.metrics.intervals import Interval, t_interval
 from riskpo.report.logs import read_records
 from riskpo.report.plots import smooth
@@ -37,10 +37,6 @@ GAIN = "gain "  # in front of a held-out number's rise since step 0
 BOUND = "max_grad_norm"  # a column of its own, the same at every step
 OVER_ALL_STEPS = ("cov_", "corr_", NORM_CLIPPED)
 BOOKKEEPING = ("_s", "_low", "_high", BOUND)  # ends of names that are no results
-
-
-def run_dir(out: Path, system: str, seed: int) -> Path:
-    return out / system / f"seed-{seed}"
 
 
 def by_step(

@@ -5,6 +5,15 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+# of the libraries that ours is compared with, by the name that --against takes
+PACKAGES = {
+    "liger": "liger-kernel",
+    "plain": "torch",
+    "torch": "torch",
+    "trl": "trl",
+    "verl": "verl",
+}
+
 
 class Missing(ValueError):
     """A library, or the part of it that is needed, is not to be had here."""

@@ -18,9 +18,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from riskpo.config import MemoryConfig
+from riskpo.config import IN_FLIGHT, MemoryConfig
 from riskpo.memory_plan.model_shape import ModelShape
-from riskpo.model.activation_offload import IN_FLIGHT
 
 MIB, GIB = 2**20, 2**30
 PARKED_ON_DEVICE = IN_FLIGHT + 2  # layer inputs on their way out, back, and the layer's own

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from riskpo.config import MemoryConfig
-from riskpo.errors import refusals_in_one_line
+from riskpo.errors import loading, refusals_in_one_line
 from riskpo.memory_plan.budget import (
     ENOUGH,
     GIB,
@@ -25,7 +25,7 @@ from riskpo.memory_plan.budget import (
     gib,
     longest,
 )
-from riskpo.memory_plan.model_shape import ModelShape, find_shape
+from riskpo.memory_plan.model_shape import ModelShape, check_name, find_shape
 
 # name -> GB of memory; TFLOP/s that flash attention may reach in bf16, forward and backward: a
 # rough half of the card's peak, only good for an order of magnitude
@@ -125,12 +125,14 @@ def plan_command(given: list[str]) -> None:
         raise ValueError(
             f"plan: got --dtype {config.dtype}; expected bfloat16 or float32. Check the spelling."
         )
-    show(config, find_shape(config.model), Console(width=WIDTH, highlight=False))
-
-
-def show(config: PlanConfig, shape: ModelShape, console: Console) -> None:
-    """The two tables and the notes."""
     cards = [find_card(text) for text in config.gpu]
+    check_name(config.model)
+    loading("plan")
+    show(config, cards, find_shape(config.model), Console(width=WIDTH, highlight=False))
+
+
+def show(config: PlanConfig, cards: list[Card], shape: ModelShape, console: Console) -> None:
+    """The two tables and the notes."""
     work = Workload(
         config.context,
         2 if config.dtype == "bfloat16" else 4,

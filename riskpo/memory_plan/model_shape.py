@@ -7,11 +7,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
-
-from riskpo.model.attention import head_width
-
 # Published config.json values, for a machine without network or cache.
 KNOWN: dict[str, dict[str, Any]] = {
     "Qwen2.5-1.5B": {
@@ -87,29 +82,63 @@ def find_shape(name: str) -> ModelShape:
     A name may carry its organisation and its suffix (Qwen/Qwen2.5-7B-Instruct). ValueError lists
     what is known.
     """
-    if not Path(name).is_dir():
-        stem = name.rsplit("/", 1)[-1].removesuffix("-Instruct").lower()
-        for known in KNOWN:
-            if known.lower() in (stem, stem.removeprefix("meta-")):
-                return _known(known)
+    known = check_name(name)
+    if known is not None:
+        return _known(known)
+    from transformers import AutoConfig
+
     try:
         return shape_of(AutoConfig.from_pretrained(name, local_files_only=True), name)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"plan: no config for model {name!r} ({reason[:120]}). Give a folder with a "
-            f"config.json, a name in the hub cache, or one of {', '.join(KNOWN)}."
-        ) from None
+        raise _unknown(name, str(error).strip().partition("\n")[0]) from None
+
+
+def check_name(name: str) -> str | None:
+    """Its key in KNOWN; None where a folder or the hub cache has a config. ValueError otherwise.
+
+    Imports nothing that takes seconds.
+    """
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise _unknown(name, "the folder has no config.json")
+        return None
+    stem = name.rsplit("/", 1)[-1].removesuffix("-Instruct").lower()
+    for known in KNOWN:
+        if known.lower() in (stem, stem.removeprefix("meta-")):
+            return known
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:
+        raise _unknown(name, "there is no such folder") from None
+    if not isinstance(found, str):
+        raise _unknown(name, "it is neither a folder nor in the hub cache")
+    return None
+
+
+def _unknown(name: str, reason: str) -> ValueError:
+    return ValueError(
+        f"plan: no config for model {name!r} ({reason[:120]}). Give a folder with a config.json, a "
+        f"name in the hub cache, or one of {', '.join(KNOWN)}."
+    )
 
 
 @lru_cache
 def _known(name: str) -> ModelShape:
+    from transformers import AutoConfig
+
     values = dict(KNOWN[name])
     return shape_of(AutoConfig.for_model(values.pop("model_type"), **values), name)
 
 
 def shape_of(config: Any, name: str) -> ModelShape:
     """Counts the parameters of a model on the meta device: exact, and no byte of weight."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     return with_parameters(config, name, sum(p.numel() for p in model.parameters()))
@@ -119,6 +148,8 @@ def with_parameters(
     config: Any, name: str, parameters: int, trained: int | None = None
 ) -> ModelShape:
     """The shape of a config whose parameters are counted already; ValueError if it is not dense."""
+    from riskpo.model.attention import head_width
+
     text = config.get_text_config()
     missing = [x for x in ("intermediate_size", "num_attention_heads") if not hasattr(text, x)]
     if missing:

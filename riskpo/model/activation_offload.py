@@ -19,7 +19,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-IN_FLIGHT = 2
+from riskpo.config import IN_FLIGHT
 
 
 class Transfers(Protocol):

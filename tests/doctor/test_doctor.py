@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from riskpo.cli import main
-from riskpo.doctor import command, machine
+from riskpo.doctor import machine, report
 from riskpo.doctor.against import Row, against
 from riskpo.doctor.libraries import Op, exists, ops, plain_op, riskpo_op
 from riskpo.doctor.loss_traps import LOSS_TRAPS, pose_loss
@@ -143,7 +143,7 @@ def test_a_check_that_is_late_is_a_line_and_neither_failure_nor_traceback(monkey
     assert [c.ok for c in late] == [None] * 3 and given == [300, 300, 600]
     assert "within 300 s" in late[0].text and "within 600 s" in late[-1].text
     monkeypatch.setattr(machine.subprocess, "run", run)
-    monkeypatch.setattr(command, "machine_checks", lambda: late)
+    monkeypatch.setattr(report, "machine_checks", lambda: late)
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert out.count("skipped") == 3 and "FAILED" not in out and "-> Run doctor again" in out
@@ -151,7 +151,7 @@ def test_a_check_that_is_late_is_a_line_and_neither_failure_nor_traceback(monkey
 
 def test_a_failed_check_is_exit_status_two(monkeypatch, capsys):
     monkeypatch.setattr(
-        command, "machine_checks", lambda: [machine.Check(False, "torch fp32: off", "do this")]
+        report, "machine_checks", lambda: [machine.Check(False, "torch fp32: off", "do this")]
     )
     assert main(["doctor"]) == 2
     out = capsys.readouterr()
@@ -160,9 +160,9 @@ def test_a_failed_check_is_exit_status_two(monkeypatch, capsys):
 
 def test_the_report_holds_every_part(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
-        command, "machine_checks", lambda: [machine.numerics("torch", "fp32", "cpu")]
+        report, "machine_checks", lambda: [machine.numerics("torch", "fp32", "cpu")]
     )
-    monkeypatch.setattr(command, "REPORTED", ("torch",))
+    monkeypatch.setattr(report, "REPORTED", ("torch",))
     path = tmp_path / "conformance.md"
     assert main(["doctor", "--report", str(path)]) == 0
     text = path.read_text(encoding="utf-8")

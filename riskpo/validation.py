@@ -60,6 +60,7 @@ def some_texts(batch: Batch, count: int) -> list[dict[str, Any]]:
             "prompt": texts_of(batch.seen[i // each].prompt)[-1],
             "gold": batch.seen[i // each].gold,
             "response": batch.seen_text[i],
+            "verdict": batch.seen_verdict[i],
             "reward": float(batch.seen_QG.flatten()[i]),
             "truncated": bool(batch.seen_cut[i]),
         }

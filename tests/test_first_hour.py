@@ -42,7 +42,8 @@ def test_a_run_shows_its_first_prompt_and_keeps_texts(tmp_path, monkeypatch, cap
     steps, rows = read_records(folder, "step"), rows_of(folder)
     assert [row["step"] for row in rows] == [1] * 7 + [2] * 7
     assert len({row["question_id"] for row in rows[:5]}) == 5
-    fields = {"step", "question_id", "prompt", "gold", "response", "reward", "truncated"}
+    fields = {"step", "question_id", "prompt", "gold", "response", "verdict", "reward"}
+    fields |= {"truncated"}
     assert all(row.keys() == fields for row in rows)
     for record in steps:
         assert record["skipped_responses"] == 20 * record["zero_advantage_fraction"]

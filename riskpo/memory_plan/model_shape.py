@@ -7,6 +7,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from riskpo.model.gguf import as_folder, is_gguf
+
 # Published config.json values, for a machine without network or cache.
 KNOWN: dict[str, dict[str, Any]] = {
     "Qwen2.5-1.5B": {
@@ -82,6 +84,7 @@ def find_shape(name: str) -> ModelShape:
     A name may carry its organisation and its suffix (Qwen/Qwen2.5-7B-Instruct). ValueError lists
     what is known.
     """
+    name = as_folder(name)
     known = check_name(name)
     if known is not None:
         return _known(known)
@@ -99,6 +102,8 @@ def check_name(name: str) -> str | None:
     Imports nothing that takes seconds.
     """
     path = Path(name)
+    if is_gguf(name) and path.is_file():
+        return None
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise _unknown(name, "the folder has no config.json")

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from riskpo.config import TrainConfig
-from riskpo.files import METRICS, TEXTS
+from riskpo.files import METRICS, NOTES, TEXTS
 from riskpo.trainer.checkpoint import set_aside, truncate_log
 
 TEXT_CHARACTERS = 4000  # that are kept of a prompt, a response or a gold
@@ -41,6 +41,7 @@ class RunLog:
         else:
             set_aside(texts)
         self._texts = texts.open("a", encoding="utf-8")
+        self._notes = self.path.with_name(NOTES).open("a" if first_step else "w", encoding="utf-8")
         self._warned = False
         self._steps = config.steps
         self._console = Console(soft_wrap=True)
@@ -80,7 +81,9 @@ class RunLog:
         self.note(f"held out after step {step}: {text}")
 
     def note(self, text: str) -> None:
-        """A line for people only."""
+        """A line for people only; kept in run_dir/notes.txt."""
+        self._notes.write(text + "\n")
+        self._notes.flush()
         self._console.print(text, markup=False, highlight=False)
 
     def close(self) -> None:
@@ -90,6 +93,7 @@ class RunLog:
             self._accelerator.end_training()
         self._file.close()
         self._texts.close()
+        self._notes.close()
 
     def _write(self, kind: str, step: int, numbers: dict[str, float]) -> None:
         self._file.write(json.dumps({"kind": kind, "step": step, **numbers}) + "\n")

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from riskpo.algorithms import Strategy, keep_all, overlong_penalty
+from riskpo.rewards.verdict import each_of
 from riskpo.rollout.generate import seed_everything
 from riskpo.types import Question, Rollouts, Stream
 
@@ -29,7 +30,8 @@ class Batch:
 
     seen_QG holds the rewards of everything that was sampled, kept or not: its mean is the policy's;
     seen says which questions these were, seen_logprob holds the sampler's log-probs [tokens],
-    seen_text and seen_cut, question-major too, what was said and whether it hit the length limit.
+    seen_text, seen_cut and seen_verdict, question-major too, what was said, whether it hit the
+    length limit, and the outcome of its reward.
     """
 
     questions: list[Question] = field(default_factory=list)
@@ -41,6 +43,7 @@ class Batch:
     seen_logprob: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     seen_text: list[str] = field(default_factory=list)
     seen_cut: list[bool] = field(default_factory=list)
+    seen_verdict: list[str] = field(default_factory=list)
 
 
 def draw(
@@ -100,6 +103,7 @@ def collect(
         batch.seen += fresh
         batch.seen_text += rollouts.text
         batch.seen_cut += rollouts.truncated
+        batch.seen_verdict += each_of(outcomes, scores.tolist())
         batch.seen_logprob = torch.cat([batch.seen_logprob, *rollouts.logprob])
         if len(batch.questions) == count:
             break

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from riskpo.config import TrainConfig
+from riskpo.model.gguf import as_folder
 from riskpo.rollout.generate import Policy
 from riskpo.rollout.sampler import GenerateSampler, Sampler, SamplingLimits
 
@@ -33,7 +34,7 @@ def build_sampler(
         assert config.model is not None  # validate has seen to it
         check_temperature(limits.temperature)
         engine = start_engine(
-            config.model,
+            as_folder(config.model),
             dtype=config.dtype,
             tokens=limits.max_prompt_tokens + limits.max_response_tokens,
             sequences=settings.sequences,

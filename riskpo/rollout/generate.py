@@ -24,6 +24,7 @@ from transformers.utils import is_flash_attn_2_available
 from riskpo.data.hub import HUB_SECONDS, hub_error
 from riskpo.data.images import require_processor
 from riskpo.distributed import best_device
+from riskpo.model.gguf import as_folder
 from riskpo.model.positions import check_positions
 from riskpo.model.vision import (
     Inputs,
@@ -69,13 +70,14 @@ def load_policy_for(
 def load_policy(
     name: str, *, dtype: str = "float32", device: str | None = None, processor: Any = None
 ) -> Policy:
-    """A causal LM and its tokenizer from a folder or, by name, from the hub or its cache.
+    """A causal LM and its tokenizer from a folder, a GGUF file or, by name, the hub or its cache.
 
     With a processor, the vision-language model that it belongs to. device is where the weights are
     put; attention is chosen for best_device(). A folder is known by its absolute path from here on.
     ValueError, in one line, when there is no such model; ConnectionError, within seconds, when the
     hub is needed and does not answer.
     """
+    name = as_folder(name)
     local = _is_local(name)
     name = str(Path(name).resolve()) if Path(name).is_dir() else name
     flash = best_device() == "cuda" and dtype == "bfloat16" and is_flash_attn_2_available()

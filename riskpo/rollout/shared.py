@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from riskpo.distributed import Ranks
+from riskpo.rewards.verdict import Tally, each_of
 from riskpo.rollout.sampler import Sampler
 from riskpo.types import Question, Rollouts, Score, Stream
 
@@ -49,11 +50,15 @@ def shared_score(score: Score, ranks: Ranks) -> Score:
         part = None
         if mine:
             part = score([texts[i] for i in mine], questions[ranks.rank :: ranks.size])
-        rewards, counts = torch.zeros(len(texts)), Counter[str]()
+        rewards, counts, each = torch.zeros(len(texts)), Counter[str](), [""] * len(texts)
         for rank, found in enumerate(ranks.gather(part)):
             if found is not None:
-                rewards[table[rank :: ranks.size].flatten()] = found[0].float().cpu()
+                places = table[rank :: ranks.size].flatten()
+                rewards[places] = found[0].float().cpu()
                 counts.update(found[1])
-        return rewards, dict(counts)
+                outcomes = each_of(found[1], rewards[places].tolist())
+                for place, outcome in zip(places.tolist(), outcomes, strict=True):
+                    each[place] = outcome
+        return rewards, Tally(counts, each)
 
     return scored

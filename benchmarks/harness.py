@@ -35,7 +35,7 @@ import torch
 
 from benchmarks import memory
 from benchmarks.provider import Provider
-from riskpo_kernels.core.work import counting
+from riskpo_kernels.core.matmul import counting
 
 FIELDS = (
     "op",

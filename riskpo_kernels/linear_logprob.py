@@ -11,7 +11,7 @@
 Cost in units of N D V (one product = 2): forward 2; backward 6 (recompute, dH, dW) times the share
 of (row, vocabulary block) pairs that hold probability, of live rows only: an ignored row enters no
 product, a row without upstream gradient none in the backward. On a CPU the recompute (2 of the 6)
-is saved for the logits that were kept (lm_head/logit_cache.py), all of a small head's. The operator
+is saved for the logits that were kept (core/rows.py), all of a small head's. The operator
 that PyTorch sees is in lm_head/operator.py, its loops in lm_head/tiles.py and
 lm_head/sparse_torch.py, the mathematics of a tile in lm_head/softmax.py, of dropping in
 lm_head/block_filter.py, of shards in lm_head/vocab_parallel.py.
@@ -83,7 +83,7 @@ def linear_logprob(
         memory_mib: workspace in MiB beside results, gradients and, for 16-bit inputs, one float32
             accumulator: of the smaller of [N, D] and [V, D], or of [V, D] where rows of both ways,
             dense and sparse, meet. On a CPU every call holds up to a twentieth of it until its
-            backward, for logits (lm_head/logit_cache.py): lower it where many calls await one
+            backward, for logits (core/rows.py): lower it where many calls await one
             backward.
         deterministic: results repeat bitwise run to run, and a row's results and dH have the same
             bits whatever rows are beside it (float16 on CUDA excepted, whose gradients are scaled

@@ -1,7 +1,12 @@
-"""How big the tiles are, and how they are multiplied.
+"""How big the tiles are, how they are multiplied, and how much is multiplied.
 
 The tiled ops work on one [rows, cols] tile of logits at a time. `plan_tiles` turns the caller's
 memory_mib into that tile; `Products` multiplies with float32 accumulation on every device.
+`counting` counts the multiply-adds of a head, padding included, for the benchmarks:
+
+    with counting() as work:
+        linear_logprob(...).logprob.sum().backward()
+    units = 2 * work.multiply_adds / (N * D * V)    # one dense product of the head is 2 units
 """
 
 from __future__ import annotations
@@ -13,7 +18,6 @@ from dataclasses import dataclass
 import torch
 
 from riskpo_kernels.core.checks import reject
-from riskpo_kernels.core.work import executed
 
 MIN_ROWS, MIN_COLS = 16, 128
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
@@ -70,6 +74,37 @@ def spans(total: int, size: int) -> Iterator[slice]:
     """[0, total) cut into slices of `size`."""
     for start in range(0, total, size):
         yield slice(start, min(start + size, total))
+
+
+@dataclass
+class Work:
+    """Multiply-adds of matrix products since the counter was opened."""
+
+    multiply_adds: int = 0
+
+
+_open: list[Work] = []  # not a context variable: autograd runs the backward in threads of its own
+
+
+@contextlib.contextmanager
+def counting() -> Iterator[Work]:
+    """Counts the products of every head of this process, whichever thread runs them."""
+    work = Work()
+    _open.append(work)
+    try:
+        yield work
+    finally:
+        _open[:] = [x for x in _open if x is not work]  # equal is not same
+
+
+def executed(*sizes: int) -> None:
+    """One product of these sizes was launched."""
+    if _open:
+        total = 1
+        for size in sizes:
+            total *= size
+        for work in _open:
+            work.multiply_adds += total
 
 
 class Products:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any, NoReturn
 
 import torch
@@ -52,6 +53,12 @@ def register(
         once = _once(name, backward)
         torch.library.register_autograd(qualified, once, setup_context=setup_context, lib=_library)
     return getattr(getattr(torch.ops, NAMESPACE), own).default
+
+
+def option_schema(record: type, *without: str) -> str:
+    """The fields of a record of numbers and words, as PyTorch writes an operator's arguments."""
+    named = (f for f in fields(record) if f.name not in without)
+    return ", ".join(f"{str(f.type).replace(' | None', '?')} {f.name}" for f in named)
 
 
 class _Refused(torch.autograd.Function):

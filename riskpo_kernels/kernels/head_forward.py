@@ -29,9 +29,9 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from riskpo_kernels.core.matmul import executed
 from riskpo_kernels.core.rows import BLOCK, LogitMap, RowState, combine
 from riskpo_kernels.core.rows import FLOOR as LOG_FLOOR
-from riskpo_kernels.core.work import executed
 from riskpo_kernels.kernels import Configuration, signature_of
 from riskpo_kernels.kernels.tl_math import logits_of, online_softmax
 

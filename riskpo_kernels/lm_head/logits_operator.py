@@ -11,7 +11,7 @@ import torch
 from riskpo_kernels.core.backends import choose
 from riskpo_kernels.core.inputs import live_rows
 from riskpo_kernels.core.matmul import no_autocast, spans
-from riskpo_kernels.core.operators import register
+from riskpo_kernels.core.operators import option_schema, register
 from riskpo_kernels.core.rows import IGNORED, LogitMap, RowGradient, RowState, RowStats
 from riskpo_kernels.lm_head import softmax as softmax_rows
 from riskpo_kernels.lm_head.softmax import finish
@@ -26,7 +26,7 @@ class Options:
 
     softcap: float | None
     temperature: float
-    entropy: bool
+    return_entropy: bool
     inplace_backward: bool
     backend: str
     ignore_index: int | None
@@ -131,7 +131,7 @@ def _forward(
     ids, ignored = _marked(target, o)
     map = o.map(row_temperature, wide)
     with no_autocast(logits.device):
-        state = RowState.new(target.numel(), o.entropy, logits, wide)
+        state = RowState.new(target.numel(), o.return_entropy, logits, wide)
         for rows, z in _matrices(logits):
             _fold(z, ids[rows], state.of(rows), map.of(rows), o)
         logprob, entropy, peak, log_sum = finish(state)
@@ -155,7 +155,7 @@ def _forward_fake(
     logits: torch.Tensor, target: torch.Tensor, row_temperature: Any, *numbers: Any
 ) -> tuple[torch.Tensor, ...]:
     n, wide = target.shape[0], _wide(logits)
-    sizes = (n, n if Options(*numbers).entropy else 0, n, n, n)
+    sizes = (n, n if Options(*numbers).return_entropy else 0, n, n, n)
     return tuple(logits.new_empty(size, dtype=wide) for size in sizes)
 
 
@@ -176,9 +176,9 @@ def _write_gradient(
     """The gradient of logits into `out`: a contiguous tensor like them, or themselves."""
     o, wide = _resolve(logits, numbers), logprob.dtype
     ids, _ = _marked(target, o)
-    stats = RowStats(logprob, entropy if o.entropy else None, peak, log_sum)
+    stats = RowStats(logprob, entropy if o.return_entropy else None, peak, log_sum)
     map = o.map(row_temperature, wide)
-    g = g if o.entropy else None  # a compiled graph sends zeros instead of nothing
+    g = g if o.return_entropy else None  # a compiled graph sends zeros instead of nothing
     c, g, e = (None if x is None else x.to(wide) for x in (c, g, e))
     up = RowGradient.new(stats, c, g, e, map)
     with no_autocast(logits.device):
@@ -197,11 +197,7 @@ def _backward_fake(c: Any, g: Any, e: Any, logits: torch.Tensor, *_: Any) -> tor
 
 
 TENSORS = "Tensor logits, Tensor target, Tensor? row_temperature"
-# the fields of Options, in their order; backend as the caller says it
-OPTIONS = (
-    "float? softcap, float temperature, bool return_entropy, bool inplace_backward, str backend, "
-    "int? ignore_index"
-)
+OPTIONS = option_schema(Options)  # backend as the caller says it
 _backward_operator = register(
     "logits_logprob_backward",
     f"(Tensor? c, Tensor? g, Tensor? e, {TENSORS}, Tensor logprob, Tensor entropy, Tensor peak, "

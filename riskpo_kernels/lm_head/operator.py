@@ -16,12 +16,11 @@ import torch
 from riskpo_kernels.core.backends import choose
 from riskpo_kernels.core.inputs import live_rows
 from riskpo_kernels.core.matmul import exact_products
-from riskpo_kernels.core.operators import register
+from riskpo_kernels.core.operators import option_schema, register
 from riskpo_kernels.core.process_groups import group_called, sum_over
-from riskpo_kernels.core.rows import LogitMap, RowGradient, RowStats
+from riskpo_kernels.core.rows import KeptLogits, LogitMap, RowGradient, RowStats, kept_columns
 from riskpo_kernels.lm_head.backward import backward_rows, ways_of
 from riskpo_kernels.lm_head.block_filter import ActiveBlocks
-from riskpo_kernels.lm_head.logit_cache import KeptLogits, kept_columns
 from riskpo_kernels.lm_head.row_partition import Ways
 from riskpo_kernels.lm_head.softmax import finish
 from riskpo_kernels.lm_head.tiles import Head, Options, forward_rows
@@ -29,12 +28,7 @@ from riskpo_kernels.lm_head.vocab_parallel import VocabShard
 
 OP = "linear_logprob"
 TENSORS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? row_temperature"
-# the last nine are the fields of head_tiles.Options, in their order; backend as the caller says it
-OPTIONS = (
-    "int? ignore_index, str group, float scale, float? softcap, float temperature, "
-    "bool return_entropy, str backend, float memory_mib, float tail_eps, bool deterministic, "
-    "bool keep"
-)
+OPTIONS = "int? ignore_index, str group, " + option_schema(Options)  # backend as the caller says it
 # logprob, entropy, lse | peak, log_sum | bits, dense, pairs | the first column's global id | logits
 RESULTS = ", ".join(["Tensor"] * 10)
 
@@ -65,7 +59,7 @@ def _shard(
         "hidden width": hidden.shape[1],
         "bytes of a sum": _wide(hidden, weight).itemsize,
         "sum of the targets": target.sum(),
-        "return_entropy": o.entropy,
+        "return_entropy": o.return_entropy,
         "triton": o.backend == "triton",
         "memory_mib * 1024": int(o.memory_mib * 1024),
     }
@@ -139,7 +133,7 @@ def _forward_fake(
     *numbers: Any,
 ) -> tuple[torch.Tensor, ...]:
     o, n = Options(*numbers), target.shape[0]
-    sizes = (n, n if o.entropy else 0, n, n, n)
+    sizes = (n, n if o.return_entropy else 0, n, n, n)
     rows = (hidden.new_empty(size, dtype=_wide(hidden, weight)) for size in sizes)
     selects = o.tail_eps != 0 and weight.shape[0] != 0
     blocks = ActiveBlocks.new(weight.shape[0], n, hidden.device) if selects else _no_blocks(hidden)
@@ -148,6 +142,7 @@ def _forward_fake(
 
 
 def _backward(
+    needs: list[bool],
     c: torch.Tensor | None,
     g: torch.Tensor | None,
     e: torch.Tensor | None,
@@ -165,18 +160,17 @@ def _backward(
     pairs: torch.Tensor,
     offset: torch.Tensor,
     kept: torch.Tensor,
-    needs: list[bool],
     ignore_index: int | None,
     group: str,
     *numbers: Any,
 ) -> tuple[torch.Tensor, ...]:
     o, wide = _resolve(hidden, weight, numbers), logprob.dtype
-    g = g if o.entropy else None  # a compiled graph sends zeros instead of nothing
+    g = g if o.return_entropy else None  # a compiled graph sends zeros instead of nothing
     c, g, e = (None if x is None else x.to(wide) for x in (c, g, e))
     bias = None if bias is None else bias.contiguous()
     map, local = _map(o, row_temperature, wide), target.long() - offset
     head = Head(hidden, weight, bias, None, local, map, KeptLogits(kept))
-    stats = RowStats(logprob, entropy if o.entropy else None, peak, log_sum)
+    stats = RowStats(logprob, entropy if o.return_entropy else None, peak, log_sum)
     up = RowGradient.new(stats, c, g, e, map)
     active = ActiveBlocks(bits, dense, pairs) if dense.numel() else None
     sent = up.live()  # the other rows enter no product
@@ -214,9 +208,16 @@ def _shard_backward(
     return dh, dw, db
 
 
-def _backward_fake(c: Any, g: Any, e: Any, *rest: Any) -> tuple[torch.Tensor, ...]:
-    hidden, weight, bias, *_ = rest
-    needs = rest[14]
+def _backward_fake(
+    needs: list[bool],
+    c: torch.Tensor | None,
+    g: torch.Tensor | None,
+    e: torch.Tensor | None,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *_: Any,
+) -> tuple[torch.Tensor, ...]:
     like = zip((hidden, weight, bias), needs, strict=True)
     return tuple(
         hidden.new_empty(x.shape, dtype=x.dtype) if n else hidden.new_empty(0) for x, n in like
@@ -225,10 +226,9 @@ def _backward_fake(c: Any, g: Any, e: Any, *rest: Any) -> tuple[torch.Tensor, ..
 
 _backward_operator = register(
     "linear_logprob_backward",
-    f"(Tensor? c, Tensor? g, Tensor? e, {TENSORS}, Tensor logprob, Tensor entropy, Tensor peak, "
-    "Tensor log_sum, Tensor bits, Tensor dense, Tensor pairs, Tensor offset, "
-    "Tensor kept, bool[] needs, "
-    f"{OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    f"(bool[] needs, Tensor? c, Tensor? g, Tensor? e, {TENSORS}, Tensor logprob, Tensor entropy, "
+    "Tensor peak, Tensor log_sum, Tensor bits, Tensor dense, Tensor pairs, Tensor offset, "
+    f"Tensor kept, {OPTIONS}) -> (Tensor, Tensor, Tensor)",
     _backward,
     fake=_backward_fake,
 )
@@ -253,7 +253,7 @@ def _gradients(
     nothing = (None,) * len(ctx.needs_input_grad)
     if (c is None and g is None and e is None) or not any(needs):
         return nothing
-    gradients = _backward_operator(c, g, e, *ctx.saved_tensors, needs, *ctx.options)
+    gradients = _backward_operator(needs, c, g, e, *ctx.saved_tensors, *ctx.options)
     wanted = zip(gradients, needs, strict=True)
     return *(x if need else None for x, need in wanted), *nothing[3:]
 

@@ -18,10 +18,9 @@ import torch
 from riskpo_kernels.core.accumulator import Accumulator
 from riskpo_kernels.core.checks import reject
 from riskpo_kernels.core.matmul import Plan, Products, plan_tiles, spans
-from riskpo_kernels.core.rows import BLOCK, LogitMap, RowGradient, RowState
+from riskpo_kernels.core.rows import BLOCK, KeptLogits, LogitMap, RowGradient, RowState
 from riskpo_kernels.lm_head import softmax as softmax_rows
 from riskpo_kernels.lm_head.block_filter import CAP, ActiveBlocks, n_blocks, row_eps, select
-from riskpo_kernels.lm_head.logit_cache import KeptLogits
 from riskpo_kernels.lm_head.softmax import finish
 from riskpo_kernels.lm_head.vocab_parallel import VocabShard
 
@@ -61,7 +60,7 @@ class Options:
     scale: float
     softcap: float | None
     temperature: float
-    entropy: bool
+    return_entropy: bool
     backend: str
     memory_mib: float
     tail_eps: float
@@ -168,7 +167,7 @@ def plan_for(
     wide = products.wide.itemsize
     tiles = 1  # the logits; further tiles are temporaries of the torch formulas
     if o.backend == "torch":
-        tiles += int(o.entropy) + int(back and o.softcap is not None)
+        tiles += int(o.return_entropy) + int(back and o.softcap is not None)
     return plan_tiles(
         "linear_logprob",
         rows if o.deterministic else head.n,
@@ -190,7 +189,7 @@ def forward_rows(
     may be one shard of the vocabulary; the state is always that of all of it."""
     products = products_of(head)
     cap = CAP / shard.ranks if shard else CAP
-    state = RowState.new(head.n, o.entropy, head.hidden, products.wide)
+    state = RowState.new(head.n, o.return_entropy, head.hidden, products.wide)
     active = None
     if o.tail_eps and head.vocab:
         active = ActiveBlocks.new(head.vocab, head.n, head.hidden.device)
@@ -198,7 +197,7 @@ def forward_rows(
     for r in spans(head.n, size):
         h, part = head.take(r, products.dtype, pad), state.of(r)
         if h.shape[0] > part.m.numel():
-            part = RowState.new(h.shape[0], o.entropy, head.hidden, products.wide)
+            part = RowState.new(h.shape[0], o.return_entropy, head.hidden, products.wide)
         n_here = n_blocks(head.vocab) if active is not None else 0
         blocks = h.new_empty(h.shape[0], n_here, dtype=products.wide)
         fold(h, r, part, blocks if n_here else None)
@@ -208,7 +207,7 @@ def forward_rows(
             target = padded(head.target[r], h.shape[0])
             stats = finish(part)
             eps = row_eps(o.tail_eps, stats, head.map_of(r, h.shape[0]))
-            keep = select(blocks, target, stats, eps, o.entropy, cap)
+            keep = select(blocks, target, stats, eps, o.return_entropy, cap)
             active.record(r, keep[: r.stop - r.start], by_row=o.deterministic)
         state.put(r, part)
     return state, active
@@ -289,7 +288,7 @@ def _row_chunk(head: Head, o: Options, products: Products, vocab: int, numbers: 
 
 def _selection_bytes(o: Options, vocab: int, wide: int) -> int:
     """Of a row while its active blocks are chosen."""
-    return 0 if o.tail_eps == 0 else (4 + o.entropy) * wide * n_blocks(vocab)
+    return 0 if o.tail_eps == 0 else (4 + o.return_entropy) * wide * n_blocks(vocab)
 
 
 def dense_backward(

@@ -23,7 +23,7 @@ from benchmarks import (
     table,
 )
 from benchmarks.provider import Provider
-from riskpo_kernels.core.work import counting
+from riskpo_kernels.core.matmul import counting
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")

@@ -67,15 +67,6 @@ def test_riskpo_loss():
     same(f, cases, graphs=2)  # the first length, then any
 
 
-def test_riskpo_loss_through_inductor():
-    def f(h, w, target, cu, advantage):
-        return riskpo_loss(h * 1.5, w, target, None, advantage, cu_seqlens=cu).loss
-
-    h, w, _, target, cu, advantage = inputs()
-    with torch._inductor.config.patch(compile_threads=1):  # its pool of workers is slow to start
-        same(f, [((h, w), (target, cu, advantage))], graphs=1, backend="inductor")
-
-
 def test_riskpo_loss_from_logits():
     def f(z, target, mask, advantage):
         options = dict(mask=mask, ratio="token", aggregate="token-mean", clip_high=0.28)
@@ -127,13 +118,16 @@ def numbers_case():
 
 
 def test_numbers_that_change_between_calls():
-    """A float that a graph knows as a symbol, where else it is used, is right in an option too."""
+    """A float that a graph knows as a symbol, where else it is used, is right in an option too.
+
+    Here alone the graphs go through Inductor, both losses and their gradients in each.
+    """
 
     def f(h, w, target, cu, advantage, old, ref, v):
         return losses(h * v, w, target, cu, advantage, old, ref, *numbers(v))
 
     leaves, rest = numbers_case()
-    with torch._inductor.config.patch(compile_threads=1):
+    with torch._inductor.config.patch(compile_threads=1):  # its pool of workers is slow to start
         cases = [(leaves, (*rest, v)) for v in (1.0, 0.9, 0.8)]
         same(f, cases, graphs=9, backend="inductor")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from riskpo_kernels import reference, riskpo_loss
-from riskpo_kernels.core.work import counting
+from riskpo_kernels.core.matmul import counting
 from riskpo_kernels.lm_head import block_filter as block_selection
 from tests.compare import assert_close_as_plain
 from tests.conftest import has_triton

@@ -6,6 +6,7 @@ torch.library.custom_op: that one imports the whole compiler at the first eager 
 
 from __future__ import annotations
 
+import inspect
 import zlib
 from collections.abc import Callable
 from dataclasses import fields
@@ -36,8 +37,8 @@ def register(
     an upgrade it would call one of other arguments with those it was compiled for.
 
     Args:
-        schema: "(Tensor x, float s) -> Tensor" as PyTorch writes it; no argument is written to and
-            no result shares memory with another tensor.
+        schema: "(Tensor x, float s) -> Tensor" as PyTorch writes it, from schema_of; no argument is
+            written to and no result shares memory with another tensor.
         kernel: what runs; its arguments are the schema's, all positional.
         fake: the same from shapes alone.
         setup_context, backward: as in torch.library.register_autograd. A backward through the
@@ -55,10 +56,24 @@ def register(
     return getattr(getattr(torch.ops, NAMESPACE), own).default
 
 
-def option_schema(record: type, *without: str) -> str:
-    """The fields of a record of numbers and words, as PyTorch writes an operator's arguments."""
-    named = (f for f in fields(record) if f.name not in without)
-    return ", ".join(f"{str(f.type).replace(' | None', '?')} {f.name}" for f in named)
+def schema_of(kernel: Callable[..., Any], options: type, results: int) -> str:
+    """The schema of kernel(*tensors, *numbers), which gives `results` tensors. Each argument is
+    spelled once: tensors where the kernel names them, the others as fields of `options`."""
+    named = list(inspect.signature(kernel).parameters.values())
+    own = [p for p in named if p.kind is p.POSITIONAL_OR_KEYWORD]
+    numbers = [
+        inspect.Parameter(f.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=f.type)
+        for f in fields(options)
+    ]
+
+    def prototype() -> None:
+        """Stands for the kernel; its annotations are read where torch is imported: here."""
+
+    prototype.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        own + numbers,
+        return_annotation=tuple[(torch.Tensor,) * results] if results > 1 else torch.Tensor,
+    )
+    return torch.library.infer_schema(prototype, mutates_args=())
 
 
 class _Refused(torch.autograd.Function):

@@ -11,7 +11,7 @@ import torch
 from riskpo_kernels.core.backends import choose
 from riskpo_kernels.core.inputs import live_rows
 from riskpo_kernels.core.matmul import no_autocast, spans
-from riskpo_kernels.core.operators import option_schema, register
+from riskpo_kernels.core.operators import register, schema_of
 from riskpo_kernels.core.rows import IGNORED, LogitMap, RowGradient, RowState, RowStats
 from riskpo_kernels.lm_head import softmax as softmax_rows
 from riskpo_kernels.lm_head.softmax import finish
@@ -159,8 +159,7 @@ def _forward_fake(
     return tuple(logits.new_empty(size, dtype=wide) for size in sizes)
 
 
-def _write_gradient(
-    out: torch.Tensor,
+def _backward(
     c: torch.Tensor | None,
     g: torch.Tensor | None,
     e: torch.Tensor | None,
@@ -172,8 +171,10 @@ def _write_gradient(
     peak: torch.Tensor,
     log_sum: torch.Tensor,
     *numbers: Any,
+    inplace: bool = False,
 ) -> torch.Tensor:
-    """The gradient of logits into `out`: a contiguous tensor like them, or themselves."""
+    """The gradient of logits: a contiguous tensor like them, or (inplace) themselves."""
+    out = logits if inplace else _backward_fake(c, g, e, logits)
     o, wide = _resolve(logits, numbers), logprob.dtype
     ids, _ = _marked(target, o)
     stats = RowStats(logprob, entropy if o.return_entropy else None, peak, log_sum)
@@ -183,25 +184,18 @@ def _write_gradient(
     up = RowGradient.new(stats, c, g, e, map)
     with no_autocast(logits.device):
         for rows, z in _matrices(logits):
-            dz = z if out is logits else out.view(-1, out.shape[-1])[rows]
+            dz = z if inplace else out.view(-1, out.shape[-1])[rows]
             _gradient(z, ids[rows], up.of(rows), map.of(rows), dz, backend=o.backend)
     return out
-
-
-def _backward(c: Any, g: Any, e: Any, logits: torch.Tensor, *rest: Any) -> torch.Tensor:
-    return _write_gradient(_backward_fake(c, g, e, logits), c, g, e, logits, *rest)
 
 
 def _backward_fake(c: Any, g: Any, e: Any, logits: torch.Tensor, *_: Any) -> torch.Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-TENSORS = "Tensor logits, Tensor target, Tensor? row_temperature"
-OPTIONS = option_schema(Options)  # backend as the caller says it
 _backward_operator = register(
     "logits_logprob_backward",
-    f"(Tensor? c, Tensor? g, Tensor? e, {TENSORS}, Tensor logprob, Tensor entropy, Tensor peak, "
-    f"Tensor log_sum, {OPTIONS}) -> Tensor",
+    schema_of(_backward, Options, 1),
     _backward,
     fake=_backward_fake,
 )
@@ -236,14 +230,14 @@ def _gradients(
     ctx.spent = True
     logits, *rest = ctx.saved_tensors
     plain = logits.detach()
-    out = _write_gradient(plain, c, g, e, plain, *rest, *ctx.options)
+    out = _backward(c, g, e, plain, *rest, *ctx.options, inplace=True)
     torch.autograd.graph.increment_version(logits)  # whoever saved them must notice
     return out, *nothing[1:]
 
 
 logits_operator = register(
     OP,
-    f"({TENSORS}, {OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema_of(_forward, Options, 5),
     _forward,
     fake=_forward_fake,
     setup_context=_setup_context,

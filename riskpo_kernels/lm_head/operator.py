@@ -16,7 +16,7 @@ import torch
 from riskpo_kernels.core.backends import choose
 from riskpo_kernels.core.inputs import live_rows
 from riskpo_kernels.core.matmul import exact_products
-from riskpo_kernels.core.operators import option_schema, register
+from riskpo_kernels.core.operators import register, schema_of
 from riskpo_kernels.core.process_groups import group_called, sum_over
 from riskpo_kernels.core.rows import KeptLogits, LogitMap, RowGradient, RowStats, kept_columns
 from riskpo_kernels.lm_head.backward import backward_rows, ways_of
@@ -27,10 +27,8 @@ from riskpo_kernels.lm_head.tiles import Head, Options, forward_rows
 from riskpo_kernels.lm_head.vocab_parallel import VocabShard
 
 OP = "linear_logprob"
-TENSORS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? row_temperature"
-OPTIONS = "int? ignore_index, str group, " + option_schema(Options)  # backend as the caller says it
-# logprob, entropy, lse | peak, log_sum | bits, dense, pairs | the first column's global id | logits
-RESULTS = ", ".join(["Tensor"] * 10)
+# _forward's: logprob, entropy, lse | peak, log_sum | bits, dense, pairs | offset | kept logits
+RESULTS = 10
 
 
 def _wide(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
@@ -226,9 +224,7 @@ def _backward_fake(
 
 _backward_operator = register(
     "linear_logprob_backward",
-    f"(bool[] needs, Tensor? c, Tensor? g, Tensor? e, {TENSORS}, Tensor logprob, Tensor entropy, "
-    "Tensor peak, Tensor log_sum, Tensor bits, Tensor dense, Tensor pairs, Tensor offset, "
-    f"Tensor kept, {OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    schema_of(_backward, Options, 3),
     _backward,
     fake=_backward_fake,
 )
@@ -260,7 +256,7 @@ def _gradients(
 
 head_operator = register(
     OP,
-    f"({TENSORS}, {OPTIONS}) -> ({RESULTS})",
+    schema_of(_forward, Options, RESULTS),
     _forward,
     fake=_forward_fake,
     setup_context=_setup_context,

@@ -13,7 +13,7 @@ import torch
 
 from riskpo_kernels.core.backends import choose
 from riskpo_kernels.core.matmul import no_autocast
-from riskpo_kernels.core.operators import option_schema, register
+from riskpo_kernels.core.operators import register
 from riskpo_kernels.core.process_groups import agree, group_called, max_over, sum_over
 from riskpo_kernels.policy_loss.checks import Options, check_bounds
 from riskpo_kernels.policy_loss.torch_pass import PassResult, Problem, Sums, torch_pass
@@ -36,8 +36,12 @@ TENSORS = (
     "Tensor logprob, Tensor? entropy, Tensor old, Tensor advantage, Tensor? correction, "
     "Tensor? ref, Tensor? mask, Tensor? cu_seqlens, Tensor? denominator"
 )
-WORDS = option_schema(Options, "denominator")  # which is a tensor or, last, a number
-OPTIONS = f"str group, str backend, {WORDS}, float? number"
+# from ratio on the fields of surrogate_checks.Options, in their order
+OPTIONS = (
+    "str group, str backend, str ratio, float? clip_low, float? clip_high, float? dual_clip, "
+    "float kl_coef, str kl, float entropy_coef, str aggregate, float? constant, "
+    "str? advantage_per, str? correction_per, float? number"
+)
 
 
 def _wide(logprob: torch.Tensor) -> torch.dtype:

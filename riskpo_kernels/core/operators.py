@@ -10,6 +10,7 @@ import inspect
 import zlib
 from collections.abc import Callable
 from dataclasses import fields
+from types import GenericAlias
 from typing import Any, NoReturn
 
 import torch
@@ -71,7 +72,9 @@ def schema_of(kernel: Callable[..., Any], options: type, results: int) -> str:
 
     prototype.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         own + numbers,
-        return_annotation=tuple[(torch.Tensor,) * results] if results > 1 else torch.Tensor,
+        return_annotation=GenericAlias(tuple, (torch.Tensor,) * results)
+        if results > 1
+        else torch.Tensor,
     )
     return torch.library.infer_schema(prototype, mutates_args=())
 

@@ -218,7 +218,8 @@ def _backward_fake(
 ) -> tuple[torch.Tensor, ...]:
     like = zip((hidden, weight, bias), needs, strict=True)
     return tuple(
-        hidden.new_empty(x.shape, dtype=x.dtype) if n else hidden.new_empty(0) for x, n in like
+        hidden.new_empty(x.shape, dtype=x.dtype) if n and x is not None else hidden.new_empty(0)
+        for x, n in like
     )
 
 

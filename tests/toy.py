@@ -87,8 +87,3 @@ def save_arithmetic(folder: Path, count: int = 60) -> tuple[Path, Path]:
     path = folder / "sums.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return folder / "model", path
-
-
-def odd_length(text: str, question: object) -> float:
-    """A reward that an untrained model earns about half of the time."""
-    return float(len(text) % 2)

@@ -99,7 +99,7 @@ def config(folder, steps, **changes):
         "run_dir": str(folder / "run"),
         "model": str(folder / "model"),
         "data": str(folder / "sums.jsonl"),
-        "reward": "tests.toy:odd_length",
+        "reward": "tests.toy_reward:odd_length",
         "steps": steps,
         "questions_per_step": 5,
         "responses_per_question": 4,
@@ -133,7 +133,8 @@ def test_checkpoints_hold_the_adapter_and_resume_bitwise(tmp_path, capsys):
     )
     out = tmp_path / "result.json"
     arguments = (
-        f"eval --model {whole} --data {tmp_path / 'sums.jsonl'} --reward tests.toy:odd_length "
+        f"eval --model {whole} --data {tmp_path / 'sums.jsonl'} "
+        "--reward tests.toy_reward:odd_length "
         f"--questions 3 --samples 2 --ks 1 --max-response-tokens 4 --out {out}"
     )
     assert main(arguments.split()) == 0

@@ -57,7 +57,7 @@ def command(folder: Path, run_dir: str) -> list[str]:
     model, data = folder / "model", folder / "sums.jsonl"
     return (
         f"train --run-dir {folder / run_dir} --model {model} --data {data} --steps 6 "
-        "--reward tests.toy:odd_length "
+        "--reward tests.toy_reward:odd_length "
         "--questions-per-step 10 --responses-per-question 4 --updates-per-step 2 "
         "--micro-batch-tokens 128 --max-response-tokens 6 --learning-rate 1e-3 --warmup-steps 3 "
         "--eval-every-steps 2 --eval-questions 6 --eval-samples 2 --save-every-steps 2"

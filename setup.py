@@ -18,6 +18,7 @@ extras = {
         "math-verify>=0.9",
         "accelerate>=1.10",
         "tyro>=1.0",
+        "pydantic>=2.8",
         "rich>=13",
         "matplotlib>=3.8",
         "pandas>=2.2",

@@ -25,6 +25,7 @@ from riskpo.config import (
 from riskpo.errors import expected, one_line, refusals_in_one_line
 from riskpo.eval_config import VERIFIER_SECONDS, EvalConfig
 from riskpo.files import check_folder, check_out
+from riskpo.report.progress import quiet_loading_bars
 
 USAGE = """riskpo: risk-averse policy optimisation of language models
 
@@ -177,10 +178,3 @@ def _run_dir(command: str, given: list[str]) -> str:
     preflight.check_log(run_dir)
     preflight.say(f"riskpo {command}: loading libraries ...")
     return run_dir
-
-
-def quiet_loading_bars() -> None:
-    """One bar per checkpoint that is written would break up the lines of the steps."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()

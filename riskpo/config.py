@@ -1,60 +1,73 @@
 """Every setting of a run, in one place; units are in the names.
 
-Precedence: defaults < TOML file < command line. A setting left at None is filled in once, by
-`resolve`, from DEMO (nothing given: the embedded task) or REAL (your model and your data); the
-settings of the algorithm stay None where the row of riskpo/algorithms.py decides.
+Precedence: defaults < TOML file < command line. `resolve` makes a RunConfig of what was given, with
+a number for every setting whose default depends on model and data; settings of the algorithm stay
+None where the row of riskpo/algorithms.py decides. The types of the fields say what each may be:
+tyro reads them on the command line, pydantic checks them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import tomli_w
+from annotated_types import Ge, Gt
+from pydantic import AllowInfNan, TypeAdapter, ValidationError
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
+C = TypeVar("C")
+Count = Annotated[int, Gt(0)]
+CountOr0 = Annotated[int, Ge(0)]
+Number = Annotated[float, Gt(0), AllowInfNan(False)]
+NumberOr0 = Annotated[float, Ge(0), AllowInfNan(False)]
+Dtype = Literal["float32", "bfloat16"]
+
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """What is spent on activations, optimiser and head; every switch trades time for memory."""
+    """Memory for activations, optimiser and head. Every switch trades time for memory."""
 
     checkpointing: bool = False  # recompute each layer's activations in the backward
-    offload_checkpoints: bool = False  # what checkpointing keeps waits in pinned host memory
-    mlp_tile_tokens: int = 0  # tokens of an MLP at a time; 0: all of them
-    optimizer: str = "device"  # where its state is: device, host, or 8bit (needs bitsandbytes)
-    attention: str = "auto"  # of packed rows: auto, flash, varlen, sequences, masked
+    offload_checkpoints: bool = False  # keep the checkpoints in pinned CPU memory
+    mlp_tile_tokens: CountOr0 = 0  # tokens of an MLP at a time; 0: all of them
+    # where its state is: on the device, on the CPU, or on the device in 8 bits (bitsandbytes)
+    optimizer: Literal["device", "host", "8bit"] = "device"
+    # of packed sequences, see riskpo/model/attention.py
+    attention: Literal["auto", "flash", "varlen", "sequences", "masked"] = "auto"
     skip_zero_advantage: bool = True  # they stay out of the update, unless entropy_coef is set
-    head_mib: int = 300  # workspace of the fused head
-    sharded: bool = False  # several processes: FSDP2, each holds its shard of all states
+    head_mib: Count = 300  # workspace of the fused head
+    sharded: bool = False  # over several processes, by FSDP2
 
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """Who samples the responses, and what is done about its log-probs not being the trainer's."""
+    """The engine that samples, and a correction for its log-probs not being the trainer's."""
 
-    engine: str = "generate"  # generate (transformers), or vllm
-    sequences: int = 512  # responses that are sampled at once
-    static_cache: bool = False  # of generate: fixed size; transformers compiles decoding on CUDA
-    gpu_share: float = 0.4  # of the memory, which vllm may fill while it is awake
-    correction: str = "none"  # none, tis (truncated weights) or mis (masked weights)
-    level: str = "token"  # of the weights: token or sequence
-    cap: float = 2.0  # of trainer / sampler probability
+    engine: Literal["generate", "vllm"] = "generate"  # generate is that of transformers
+    sequences: Count = 512  # responses that are sampled at once
+    static_cache: bool = False  # of generate: a fixed size, which CUDA decoding is compiled for
+    gpu_share: Number = 0.4  # of GPU memory, for vllm while it is awake
+    correction: Literal["none", "tis", "mis"] = "none"  # tis truncates weights, mis masks them
+    level: Literal["token", "sequence"] = "token"  # of the weights
+    cap: Number = 2.0  # of trainer / sampler probability
 
 
 @dataclass(frozen=True)
 class LoraConfig:
     """Adapters beside frozen weights (peft); rank 0 trains all weights."""
 
-    rank: int = 0
-    alpha: int = 32
+    rank: CountOr0 = 0
+    alpha: Count = 32
     targets: tuple[str, ...] = ("all-linear",)  # names of layers; never the head
 
 
@@ -78,69 +91,71 @@ class TrainConfig:
     eval_data: str | None = None  # None: a held-out part of data
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     reward: str = "auto"  # auto, math, code, exact, your "module:function" or "file.py:function"
-    seed: int = 0
-    steps: int = 300
+    seed: CountOr0 = 0
+    steps: CountOr0 = 300
 
-    questions_per_step: int = 40
-    responses_per_question: int = 8
-    updates_per_step: int = 1  # mini-batches per batch of rollouts; above 1 is off-policy
-    micro_batch_tokens: int | None = None  # packed tokens that go through the model at once
+    questions_per_step: Count = 40
+    responses_per_question: Count = 8
+    updates_per_step: Count = 1  # mini-batches per batch of rollouts; above 1 is off-policy
+    micro_batch_tokens: Count | None = None  # packed tokens that go through the model at once
 
-    max_prompt_tokens: int | None = None
-    max_response_tokens: int | None = None
-    temperature: float = 1.0
+    max_prompt_tokens: Count | None = None
+    max_response_tokens: Count | None = None
+    temperature: Number = 1.0
 
-    learning_rate: float | None = None
-    warmup_steps: int = 20  # of the learning rate, in optimiser steps
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    entropy_coef: float = 0.0
+    learning_rate: Number | None = None
+    warmup_steps: CountOr0 = 20  # of the learning rate, in optimiser steps
+    weight_decay: NumberOr0 = 0.01
+    max_grad_norm: Number = 1.0
+    entropy_coef: NumberOr0 = 0.0
 
-    bundle_size: int | None = None
-    omega: float | None = None
-    alpha: float | None = None
-    beta: float | None = None
+    bundle_size: Count | None = None
+    omega: NumberOr0 | None = None
+    alpha: NumberOr0 | None = None
+    beta: NumberOr0 | None = None
     baseline: str | None = None
     scale: str | None = None
     credit: str | None = None
-    clip_low: float | None = None
-    clip_high: float | None = None
+    clip_low: NumberOr0 | None = None
+    clip_high: NumberOr0 | None = None
 
-    backend: str = "auto"  # of the fused loss: auto, triton, torch, reference
-    dtype: str = "float32"  # of the weights: float32, or bfloat16 with float32 master weights
+    backend: Literal["auto", "triton", "torch", "reference"] = "auto"  # of the fused loss
+    dtype: Dtype = "float32"  # of the weights; bfloat16 with float32 master weights
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
 
-    eval_every_steps: int = 100
-    eval_questions: int = 200
-    eval_samples: int = 8  # avg@k with k = this
-    save_every_steps: int = 100
-    log_texts: int = 8  # responses of each step that are kept in run_dir/rollouts.jsonl
-    log_with: tuple[str, ...] = ()  # besides JSONL: tensorboard, wandb, trackio
-    verifier_seconds: float = 5.0  # wall clock per answer
+    eval_every_steps: CountOr0 = 100
+    eval_questions: CountOr0 = 200
+    eval_samples: Count = 8  # avg@k with k = this
+    save_every_steps: CountOr0 = 100
+    log_texts: CountOr0 = 8  # responses of each step that are kept in run_dir/rollouts.jsonl
+    log_with: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()  # besides JSONL
+    verifier_seconds: Number = 5.0  # wall clock per answer
 
 
-# Four digits of an embedded answer and its end leave room to ramble below eight.
+@dataclass(frozen=True)
+class RunConfig(TrainConfig):
+    """What a run works with: a TrainConfig in which these have a number too."""
+
+    micro_batch_tokens: Count = 16384
+    max_prompt_tokens: Count = 512
+    max_response_tokens: Count = 1024
+    learning_rate: Number = 1e-6
+
+
+# Of the embedded tasks, whose answers have four digits and an end: room to ramble below eight.
 DEMO = {
     "learning_rate": 3e-4,
     "micro_batch_tokens": 512,
     "max_prompt_tokens": 16,
     "max_response_tokens": 8,
 }
-REAL = {
-    "learning_rate": 1e-6,
-    "micro_batch_tokens": 16384,
-    "max_prompt_tokens": 512,
-    "max_response_tokens": 1024,
-}
 # What the paper's row needs in order to learn within the demo's few minutes (docs/demo.md).
 DEMO_OVERRIDES = {"riskpo-paper": {"baseline": "leave-one-out"}}
 
-DTYPES = ("float32", "bfloat16")
-IN_FLIGHT = 2  # layer inputs at once on their way to the host, under memory.offload_checkpoints
-ATTENTIONS = ("auto", "flash", "varlen", "sequences", "masked")
-# May differ from the saved run's: what changes no number of a step, and what its roundings.
+IN_FLIGHT = 2  # layer inputs at once on their way to the CPU, under memory.offload_checkpoints
+# What a resumed run may change: these settings change no number, CHANGES_BITS only roundings.
 FREE_ON_RESUME = (
     "steps", "save_every_steps", "log_texts", "log_with", "eval_every_steps", "eval_samples",
     "sampler.gpu_share", "memory.sharded", "memory.checkpointing", "memory.offload_checkpoints",
@@ -152,17 +167,17 @@ CHANGES_BITS = (
 )  # fmt: skip
 
 
-def resolve(config: TrainConfig) -> tuple[TrainConfig, dict[str, Any]]:
-    """The config with every None of DEMO or REAL filled in, and the demo's overrides of its row.
+def resolve(config: TrainConfig) -> tuple[RunConfig, dict[str, Any]]:
+    """(settings of the run, those that the demo overrides in the algorithm's row).
 
-    An override given by the user wins over the demo's.
+    What the user has given wins over both.
     """
     demo = config.model is None and config.data is None
     given = {k: v for k, v in vars(config).items() if v is not None}
     overrides = DEMO_OVERRIDES.get(config.algorithm, {}) if demo else {}
     overrides = {k: v for k, v in overrides.items() if k not in given}
-    filled = {**(DEMO if is_embedded(config.data) else REAL), **overrides, **given}
-    return dataclasses.replace(config, **filled), overrides
+    filled = {**(DEMO if is_embedded(config.data) else {}), **overrides, **given}
+    return RunConfig(**filled), overrides
 
 
 def is_embedded(data: str | None) -> bool:
@@ -171,35 +186,24 @@ def is_embedded(data: str | None) -> bool:
 
 
 def validate(config: TrainConfig) -> None:
-    """ValueError, with what came, what was expected and what to do, on anything that cannot run."""
-    c = config
+    """ValueError for settings that cannot run: what came, what was expected, what to do."""
+    c = check_types(config)
     if c.model is None and not is_embedded(c.data) or c.model is not None and c.data is None:
         missing = "model" if c.model is None else "data"
         reject(
             f"{missing}=None beside the other", "both model and data, or neither", f"Set {missing}."
         )
-    _choice("backend", c.backend, ("auto", "triton", "torch", "reference"))
-    _choice("dtype", c.dtype, DTYPES)
-    _choice("memory.optimizer", c.memory.optimizer, ("device", "host", "8bit"))
-    _choice("memory.attention", c.memory.attention, ATTENTIONS)
     if c.memory.offload_checkpoints and not c.memory.checkpointing:
         reject(
             "memory.offload_checkpoints without memory.checkpointing",
             "both, since it is the checkpoints that move",
             "Set memory.checkpointing.",
         )
-    _choice("sampler.engine", c.sampler.engine, ("generate", "vllm"))
-    _choice("sampler.correction", c.sampler.correction, ("none", "tis", "mis"))
-    _choice("sampler.level", c.sampler.level, ("token", "sequence"))
     needs_files = {"sampler.engine='vllm'": c.sampler.engine == "vllm", "lora.rank": c.lora.rank}
     for name, wanted in needs_files.items():
         if wanted and c.model is None:
             reject(f"{name} with the embedded model", "a model on disk or a hub", "Set model.")
     check_columns(c.columns)
-    for name in c.log_with:
-        _choice("log_with", name, ("tensorboard", "wandb", "trackio"))
-    for name, value in flat(c).items():
-        _check_number(name, value)
     if c.questions_per_step % c.updates_per_step:
         reject(
             f"questions_per_step={c.questions_per_step} with updates_per_step={c.updates_per_step}",
@@ -231,36 +235,13 @@ def _flattened(given: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-_MAY_BE_ZERO = (
-    "seed", "warmup_steps", "weight_decay", "entropy_coef", "omega", "alpha", "beta", "clip_low",
-    "clip_high", "eval_every_steps", "eval_questions", "save_every_steps", "steps",
-    "memory.mlp_tile_tokens",
-    "lora.rank",
-    "log_texts",
-)  # fmt: skip
-
-
-def _check_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return
-    least = "at least 0" if name in _MAY_BE_ZERO else "above 0"
-    if not (value >= 0 if name in _MAY_BE_ZERO else value > 0) or value == float("inf"):
-        reject(f"{name}={value}", f"a finite number {least}", f"Set {name} accordingly.")
-
-
-def _choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        reject(f"{name}={value!r}", f"one of {', '.join(choices)}", "Check the spelling.")
-
-
-def reject(came: str, expected: str, todo: str) -> None:
+def reject(came: str, expected: str, todo: str) -> NoReturn:
     raise ValueError(f"config: got {came}; expected {expected}. {todo}")
 
 
 def read_toml(path: str | Path, base: TrainConfig | None = None) -> TrainConfig:
     """`base` with the settings of a TOML file; an unknown key names the nearest known one."""
-    config: TrainConfig = with_settings(base or TrainConfig(), load_toml(path), str(path))
-    return config
+    return with_settings(base or TrainConfig(), load_toml(path), str(path))
 
 
 def load_toml(path: str | Path) -> dict[str, Any]:
@@ -272,37 +253,40 @@ def load_toml(path: str | Path) -> dict[str, Any]:
         reject(f"config={str(path)!r}", "a TOML file that exists", "Check the path.")
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         reject(f"{path}, which is no TOML ({error})", "lines like steps = 10", "Mend it.")
-    return {}
 
 
-def with_settings(base: Any, given: dict[str, Any], path: str) -> Any:
-    """`base`, a config or a group of one, with the `given` fields; `path` is where they stood."""
-    known = {f.name: f for f in dataclasses.fields(base)}
-    found = {}
+def with_settings(base: C, given: dict[str, Any], path: str) -> C:
+    """`base`, a config, with the `given` settings, checked; `path` is where they stood."""
+    return _checked(type(base), _merged(base, given, path), path)
+
+
+def check_types(config: C) -> C:
+    """The config; ValueError names a setting that is not what its field may be."""
+    return _checked(type(config), dataclasses.asdict(config), "your settings")  # type: ignore[call-overload]
+
+
+def _merged(base: Any, given: dict[str, Any], path: str) -> dict[str, Any]:
+    """The settings of `base` with the given ones; an unknown name is told the nearest one."""
+    found = dataclasses.asdict(base)
     for key, value in given.items():
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+        if key not in found:
+            near = difflib.get_close_matches(key, found, n=1, cutoff=0.4)
             hint = f"Did you mean {near[0]!r}?" if near else "See `riskpo train --help`."
             reject(f"unknown key {key!r} in {path}", f"a field of {type(base).__name__}", hint)
-        inner = getattr(base, key)
-        if dataclasses.is_dataclass(inner) and isinstance(value, dict):
-            found[key] = with_settings(inner, value, path)
-        else:
-            found[key] = _typed(key, str(known[key].type), value)
-    return dataclasses.replace(base, **found)
+        group = isinstance(found[key], dict) and isinstance(value, dict)
+        found[key] = _merged(getattr(base, key), value, path) if group else value
+    return found
 
 
-def _typed(key: str, annotation: str, value: object) -> object:
-    """`value` as the field's type; TOML has no tuples and writes 1 where 1.0 is meant."""
-    if annotation.startswith("tuple"):
-        if isinstance(value, list) and all(isinstance(x, str) for x in value):
-            return tuple(value)
-    elif annotation.startswith("float") and type(value) is int:
-        return float(value)
-    elif type(value).__name__ == annotation.removesuffix(" | None"):
-        return value
-    reject(f"{key}={value!r}", annotation, "Change its type in the TOML file.")
-    return None
+def _checked(kind: type[C], given: dict[str, Any], path: str) -> C:
+    """JSON, since it has lists for tuples, and 1 where 1.0 is meant, as TOML has."""
+    try:
+        return TypeAdapter(kind).validate_json(json.dumps(given), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+    name = ".".join(part for part in first["loc"] if isinstance(part, str))
+    expected = first["msg"].removeprefix("Input should be ")
+    reject(f"{name}={first['input']!r}", expected, f"Change it in {path}.")
 
 
 def to_toml(config: TrainConfig) -> str:
@@ -316,13 +300,8 @@ def _without_none(given: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def changed_fields(saved: dict[str, Any], config: TrainConfig) -> list[str]:
-    """`name: saved -> now` for every setting that a resumed run may not change."""
-    return [text for name, text in changes(saved, config).items() if locked(name, text)]
-
-
 def locked(name: str, change: str) -> bool:
-    """Whether a change to what is not free is more than other roundings; 8-bit moments are."""
+    """Whether a resumed run refuses this change: all but roundings, which 8-bit moments are not."""
     return name not in CHANGES_BITS or "8bit" in change
 
 

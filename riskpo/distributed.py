@@ -1,8 +1,11 @@
-"""Several processes, one run: what they tell each other.
+"""Communication between the processes of one run.
 
-Every process draws the same questions, samples and scores its share of them, and is told the rest;
-from there on all of them hold the same batch and compute the same advantages. How the model lies
-over them, and their gradients: riskpo/trainer/parallel.py.
+Every process draws the same questions, samples and scores its share, and receives the rest. From
+there on all hold the same batch and compute the same advantages. The model and its gradients are
+the business of riskpo/trainer/parallel.py.
+
+Gathering is by hand: torch.distributed.checkpoint.state_dict takes a model and its optimiser, and
+here the optimiser steps float32 copies of the weights.
 """
 
 from __future__ import annotations
@@ -141,7 +144,8 @@ def to_first(tree: Any, ranks: Ranks, memo: dict[int, Any] | None = None) -> Any
 
 
 def like_shard(tensor: Any, other: Any) -> Any:
-    """A copy of a whole `tensor`, laid over device and ranks as `other` is where shapes agree."""
+    """Copy a whole `tensor` to the device of `other`, and shard it alike; one of another shape (a
+    step counter) is only copied."""
     if tensor is None or tensor.shape != other.shape:
         return tensor if tensor is None else tensor.clone()
     if not hasattr(other, "device_mesh"):

@@ -12,16 +12,18 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 
-from riskpo.config import DEMO, REAL, is_embedded
+from riskpo.config import DEMO, RunConfig, is_embedded
 from riskpo.data.questions import BOXED_INSTRUCTION, load_questions, split_holdout
 from riskpo.demo import find_task, task_questions
 from riskpo.eval_config import VERIFIER_SECONDS, EvalConfig
 from riskpo.files import write_json
 from riskpo.metrics.evaluate import EvalResult, EvalSettings, evaluate, over_seeds
+from riskpo.model.load import load_policy_for
 from riskpo.report.progress import sampling_progress
 from riskpo.rewards.math import extract
 from riskpo.rewards.scorer import EXACT_SOURCES, MATH_KINDS, Scorer, stop_if_all_crashed
-from riskpo.rollout.generate import load_policy_for, sample
+from riskpo.rollout.generate import GenerateSampler
+from riskpo.rollout.sampler import SamplingLimits
 from riskpo.trainer.checkpoint import latest_checkpoint
 from riskpo.types import Question
 
@@ -51,33 +53,21 @@ def evaluate_once(config: EvalConfig, questions: Sequence[Question]) -> EvalResu
     """One model, sampled with one seed."""
     model = str(latest_checkpoint(config.model) or config.model)
     policy = load_policy_for(questions, model, dtype=config.dtype)
-    default = (DEMO if is_embedded(config.data) else REAL)["max_response_tokens"]
-    response_tokens = config.max_response_tokens or int(default)
-
-    def answers(questions: Sequence[Question], samples: int) -> list[str]:
-        return sample(
-            policy,
-            questions,
-            responses_per_question=samples,
-            max_prompt_tokens=config.max_prompt_tokens,
-            max_response_tokens=response_tokens,
-            stream=(config.seed,),
-            temperature=config.temperature,
-            batch_sequences=config.sample_sequences,
-        ).text
-
-    def watched(questions: Sequence[Question], samples: int) -> list[str]:
-        responses = len(questions) * samples
-        say = partial(print, file=sys.stderr, flush=True)
-        say(f"evaluation: {responses} responses of at most {response_tokens} tokens")
-        with sampling_progress(
-            policy.model,
-            responses=responses,
-            sequences=config.sample_sequences,
-            tokens=response_tokens,
-            say=say,
-        ):
-            return answers(questions, samples)
+    default = DEMO["max_response_tokens"] if is_embedded(config.data) else None
+    length = int(config.max_response_tokens or default or RunConfig.max_response_tokens)
+    limits = SamplingLimits(config.max_prompt_tokens, length, config.temperature)
+    sampler = GenerateSampler(policy, limits, config.sample_sequences)
+    responses = len(questions) * config.samples
+    say = partial(print, file=sys.stderr, flush=True)
+    say(f"evaluation: {responses} responses of at most {length} tokens")
+    with sampling_progress(
+        policy.model,
+        responses=responses,
+        sequences=config.sample_sequences,
+        tokens=length,
+        say=say,
+    ):
+        texts = sampler.sample(questions, config.samples, (config.seed,)).text
 
     def vote(text: str, question: Question) -> str | None:
         exact = config.reward == "exact" or question.source in EXACT_SOURCES
@@ -89,7 +79,7 @@ def evaluate_once(config: EvalConfig, questions: Sequence[Question]) -> EvalResu
     )
     with Scorer(config.reward, seconds=VERIFIER_SECONDS) as scorer:
         result = evaluate(
-            watched,
+            texts,
             questions,
             scorer.score,
             samples=config.samples,
@@ -98,7 +88,7 @@ def evaluate_once(config: EvalConfig, questions: Sequence[Question]) -> EvalResu
                 model=model,
                 data=config.data or "embedded",
                 temperature=config.temperature,
-                max_response_tokens=response_tokens,
+                max_response_tokens=length,
                 seed=config.seed,
             ),
             vote=None if programs else vote,

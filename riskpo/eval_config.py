@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from riskpo.config import DTYPES, ColumnsConfig, check_columns, reject
+from riskpo.config import (
+    ColumnsConfig,
+    Count,
+    CountOr0,
+    Dtype,
+    NumberOr0,
+    check_columns,
+    check_types,
+    reject,
+)
 
 VERIFIER_SECONDS = 5.0  # per answer
 
@@ -18,38 +27,27 @@ class EvalConfig:
     data: str | None = None  # as of `riskpo train`; of an embedded task the held-out questions
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     reward: str = "auto"
-    questions: int = 200
-    samples: int = 8
+    questions: Count = 200
+    samples: Count = 8
     ks: tuple[int, ...] = ()  # of pass@k and maj@k; none: 1 and samples
-    temperature: float = 1.0  # 0: greedy
-    max_prompt_tokens: int = 512
-    max_response_tokens: int | None = None  # None: 8 for the embedded task, else 1024
-    sample_sequences: int = 512
-    dtype: str = "float32"
-    seed: int = 0
-    seeds: tuple[int, ...] = ()  # repeat with these, and give an interval over them too
+    temperature: NumberOr0 = 1.0  # 0: greedy
+    max_prompt_tokens: Count = 512
+    max_response_tokens: Count | None = None  # None: 8 for the embedded task, else 1024
+    sample_sequences: Count = 512
+    dtype: Dtype = "float32"
+    seed: CountOr0 = 0
+    seeds: tuple[CountOr0, ...] = ()  # repeat with these, and give an interval over them too
     out: str | None = None  # write the result, with every question's texts and rewards, as JSON
 
     def validate(self) -> None:
         """ValueError on anything that cannot be evaluated."""
-        least = {
-            "questions": 1, "samples": 1, "max_prompt_tokens": 1, "sample_sequences": 1, "seed": 0,
-        }  # fmt: skip
-        if self.max_response_tokens is not None:
-            least["max_response_tokens"] = 1
-        for name, smallest in least.items():
-            if getattr(self, name) < smallest:
-                reject(f"{name}={getattr(self, name)}", f"at least {smallest}", f"Set {name}.")
-        if not 0 <= self.temperature < float("inf"):
-            reject(f"temperature={self.temperature}", "0 (greedy) or above", "Set temperature.")
+        check_types(self)
         if any(not 1 <= k <= self.samples for k in self.ks) or len({*self.ks}) < len(self.ks):
             reject(
                 f"ks={list(self.ks)} with samples={self.samples}",
                 "different numbers from 1 to samples",
                 "Draw more samples or ask for smaller k.",
             )
-        if min(self.seeds, default=0) < 0 or len({*self.seeds}) < len(self.seeds):
-            reject(f"seeds={list(self.seeds)}", "different numbers from 0", "Set seeds.")
-        if self.dtype not in DTYPES:
-            reject(f"dtype={self.dtype!r}", f"one of {', '.join(DTYPES)}", "Check the spelling.")
+        if len({*self.seeds}) < len(self.seeds):
+            reject(f"seeds={list(self.seeds)}", "different numbers", "Set seeds.")
         check_columns(self.columns)

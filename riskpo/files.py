@@ -1,4 +1,4 @@
-"""The names of a run's files, and writing that a reader finds whole or not at all."""
+"""The names of a run's files, and atomic writing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def run_dir(out: Path, system: str, seed: int) -> Path:
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    """Replace the file in one step, on the disk before it has its name; makes its folder."""
+    """Write atomically: a reader finds the old content or the new. Makes the folder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".unfinished")

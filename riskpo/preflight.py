@@ -1,6 +1,6 @@
-"""What can be told before any library that takes seconds to import: settings, files, the reward.
+"""Checks before any slow import: settings, files, the reward function.
 
-Nothing here imports torch or transformers, so that a mistake costs a second and not a minute.
+Nothing here imports torch or transformers, so that a mistake costs a second, not a minute.
 """
 
 from __future__ import annotations

@@ -12,31 +12,31 @@ from typing import Any
 
 import torch
 
-from riskpo.algorithms import Advantage, LossOptions, Strategy, find_strategy, loss_options
-from riskpo.config import TrainConfig, is_embedded, resolve, to_toml, validate
+from riskpo.algorithms import Advantage, find_strategy
+from riskpo.config import RunConfig, TrainConfig, is_embedded, resolve, to_toml, validate
 from riskpo.data.questions import BOXED_INSTRUCTION, load_questions, split_holdout
-from riskpo.demo import (
-    build_model,
-    build_tokenizer,
-    find_task,
-    task_questions,
-    warm_start,
-)
+from riskpo.demo import build_model, build_tokenizer, find_task, task_questions, warm_start
 from riskpo.distributed import Ranks, best_device
 from riskpo.files import METRICS, SETTINGS
 from riskpo.memory_plan.run_plan import RunPlan, plan_run
+from riskpo.model.gguf import as_folder
 from riskpo.model.isolation import settle_attention
 from riskpo.model.lm_head import Head, find_head
+from riskpo.model.load import Policy, load_policy_for, prepare
 from riskpo.model.lora import attach_lora, thaw_lora
 from riskpo.model.memory_switches import apply_switches
 from riskpo.model.positions import check_positions
 from riskpo.model.vision import check_vision_head, check_vision_setup
 from riskpo.report.logs import RunLog, SilentLog
 from riskpo.rewards.scorer import MATH_KINDS, Scorer
-from riskpo.rollout.engines import build_sampler, sampling_limits
-from riskpo.rollout.generate import Policy, load_policy_for, prepare, read_prompts, seed_everything
-from riskpo.rollout.sampler import GenerateSampler, Sampler
-from riskpo.rollout.shared import SharedSampler, shared_score
+from riskpo.rollout.generate import GenerateSampler
+from riskpo.rollout.sampler import (
+    Sampler,
+    SamplingLimits,
+    SharedSampler,
+    read_prompts,
+    shared_score,
+)
 from riskpo.trainer.checkpoint import (
     latest_checkpoint,
     owned,
@@ -46,9 +46,7 @@ from riskpo.trainer.checkpoint import (
     truncate_log,
 )
 from riskpo.trainer.optimizer import Optimizer
-from riskpo.trainer.parallel import Trainee, skeleton
-from riskpo.trainer.rollout_correction import Correction
-from riskpo.trainer.update import UpdatePlan
+from riskpo.trainer.parallel import ParallelModel, skeleton
 from riskpo.types import Question, Score
 
 WARM_START_PROBE = 100  # training questions that are sampled to measure it
@@ -59,16 +57,12 @@ MAX_WORKERS = 8  # verifier processes
 class Run:
     """A run in progress, the same in every process of it. `step` steps are done."""
 
-    config: TrainConfig
-    ranks: Ranks
+    config: RunConfig
     policy: Policy
-    trainee: Trainee
+    parallel: ParallelModel
     head: Head
     optimizer: Optimizer
-    strategy: Strategy
     advantage: Advantage
-    loss: LossOptions
-    plan: UpdatePlan
     memory: RunPlan
     questions: list[Question]
     held_out: list[Question]
@@ -87,7 +81,7 @@ def start(given: TrainConfig) -> Run:
     """Load, check and, where run_dir holds a checkpoint, resume. Cheap errors come first."""
     config, overrides = resolve(given)
     validate(config)
-    find_strategy(config.algorithm).advantage(config)
+    advantage = find_strategy(config.algorithm).advantage(config)
     ranks = Ranks.join()
     if ranks.size > 1 and config.memory.optimizer != "device":
         raise ValueError(
@@ -96,11 +90,17 @@ def start(given: TrainConfig) -> Run:
         )
     with ExitStack() as opened:
         ranks.first(lambda: opened.enter_context(owned(config.run_dir)))
-        return _start(config, overrides, ranks, opened)
+        return _start(config, overrides, advantage, ranks, opened)
 
 
-def _start(config: TrainConfig, overrides: dict[str, Any], ranks: Ranks, opened: ExitStack) -> Run:
-    """A run whose folder is ours; `opened` is told what is to be closed."""
+def _start(
+    config: RunConfig,
+    overrides: dict[str, Any],
+    advantage: Advantage,
+    ranks: Ranks,
+    opened: ExitStack,
+) -> Run:
+    """Set the run up in its locked folder; what has to be closed again goes to `opened`."""
     checkpoint = ranks.first(lambda: latest_checkpoint(config.run_dir))
     said: list[str] = []
     step = 0 if checkpoint is None else read_about(checkpoint, config, said.append)
@@ -112,38 +112,32 @@ def _start(config: TrainConfig, overrides: dict[str, Any], ranks: Ranks, opened:
         check_vision_setup(config, ranks.size)
     # Tried on the first rank's whole weights, before they are spread.
     packing = ranks.first(lambda: settle_attention(policy.model, config.memory.attention))
-    trainee = Trainee(policy.model, ranks, sharded=config.memory.sharded)
+    parallel = ParallelModel(policy.model, ranks, sharded=config.memory.sharded)
     short, longest = ranks.first(lambda: fitting(policy, config, questions, log.note))
     held_out_short, longest_held_out = fitting(policy, config, held_out, log.note)
     memory = plan_run(config, policy.model, max(longest, longest_held_out))
-    for line in (*said, *memory.lines(), *trainee.lines()):
+    for line in (*said, *memory.lines(), *parallel.lines()):
         log.note(line)
-    head = trainee.look(find_head)
+    head = parallel.look(find_head)
     if policy.processor:
         check_vision_head(policy, head, [*questions, *held_out])
     scorer = build_scorer(config, ranks)
     opened.callback(scorer.close)
     kept = ranks.first(lambda: usable(short, scorer, config, log.note))
     # Before the random states are restored, which an engine resets.
-    sampler = SharedSampler(build_sampler(policy, config, trainee.whole, trainee.look), ranks)
+    sampler = SharedSampler(build_sampler(policy, config, parallel), ranks)
     opened.callback(sampler.close)
-    strategy = find_strategy(config.algorithm)
-    advantage = strategy.advantage(config)
     apply_switches(policy.model, config.memory, packing=packing)
     optimizer = build_optimizer(policy, config)
     if checkpoint is not None:
         restore(checkpoint, optimizer=optimizer, advantage=advantage)
     return Run(
         config=config,
-        ranks=ranks,
         policy=policy,
-        trainee=trainee,
+        parallel=parallel,
         head=head,
         optimizer=optimizer,
-        strategy=strategy,
         advantage=advantage,
-        loss=loss_options(strategy, config),
-        plan=build_plan(config),
         memory=memory,
         questions=kept,
         held_out=held_out_short,
@@ -156,12 +150,12 @@ def _start(config: TrainConfig, overrides: dict[str, Any], ranks: Ranks, opened:
     )
 
 
-def load_data(config: TrainConfig) -> tuple[list[Question], list[Question]]:
+def load_data(config: RunConfig) -> tuple[list[Question], list[Question]]:
     """(training, held out) questions, the same for every run with these settings."""
     if is_embedded(config.data):
         everything = task_questions(find_task(config.data), config.seed)
         return split_holdout(everything, config.eval_questions, config.seed)
-    assert config.data is not None  # validate has seen to it
+    assert config.data is not None  # it would be embedded
     instruction = BOXED_INSTRUCTION if config.reward in MATH_KINDS else None
     questions = load_questions(config.data, instruction=instruction, columns=config.columns)
     if config.eval_data is None:
@@ -173,13 +167,16 @@ def load_data(config: TrainConfig) -> tuple[list[Question], list[Question]]:
 
 def load_on(
     ranks: Ranks,
-    config: TrainConfig,
+    config: RunConfig,
     checkpoint: Path | None,
     questions: Sequence[Question],
     held_out: Sequence[Question],
     note: Callable[[str], None],
 ) -> Policy:
-    """The policy; where it will be sharded, the first rank alone has data, on its CPU."""
+    """Load the policy. One that will be sharded is loaded on the first rank's CPU alone.
+
+    The other ranks get its structure without data.
+    """
     if ranks.size == 1 or not config.memory.sharded:
         return load(config, checkpoint, questions, held_out, note)
     loaded: list[Policy] = []
@@ -194,7 +191,7 @@ def load_on(
 
 
 def load(
-    config: TrainConfig,
+    config: RunConfig,
     checkpoint: Path | None,
     questions: Sequence[Question],
     held_out: Sequence[Question],
@@ -214,14 +211,14 @@ def load(
 
 
 def warmed_up(
-    config: TrainConfig, questions: Sequence[Question], note: Callable[[str], None]
+    config: RunConfig, questions: Sequence[Question], note: Callable[[str], None]
 ) -> Policy:
     """The embedded model after supervised steps; weights and order are a function of the seed."""
     task, tokenizer = find_task(config.data), build_tokenizer()
     policy = prepare(Policy(build_model(tokenizer, config.seed, task.model), tokenizer))
     policy.model.to(device=best_device())
     probe = list(questions[:WARM_START_PROBE])
-    ask = GenerateSampler(policy, sampling_limits(config), config.sampler.sequences)
+    ask = GenerateSampler(policy, limits_of(config), config.sampler.sequences)
 
     def accuracy() -> float:
         gold = {q.id: q.gold for q in probe}
@@ -230,7 +227,6 @@ def warmed_up(
         return sum(right) / len(right)
 
     note(f"warm start: supervised steps until {task.warm_target:.0%} of the answers are right")
-    seed_everything(config.seed)
     steps, reached = warm_start(
         policy.model,
         tokenizer,
@@ -247,8 +243,31 @@ def warmed_up(
     return policy
 
 
-def build_optimizer(policy: Policy, config: TrainConfig) -> Optimizer:
-    assert config.learning_rate is not None  # resolve has seen to it
+def limits_of(config: RunConfig) -> SamplingLimits:
+    return SamplingLimits(config.max_prompt_tokens, config.max_response_tokens, config.temperature)
+
+
+def build_sampler(policy: Policy, config: RunConfig, parallel: ParallelModel) -> Sampler:
+    """The sampler that config.sampler names, of this process."""
+    settings, limits = config.sampler, limits_of(config)
+    if settings.engine == "generate":
+        return GenerateSampler(
+            policy, limits, settings.sequences, settings.static_cache, parallel.whole
+        )
+    from riskpo.rollout.vllm import VLLMSampler, start_engine
+
+    engine = start_engine(
+        as_folder(str(config.model)),
+        dtype=config.dtype,
+        tokens=limits.max_prompt_tokens + limits.max_response_tokens,
+        sequences=settings.sequences,
+        gpu_share=settings.gpu_share,
+        seed=config.seed,
+    )
+    return VLLMSampler(policy, engine, limits, look=parallel.look)
+
+
+def build_optimizer(policy: Policy, config: RunConfig) -> Optimizer:
     return Optimizer(
         policy.model.parameters(),
         learning_rate=config.learning_rate,
@@ -259,21 +278,7 @@ def build_optimizer(policy: Policy, config: TrainConfig) -> Optimizer:
     )
 
 
-def build_plan(config: TrainConfig) -> UpdatePlan:
-    assert config.micro_batch_tokens is not None  # resolve has seen to it
-    return UpdatePlan(
-        updates=config.updates_per_step,
-        micro_batch_tokens=config.micro_batch_tokens,
-        temperature=config.temperature,
-        entropy_coef=config.entropy_coef,
-        backend=config.backend,
-        memory_mib=config.memory.head_mib,
-        skip_zero_advantage=config.memory.skip_zero_advantage,
-        correction=Correction(config.sampler.correction, config.sampler.level, config.sampler.cap),
-    )
-
-
-def build_scorer(config: TrainConfig, ranks: Ranks) -> Scorer:
+def build_scorer(config: RunConfig, ranks: Ranks) -> Scorer:
     workers = max(1, min(MAX_WORKERS, (os.cpu_count() or 1) // ranks.local_size))
     return Scorer(config.reward, workers=workers, seconds=config.verifier_seconds)
 
@@ -281,7 +286,7 @@ def build_scorer(config: TrainConfig, ranks: Ranks) -> Scorer:
 def usable(
     questions: Sequence[Question],
     scorer: Scorer,
-    config: TrainConfig,
+    config: RunConfig,
     note: Callable[[str], None],
 ) -> list[Question]:
     """Training questions whose gold verifies against itself."""
@@ -301,18 +306,17 @@ def usable(
 
 
 def fitting(
-    policy: Policy, config: TrainConfig, questions: Sequence[Question], note: Callable[[str], None]
+    policy: Policy, config: RunConfig, questions: Sequence[Question], note: Callable[[str], None]
 ) -> tuple[list[Question], int]:
     """Questions whose prompt has at most max_prompt_tokens tokens, and the tokens of the longest.
 
     Says how many questions are left out.
     """
-    assert config.max_prompt_tokens is not None  # resolve has seen to it
     most = config.max_prompt_tokens
     lengths = [len(read_prompts(policy, [q])[0][0]) for q in questions]
     kept = [q for q, length in zip(questions, lengths, strict=True) if length <= most]
     longest = max((length for length in lengths if length <= most), default=0)
-    check_positions(policy.model, longest, config.max_response_tokens or 0)
+    check_positions(policy.model, longest, config.max_response_tokens)
     if len(kept) < len(questions):
         note(
             f"data: left out {len(questions) - len(kept)} of {len(questions)} questions with more "
@@ -322,12 +326,9 @@ def fitting(
 
 
 def open_log(
-    config: TrainConfig, overrides: dict[str, Any], checkpoint: Path | None, step: int
+    config: RunConfig, overrides: dict[str, Any], checkpoint: Path | None, step: int
 ) -> RunLog:
-    """The log as it was at `step`, with the effective settings beside it.
-
-    Says what is not as the algorithm's row has it.
-    """
+    """Open the log, cut back to `step`, and write the settings beside it."""
     metrics = Path(config.run_dir) / METRICS
     if checkpoint is None:
         set_aside(metrics)

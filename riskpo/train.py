@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from riskpo.algorithms import find_strategy, loss_options
 from riskpo.config import TrainConfig
 from riskpo.metrics.step import all_equal, by_stratum, covariances, risk_curves, sampled_entropy
 from riskpo.report.run_page import write_report
@@ -40,45 +41,33 @@ def train(config: TrainConfig) -> Path:
                 save(run)
         show_answers(run)
         run.log.note(run.memory.outcome())
-        page = run.ranks.first(lambda: write_report(run.config.run_dir))
+        page = run.parallel.ranks.first(lambda: write_report(run.config.run_dir))
         run.log.note(f"curves, samples and settings: {page}; the curves alone: curves.png")
     finally:
         run.close()
-    run.ranks.leave()
+    run.parallel.ranks.leave()
     return Path(run.config.run_dir)
 
 
 def train_step(run: Run, step: int) -> None:
     """One batch of rollouts, from the questions to the line in the log."""
     c, began = run.config, time.perf_counter()
-    batch = collect(
-        lambda questions, stream: run.sampler.sample(questions, c.responses_per_question, stream),
-        run.score,
-        run.questions,
-        run.strategy,
-        count=c.questions_per_step,
-        seed=c.seed,
-        step=step,
-    )
+    strategy = find_strategy(c.algorithm)
+    batch = collect(run.sampler, run.score, run.questions, strategy, c, step)
     sampled = time.perf_counter()
     stop_if_all_crashed(batch.outcomes, run.scorer)
     numbers = {"reward_mean": float(batch.seen_QG.mean()), **risk_curves(batch.seen_QG)}
     numbers |= by_stratum(batch.seen, batch.seen_QG) | all_equal(batch.seen_QG)
     numbers["sampled_entropy"] = sampled_entropy(batch.seen_logprob)
     if batch.questions:
-        rewards_R = shaped_rewards(batch, run.strategy.overlong, c.max_response_tokens or 0)
+        rewards_R = shaped_rewards(batch, strategy.overlong, c.max_response_tokens)
         advantage_R, risk = run.advantage(rewards_R, batch.rollouts.question_id, step=step)
-        run.ranks.agree("advantages and tracker", [advantage_R, run.advantage.state_dict()])
-        run.sampler.rest()
-        stats = update(
-            run.trainee,
-            run.head,
-            run.optimizer,
-            batch.rollouts,
-            advantage_R,
-            run.loss,
-            run.plan,
+        run.parallel.ranks.agree(
+            "advantages and tracker", [advantage_R, run.advantage.state_dict()]
         )
+        run.sampler.rest()
+        loss = loss_options(strategy, c)
+        stats = update(run.parallel, run.head, run.optimizer, batch.rollouts, advantage_R, loss, c)
         numbers = {**risk, **stats, **numbers, **covariances(batch)}
     else:
         run.log.note(f"step {step}: no question was kept, nothing to learn from")
@@ -100,7 +89,7 @@ def save(run: Run) -> None:
     save_checkpoint(
         run.config.run_dir,
         step=run.step,
-        trainee=run.trainee,
+        parallel=run.parallel,
         tokenizer=run.policy.processor or run.policy.tokenizer,
         optimizer=run.optimizer,
         advantage=run.advantage,

@@ -9,19 +9,27 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # questions are read before torch is
     import torch
 
+Prompt = str | list[dict[str, str]]  # text, or chat messages {"role", "content"}
+
+
+def texts_of(prompt: Prompt) -> list[str]:
+    """The text, or that of each message."""
+    return [prompt] if isinstance(prompt, str) else [m["content"] for m in prompt]
+
 
 @dataclass(frozen=True)
 class Question:
     """One verifiable question.
 
-    id is stable across runs and unique in a data set; prompt is plain text or a list of chat
-    messages {"role", "content"}; gold is the reference answer as text; source names the data set
-    (it picks the reward); meta carries anything else a reward may want; images are encoded
-    pictures or paths to them, see riskpo/data/images.py.
+    id      stable across runs, unique in a data set
+    gold    the reference answer as text
+    source  names the data set; it picks the reward
+    meta    anything else that a reward may want
+    images  encoded pictures or paths to them, see riskpo/data/images.py
     """
 
     id: str
-    prompt: str | list[dict[str, str]]
+    prompt: Prompt
     gold: str
     source: str = ""
     meta: dict[str, Any] = field(default_factory=dict)

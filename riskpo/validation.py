@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from riskpo.data.prompts import texts_of
 from riskpo.metrics.evaluate import EvalResult, EvalSettings, evaluate, powers_of_two
 from riskpo.metrics.step import by_stratum, sampled_entropy
 from riskpo.report.progress import sampling_progress
 from riskpo.rewards.scorer import stop_if_all_crashed
 from riskpo.rollout.collect import Batch
 from riskpo.run import Run
-from riskpo.types import Question, Rollouts
+from riskpo.types import Question, texts_of
 
 SHOWN_ANSWERS = 6
 SHOWN_CHARACTERS = 2000  # of the first prompt and response
@@ -28,7 +26,9 @@ def show_first(run: Run) -> None:
     """
     question, c = run.questions[0], run.config
     rollouts = run.sampler.sample([question], 1, (c.seed, "first"))
-    prompt, response = _read_back(run, rollouts)
+    tokens, cut = rollouts.tokens[0], rollouts.prompt_len[0]
+    parts = (tokens[:cut].tolist(), tokens[cut:].tolist())
+    prompt, response = (run.policy.tokenizer.decode(part)[:SHOWN_CHARACTERS] for part in parts)
     rewards, counts = run.score(rollouts.text, [question])
     outcome = next((name for name, n in counts.items() if n), "no verdict")
     run.log.note(f"first prompt ({question.id}), as the model reads it: {prompt!r}")
@@ -40,14 +40,6 @@ def show_first(run: Run) -> None:
             "only pushed down;\n  riskpo-loo (or --baseline leave-one-out) is the same objective "
             "with a centred baseline"
         )
-
-
-def _read_back(run: Run, rollouts: Rollouts) -> tuple[str, str]:
-    """Prompt and response from their tokens."""
-    tokens, cut = rollouts.tokens[0], rollouts.prompt_len[0]
-    texts = (run.policy.tokenizer.decode(part.tolist()) for part in (tokens[:cut], tokens[cut:]))
-    prompt, response = (text[:SHOWN_CHARACTERS] for text in texts)
-    return prompt, response
 
 
 def some_texts(batch: Batch, count: int) -> list[dict[str, Any]]:
@@ -73,20 +65,6 @@ def evaluate_and_log(run: Run) -> None:
     c, began = run.config, time.perf_counter()
     if not run.held_out:
         return
-    settings = EvalSettings(
-        model=c.model or "embedded",
-        data=c.eval_data or c.data or "embedded",
-        temperature=c.temperature,
-        max_response_tokens=c.max_response_tokens or 0,
-        seed=c.seed,
-    )
-    entropies = []
-
-    def answers(questions: Sequence[Question], samples: int) -> list[str]:
-        rollouts = run.sampler.sample(questions, samples, (c.seed, "held out"))
-        entropies.append(sampled_entropy(torch.cat(rollouts.logprob)))
-        return rollouts.text
-
     responses = len(run.held_out) * c.eval_samples
     if run.step == 0:
         run.log.note(
@@ -95,23 +73,32 @@ def evaluate_and_log(run: Run) -> None:
         )
     with sampling_progress(
         run.policy.model,
-        responses=-(-responses // run.ranks.size),
+        responses=-(-responses // run.parallel.ranks.size),
         sequences=c.sampler.sequences,
-        tokens=c.max_response_tokens or 0,
+        tokens=c.max_response_tokens,
         say=run.log.note,
     ):
-        result = evaluate(
-            answers,
-            run.held_out,
-            run.score,
-            samples=c.eval_samples,
-            ks=powers_of_two(c.eval_samples),
-            settings=settings,
-        )
+        rollouts = run.sampler.sample(run.held_out, c.eval_samples, (c.seed, "held out"))
+    result = evaluate(
+        rollouts.text,
+        run.held_out,
+        run.score,
+        samples=c.eval_samples,
+        ks=powers_of_two(c.eval_samples),
+        settings=EvalSettings(
+            model=c.model or "embedded",
+            data=c.eval_data or c.data or "embedded",
+            temperature=c.temperature,
+            max_response_tokens=c.max_response_tokens,
+            seed=c.seed,
+        ),
+    )
     stop_if_all_crashed(result.counts, run.scorer)
     name = f"avg@{c.eval_samples}"
     interval = {f"{name}_low": result.avg.low, f"{name}_high": result.avg.high}
-    strata = stratum_rows(run.held_out, result) | {"entropy": entropies[0]}
+    strata = stratum_rows(run.held_out, result) | {
+        "entropy": sampled_entropy(torch.cat(rollouts.logprob))
+    }
     numbers = {**result.row(), **interval, **strata, "time_s": time.perf_counter() - began}
     run.log.evaluation(run.step, numbers, shown=(name, f"pass@{c.eval_samples}"))
 
@@ -131,8 +118,5 @@ def show_answers(run: Run) -> None:
     texts = run.sampler.sample(questions, 1, (run.config.seed, "shown")).text
     rewards, _ = run.score(texts, questions)
     for question, text, reward in zip(questions, texts, rewards.tolist(), strict=True):
-        asked = (
-            question.prompt if isinstance(question.prompt, str) else question.prompt[-1]["content"]
-        )
         verdict = "right" if reward > 0 else f"wrong, expected {question.gold[:60]!r}"
-        run.log.note(f"{asked[:80]!r} -> {text[-120:]!r}  {verdict}")
+        run.log.note(f"{texts_of(question.prompt)[-1][:80]!r} -> {text[-120:]!r}  {verdict}")

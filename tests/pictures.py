@@ -6,13 +6,13 @@ import json
 
 from PIL import Image
 
-from riskpo.config import TrainConfig
+from riskpo.config import RunConfig, TrainConfig
 from riskpo.model.lm_head import find_head
 from riskpo.model.packing import micro_batches
-from riskpo.rollout.generate import sample
-from riskpo.trainer.parallel import Trainee
-from riskpo.trainer.update import UpdatePlan, recompute
+from riskpo.trainer.parallel import ParallelModel
+from riskpo.trainer.update import recompute
 from riskpo.types import Question
+from tests.toy import sample
 
 
 def png(colour):
@@ -38,7 +38,9 @@ def recomputed(policy, rollouts):
     head = find_head(policy.model)
     parts = micro_batches(rollouts, range(len(rollouts)), 1000)
     assert parts == [[row] for row in range(len(rollouts))]  # never packed
-    found = recompute(Trainee(policy.model), head, rollouts, parts, UpdatePlan(backend="torch"))
+    found = recompute(
+        ParallelModel(policy.model), head, rollouts, parts, RunConfig(backend="torch")
+    )
     return [found[row][n - 1 :] for row, n in enumerate(rollouts.prompt_len)]
 
 

@@ -12,8 +12,8 @@ from riskpo.config import (
     MemoryConfig,
     SamplerConfig,
     TrainConfig,
-    changed_fields,
     changes,
+    locked,
     read_toml,
     resolve,
     to_toml,
@@ -107,6 +107,10 @@ def test_validation_errors_are_one_line_and_status_two(capsys):
     assert main(["train", "--print-config", "--updates-per-step", "3"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert main([]) == 2 and main(["--help"]) == 0
+
+
+def changed_fields(saved, config):
+    return [text for name, text in changes(saved, config).items() if locked(name, text)]
 
 
 def test_changed_fields_are_named_and_steps_may_grow():

@@ -15,23 +15,23 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import riskpo.rollout.generate
+import riskpo.model.load
 import riskpo.run
 from riskpo.config import MemoryConfig, TrainConfig
 from riskpo.model import attention, memory_switches
-from riskpo.model.activation_offload import CudaTransfers, PlainTransfers
+from riskpo.model.activation_offload import CudaTransfers
 from riskpo.model.attention import VARLEN
 from riskpo.model.isolation import packing_of
 from riskpo.model.memory_switches import apply_switches
 from riskpo.model.packing import hidden_states, pack
 from riskpo.report.logs import read_records
-from riskpo.rollout.generate import sample
 from riskpo.train import train
 from riskpo.trainer.checkpoint import latest_checkpoint
 from riskpo.trainer.optimizer import Optimizer
 from riskpo.types import Question, Rollouts
 from tests.model.test_packing import MODELS, fake_varlen, model_of
-from tests.toy import save_arithmetic, tiny_policy
+from tests.toy import sample, save_arithmetic, tiny_policy
+from tools.plain_transfers import PlainTransfers
 
 on_both = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 VOCAB = 14
@@ -231,7 +231,7 @@ def test_a_static_cache_samples_the_same_tokens(device):
 
 @on_both
 def test_two_steps_in_bfloat16(device, tmp_path, monkeypatch):
-    for module in (riskpo.rollout.generate, riskpo.run):
+    for module in (riskpo.model.load, riskpo.run):
         monkeypatch.setattr(module, "best_device", lambda: device)
     model, data = save_arithmetic(tmp_path)
     config = TrainConfig(

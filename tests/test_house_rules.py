@@ -106,6 +106,11 @@ def test_few_floors(package):
     assert max(floors.values()) <= MAX_FLOORS[package], floors
 
 
+def test_the_trainer_is_eleven_files_deep():
+    floors = structure.floors(structure.module_graph(), "riskpo")
+    assert max(floors.values()) <= MAX_FLOORS["riskpo"], sorted(floors, key=floors.get)[-3:]
+
+
 def test_circles_and_floors_of_a_small_graph():
     assert structure.circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == [["b", "c"]]
     assert structure.floors({"p.a": {"p.b"}, "p.b": {"p.c"}, "p.c": set()}, "p")["p.a"] == 3

@@ -22,11 +22,11 @@ from riskpo.config import MemoryConfig, SamplerConfig, TrainConfig, resolve
 from riskpo.distributed import ALONE, Ranks, digest
 from riskpo.memory_plan.peak_meter import PeakMeter
 from riskpo.report.logs import read_records
-from riskpo.rollout.shared import shared_score
+from riskpo.rollout.sampler import shared_score
 from riskpo.run import build_optimizer, load_on
 from riskpo.train import train
 from riskpo.trainer.checkpoint import restore, save_checkpoint
-from riskpo.trainer.parallel import Trainee
+from riskpo.trainer.parallel import ParallelModel
 from riskpo.types import Question
 from tests.ranks import on_ranks
 from tests.toy import save_arithmetic, tiny_policy
@@ -101,7 +101,7 @@ def large(rank: int, folder: Path) -> dict[str, float]:
 
     with measured("load"):
         policy = load_on(ranks, c, None, [], [], print)
-        trainee = Trainee(policy.model, ranks, sharded=True)
+        parallel = ParallelModel(policy.model, ranks, sharded=True)
     found["weights"] = sum(p.numel() for p in policy.model.parameters()) * 2 / 2**20
     optimizer = build_optimizer(policy, c)
     for i, weight in enumerate(optimizer.weights):
@@ -110,7 +110,7 @@ def large(rank: int, folder: Path) -> dict[str, float]:
     advantage = GroupAdvantage(over_std)
     with measured("save"):
         checkpoint = save_checkpoint(
-            folder / "large", step=1, trainee=trainee, tokenizer=policy.tokenizer,
+            folder / "large", step=1, parallel=parallel, tokenizer=policy.tokenizer,
             optimizer=optimizer, advantage=advantage, config=c,
         )  # fmt: skip
     again = build_optimizer(policy, c)

@@ -225,11 +225,11 @@ class FakeSampler:
     def __init__(self, length: int = 3) -> None:
         self.length, self.asked = length, []
 
-    def __call__(self, questions, stream):
+    def sample(self, questions, responses, stream):
         self.asked.append([q.id for q in questions])
         rollouts = Rollouts()
         for q in questions:
-            for j in range(2):
+            for j in range(responses):
                 rollouts.tokens.append(torch.arange(self.length + 1))
                 rollouts.prompt_len.append(1)
                 rollouts.logprob.append(torch.zeros(self.length))
@@ -249,7 +249,8 @@ def one_in_three_is_mixed(texts, questions):
 
 def gather(name, sampler, score=one_in_three_is_mixed, step=1):
     strategy = find_strategy(name)
-    return collect(sampler, score, QUESTIONS, strategy, count=6, seed=3, step=step)
+    settings = TrainConfig(questions_per_step=6, responses_per_question=2, seed=3)
+    return collect(sampler, score, QUESTIONS, strategy, settings, step)
 
 
 def test_without_a_filter_one_attempt_is_the_batch():
@@ -293,7 +294,9 @@ def test_questions_are_a_function_of_seed_and_step():
 
 
 def test_overlong_penalty_stays_outside_the_rewards():
-    batch = Batch(rollouts=FakeSampler(length=10)(QUESTIONS[:1], (0,)), rewards_QG=torch.ones(1, 2))
+    batch = Batch(
+        rollouts=FakeSampler(length=10).sample(QUESTIONS[:1], 2, (0,)), rewards_QG=torch.ones(1, 2)
+    )
     assert shaped_rewards(batch, 0.2, 10).tolist() == [0.0, 0.0]
     assert shaped_rewards(batch, 0.0, 10).tolist() == [1.0, 1.0]
     assert batch.rewards_QG.tolist() == [[1.0, 1.0]]

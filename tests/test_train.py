@@ -22,7 +22,7 @@ from riskpo.demo import (
 )
 from riskpo.memory_plan import run_plan
 from riskpo.report.logs import read_records, step_line
-from riskpo.rollout.generate import prompt_tokens
+from riskpo.rollout.sampler import prompt_tokens
 from riskpo.train import train
 from tests.toy import save_arithmetic, save_byte_model
 

@@ -71,10 +71,10 @@ def runs(tmp_path, monkeypatch):
             engines.append(Rounding(**given))
             return engines[0]
 
-        def watched(trainee, head, optimizer, rollouts, *rest):
-            expected = mismatch(trainee.model, rollouts, cap=2.0)
-            stats = real(trainee, head, optimizer, rollouts, *rest)
-            updates.append((weights(trainee.model), expected))
+        def watched(parallel, head, optimizer, rollouts, *rest):
+            expected = mismatch(parallel.model, rollouts, cap=2.0)
+            stats = real(parallel, head, optimizer, rollouts, *rest)
+            updates.append((weights(parallel.model), expected))
             return stats
 
         pretend(monkeypatch, LLM=llm, SamplingParams=SimpleNamespace)

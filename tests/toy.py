@@ -10,7 +10,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from riskpo.demo import build_questions, build_tokenizer
-from riskpo.rollout.generate import Policy, prepare
+from riskpo.model.load import Policy, prepare
+from riskpo.rollout.generate import GenerateSampler
+from riskpo.rollout.sampler import SamplingLimits
 from riskpo.types import Rollouts
 
 
@@ -38,6 +40,16 @@ def tiny_policy(seed: int = 0, **changes) -> Policy:
     with torch.no_grad():
         model.lm_head.weight.mul_(20)  # sharp enough for log-probs to differ
     return prepare(Policy(model, tokenizer))
+
+
+def sample(
+    policy, questions, *, responses_per_question, max_prompt_tokens, max_response_tokens, stream,
+    temperature=1.0, batch_sequences=512, static_cache=False,
+) -> Rollouts:  # fmt: skip
+    """A GenerateSampler's responses."""
+    limits = SamplingLimits(max_prompt_tokens, max_response_tokens, temperature)
+    sampler = GenerateSampler(policy, limits, batch_sequences, static_cache)
+    return sampler.sample(questions, responses_per_question, stream)
 
 
 def random_rollouts(vocab: int, *, questions: int = 5, responses: int = 4, seed: int = 0):

@@ -36,20 +36,21 @@ import torch
 
 import riskpo.trainer.update
 from riskpo.algorithms import LossOptions
-from riskpo.config import MemoryConfig
+from riskpo.config import MemoryConfig, RunConfig
 from riskpo.memory_plan.budget import Workload, budget
 from riskpo.memory_plan.model_shape import shape_of
 from riskpo.memory_plan.peak_meter import PeakMeter
-from riskpo.model.activation_offload import PlainTransfers
 from riskpo.model.lm_head import find_head
 from riskpo.model.memory_switches import apply_switches
 from riskpo.model.packing import IGNORE
 from riskpo.trainer.optimizer import Optimizer
-from riskpo.trainer.update import UpdatePlan, update
+from riskpo.trainer.parallel import ParallelModel
+from riskpo.trainer.update import update
 from riskpo.types import Rollouts
 from riskpo_kernels import SurrogateLoss, clipped_surrogate
 from tools.ladder_page import device_of, write
 from tools.ladder_rows import CPU, DRY, EVERY, FUSED, GPU, LADDERS, Ladder, Row
+from tools.plain_transfers import PlainTransfers
 
 SHORT = 64  # tokens of the warm-up
 ROWS = 128  # of logits at a time, for an entropy without gradient
@@ -80,11 +81,11 @@ def measure(ladder: Ladder, row: Row, contexts: list[int]) -> Iterator[dict[str,
     head, loss = find_head(model), LossOptions()
     for tokens in (SHORT, *contexts):
         batch = rollouts(tokens, row.sequences, model.config.vocab_size)
-        plan = UpdatePlan(micro_batch_tokens=tokens, memory_mib=memory.head_mib)
+        plan = RunConfig(micro_batch_tokens=tokens, memory=memory)
         advantage = torch.linspace(0.5, 1, len(batch.tokens))  # none is 0: every response counts
         meter.restart()
         start = time.perf_counter()
-        numbers = update(model, head, optimizer, batch, advantage, loss, plan)
+        numbers = update(ParallelModel(model), head, optimizer, batch, advantage, loss, plan)
         if tokens in contexts:
             record = about_point(ladder, row, tokens) | {
                 "device": device_of(ladder),

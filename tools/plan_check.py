@@ -29,8 +29,10 @@ from riskpo.demo import build_questions, build_tokenizer
 from riskpo.memory_plan.budget import MIB, Workload, budget
 from riskpo.memory_plan.model_shape import shape_of
 from riskpo.memory_plan.peak_meter import PeakMeter
+from riskpo.model.load import Policy, prepare
 from riskpo.model.memory_switches import apply_switches
-from riskpo.rollout.generate import Policy, prepare, sample
+from riskpo.rollout.generate import GenerateSampler
+from riskpo.rollout.sampler import SamplingLimits
 from riskpo.trainer.optimizer import Optimizer
 from riskpo.types import Question
 
@@ -135,15 +137,9 @@ def sampled(model: Any, case: Case, meter: PeakMeter) -> None:
     policy = prepare(Policy(model, tokenizer))
     for sequences, prompt, response in ((4, 4, 2), (case.sequences, case.prompt, case.response)):
         meter.restart()
-        sample(
-            policy,
-            [Question(str(n), "7" * n, "0", "check") for n in (prompt, prompt - 2)],
-            responses_per_question=sequences // 2,
-            max_prompt_tokens=case.prompt,
-            max_response_tokens=response,
-            stream=(0,),
-            batch_sequences=sequences,
-        )
+        limits = SamplingLimits(case.prompt, response)
+        questions = [Question(str(n), "7" * n, "0", "check") for n in (prompt, prompt - 2)]
+        GenerateSampler(policy, limits, sequences).sample(questions, sequences // 2, (0,))
 
 
 def fresh(*arguments: str) -> str:

@@ -22,7 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from riskpo.algorithms import LossOptions
-from riskpo.config import LoraConfig, MemoryConfig
+from riskpo.config import LoraConfig, MemoryConfig, RunConfig
 from riskpo.memory_plan.budget import Workload, budget
 from riskpo.memory_plan.model_shape import shape_of_model
 from riskpo.memory_plan.peak_meter import PeakMeter
@@ -30,7 +30,8 @@ from riskpo.model.lm_head import find_head
 from riskpo.model.lora import attach_lora
 from riskpo.model.memory_switches import apply_switches
 from riskpo.trainer.optimizer import Optimizer
-from riskpo.trainer.update import UpdatePlan, update
+from riskpo.trainer.parallel import ParallelModel
+from riskpo.trainer.update import update
 from riskpo.types import Rollouts
 from tools.plan_check import HEADER, fresh, line, train_on
 
@@ -111,12 +112,12 @@ def measure(folder: str, row: Row, tokens: int) -> dict[str, Any]:
         max_grad_norm=1.0,
         state=memory.optimizer,
     )
-    head, plan = find_head(model), UpdatePlan(micro_batch_tokens=tokens, memory_mib=memory.head_mib)
+    head, plan = find_head(model), RunConfig(micro_batch_tokens=tokens, memory=memory)
     for size in (SHORT, tokens * row.micro_batches):
         batch = rollouts(size, model.config.get_text_config().vocab_size)
         advantage = torch.linspace(0.5, 1, len(batch.tokens))  # none is 0: every response counts
         meter.restart()
-        update(model, head, optimizer, batch, advantage, LossOptions(), plan)
+        update(ParallelModel(model), head, optimizer, batch, advantage, LossOptions(), plan)
     moment = max((planned.update, planned.step), key=lambda terms: sum(terms.values()))
     return {
         "measured": meter.increase(),

@@ -40,7 +40,7 @@ from riskpo.config import (
 from riskpo.errors import loading, refusals_in_one_line
 from riskpo.files import METRICS, check_folder, run_dir
 from riskpo.preflight import check_algorithm, check_data, check_model
-from riskpo.report.progress import EVERY_S, FIRST_S, spoken
+from riskpo.report.progress import EVERY_S, FIRST_S, quiet_loading_bars, spoken
 
 START = "start"  # folder of the warm starts, beside the systems'
 START_DEPENDS_ON = ("seed", "data", "eval_questions", "temperature", "max_response_tokens", "dtype")
@@ -240,8 +240,6 @@ def share_done(config: TrainConfig) -> float:
 def _quietly(do: Callable[[], str], threads: int) -> str:
     """In a worker: `do` with its lines thrown away (the numbers are in the run's folder)."""
     import torch
-
-    from riskpo.cli import quiet_loading_bars
 
     quiet_loading_bars()
     torch.set_num_threads(threads)

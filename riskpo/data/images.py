@@ -23,8 +23,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from riskpo.data.prompts import Prompt, texts_of
-from riskpo.types import Question
+from riskpo.types import Prompt, Question, texts_of
 
 Picture = bytes | str  # encoded, or a path
 

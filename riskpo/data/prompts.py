@@ -20,8 +20,7 @@ from riskpo.data.values import (
     scalar_text,
     shown,
 )
-
-Prompt = str | list[dict[str, str]]
+from riskpo.types import Prompt, texts_of
 
 BESIDE = ("context", "options", "choices")  # columns that `asked` reads where a row has them
 LETTERS = "ABCDEFGHIJ"  # of choices, as the verifier knows them
@@ -54,10 +53,6 @@ def with_instruction(prompt: Prompt, instruction: str) -> Prompt:
         return f"{prompt}\n{instruction}"
     last = {**prompt[-1], "content": f"{prompt[-1]['content']}\n{instruction}"}
     return [*prompt[:-1], last]
-
-
-def texts_of(prompt: Prompt) -> list[str]:
-    return [prompt] if isinstance(prompt, str) else [m["content"] for m in prompt]
 
 
 def prompt_of(value: Any, column: str) -> Prompt:

@@ -30,9 +30,9 @@ from riskpo.config import ColumnsConfig
 from riskpo.data.files import is_file, read_file, read_hub
 from riskpo.data.forms import Form, recognised, renamed
 from riskpo.data.images import image_columns, place_pictures, read_pictures
-from riskpo.data.prompts import Prompt, ends_in_answer, with_instruction
+from riskpo.data.prompts import ends_in_answer, with_instruction
 from riskpo.data.values import Row, mapping, missing, optional_text
-from riskpo.types import Question
+from riskpo.types import Prompt, Question
 
 BOXED_INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 META_CHARACTERS = 200

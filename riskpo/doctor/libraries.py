@@ -12,13 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from riskpo.doctor.packages import Missing, attribute
+from riskpo.doctor.packages import attribute
 from riskpo.doctor.problem import (
     Problem,
     Results,
     clipped_mean,
     leaves,
-    make_problem,
     plain,
     results,
 )
@@ -178,13 +177,3 @@ LIBRARIES: dict[str, Callable[[Problem], Results]] = {
     "verl": verl_loss,
     "plain": plain,
 }
-
-
-def exists(name: str) -> bool:
-    """Whether library `name` can be called here; other errors than Missing are the caller's."""
-    problem = make_problem(batch=2, tokens=4, width=16, vocab=32)
-    try:
-        LIBRARIES[name](problem)
-    except Missing:
-        return False
-    return True

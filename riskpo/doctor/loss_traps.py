@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from riskpo.doctor.packages import first_line
 from riskpo.doctor.problem import Problem, Results, Yardstick, make_problem, ours, plain
 from riskpo.doctor.seen import Seen
 
@@ -69,8 +70,7 @@ def pose_loss(trap: LossTrap, loss: Loss) -> Seen:
     try:
         got = loss(trap.spoil(problem)).values
     except Exception as error:  # an observation, not a failure of the report
-        lines = str(error).strip().splitlines() or [""]
-        return Seen(None, f"raises {type(error).__name__}: {lines[0][:60]}")
+        return Seen(None, f"raises {first_line(error)}")
     found = {}
     for name in ("loss", "dhidden", "dweight"):
         norm, largest = yard.bounds(name, got[name])

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from riskpo.doctor.packages import first_line
 from riskpo.doctor.problem import Yardstick, make_problem, ours, plain, with_bias
 from riskpo_kernels import backend_report
 
@@ -81,7 +82,7 @@ def numerics(backend: str, dtype: str, device: str) -> Check:
         moved = problem.to(DTYPES[dtype]).on(device)
         got = ours(moved, backend=backend).values
     except Exception as error:  # any failure of a backend is the finding
-        return Check(False, f"{what}: {_one_line(error)}", REMEDY[backend])
+        return Check(False, f"{what}: {first_line(error, 160)}", REMEDY[backend])
     seen = {name: yard.bounds(name, got[name]) for name in yard.truth}
     bad = [name for name, metrics in seen.items() if not all(m.holds for m in metrics)]
     line = ", ".join(f"{name} {norm.error:.0e}" for name, (norm, _) in seen.items())
@@ -149,8 +150,3 @@ def in_process(
     last = (done.stdout.strip() or done.stderr.strip() or "no output").splitlines()[-1]
     ok = done.returncode == 0
     return Check(ok, line(last), "" if ok else REMEDY["triton"])
-
-
-def _one_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:160]}"

@@ -15,6 +15,12 @@ PACKAGES = {
 }
 
 
+def first_line(error: Exception, most: int = 60) -> str:
+    """The first `most` letters of an error's first line, after its type."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:most]}"
+
+
 class Missing(ValueError):
     """A library, or the part of it that is needed, is not to be had here."""
 
@@ -24,8 +30,7 @@ def attribute(module: str, name: str) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
     except Exception as error:  # a package may fail in any way at import: that is the reason
-        lines = str(error).strip().splitlines() or [""]
         raise Missing(
-            f"doctor: {module}.{name} is not to be had here ({type(error).__name__}: "
-            f"{lines[0][:120]}). Install the package, or leave it out."
+            f"doctor: {module}.{name} is not to be had here ({first_line(error, 120)}). Install "
+            "the package, or leave it out."
         ) from None

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from riskpo.doctor.libraries import Op, plain_op
+from riskpo.doctor.packages import first_line
 from riskpo.doctor.problem import relative_error
 from riskpo.doctor.seen import (
     Seen,
@@ -269,5 +270,4 @@ def pose(trap: Trap, op: Op) -> Seen:
     try:
         return trap.pose(op)
     except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
-        return Seen(None, f"raises {type(error).__name__}: {lines[0][:60]}")
+        return Seen(None, f"raises {first_line(error)}")

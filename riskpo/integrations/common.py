@@ -86,18 +86,21 @@ class CountedAdvantage:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was saved; ValueError if it was saved with other settings."""
-        mine = dataclasses.asdict(self.advantage.settings)
-        then = state["settings"]
-        changed = {name: then.get(name) for name in mine if mine[name] != then.get(name)}
-        if changed:
-            now = {name: mine[name] for name in changed}
-            raise ValueError(
-                f"{self.op}: got {now}; expected the settings of the saved run, {changed}: its "
-                "tracked quantiles belong to them. Restore them, or start a new run from its "
-                "weights."
-            )
+        check_settings(self.op, self.advantage, state["settings"])
         self.advantage.load_state_dict(state["advantage"])
         self.batches = state["batches"]
+
+
+def check_settings(op: str, advantage: RiskPOAdvantage, then: dict[str, Any]) -> None:
+    """ValueError where the settings of a saved run, `then`, are not those of `advantage`."""
+    mine = dataclasses.asdict(advantage.settings)
+    changed = {name: then.get(name) for name in mine if mine[name] != then.get(name)}
+    if changed:
+        now = {name: mine[name] for name in changed}
+        raise ValueError(
+            f"{op}: got {now}; expected the settings of the saved run, {changed}: its tracked "
+            "quantiles belong to them. Restore them, or start a new run from its weights."
+        )
 
 
 def draw_numbers(questions: Sequence[Any], keys: Sequence[Any]) -> list[int]:

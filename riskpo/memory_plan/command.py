@@ -12,7 +12,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from riskpo.config import MemoryConfig
+from riskpo.config import Count, Dtype, MemoryConfig, Number, check_types
 from riskpo.errors import loading, refusals_in_one_line
 from riskpo.memory_plan.budget import (
     ENOUGH,
@@ -76,13 +76,13 @@ class PlanConfig:
     """Settings of `riskpo plan`."""
 
     model: str  # a folder with a config.json, a name in the hub cache, or one of the built-in ones
-    context: int = 32768  # tokens of one sequence, prompt included; also of a micro-batch
+    context: Count = 32768  # tokens of one sequence, prompt included; also of a micro-batch
     gpu: tuple[str, ...] = ("24", "80", "141")  # GB, or a name: 4090, 3090, L4, A100, H100, H200
-    dtype: str = "bfloat16"  # or float32
-    sequences: int = 8  # responses that are sampled at once
-    prompt: int = 512  # tokens of their prompts, which are read at once
-    head_mib: int = 300
-    tflops: float | None = None  # of attention; None: a rough figure for the card
+    dtype: Dtype = "bfloat16"
+    sequences: Count = 8  # responses that are sampled at once
+    prompt: Count = 512  # tokens of their prompts, which are read at once
+    head_mib: Count = 300
+    tflops: Number | None = None  # of attention; None: a rough figure for the card
 
 
 @dataclass(frozen=True)
@@ -116,15 +116,7 @@ def plan_command(given: list[str]) -> None:
     """Print the plan of the command line."""
     with refusals_in_one_line("riskpo plan"):
         config = tyro.cli(PlanConfig, prog="riskpo plan", args=given)
-    for name in ("context", "sequences", "prompt", "head_mib"):
-        if getattr(config, name) < 1:
-            raise ValueError(
-                f"plan: got --{name} {getattr(config, name)}; expected at least 1. Raise it."
-            )
-    if config.dtype not in ("bfloat16", "float32"):
-        raise ValueError(
-            f"plan: got --dtype {config.dtype}; expected bfloat16 or float32. Check the spelling."
-        )
+    check_types(config)
     cards = [find_card(text) for text in config.gpu]
     check_name(config.model)
     loading("plan")

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from riskpo.config import TrainConfig
+from riskpo.config import RunConfig
 from riskpo.memory_plan.budget import GIB, MIB, MOMENTS, Budget, Workload, budget, gib
 from riskpo.memory_plan.model_shape import shape_of_model
 from riskpo.memory_plan.peak_meter import PeakMeter
@@ -85,27 +85,25 @@ class RunPlan:
         return f"{said} MiB, measured {measured / MIB:.0f} MiB ({kind}{hint})"
 
 
-def plan_run(config: TrainConfig, model: Any, prompt: int) -> RunPlan:
+def plan_run(config: RunConfig, model: Any, prompt: int) -> RunPlan:
     """The plan of a resolved config, its loaded model, and the longest prompt of its data in
     tokens; the meter starts here."""
     device = next(model.parameters()).device
     capacity = memory_of_this_machine()
     if device.type == "cuda":
         capacity = float(torch.cuda.get_device_properties(device).total_memory)
-    assert config.max_response_tokens  # resolve has seen to it
     predicted = _predicted(config, model, device, prompt, config.max_response_tokens)
     meter = PeakMeter(device, model)
     return RunPlan(meter, predicted, capacity, prompt, config.max_response_tokens)
 
 
 def _predicted(
-    config: TrainConfig, model: Any, device: torch.device, prompt: int, response: int
+    config: RunConfig, model: Any, device: torch.device, prompt: int, response: int
 ) -> Budget | None:
     try:
         shape = shape_of_model(model)
     except ValueError:
         return None
-    assert config.micro_batch_tokens  # resolve has seen to it
     context = prompt + response
     responses = config.questions_per_step * config.responses_per_question
     # evaluations sample too, beside the optimiser's state from the first step on

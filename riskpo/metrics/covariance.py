@@ -18,6 +18,7 @@ import torch
 
 from riskpo_kernels import bundle_scores, mvar_advantage
 
+BUNDLE, ALPHA, BETA, OMEGA = 5, 0.2, 0.8, 0.5  # arXiv 2510.00911
 TIED = 1e-12  # a spread below this is none: its correlation counts as 0
 
 
@@ -25,10 +26,10 @@ def covariance_terms(
     sequence_logprob_QG: torch.Tensor,
     rewards_QG: torch.Tensor,
     *,
-    bundle_size: int,
-    alpha: float,
-    beta: float,
-    omega: float,
+    bundle_size: int = BUNDLE,
+    alpha: float = ALPHA,
+    beta: float = BETA,
+    omega: float = OMEGA,
 ) -> dict[str, float]:
     """Means over questions of Cov(l, A) within a question, in nats times score units.
 

@@ -26,11 +26,9 @@ import torch
 from riskpo.files import write_json
 from riskpo.metrics.intervals import Interval, near_the_ends, t_interval
 from riskpo.metrics.maj_at_k import group_sizes, maj_at_k
-from riskpo.types import Question
+from riskpo.types import Question, Score
 from riskpo_kernels import pass_at_k
 
-Sampler = Callable[[Sequence[Question], int], Sequence[str]]
-ScoreFunction = Callable[[Sequence[str], Sequence[Question]], tuple[torch.Tensor, dict[str, int]]]
 Vote = Callable[[str, Question], str | None]  # a response's answer, None where it has none
 
 CONFIDENCE = 0.95
@@ -94,19 +92,18 @@ def powers_of_two(samples: int) -> tuple[int, ...]:
 
 
 def evaluate(
-    sample: Sampler,
+    texts: Sequence[str],
     questions: Sequence[Question],
-    score: ScoreFunction,
+    score: Score,
     *,
     samples: int,
     ks: Sequence[int],
     settings: EvalSettings,
     vote: Vote | None = None,
 ) -> EvalResult:
-    """Sample, score and summarise.
+    """Score and summarise Q * n responses.
 
-    sample    (questions, n) -> Q * n texts, question-major
-    score     (texts, questions) -> (rewards [Q * n], counts), such as Scorer.score
+    texts     the responses, question-major
     samples   n, responses per question
     ks        the k of pass@k and maj@k, each at most `samples`
     settings  carried into the result; its seed also seeds the bootstrap
@@ -116,11 +113,10 @@ def evaluate(
     """
     ids = [question.id for question in questions]
     _check(ids, samples, ks)
-    texts = sample(questions, samples)
     if len(texts) != len(ids) * samples:
         raise ValueError(
-            f"evaluate: the sampler returned {len(texts)} texts; expected {len(ids)} questions x "
-            f"{samples} samples = {len(ids) * samples}. Return them question by question."
+            f"evaluate: got {len(texts)} texts; expected {len(ids)} questions x {samples} samples "
+            f"= {len(ids) * samples}. Give them question by question."
         )
     rewards, counts = score(texts, questions)
     table = rewards.detach().double().cpu().reshape(len(ids), samples)  # [Q, n]
@@ -137,7 +133,7 @@ def evaluate(
         maj_at={k: estimates[f"maj@{k}"] for k in ks if f"maj@{k}" in estimates},
         samples=samples,
         questions=len(ids),
-        counts=counts,
+        counts=dict(counts),
         rewards=dict(zip(ids, table.tolist(), strict=True)),
         values={name: v.tolist() for name, v in values.items()},
         settings=settings,

@@ -11,12 +11,10 @@ from collections.abc import Sequence
 
 import torch
 
-from riskpo.metrics.covariance import covariance_terms
+from riskpo.metrics.covariance import ALPHA, BETA, BUNDLE, OMEGA, covariance_terms
 from riskpo.rollout.collect import Batch
 from riskpo.types import Question
 from riskpo_kernels import bundle_scores, mvar, rvar
-
-BUNDLE, ALPHA, BETA, OMEGA = 5, 0.2, 0.8, 0.5  # arXiv 2510.00911
 
 
 def risk_curves(rewards_QG: torch.Tensor) -> dict[str, float]:
@@ -70,11 +68,5 @@ def covariances(batch: Batch) -> dict[str, float]:
     each = [float(x.sum()) for x in batch.rollouts.logprob]
     if any(x != x for x in each):  # without a log-prob of every token there is no covariance
         return {}
-    return covariance_terms(
-        torch.tensor(each, dtype=torch.float64).view_as(batch.rewards_QG),
-        batch.rewards_QG,
-        bundle_size=BUNDLE,
-        alpha=ALPHA,
-        beta=BETA,
-        omega=OMEGA,
-    )
+    sequence_logprob = torch.tensor(each, dtype=torch.float64).view_as(batch.rewards_QG)
+    return covariance_terms(sequence_logprob, batch.rewards_QG)

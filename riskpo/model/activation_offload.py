@@ -1,7 +1,7 @@
-"""Gradient checkpointing whose layer inputs wait on the host between forward and backward.
+"""Gradient checkpointing whose layer inputs are in CPU memory between forward and backward.
 
 torch's checkpoint saves one tensor per layer, its input [1, T, D]. Here that tensor is copied to
-pinned host memory on a stream of its own while the layer computes, and copied back while the layer
+pinned CPU memory on a stream of its own while the layer computes, and copied back while the layer
 above it goes backward. At most IN_FLIGHT inputs are on their way out at a time: the device holds
 that many plus two on the way back, whatever the number of layers.
 
@@ -23,13 +23,13 @@ from riskpo.config import IN_FLIGHT
 
 
 class Transfers(Protocol):
-    """Copies between a device and its host that run beside the computation."""
+    """Copies between the device and the CPU that run beside the computation."""
 
     def out(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        """(host copy, ticket); the copy may be read, and `tensor` freed, after wait(ticket)."""
+        """(CPU copy, ticket); the copy may be read, and `tensor` freed, after wait(ticket)."""
 
     def back(self, host: torch.Tensor, sent: Any) -> tuple[torch.Tensor, Any]:
-        """(device copy, ticket) of a host copy whose own ticket was `sent`."""
+        """(device copy, ticket) of a CPU copy whose own ticket was `sent`."""
 
     def wait(self, ticket: Any) -> None:
         """Let the computation that is queued from now on wait for a copy."""
@@ -64,35 +64,8 @@ class CudaTransfers:
         torch.cuda.current_stream(self.device).wait_event(ticket)
 
 
-class PlainTransfers:
-    """Copies within one memory, done at once, for a model that is on the host itself.
-
-    They gain nothing: they let the same code be tested, and its copies be measured, without CUDA.
-    `most` is the largest number of bytes that waited together; from a GPU they would be the host's.
-    """
-
-    def __init__(self) -> None:
-        self.most = self._waiting = 0
-
-    def out(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        host = tensor.clone()
-        self._count(host.nbytes)
-        weakref.finalize(host, self._count, -host.nbytes)
-        return host, None
-
-    def back(self, host: torch.Tensor, sent: Any) -> tuple[torch.Tensor, Any]:
-        return host.clone(), None
-
-    def wait(self, ticket: Any) -> None:
-        """Nothing to wait for."""
-
-    def _count(self, size: int) -> None:
-        self._waiting += size
-        self.most = max(self.most, self._waiting)
-
-
 class _Parked:
-    """One layer's input on the host, and the copy that is on its way back, if any."""
+    """One layer's input on the CPU, and the copy that is on its way back, if any."""
 
     def __init__(self, host: torch.Tensor, sent: Any, below: _Parked | None) -> None:
         self.host, self.sent = host, sent

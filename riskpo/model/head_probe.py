@@ -1,4 +1,4 @@
-"""What a model makes of hidden states of our choice, and of its own; what its logits depend on."""
+"""Probe a head: its logits of chosen and of the model's own hidden states; what they depend on."""
 
 from __future__ import annotations
 
@@ -55,6 +55,15 @@ def row_gaps(raw: torch.Tensor, theirs: torch.Tensor, options: Any) -> torch.Ten
     theirs = theirs.to(ours.device).float()
     difference, size = (x.square().mean(-1).sqrt() for x in (ours - theirs, theirs))
     return torch.where(difference == 0, difference, difference / size)
+
+
+def relative_gap(head: Any, hidden: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Root mean square of formula minus model's logits, relative to the logits'; worst row.
+
+    hidden states [..., D] and the model's logits [..., V] of them.
+    """
+    raw = raw_logits(head, hidden.flatten(0, -2))
+    return float(row_gaps(raw, theirs.flatten(0, -2), head.options).max())
 
 
 def look(model: Any, head: Any) -> HeadSight:

@@ -1,9 +1,8 @@
-"""Which weight a head multiplies with, through what is wrapped around it.
+"""The weight and bias that a head multiplies with, found through peft's wrappers.
 
-peft's modules_to_save and trainable tokens are weights, read anew at every call, so that the active
-adapter's is taken and its parameters get their gradients. Everything else that a head can be (an
-adapter of products, a quantised or another kind of layer, a hook) computes logits that no weight
-alone gives, some of it only once it has been trained: refused by name.
+modules_to_save and trainable tokens are read at every call, so that the active adapter's weight is
+used and gets its gradients. Any other head (LoRA, a quantised layer, a hook) has logits that no
+single weight gives, some only after training; it is refused by name.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ _FOUND: weakref.WeakKeyDictionary[Any, tuple[str, Packing]] = weakref.WeakKeyDic
 
 
 def packing_of(model: Any) -> Packing:
-    """How this model is to be fed, found at the first call and again after a change of attention.
+    """Whether the model runs packed; found at the first call and after a change of attention.
 
     ValueError for a model that is not a causal language model or whose decoder cannot be called.
     """
@@ -93,9 +93,9 @@ def settle_attention(model: Any, requested: str) -> Packing:
 
 
 def adopt_packing(model: Any, requested: str, packing: Packing) -> None:
-    """Feed a model as it was found before its weights moved; its attention is that of its device.
+    """Use what was found before the weights moved, with the attention of the device they are on.
 
-    What is packed apart by one of our attentions is by each.
+    What is kept apart by one of our attentions is kept apart by each of them.
     """
     if requested != "auto" or packing.reason is None:
         model.set_attn_implementation(choose(requested, model))
@@ -305,7 +305,7 @@ def _gradient(hidden: torch.Tensor, seen: list[torch.Tensor]) -> torch.Tensor | 
 
 @contextmanager
 def _embeddings(decoder: Any) -> Iterator[list[torch.Tensor]]:
-    """Inside, embedded tokens are leaves, and are collected."""
+    """Collect the embedded tokens of every forward inside, as leaves of the graph."""
     seen: list[torch.Tensor] = []
 
     def leaf(module: Any, given: Any, output: torch.Tensor) -> torch.Tensor:
@@ -321,7 +321,7 @@ def _embeddings(decoder: Any) -> Iterator[list[torch.Tensor]]:
 
 @contextmanager
 def _shaken(decoder: Any) -> Iterator[None]:
-    """Inside, parameters that are all 0, as a fresh gate or adapter is, hide no path."""
+    """Inside, parameters that are all 0 hold noise: a fresh gate or adapter would hide a path."""
     silent = [
         p for p in decoder.parameters() if p.is_floating_point() and p.numel() and not p.any()
     ]

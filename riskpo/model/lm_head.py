@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from riskpo.model.decoder import unwrapped
-from riskpo.model.head_probe import look, raw_logits, row_gaps
+from riskpo.model.head_probe import look
 from riskpo.model.head_weight import computed, refuse_wrapped_head
 
 # Names of numbers in a config that may act on the logits. A name proposes, the probe decides: the
@@ -58,11 +58,6 @@ class Head:
     def bias(self) -> torch.Tensor | None:
         _, bias = computed(self.module)
         return bias if bias is None or self.rows is None else bias[: self.rows]
-
-
-def head_options(config: Any) -> HeadOptions:
-    """Scale and softcap as the config's names suggest them; only a probe can tell."""
-    return next(proposals(config))
 
 
 def proposals(config: Any) -> Iterator[HeadOptions]:
@@ -128,12 +123,3 @@ def find_head(model: Any) -> Head:
             "does something else to them, or takes a number that its config does not name."
         )
     return Head(module, best, sight.rows)
-
-
-def relative_gap(head: Head, hidden: torch.Tensor, theirs: torch.Tensor) -> float:
-    """Root mean square of formula minus model's logits, relative to the logits'; worst row.
-
-    hidden states [..., D] and the model's logits [..., V] of them.
-    """
-    raw = raw_logits(head, hidden.flatten(0, -2))
-    return float(row_gaps(raw, theirs.flatten(0, -2), head.options).max())

@@ -55,8 +55,8 @@ def thaw_lora(model: Any) -> None:
 def refuse_adapted_head(model: Any) -> None:
     """ValueError where the head or the embedding carries an adapter.
 
-    The fused loss multiplies with the head's weight: an adapter there would be trained by no one
-    and sampled from all the same.
+    The fused loss multiplies with the head's weight: an adapter there would get no gradient, yet
+    the sampler would use it.
     """
     for what, module in (
         ("the head", model.get_output_embeddings()),

@@ -18,9 +18,9 @@ def apply_switches(
 ) -> None:
     """Attention, checkpointing, offloading and tiles, in place; ValueError where one cannot be.
 
-    `transfers` moves what is offloaded; None: to pinned memory from CUDA, and nothing at all for a
-    model that is on the host itself, where a second place would only cost. `packing` is what was
-    found before the weights were spread; None: it is found here.
+    transfers  copies what is offloaded. None: from CUDA to pinned memory; a model on the CPU has
+               nowhere to offload to
+    packing    as found before the weights were sharded; None: it is found here
     """
     if packing is None:
         settle_attention(model, memory.attention)

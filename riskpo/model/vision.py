@@ -19,7 +19,7 @@ from transformers import AutoProcessor
 
 from riskpo.config import TrainConfig
 from riskpo.data.images import processor_inputs
-from riskpo.model.lm_head import Head, relative_gap
+from riskpo.model.head_probe import relative_gap
 from riskpo.types import Question
 
 Inputs = dict[str, torch.Tensor]  # what the model reads beside a prompt's tokens
@@ -115,7 +115,7 @@ def check_vision_setup(config: TrainConfig, processes: int) -> None:
 
 
 @torch.no_grad()
-def check_vision_head(policy: Any, head: Head, questions: Iterable[Question]) -> None:
+def check_vision_head(policy: Any, head: Any, questions: Iterable[Question]) -> None:
     """ValueError unless vision_hidden_states and the head give the model's own logits.
 
     Tried on the first question with pictures.

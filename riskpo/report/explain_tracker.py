@@ -13,8 +13,8 @@ from itertools import pairwise
 from typing import Any
 
 from riskpo.algorithms import find_strategy
+from riskpo.metrics.covariance import ALPHA, BETA, BUNDLE
 from riskpo.metrics.intervals import t_interval
-from riskpo.metrics.step import ALPHA, BETA, BUNDLE
 from riskpo.report.findings import FEWEST, SURE, Finding, Log, Record
 from riskpo_kernels import RiskPOAdvantage
 
@@ -36,8 +36,8 @@ def levels(settings: Any) -> dict[str, float]:
 def with_shares(log: Log) -> list[Record]:
     """The steps that moved the tracker, each with the shares of its scores below the quantiles.
 
-    The first step sets the tracker and moves nothing; what the last one did stands nowhere. While
-    the two quantiles are one, the log has the lower one twice and says nothing of the upper.
+    The first step only initialises the tracker, and the last step's update is not logged. While the
+    two quantiles coincide, the log has the lower one twice and the upper is unknown.
     """
     settings = risk_settings(log)
     kept = [r for r in log.steps if "q_alpha_tracked" in r] if settings else []

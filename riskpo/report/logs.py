@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,15 +105,8 @@ class RunLog:
 class SilentLog:
     """The log of every process of a run but the first: the same calls, and nothing happens."""
 
-    def step(self, step: int, numbers: dict[str, float]) -> None: ...
-
-    def evaluation(self, step: int, numbers: dict[str, float], shown: Sequence[str]) -> None: ...
-
-    def texts(self, step: int, rows: Sequence[dict[str, Any]]) -> None: ...
-
-    def note(self, text: str) -> None: ...
-
-    def close(self) -> None: ...
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *given, **named: None
 
 
 def step_line(step: int, steps: int, numbers: dict[str, float]) -> str:

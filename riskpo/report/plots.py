@@ -7,6 +7,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import pandas as pd
 
 from riskpo.report.logs import read_records
 
@@ -24,11 +25,8 @@ HELD_OUT = "#2e8b57"
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
     """Centred moving average whose window shrinks at the ends; [n] -> [n]."""
-    half = window // 2
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    first = np.maximum(np.arange(len(values)) - half, 0)
-    last = np.minimum(np.arange(len(values)) + half + 1, len(values))
-    return (sums[last] - sums[first]) / (last - first)
+    odd = window // 2 * 2 + 1
+    return pd.Series(values).rolling(odd, center=True, min_periods=1).mean().to_numpy()
 
 
 def plot(run_dir: str | Path) -> Path:

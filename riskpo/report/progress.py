@@ -51,3 +51,10 @@ def spoken(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def quiet_loading_bars() -> None:
+    """One bar per checkpoint that is written would break up the lines of the steps."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()

@@ -26,8 +26,8 @@ own names, never as wrong.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -37,15 +37,37 @@ from riskpo.rewards.sandbox.run import require
 from riskpo.rewards.verdict import OUTCOMES, Outcome, Verdict, crash_name, failed, right, tally
 from riskpo.types import Question
 
-__all__ = ["Outcome", "Scorer", "Verdict", "VerifierPool", "check_golds", "verify_exact"]
+__all__ = ["Outcome", "Scorer", "Verdict", "VerifierPool", "verify_exact"]
 
-MATH = "riskpo.rewards.math:verify_math"
-CODE = "riskpo.rewards.code:verify_code"
-CODE_LEVELS = {"code": "namespaces", "code-limits-only": "limits"}
+MATH, CODE = "riskpo.rewards.math:verify_math", "riskpo.rewards.code:verify_code"
 CODE_EXTRA_SECONDS = 30.0  # to start two sandboxes on a busy machine, beside the program's own time
-MATH_KINDS = ("auto", "math", "math-unevaluated")
-KINDS = (*MATH_KINDS, "exact", *CODE_LEVELS)
 EXACT_SOURCES = ("arithmetic",)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A built-in reward: (text, question, seconds) -> what its function is called with.
+
+    A text of None asks about the gold itself. sandbox: the level that it needs, "" for none.
+    """
+
+    function: str  # "module:function"
+    arguments: Callable[[str | None, Question, float], tuple[Any, ...]]
+    sandbox: str = ""
+
+
+def plain(question: Question) -> dict[str, Any]:
+    """A question as JSON; its pictures stay in the trainer."""
+    return asdict(replace(question, images=()))
+
+
+BUILT_IN = {
+    "math": Kind(MATH, lambda text, q, _: (q.gold, text, True)),
+    "math-unevaluated": Kind(MATH, lambda text, q, _: (q.gold, text, False)),
+    "code": Kind(CODE, lambda text, q, s: (text, plain(q), s, "namespaces"), "namespaces"),
+    "code-limits-only": Kind(CODE, lambda text, q, s: (text, plain(q), s, "limits"), "limits"),
+}
+MATH_KINDS = ("auto", "math", "math-unevaluated")  # which ask for a boxed answer
 
 log = logging.getLogger("riskpo")
 
@@ -82,21 +104,19 @@ class Scorer:
         seconds: float = 5.0,
         memory_mib: int = 2048,
     ) -> None:
-        if reward not in KINDS and ":" not in reward:
+        kinds = ("auto", "exact", *BUILT_IN)
+        if reward not in kinds and ":" not in reward:
             raise ValueError(
-                f"Scorer: got reward={reward!r}; expected one of {', '.join(KINDS)} or an import "
+                f"Scorer: got reward={reward!r}; expected one of {', '.join(kinds)} or an import "
                 "path 'package.module:function'. Check the spelling."
             )
         self.reward = reward
-        self._options: dict[str, Any] = {
-            "workers": workers,
-            "seconds": seconds,
-            "memory_mib": memory_mib,
-        }
+        self.seconds = seconds
+        self._options = {"workers": workers, "memory_mib": memory_mib}
         self._pools: dict[str, VerifierPool] = {}
         self.crashes: dict[str, str] = {}  # by exception: its text, and what it was raised over
-        if ":" in reward or reward in CODE_LEVELS:  # told now, not after the first rollouts
-            self._running_pool(reward if ":" in reward else CODE)
+        if ":" in reward or reward in BUILT_IN and BUILT_IN[reward].sandbox:
+            self._pool(reward)  # told now, not after the first rollouts
 
     def score(
         self, texts: Sequence[str], questions: Sequence[Question]
@@ -119,30 +139,31 @@ class Scorer:
             )
         each = len(texts) // len(questions) if questions else 0
         rows = [question for question in questions for _ in range(each)]
-        verdicts: list[Verdict | None] = [
-            verify_exact(q.gold, t) if self._is_exact(q) else None
-            for t, q in zip(texts, rows, strict=True)
-        ]
-        pending: dict[str, list[int]] = {}
-        for i, verdict in enumerate(verdicts):
-            if verdict is None:
-                pending.setdefault(self._path(rows[i]), []).append(i)
-        for path, chosen in pending.items():
-            items = [self._item(path, texts[i], rows[i]) for i in chosen]
-            for i, verdict in zip(chosen, self._running_pool(path).run(items), strict=True):
-                verdicts[i] = verdict
+        verdicts = self._judged(texts, rows)
         self._tell_crashes(texts, rows, verdicts)
-        return [v for v in verdicts if v is not None]
+        return verdicts
+
+    def _judged(self, texts: Sequence[str | None], rows: Sequence[Question]) -> list[Verdict]:
+        """A verdict for each row, in order; a text of None judges the gold."""
+        found: dict[int, Verdict] = {}
+        rows_of: dict[str, list[int]] = {}
+        for i, question in enumerate(rows):
+            rows_of.setdefault(self._kind(question), []).append(i)
+        for kind, chosen in rows_of.items():
+            pairs = [(texts[i], rows[i]) for i in chosen]
+            if kind == "exact":
+                judged = [verify_exact(q.gold, q.gold if t is None else t) for t, q in pairs]
+            else:
+                judged = self._pool(kind).run([self._arguments(kind, t, q) for t, q in pairs])
+            found.update(zip(chosen, judged, strict=True))
+        return [found[i] for i in range(len(rows))]
 
     def _tell_crashes(
-        self,
-        texts: Sequence[str],
-        rows: Sequence[Question],
-        verdicts: Sequence[Verdict | None],
+        self, texts: Sequence[str], rows: Sequence[Question], verdicts: Sequence[Verdict]
     ) -> None:
         """The text of an exception, once for each kind of it."""
         for text, question, verdict in zip(texts, rows, verdicts, strict=True):
-            if verdict is None or verdict.outcome is not Outcome.CRASH:
+            if verdict.outcome is not Outcome.CRASH:
                 continue
             name = crash_name(verdict.detail)
             if name not in self.crashes:
@@ -158,46 +179,32 @@ class Scorer:
         """
         if ":" in self.reward:
             return []
-        judged = [(q, verify_exact(q.gold, q.gold)) for q in questions if self._is_exact(q)]
-        for path in (MATH, CODE):
-            chosen = [q for q in questions if not self._is_exact(q) and self._path(q) == path]
-            if chosen:
-                items = [self._item(path, None, q) for q in chosen]
-                judged += zip(chosen, self._running_pool(path).run(items), strict=True)
+        judged = zip(questions, self._judged([None] * len(questions), questions), strict=True)
         return [(q, verdict) for q, verdict in judged if verdict.outcome is not Outcome.RIGHT]
 
-    def _is_exact(self, question: Question) -> bool:
-        return self.reward == "exact" or (
-            self.reward == "auto" and question.source in EXACT_SOURCES
-        )
-
-    def _path(self, question: Question) -> str:
-        """The function that judges answers to this question."""
-        if ":" in self.reward:
+    def _kind(self, question: Question) -> str:
+        """The reward of this question: what was asked for, or what "auto" takes."""
+        if self.reward != "auto":
             return self.reward
-        programs = self.reward == "auto" and question.meta.get("reward") == "code"
-        return CODE if programs or self.reward in CODE_LEVELS else MATH
+        if question.source in EXACT_SOURCES:
+            return "exact"
+        # Never what else a row may name: data do not choose a weaker sandbox.
+        return "code" if question.meta.get("reward") == "code" else "math"
 
-    def _item(self, path: str, text: str | None, question: Question) -> tuple[Any, ...]:
-        if path == MATH:
-            return (question.gold, text, self.reward != "math-unevaluated")
-        asked = asdict(replace(question, images=()))  # pictures stay in the trainer
-        if path == CODE:
-            return (text, asked, self._options["seconds"], self._level)
-        return (text, asked)
+    def _arguments(self, kind: str, text: str | None, question: Question) -> tuple[Any, ...]:
+        if kind in BUILT_IN:
+            return BUILT_IN[kind].arguments(text, question, self.seconds)
+        return (text, plain(question))
 
-    @property
-    def _level(self) -> str:
-        return CODE_LEVELS.get(self.reward, "namespaces")
-
-    def _running_pool(self, path: str) -> VerifierPool:
-        if path not in self._pools:
-            options = dict(self._options)
-            if path == CODE:
-                require(self._level)
-                options["seconds"] += CODE_EXTRA_SECONDS
-            self._pools[path] = VerifierPool(path, **options)
-        return self._pools[path]
+    def _pool(self, kind: str) -> VerifierPool:
+        if kind not in self._pools:
+            built_in, seconds = BUILT_IN.get(kind), self.seconds
+            if built_in is not None and built_in.sandbox:
+                require(built_in.sandbox)
+                seconds += CODE_EXTRA_SECONDS
+            function = kind if built_in is None else built_in.function
+            self._pools[kind] = VerifierPool(function, seconds=seconds, **self._options)
+        return self._pools[kind]
 
     def close(self) -> None:
         """End the verifier processes. Scoring again starts new ones."""
@@ -220,15 +227,3 @@ def stop_if_all_crashed(counts: Mapping[str, int], scorer: Scorer) -> None:
             f"reward: all {every} verdicts of {scorer.reward} crashed: {text}. Mend the reward; "
             "the same command goes on from the last checkpoint."
         )
-
-
-def check_golds(
-    questions: Sequence[Question],
-    reward: str = "auto",
-    *,
-    workers: int = 2,
-    seconds: float = 5.0,
-) -> list[tuple[Question, Verdict]]:
-    """`Scorer.check_golds` with processes of its own."""
-    with Scorer(reward, workers=workers, seconds=seconds) as scorer:
-        return scorer.check_golds(questions)

@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from riskpo.algorithms import Strategy, keep_all, overlong_penalty
+from riskpo.config import TrainConfig
 from riskpo.rewards.verdict import each_of
-from riskpo.rollout.generate import seed_everything
-from riskpo.types import Question, Rollouts, Stream
+from riskpo.rollout.sampler import Sampler
+from riskpo.types import Question, Rollouts, Score
 
 MAX_ATTEMPTS = 10  # of dynamic sampling, per step
-
-Sample = Callable[[Sequence[Question], Stream], Rollouts]  # see riskpo.rollout.sampler.Sampler
-Score = Callable[[Sequence[str], Sequence[Question]], tuple[torch.Tensor, dict[str, int]]]
 
 
 @dataclass
@@ -70,16 +68,18 @@ def draw(
 
 
 def collect(
-    sample: Sample,
+    sampler: Sampler,
     score: Score,
     questions: Sequence[Question],
     strategy: Strategy,
-    *,
-    count: int,
-    seed: int,
+    config: TrainConfig,
     step: int,
 ) -> Batch:
-    """`count` questions' rollouts and rewards; fewer when dynamic sampling reaches its cap."""
+    """A step's rollouts and rewards, of config.questions_per_step questions.
+
+    Fewer when dynamic sampling reaches its cap.
+    """
+    count, seed = config.questions_per_step, config.seed
     batch, rewards, seen = Batch(), [], []
     tried: set[str] = set()
     for attempt in range(1 if strategy.keep is keep_all else MAX_ATTEMPTS):
@@ -88,8 +88,7 @@ def collect(
         tried.update(q.id for q in fresh)
         if not fresh:
             continue
-        seed_everything(seed, step, attempt)
-        rollouts = sample(fresh, (seed, step, attempt))
+        rollouts = sampler.sample(fresh, config.responses_per_question, (seed, step, attempt))
         scores, outcomes = score(rollouts.text, fresh)
         rewards_QG = scores.view(len(fresh), -1)
         kept = strategy.keep(rewards_QG).nonzero().flatten().tolist()

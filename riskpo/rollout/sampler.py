@@ -1,19 +1,27 @@
-"""Who samples the responses: transformers here, or a vLLM engine that shares the GPU.
+"""Who samples the responses, and what every sampler needs: prompts in, Rollouts out.
 
-`sample` draws responses from the policy as it is now. `rest` says that the weights are about to
-change: what sampling needs is given back, and the next `sample` starts with the new weights.
-`close` comes last. Both samplers return the log-probs of the tokens they drew.
+transformers samples in riskpo/rollout/generate.py, a vLLM engine that shares the GPU in
+riskpo/rollout/vllm.py. `sample` draws responses from the policy as it is now. `rest` says that the
+weights are about to change: what sampling needs is given back, and the next `sample` starts with
+the new weights. `close` comes last. All return the log-probs of the tokens they drew.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
-from riskpo.rollout.generate import Policy, sample
-from riskpo.types import Question, Rollouts, Stream
+import torch
+
+from riskpo.distributed import Ranks
+from riskpo.model.load import Policy
+from riskpo.model.positions import check_positions
+from riskpo.model.vision import Inputs, question_inputs
+from riskpo.rewards.verdict import Tally, each_of
+from riskpo.types import Question, Rollouts, Score, Stream
 
 
 class Sampler(Protocol):
@@ -36,31 +44,114 @@ class SamplingLimits:
 
 
 @dataclass(frozen=True)
-class GenerateSampler:
-    """transformers' generate on the very weights that are trained: there is nothing to update."""
+class SharedSampler:
+    """A sampler that asks each process for its part of the questions and returns all answers."""
 
-    policy: Policy
-    limits: SamplingLimits
-    sequences: int = 512  # responses that are sampled at once
-    static_cache: bool = False
-    whole: Callable[[], AbstractContextManager[None]] = nullcontext  # around it, if sharded
+    inner: Sampler
+    ranks: Ranks
 
     def sample(self, questions: Sequence[Question], responses: int, stream: Stream) -> Rollouts:
-        with self.whole():
-            return sample(
-                self.policy,
-                questions,
-                responses_per_question=responses,
-                max_prompt_tokens=self.limits.max_prompt_tokens,
-                max_response_tokens=self.limits.max_response_tokens,
-                temperature=self.limits.temperature,
-                stream=stream,
-                batch_sequences=self.sequences,
-                static_cache=self.static_cache,
-            )
+        size = self.ranks.size
+        parts = self.ranks.gather(
+            self.inner.sample(questions[self.ranks.rank :: size], responses, stream)
+        )
+        whole = Rollouts()
+        for i in range(len(questions)):
+            start = i // size * responses
+            whole.extend(parts[i % size], range(start, start + responses))
+        return whole
 
     def rest(self) -> None:
-        """Nothing to give back."""
+        self.inner.rest()
 
     def close(self) -> None:
-        """Nothing to end."""
+        self.inner.close()
+
+
+def shared_score(score: Score, ranks: Ranks) -> Score:
+    """A scorer that judges each answer in one process only, and tells all."""
+
+    def scored(
+        texts: Sequence[str], questions: Sequence[Question]
+    ) -> tuple[torch.Tensor, dict[str, int]]:
+        table = torch.tensor(range(len(texts))).view(max(len(questions), 1), -1)  # [Q, G]
+        mine = table[ranks.rank :: ranks.size].flatten().tolist()
+        part = None
+        if mine:
+            part = score([texts[i] for i in mine], questions[ranks.rank :: ranks.size])
+        rewards, counts, each = torch.zeros(len(texts)), Counter[str](), [""] * len(texts)
+        for rank, found in enumerate(ranks.gather(part)):
+            if found is not None:
+                places = table[rank :: ranks.size].flatten()
+                rewards[places] = found[0].float().cpu()
+                counts.update(found[1])
+                outcomes = each_of(found[1], rewards[places].tolist())
+                for place, outcome in zip(places.tolist(), outcomes, strict=True):
+                    each[place] = outcome
+        return rewards, Tally(counts, each)
+
+    return scored
+
+
+def stream_seed(*parts: int | str) -> int:
+    """A seed in [0, 2^62) that is a function of `parts` alone, on every machine."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 2
+
+
+def prompt_tokens(tokenizer: Any, prompt: str | list[dict[str, str]]) -> list[int]:
+    """Token ids of one prompt; the chat template is used where the tokenizer has one."""
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if not isinstance(prompt, str):
+        prompt = "\n\n".join(message["content"] for message in prompt) + "\n\n"
+    return list(tokenizer(prompt)["input_ids"])
+
+
+def read_prompts(
+    policy: Policy, questions: Sequence[Question]
+) -> tuple[list[list[int]], dict[str, Inputs]]:
+    """Token ids of every prompt and, with a processor, what goes with them by question id."""
+    if policy.processor is None:
+        return [prompt_tokens(policy.tokenizer, q.prompt) for q in questions], {}
+    read = [question_inputs(policy.processor, q) for q in questions]
+    return [p for p, _ in read], {q.id: x for q, (_, x) in zip(questions, read, strict=True)}
+
+
+def prompts_within(
+    limits: SamplingLimits, policy: Policy, questions: Sequence[Question]
+) -> tuple[list[list[int]], dict[str, Inputs]]:
+    """`read_prompts`; ValueError names a question whose prompt is empty or too long."""
+    prompts, inputs = read_prompts(policy, questions)
+    for question, ids in zip(questions, prompts, strict=True):
+        if not 0 < len(ids) <= limits.max_prompt_tokens:
+            raise ValueError(
+                f"sample: question {question.id!r} has {len(ids)} prompt tokens; expected 1 to "
+                f"max_prompt_tokens={limits.max_prompt_tokens}. Raise it or drop the question."
+            )
+    longest = max(map(len, prompts), default=0)
+    check_positions(policy.model, longest, limits.max_response_tokens)
+    return prompts, inputs
+
+
+def append_response(
+    done: Rollouts,
+    tokenizer: Any,
+    question: Question,
+    prompt: list[int],
+    response: torch.Tensor,
+    logprob: torch.Tensor,
+    ends: list[int],
+) -> None:
+    """One response, cut after its first end token; without one it counts as truncated."""
+    hits = torch.isin(response, torch.tensor(ends)).nonzero()
+    length = int(hits[0]) + 1 if len(hits) else len(response)
+    tokens = response[:length]
+    done.tokens.append(torch.cat([torch.tensor(prompt), tokens]))
+    done.prompt_len.append(len(prompt))
+    done.logprob.append(logprob[:length].clone())
+    done.text.append(tokenizer.decode(tokens, skip_special_tokens=True))
+    done.truncated.append(not len(hits))
+    done.question_id.append(question.id)

@@ -21,16 +21,9 @@ from typing import Any
 import torch
 from transformers.core_model_loading import revert_weight_conversion
 
+from riskpo.model.load import Policy, end_tokens
 from riskpo.model.lora import plain_weights
-from riskpo.model.positions import check_positions
-from riskpo.rollout.generate import (
-    Policy,
-    append_response,
-    end_tokens,
-    question_prompts,
-    stream_seed,
-)
-from riskpo.rollout.sampler import SamplingLimits
+from riskpo.rollout.sampler import SamplingLimits, append_response, prompts_within, stream_seed
 from riskpo.types import Question, Rollouts, Stream
 
 SEEDS = 2**31  # vLLM adds a response's number to the seed of its question
@@ -144,9 +137,7 @@ class VLLMSampler:
     def sample(self, questions: Sequence[Question], responses: int, stream: Stream) -> Rollouts:
         """Every question's responses come from its own seed, a function of `stream` and its id."""
         tokenizer, ends = self.policy.tokenizer, end_tokens(self.policy)
-        prompts = question_prompts(tokenizer, questions, self.limits.max_prompt_tokens)
-        longest = max(map(len, prompts), default=0)
-        check_positions(self.policy.model, longest, self.limits.max_response_tokens)
+        prompts, _ = prompts_within(self.limits, self.policy, questions)
         changed = self._wake()
         answered = self.engine.generate(
             [{"prompt_token_ids": ids} for ids in prompts],

@@ -1,4 +1,4 @@
-"""Checkpoints: all or nothing on disk, and everything that a bitwise resume needs.
+"""Checkpoints: written whole or not at all, with everything that a bitwise resume needs.
 
     run_dir/checkpoints/step_000100/
         model.safetensors, config.json, tokenizer files   loadable with from_pretrained
@@ -40,7 +40,7 @@ def save_checkpoint(
     run_dir: str | Path,
     *,
     step: int,
-    trainee: Any,
+    parallel: Any,
     tokenizer: Any,
     optimizer: Any,
     advantage: Any,
@@ -53,21 +53,21 @@ def save_checkpoint(
     OSError, in every process, where the disk does not take it; the previous checkpoint stays.
     """
     state = {
-        "optimizer": to_first(optimizer.state_dict(), trainee.ranks),
+        "optimizer": to_first(optimizer.state_dict(), parallel.ranks),
         "advantage": advantage.state_dict(),
         "random": _random_states(),
     }
-    weights = trainee.state_dict()
+    weights = parallel.state_dict()
     about = {"step": step, "config": dataclasses.asdict(located(config))}
 
     def write(folder: Path) -> None:
-        trainee.model.save_pretrained(folder, state_dict=weights)
+        parallel.model.save_pretrained(folder, state_dict=weights)
         tokenizer.save_pretrained(folder)
         torch.save(state, folder / "trainer.pt")
         text = json.dumps(about, indent=1) + "\n"
         (folder / "trainer.json").write_text(text, encoding="utf-8")
 
-    return trainee.ranks.first(lambda: _finish(Path(run_dir), step, write))
+    return parallel.ranks.first(lambda: _finish(Path(run_dir), step, write))
 
 
 def _finish(run_dir: Path, step: int, write: Callable[[Path], None]) -> Path:
@@ -99,7 +99,7 @@ def _finish(run_dir: Path, step: int, write: Callable[[Path], None]) -> Path:
 
 @contextmanager
 def owned(folder: str | Path) -> Iterator[None]:
-    """Inside, no other process may own `folder`, which is made; what a crash left half is removed.
+    """Lock `folder` for this process; make it, and remove checkpoints that a crash left unfinished.
 
     ValueError names the process that owns it now, or why there can be no such folder. The lock ends
     with its process, however that ends.
@@ -182,7 +182,7 @@ def restore(checkpoint: Path, *, optimizer: Any, advantage: Any) -> None:
 
 
 def laid_out(state: dict[str, Any], optimizer: Any) -> dict[str, Any]:
-    """The optimiser's whole state, each tensor copied to where the weight it belongs to is now."""
+    """The saved optimiser state, each tensor on the device, and in the shard, of its weight."""
     adamw = dict(state["adamw"])
     adamw["state"] = {
         i: {name: like_shard(x, optimizer.masters[i]) for name, x in moments.items()}

@@ -6,7 +6,10 @@ Where the state lives (MemoryConfig.optimizer), in bytes per parameter of a 16-b
 
     device   masters 4, moments 8 and gradients 2 on the device; 4 more while it steps
     8bit     masters 4, moments 2 (bitsandbytes), gradients as above
-    host     nothing but the weights on the device; masters 4, moments 8, gradients 4 on the host
+    host     nothing but the weights on the device; masters 4, moments 8, gradients 4 on the CPU
+
+torchao's CPUOffloadOptimizer is not used for the last: it keeps masters in 16 bits, and frees
+gradients on the device only without accumulation over micro-batches.
 """
 
 from __future__ import annotations

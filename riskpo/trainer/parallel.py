@@ -21,9 +21,9 @@ T = TypeVar("T")
 
 
 class _Through(torch.nn.Module):
-    """Runs any function of the model inside a forward: that is where DDP and FSDP2 do their work.
+    """Runs a function of the model inside a forward, which is where DDP and FSDP2 do their work.
 
-    So the head's weight is whole, and a plain tensor, wherever the function looks at it.
+    The function sees the head's weight whole, as a plain tensor.
     """
 
     def __init__(self, model: Any) -> None:
@@ -35,7 +35,7 @@ class _Through(torch.nn.Module):
 
 
 @dataclass
-class Trainee:
+class ParallelModel:
     """The model as the update sees it: alone, replicated over the ranks, or sharded."""
 
     model: Any
@@ -61,7 +61,7 @@ class Trainee:
         return self.outer(function, *args)
 
     def lines(self) -> list[str]:
-        """What a person should know of how the model lies over the processes."""
+        """What sampling from a sharded model costs, for the log."""
         if self.outer is None or not self.sharded:
             return []
         size = sum(p.numel() * p.element_size() for p in self.model.parameters()) / 2**30
@@ -72,7 +72,7 @@ class Trainee:
 
     @torch.no_grad()
     def look(self, function: Callable[..., T]) -> T:
-        """function(model) as above, after which the weights lie as before; all ranks must call."""
+        """function(model); afterwards the weights are sharded again. All ranks call."""
         found = self(function)
         if self.outer is not None and self.sharded:
             self.outer.reshard()  # a forward leaves the root's weights gathered
@@ -80,7 +80,7 @@ class Trainee:
 
     @contextmanager
     def accumulating(self, *, last: bool) -> Iterator[None]:
-        """Around forward and backward of a micro-batch; replicas only meet at the last one's."""
+        """Around forward and backward of a micro-batch; replicas reduce gradients in the last."""
         if self.outer is None or self.sharded or last:
             yield
         else:
@@ -89,7 +89,7 @@ class Trainee:
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """Inside, the model is whole in every process and may be called as it is, without grad."""
+        """Unshard the model in every process; inside it may be called directly, without grad."""
         if self.outer is None or not self.sharded:
             yield
             return
@@ -121,7 +121,7 @@ def skeleton(model: Any) -> Any:
 
 @torch.no_grad()
 def _share(module: torch.nn.Module) -> None:
-    """Give `module`, which may be a skeleton, the first rank's tensors, on this rank's device."""
+    """Broadcast the first rank's tensors into `module`, on this rank's device; fills a skeleton."""
     for tensor in (*module.parameters(), *module.buffers()):
         if hasattr(tensor, "device_mesh"):
             continue  # of an inner module that is sharded already

@@ -19,12 +19,12 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from riskpo.config import SamplerConfig
+from riskpo.trainer.totals import Totals
 from riskpo.types import Rollouts
 
 log = logging.getLogger("riskpo")
@@ -36,95 +36,64 @@ SAMPLER_KL_LIMIT = 0.05
 _WARNED: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-@dataclass(frozen=True)
-class Correction:
-    """kind "none", "tis" or "mis"; level "token" or "sequence"; cap of r, above 0."""
+def correction_weight(
+    settings: SamplerConfig, trainer: torch.Tensor, sampler: torch.Tensor
+) -> torch.Tensor:
+    """Weights of one response from its tokens' log-probs [n]: [n], or [] for level="sequence".
 
-    kind: str = "none"
-    level: str = "token"
-    cap: float = 2.0
-
-    def weight(self, trainer: torch.Tensor, sampler: torch.Tensor) -> torch.Tensor:
-        """Weights of one response from its tokens' log-probs [n]: [n], or [] for a sequence.
-
-        0 where the sampler's is missing; a NaN of the trainer's stays one.
-        """
-        ratio = self.ratio(trainer, sampler)
-        missing = sampler.isnan()
-        missing = missing.any() if self.level == "sequence" else missing
-        held = ratio.clamp(max=self.cap) if self.kind == "tis" else ratio * (ratio <= self.cap)
-        return torch.where(missing, 0.0, held)
-
-    def ratio(self, trainer: torch.Tensor, sampler: torch.Tensor) -> torch.Tensor:
-        """r of each token, or of the response; NaN where the sampler's log-prob is missing."""
-        gap = trainer - sampler
-        gap = gap.sum() if self.level == "sequence" else gap
-        return gap.clamp(-LOG_LIMIT, LOG_LIMIT).exp()
+    0 where the sampler's is missing; a NaN of the trainer's stays one.
+    """
+    r = ratio(settings, trainer, sampler)
+    missing = sampler.isnan()
+    missing = missing.any() if settings.level == "sequence" else missing
+    held = r.clamp(max=settings.cap) if settings.correction == "tis" else r * (r <= settings.cap)
+    return torch.where(missing, 0.0, held)
 
 
-@dataclass
-class MismatchSums:
-    """Sums over the tokens, or responses, of a batch; those of several processes may be added."""
-
-    tokens: float = 0.0
-    k3: float = 0.0
-    units: float = 0.0  # tokens, or responses for level="sequence"
-    weight: float = 0.0
-    square: float = 0.0
-    beyond: float = 0.0  # units whose r is above the cap
-    missing: float = 0.0  # tokens without a log-prob of the sampler
-    largest: float = 0.0
-
-    def add(self, other: MismatchSums) -> None:
-        for name in ("tokens", "k3", "units", "weight", "square", "beyond", "missing"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.largest = max(self.largest, other.largest)
-
-    def numbers(self, kind: str) -> dict[str, float]:
-        """sampler_kl: KL(sampler || trainer) per token, the k3 estimate on the sampler's draws.
-
-        sampler_ratio_max: the largest r. sampler_ess: (sum w)^2 / (n sum w^2), the share of the
-        sample that its weights leave; sampler_truncated or sampler_masked: share of weights that
-        the cap changed; sampler_missing: tokens whose log-prob the sampler did not give, which the
-        other numbers leave out.
-        """
-        units = max(self.units, 1.0)
-        found = {
-            "sampler_kl": self.k3 / max(self.tokens, 1.0),
-            "sampler_ratio_max": self.largest,
-            "sampler_missing": self.missing,
-        }
-        if kind == "none":
-            return found
-        changed = {"tis": "sampler_truncated", "mis": "sampler_masked"}[kind]
-        ess = self.weight**2 / (units * self.square) if self.square else 0.0
-        return found | {"sampler_ess": ess, changed: self.beyond / units}
+def ratio(settings: SamplerConfig, trainer: torch.Tensor, sampler: torch.Tensor) -> torch.Tensor:
+    """r of each token, or of the response; NaN where the sampler's log-prob is missing."""
+    gap = trainer - sampler
+    gap = gap.sum() if settings.level == "sequence" else gap
+    return gap.clamp(-LOG_LIMIT, LOG_LIMIT).exp()
 
 
-def mismatch_sums(
-    pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], correction: Correction
-) -> MismatchSums:
-    """Sums over responses, each given as (trainer's, sampler's) log-probs [n] of its tokens."""
-    total = MismatchSums()
-    for trainer, sampler in pairs:
-        given = ~sampler.isnan()
-        gap = (trainer - sampler).double()[given].clamp(-LOG_LIMIT, LOG_LIMIT)
-        whole = given if correction.level == "token" else given.all()
-        ratio = correction.ratio(trainer, sampler).double()[whole]
-        weight = correction.weight(trainer, sampler).double()[whole]
-        total.add(
-            MismatchSums(
-                tokens=float(len(gap)),
-                k3=float((torch.expm1(gap) - gap).sum()),
-                units=float(ratio.numel()),
-                weight=float(weight.sum()),
-                square=float(weight.square().sum()),
-                beyond=float((ratio > correction.cap).sum()),
-                missing=float((~given).sum()),
-                largest=float(ratio.max()) if ratio.numel() else 0.0,
-            )
-        )
-    return total
+def count_mismatch(
+    totals: Totals, settings: SamplerConfig, trainer: torch.Tensor, sampler: torch.Tensor
+) -> None:
+    """Add one response, given by its tokens' log-probs [n], to the sums of `mismatch_numbers`."""
+    given = ~sampler.isnan()
+    gap = (trainer - sampler).double()[given].clamp(-LOG_LIMIT, LOG_LIMIT)
+    whole = given if settings.level == "token" else given.all()
+    r = ratio(settings, trainer, sampler).double()[whole]
+    w = correction_weight(settings, trainer, sampler).double()[whole]
+    sums = {
+        "gap_tokens": float(len(gap)),
+        "gap_k3": float((torch.expm1(gap) - gap).sum()),
+        "weights": float(r.numel()),
+        "weight": float(w.sum()),
+        "weight_square": float(w.square().sum()),
+        "beyond_cap": float((r > settings.cap).sum()),
+    }
+    totals.add(sums, {"sampler_ratio": float(r.max()) if r.numel() else 0.0})
+
+
+def mismatch_numbers(totals: Totals, settings: SamplerConfig) -> dict[str, float]:
+    """sampler_kl: KL(sampler || trainer) per token, the k3 estimate on the sampler's draws.
+
+    sampler_ratio_max: the largest r. sampler_ess: (sum w)^2 / (n sum w^2), the share of the sample
+    that its weights leave; sampler_truncated or sampler_masked: share of weights that the cap
+    changed.
+    """
+    found = {
+        "sampler_kl": totals.mean("gap_k3", "gap_tokens"),
+        "sampler_ratio_max": totals.largest["sampler_ratio"],
+    }
+    if settings.correction == "none":
+        return found
+    changed = {"tis": "sampler_truncated", "mis": "sampler_masked"}[settings.correction]
+    n, square = max(totals.sums["weights"], 1.0), totals.sums["weight_square"]
+    ess = totals.sums["weight"] ** 2 / (n * square) if square else 0.0
+    return found | {"sampler_ess": ess, changed: totals.sums["beyond_cap"] / n}
 
 
 def warn_of_mismatch(model: Any, sampler_kl: float) -> None:
@@ -143,7 +112,7 @@ def warn_of_mismatch(model: Any, sampler_kl: float) -> None:
         )
 
 
-def warn_of_missing(rollouts: Rollouts, correction: Correction) -> None:
+def warn_of_missing(rollouts: Rollouts, settings: SamplerConfig) -> None:
     """One line where the sampler left out log-probs, with what that costs."""
     missing = sum(int(x.isnan().sum()) for x in rollouts.logprob)
     if missing:
@@ -155,6 +124,6 @@ def warn_of_missing(rollouts: Rollouts, correction: Correction) -> None:
             rows,
             len(rollouts),
             "only the sampler's metrics leave them out"
-            if correction.kind == "none"
-            else cost[correction.level],
+            if settings.correction == "none"
+            else cost[settings.level],
         )

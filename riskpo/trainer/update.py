@@ -9,12 +9,13 @@ R rollouts, T tokens of a micro-batch, S its sequences, D hidden width, V vocabu
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from riskpo.algorithms import LossOptions
+from riskpo.config import RunConfig
 from riskpo.distributed import Ranks
 from riskpo.model.dropout import train_without_dropout
 from riskpo.model.lm_head import Head
@@ -28,33 +29,19 @@ from riskpo.model.packing import (
     pack,
 )
 from riskpo.trainer.optimizer import Optimizer
-from riskpo.trainer.parallel import Trainee
+from riskpo.trainer.parallel import ParallelModel
 from riskpo.trainer.rollout_correction import (
-    Correction,
-    MismatchSums,
-    mismatch_sums,
+    correction_weight,
+    count_mismatch,
+    mismatch_numbers,
     warn_of_mismatch,
     warn_of_missing,
 )
-from riskpo.trainer.tally import Tally
+from riskpo.trainer.totals import Totals, loss_numbers, loss_sums
 from riskpo.types import Rollouts
 from riskpo_kernels import SurrogateLoss, linear_logprob, riskpo_loss
 
 log = logging.getLogger("riskpo")
-
-
-@dataclass(frozen=True)
-class UpdatePlan:
-    """How a batch of rollouts is cut and fed; the mathematics is in LossOptions."""
-
-    updates: int = 1
-    micro_batch_tokens: int = 8192
-    temperature: float = 1.0
-    entropy_coef: float = 0.0
-    backend: str = "auto"
-    memory_mib: int = 300
-    skip_zero_advantage: bool = False
-    correction: Correction = field(default_factory=Correction)
 
 
 @dataclass(frozen=True)
@@ -70,57 +57,61 @@ class FirstPass:
 
 
 def update(
-    model: Any,
+    parallel: ParallelModel,
     head: Head,
     optimizer: Optimizer,
     rollouts: Rollouts,
     advantage: torch.Tensor,
     loss: LossOptions,
-    plan: UpdatePlan,
+    config: RunConfig,
 ) -> dict[str, float]:
-    """Take `plan.updates` optimiser steps on one batch of rollouts; returns numbers to log.
+    """Take config.updates_per_step optimiser steps on one batch of rollouts; numbers to log.
 
-    model is the model, or the Trainee that holds it where several processes train.
     advantage [R], detached. Mini-batches are whole questions in their order. With one update the
     data are on-policy and the old log-probs are the detached new ones, so every ratio is exactly
     1. With more, or with a correction for the sampler, the trainer computes its own log-probs
     once, before the first step: one more forward pass, from which the correction is taken too.
     skipped_responses were left out of the update and of its numbers: their gradient is 0.
     """
-    trainee = model if isinstance(model, Trainee) else Trainee(model)
-    model, ranks = trainee.model, trainee.ranks
+    model, ranks, updates = parallel.model, parallel.ranks, config.updates_per_step
     device = next(model.parameters()).device
     advantage = advantage.to(device, torch.float32)
     train_without_dropout(model)
-    batches = mini_batches(rollouts, plan.updates)
-    live = advantage.ne(0).tolist() if plan.skip_zero_advantage and not plan.entropy_coef else None
-    cuts = [share_of(rollouts, rows, plan.micro_batch_tokens, ranks, live) for rows in batches]
-    tally, first = Tally(), None
-    warn_of_missing(rollouts, plan.correction)
-    if plan.updates > 1 or plan.correction.kind != "none":
-        first, tally.mismatch = first_pass(trainee, head, rollouts, sum(cuts, []), plan)
+    batches = mini_batches(rollouts, updates)
+    skip = config.memory.skip_zero_advantage and not config.entropy_coef
+    live = advantage.ne(0).tolist() if skip else None
+    cuts = [share_of(rollouts, rows, config.micro_batch_tokens, ranks, live) for rows in batches]
+    totals, first, steps = Totals(), None, []
+    warn_of_missing(rollouts, config.sampler)
+    if updates > 1 or config.sampler.correction != "none":
+        first = first_pass(parallel, head, rollouts, sum(cuts, []), config, totals)
     for rows, parts in zip(batches, cuts, strict=True):
         # Gradients are averaged over the ranks, so that each divides by its part of the whole.
         share = denominator(rollouts, rows, loss.aggregate, loss.constant) / ranks.size
         total = torch.zeros((), device=device)
         for i, part in enumerate(parts):
             batch = packed_or_idle(rollouts, part, device)
-            with trainee.accumulating(last=i == len(parts) - 1):
-                given = (batch, first, advantage[part or [0]], loss, plan, share)
-                result = trainee(surrogate, head, *given)
+            with parallel.accumulating(last=i == len(parts) - 1):
+                given = (batch, first, advantage[part or [0]], loss, config, share)
+                result = parallel(surrogate, head, *given)
                 result.loss.backward()
             total += result.loss.detach()
             missing = int(batch.sampled.isnan().sum()) if part else 0
-            tally.add(result.stats, len(part) if loss.ratio == "sequence" else None, missing)
+            sequences = len(part) if loss.ratio == "sequence" else None
+            sums = loss_sums(result.stats, sequences, missing)
+            totals.add(sums, {"ratio_max": float(result.stats["ratio_max"])})
         total = ranks.mean(total)
         norm, taken = optimizer.step(total)
         if not taken:
             told = "update skipped: loss %s, gradient norm %s; %d skipped so far"
             log.warning(told, float(total), norm, optimizer.skipped)
-        tally.step(float(total), norm)
+        steps.append((float(total), norm))
     model.eval()
-    tally.gather(ranks)
-    numbers = tally.numbers(plan.correction.kind)
+    totals.gather(ranks)
+    mean_loss, mean_norm = (sum(x) / len(steps) for x in zip(*steps, strict=True))
+    numbers = loss_numbers(totals) | {"loss": mean_loss, "grad_norm": mean_norm}
+    if first is not None:
+        numbers |= mismatch_numbers(totals, config.sampler)
     warn_of_mismatch(model, numbers["sampler_kl"])
     return numbers | {
         "skipped_updates": float(optimizer.skipped),
@@ -135,10 +126,10 @@ def share_of(
     ranks: Ranks,
     live: list[bool] | None = None,
 ) -> list[list[int]]:
-    """This rank's micro-batches of a mini-batch, dealt by length; [] is a turn without work.
+    """This rank's micro-batches of a mini-batch, balanced by length; [] is one without work.
 
-    All ranks take the same number of turns, at least one: each of them is a meeting of all. Rows
-    that are not `live` stay out.
+    All ranks take the same number, at least one, since every forward is collective. Rows that are
+    not `live` stay out.
     """
     if live is not None:
         rows = [row for row in rows if live[row]] or rows[:1]
@@ -152,7 +143,7 @@ def share_of(
 
 
 def packed_or_idle(rollouts: Rollouts, part: list[int], device: torch.device) -> Packed:
-    """The micro-batch; for an empty one a sequence of which no token counts: its loss is 0."""
+    """The micro-batch; an empty one becomes a sequence in which no token counts: its loss is 0."""
     if part:
         return pack(rollouts, part, device)
     batch = pack(rollouts, [0], device)
@@ -166,15 +157,15 @@ def surrogate(
     first: FirstPass | None,
     advantage: torch.Tensor,
     loss: LossOptions,
-    plan: UpdatePlan,
+    config: RunConfig,
     share: float,
 ) -> SurrogateLoss:
-    """The micro-batch's part of the loss; without more than one update it is on-policy.
+    """The micro-batch's part of the loss; on-policy with one update per step.
 
-    The sampler's log-probs stand in as a reference without weight: its "kl" is the mismatch
-    between sampler and trainer.
+    The sampler's log-probs are the reference, with a KL coefficient of 0: the loss's "kl" measures
+    how far sampler and trainer differ.
     """
-    off_policy = first is not None and plan.updates > 1 and batch.rows
+    off_policy = first is not None and config.updates_per_step > 1 and batch.rows
     return riskpo_loss(
         hidden_states(model, batch),
         head.weight,
@@ -183,16 +174,16 @@ def surrogate(
         advantage,
         cu_seqlens=batch.cu_seqlens,
         bias=head.bias,
-        temperature=plan.temperature,
+        temperature=config.temperature,
         return_entropy=True,
-        memory_mib=plan.memory_mib,
-        backend=plan.backend,
-        entropy_coef=plan.entropy_coef,
+        memory_mib=config.memory.head_mib,
+        backend=config.backend,
+        entropy_coef=config.entropy_coef,
         denominator=share,
         ref_logprob=batch.sampled,
-        correction=correction_of(batch, first, plan.correction.level),
+        correction=correction_of(batch, first, config.sampler.level),
         advantage_per="sequence",
-        correction_per=plan.correction.level,
+        correction_per=config.sampler.level,
         **asdict(head.options),
         **asdict(loss),
     )
@@ -213,23 +204,30 @@ def correction_of(batch: Packed, first: FirstPass | None, level: str) -> torch.T
 
 
 def first_pass(
-    trainee: Trainee, head: Head, rollouts: Rollouts, parts: list[list[int]], plan: UpdatePlan
-) -> tuple[FirstPass, MismatchSums]:
-    """The trainer's log-probs of the rollouts in `parts`, and the sampler's beside them."""
-    old = recompute(trainee, head, rollouts, parts, plan)
-    pairs = {
-        row: (x[rollouts.prompt_len[row] - 1 :], rollouts.logprob[row].to(x.device))
-        for row, x in old.items()
-    }
-    weight = {}
-    if plan.correction.kind != "none":
-        weight = {row: plan.correction.weight(*pair) for row, pair in pairs.items()}
-    return FirstPass(old, weight), mismatch_sums(pairs.values(), plan.correction)
+    parallel: ParallelModel,
+    head: Head,
+    rollouts: Rollouts,
+    parts: list[list[int]],
+    config: RunConfig,
+    totals: Totals,
+) -> FirstPass:
+    """The trainer's log-probs of the rollouts in `parts`, compared with the sampler's."""
+    old, weights = recompute(parallel, head, rollouts, parts, config), {}
+    for row, x in old.items():
+        pair = x[rollouts.prompt_len[row] - 1 :], rollouts.logprob[row].to(x.device)
+        count_mismatch(totals, config.sampler, *pair)
+        if config.sampler.correction != "none":
+            weights[row] = correction_weight(config.sampler, *pair)
+    return FirstPass(old, weights)
 
 
 @torch.no_grad()
 def recompute(
-    trainee: Trainee, head: Head, rollouts: Rollouts, parts: list[list[int]], plan: UpdatePlan
+    parallel: ParallelModel,
+    head: Head,
+    rollouts: Rollouts,
+    parts: list[list[int]],
+    config: RunConfig,
 ) -> dict[int, torch.Tensor]:
     """The trainer's own log-probs by row: one entry per input token, 0 inside the prompt."""
 
@@ -239,16 +237,16 @@ def recompute(
             head.weight,
             batch.target,
             bias=head.bias,
-            temperature=plan.temperature,
-            memory_mib=plan.memory_mib,
-            backend=plan.backend,
+            temperature=config.temperature,
+            memory_mib=config.memory.head_mib,
+            backend=config.backend,
             **asdict(head.options),
         ).logprob
 
-    device = next(trainee.model.parameters()).device
+    device = next(parallel.model.parameters()).device
     found: dict[int, torch.Tensor] = {}
     for part in parts:
         batch = packed_or_idle(rollouts, part, device)
-        pieces = trainee(logprob, batch).split(batch.cu_seqlens.diff().tolist())
+        pieces = parallel(logprob, batch).split(batch.cu_seqlens.diff().tolist())
         found.update(zip(part, pieces, strict=False))  # an idle batch has a piece and no row
     return found

@@ -12,7 +12,7 @@ from trl import GRPOTrainer  # noqa: E402
 from riskpo.demo import build_tokenizer  # noqa: E402
 from riskpo.integrations.trl import head as trl_head  # noqa: E402
 from riskpo.integrations.trl.trainer import use_riskpo_head  # noqa: E402
-from riskpo.rollout.generate import Policy  # noqa: E402
+from riskpo.model.load import Policy  # noqa: E402
 from tests.compare import assert_all_close_as_plain  # noqa: E402
 from tests.integrations.trl_toy import trainer  # noqa: E402
 from tests.toy import tiny_config, tiny_policy  # noqa: E402

@@ -19,18 +19,14 @@ QUESTIONS = [Question(f"q{i}", "?", "7", "arithmetic") for i in range(3)]
 RIGHT = [0, 1, 4]  # of four samples each
 
 
-def fake_sample(questions, samples):
-    return [
-        "7" if i < right else "8"
-        for _, right in zip(questions, RIGHT, strict=True)
-        for i in range(samples)
-    ]
+def texts_of(samples):
+    return ["7" if i < right else "8" for right in RIGHT for i in range(samples)]
 
 
 def run(**changes):
     options = {"samples": 4, "ks": (1, 2, 4), "settings": SETTINGS, **changes}
     with Scorer() as scorer:
-        return evaluate(fake_sample, QUESTIONS, scorer.score, **options)
+        return evaluate(texts_of(options["samples"]), QUESTIONS, scorer.score, **options)
 
 
 def test_numbers_by_hand():
@@ -51,7 +47,7 @@ def test_interval_is_seeded_and_covers_the_binomial_one():
     def evaluated(seed):
         settings = EvalSettings("m", "d", 1.0, 8, seed=seed)
         return evaluate(
-            lambda q, n: [""] * 400, questions, lambda t, q: (rewards, {}),
+            [""] * 400, questions, lambda t, q: (rewards, {}),
             samples=1, ks=(1,), settings=settings,
         ).avg  # fmt: skip
 
@@ -65,7 +61,7 @@ def test_interval_is_seeded_and_covers_the_binomial_one():
 def test_negative_rewards_are_not_passes():
     with_penalty = torch.tensor([-1.0, 1.0, -1.0, -1.0])
     result = evaluate(
-        lambda q, n: [""] * 4, QUESTIONS[:2], lambda t, q: (with_penalty, {}),
+        [""] * 4, QUESTIONS[:2], lambda t, q: (with_penalty, {}),
         samples=2, ks=(2,), settings=SETTINGS,
     )  # fmt: skip
     assert (result.avg.value, result.pass_at[2].value) == (-0.5, 0.5)
@@ -90,11 +86,11 @@ def test_misuse_is_explained():
     with pytest.raises(ValueError, match="samples=0"):
         run(samples=0, ks=())
     with pytest.raises(ValueError, match="2 questions with 1 different ids"):
-        evaluate(fake_sample, QUESTIONS[:1] * 2, None, samples=1, ks=(1,), settings=SETTINGS)
+        evaluate([], QUESTIONS[:1] * 2, None, samples=1, ks=(1,), settings=SETTINGS)
     with pytest.raises(ValueError, match="no id twice"):
-        evaluate(fake_sample, [], None, samples=1, ks=(1,), settings=SETTINGS)
-    with pytest.raises(ValueError, match="returned 1 texts; expected 3 questions x 4"):
-        evaluate(lambda q, n: ["7"], QUESTIONS, None, samples=4, ks=(1,), settings=SETTINGS)
+        evaluate([], [], None, samples=1, ks=(1,), settings=SETTINGS)
+    with pytest.raises(ValueError, match="got 1 texts; expected 3 questions x 4"):
+        evaluate(["7"], QUESTIONS, None, samples=4, ks=(1,), settings=SETTINGS)
 
 
 # maj@k and seeds -----------------------------------------------------------------------------
@@ -104,7 +100,7 @@ def voting(texts, seed=0):
     """Three samples of two questions whose gold is 7."""
     with Scorer() as scorer:
         return evaluate(
-            lambda q, n: texts, QUESTIONS[:2], scorer.score, samples=3, ks=(1, 3),
+            texts, QUESTIONS[:2], scorer.score, samples=3, ks=(1, 3),
             settings=EvalSettings("m", "d", 1.0, 8, seed=seed),
             vote=lambda text, question: text.strip() or None,
         )  # fmt: skip
@@ -135,7 +131,7 @@ def test_shared_questions_are_redrawn_whole():
     halves = [["7"] * 6 + ["8"] * 6, ["8"] * 6 + ["7"] * 6]
     results = [
         evaluate(
-            lambda q, n, texts=texts: texts, questions, Scorer("exact").score,
+            texts, questions, Scorer("exact").score,
             samples=1, ks=(1,), settings=SETTINGS,
         )
         for texts in halves
@@ -148,7 +144,7 @@ def test_seeds_with_questions_of_their_own():
     settings = EvalSettings("m", "d", 1.0, 8)
     results = [
         evaluate(
-            lambda q, n, c=right: ["7"] * c + ["8"] * (4 - c), [Question(f"own{right}", "?", "7")],
+            ["7"] * right + ["8"] * (4 - right), [Question(f"own{right}", "?", "7")],
             Scorer("exact").score, samples=4, ks=(1,), settings=settings,
         )
         for right in (0, 4)
@@ -200,7 +196,7 @@ def test_few_questions_leave_doubt_at_both_ends(right):
     """0 of 6 had the interval [0, 0]. Wilson's is where the score test does not reject."""
     questions = [Question(str(i), "?", "7") for i in range(6)]
     result = evaluate(
-        lambda q, n: ["7"] * right + ["8"] * (6 - right), questions, Scorer("exact").score,
+        ["7"] * right + ["8"] * (6 - right), questions, Scorer("exact").score,
         samples=1, ks=(1,), settings=SETTINGS,
     )  # fmt: skip
     low, high = wilson(right / 6, 6)
@@ -221,7 +217,7 @@ def test_rewards_that_are_no_shares_keep_their_interval():
     questions = [Question(str(i), "?", "7") for i in range(6)]
     rewards = torch.tensor([-1.0] * 3 + [2.0] * 3)
     result = evaluate(
-        lambda q, n: [""] * 6, questions, lambda t, q: (rewards, {}),
+        [""] * 6, questions, lambda t, q: (rewards, {}),
         samples=1, ks=(1,), settings=SETTINGS,
     )  # fmt: skip
     assert -1 <= result.avg.low < result.avg.high <= 2 and result.avg.high > 1

@@ -8,17 +8,18 @@ import pytest
 import torch
 
 from riskpo.algorithms import LossOptions
+from riskpo.config import RunConfig
 from riskpo.demo import build_questions
 from riskpo.model.decoder import decoder_of
 from riskpo.model.dropout import train_without_dropout
 from riskpo.model.isolation import plain_row
 from riskpo.model.lm_head import find_head
-from riskpo.rollout.generate import sample
 from riskpo.trainer.optimizer import Optimizer
+from riskpo.trainer.parallel import ParallelModel
 from riskpo.trainer.rollout_correction import SAMPLER_KL_LIMIT
-from riskpo.trainer.update import UpdatePlan, update
+from riskpo.trainer.update import update
 from tests.model_families import build, tiny_config
-from tests.toy import tiny_policy
+from tests.toy import sample, tiny_policy
 
 FAMILIES = [
     "llama",
@@ -73,8 +74,16 @@ def updated(policy, rollouts):
         max_grad_norm=1.0,
     )
     advantage = torch.randn(len(rollouts), generator=torch.Generator().manual_seed(1))
-    plan = UpdatePlan(updates=2, micro_batch_tokens=60)
-    return update(policy.model, find_head(policy.model), optimizer, rollouts, advantage, LOSS, plan)
+    plan = RunConfig(updates_per_step=2, micro_batch_tokens=60)
+    return update(
+        ParallelModel(policy.model),
+        find_head(policy.model),
+        optimizer,
+        rollouts,
+        advantage,
+        LOSS,
+        plan,
+    )
 
 
 def drawn(policy):

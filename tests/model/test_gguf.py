@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from riskpo.cli import main
 from riskpo.memory_plan.model_shape import find_shape
 from riskpo.model import gguf as cache
+from riskpo.model.load import load_policy
 from riskpo.preflight import check_model
-from riskpo.rollout.generate import load_policy, prompt_tokens
+from riskpo.rollout.sampler import prompt_tokens
 
 SHAPE = dict(
     hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,

@@ -13,15 +13,15 @@ pytest.importorskip("peft", reason="peft is not installed: pip install 'riskpo[l
 
 from riskpo.algorithms import LossOptions  # noqa: E402
 from riskpo.cli import main  # noqa: E402
-from riskpo.config import LoraConfig, TrainConfig  # noqa: E402
+from riskpo.config import LoraConfig, RunConfig, TrainConfig  # noqa: E402
 from riskpo.model.lm_head import find_head  # noqa: E402
+from riskpo.model.load import load_policy  # noqa: E402
 from riskpo.model.lora import attach_lora, plain_weights  # noqa: E402
 from riskpo.model.packing import pack  # noqa: E402
 from riskpo.report.logs import read_records  # noqa: E402
-from riskpo.rollout.generate import load_policy  # noqa: E402
 from riskpo.train import train  # noqa: E402
 from riskpo.trainer.checkpoint import latest_checkpoint  # noqa: E402
-from riskpo.trainer.update import UpdatePlan, surrogate  # noqa: E402
+from riskpo.trainer.update import surrogate  # noqa: E402
 from tests.toy import random_rollouts, save_arithmetic, tiny_policy  # noqa: E402
 
 IDS = torch.arange(2, 12)[None]
@@ -74,7 +74,7 @@ def test_the_frozen_head_costs_no_gradient():
     def products(frozen: bool) -> int:
         model = tiny_policy().model
         model.lm_head.weight.requires_grad_(not frozen)
-        plan = UpdatePlan(backend="torch")
+        plan = RunConfig(backend="torch")
         given = (batch, None, torch.ones(20), LossOptions(), plan, 20.0)
         result = surrogate(model, find_head(model), *given)
         with profile(activities=[ProfilerActivity.CPU]) as seen:

@@ -11,16 +11,18 @@ import pytest
 import torch
 
 from riskpo.algorithms import LossOptions
-from riskpo.config import MemoryConfig, TrainConfig, validate
-from riskpo.model.activation_offload import HostCheckpoints, PlainTransfers
+from riskpo.config import MemoryConfig, RunConfig, TrainConfig, validate
+from riskpo.model.activation_offload import HostCheckpoints
 from riskpo.model.lm_head import find_head
 from riskpo.model.memory_switches import apply_switches, park_checkpoints
 from riskpo.model.tiled_mlp import tile_mlps, tiled
 from riskpo.trainer.optimizer import Optimizer
-from riskpo.trainer.update import UpdatePlan, update
+from riskpo.trainer.parallel import ParallelModel
+from riskpo.trainer.update import update
 from tests.toy import random_rollouts, tiny_policy
+from tools.plain_transfers import PlainTransfers
 
-PLAN = UpdatePlan(micro_batch_tokens=40)
+PLAN = RunConfig(micro_batch_tokens=40)
 
 
 class FakeTransfers:
@@ -72,7 +74,15 @@ def gradients(switch=None, dtype=torch.float32, **changes):
 
     optimizer.step = spy
     advantage = torch.randn(20, generator=torch.Generator().manual_seed(1))
-    update(model, find_head(model), optimizer, random_rollouts(14), advantage, LOSS, PLAN)
+    update(
+        ParallelModel(model),
+        find_head(model),
+        optimizer,
+        random_rollouts(14),
+        advantage,
+        LOSS,
+        PLAN,
+    )
     return seen
 
 
@@ -209,7 +219,15 @@ def trained(state, steps=4, dtype=torch.bfloat16, resume_at=None):
             optimizer.load_state_dict(copy.deepcopy(saved))
         rollouts = random_rollouts(14, seed=step)
         advantage = torch.randn(20, generator=torch.Generator().manual_seed(step))
-        update(model, find_head(model), optimizer, rollouts, advantage, LOSS, UpdatePlan())
+        update(
+            ParallelModel(model),
+            find_head(model),
+            optimizer,
+            rollouts,
+            advantage,
+            LOSS,
+            RunConfig(),
+        )
     return model.state_dict(), optimizer
 
 
@@ -287,8 +305,20 @@ def with_zero_rows(skip, advantage, entropy_coef=0.0):
     optimizer = Optimizer(
         model.parameters(), learning_rate=1e-3, warmup_steps=0, weight_decay=0.1, max_grad_norm=1e9
     )
-    plan = UpdatePlan(micro_batch_tokens=40, skip_zero_advantage=skip, entropy_coef=entropy_coef)
-    numbers = update(model, find_head(model), optimizer, random_rollouts(14), advantage, LOSS, plan)
+    plan = RunConfig(
+        micro_batch_tokens=40,
+        memory=MemoryConfig(skip_zero_advantage=skip),
+        entropy_coef=entropy_coef,
+    )
+    numbers = update(
+        ParallelModel(model),
+        find_head(model),
+        optimizer,
+        random_rollouts(14),
+        advantage,
+        LOSS,
+        plan,
+    )
     return model.state_dict(), numbers
 
 

@@ -14,8 +14,7 @@ from riskpo.demo import build_questions
 from riskpo.model import attention
 from riskpo.model.attention import SEQUENCES, VARLEN, choose, packed_keywords
 from riskpo.model.packing import hidden_states, pack
-from riskpo.rollout.generate import sample
-from tests.toy import random_rollouts, tiny_policy
+from tests.toy import random_rollouts, sample, tiny_policy
 
 CPU = torch.device("cpu")
 SIZES = {

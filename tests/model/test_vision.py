@@ -20,9 +20,9 @@ from riskpo.config import LoraConfig, MemoryConfig
 from riskpo.eval import evaluate_model
 from riskpo.eval_config import EvalConfig
 from riskpo.model.lm_head import Head, find_head
+from riskpo.model.load import load_policy_for
 from riskpo.model.packing import hidden_states, pack
 from riskpo.model.vision import check_vision_head, question_inputs
-from riskpo.rollout.generate import load_policy_for
 from riskpo.train import train
 from riskpo.trainer.checkpoint import latest_checkpoint
 from riskpo.types import Rollouts

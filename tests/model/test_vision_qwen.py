@@ -17,8 +17,8 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from riskpo.model.load import load_policy_for
 from riskpo.model.vision import question_inputs
-from riskpo.rollout.generate import load_policy_for
 from riskpo.train import train
 from tests.pictures import PAIR, RED, draw, png, recomputed, settings
 
@@ -93,9 +93,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def handed_over(monkeypatch):
-    monkeypatch.setattr(
-        "riskpo.rollout.generate.load_processor", lambda name, local: make_processor()
-    )
+    monkeypatch.setattr("riskpo.model.load.load_processor", lambda name, local: make_processor())
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from riskpo.cli import main
 from riskpo.config import TrainConfig, resolve, to_toml
 from riskpo.rewards.scorer import Scorer
 from riskpo.rewards.verdict import each_of
-from riskpo.rollout.shared import shared_score
+from riskpo.rollout.sampler import shared_score
 from riskpo.types import Question
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -13,7 +14,7 @@ import torch
 
 from riskpo.rewards.math import extract, verify_math
 from riskpo.rewards.pool import VerifierPool
-from riskpo.rewards.scorer import Outcome, Scorer, check_golds, verify_exact
+from riskpo.rewards.scorer import BUILT_IN, Kind, Outcome, Scorer, plain, verify_exact
 from riskpo.rewards.verdict import tally
 from riskpo.types import Question
 from tools.agreement import in_half, judge, read_rows
@@ -260,11 +261,24 @@ def test_a_reward_function_by_import_path():
         Scorer("mtah")
 
 
+def test_a_built_in_reward_is_a_function_and_a_row(monkeypatch):
+    row = Kind(f"{HERE}:half_for_short", lambda text, q, _: (text, plain(q)))
+    monkeypatch.setitem(BUILT_IN, "short", row)
+    with Scorer("short", workers=1) as scorer:
+        assert scorer.score(["ab", "abcdef"], questions("abc", "abc"))[0].tolist() == [0.5, 0.0]
+
+
+def test_data_do_not_choose_a_weaker_sandbox():
+    (question,) = questions("1")
+    for named, kind in (("code", "code"), ("code-limits-only", "math"), ("exact", "math")):
+        asked = replace(question, meta={"reward": named})
+        assert Scorer("auto")._kind(asked) == kind
+
+
 def test_golds_are_checked_against_themselves():
-    bad = check_golds(
-        questions("1", "10^{10^{10^{10}}}", "", "(B)", "yes", "\\frac{1}{2}", "\\frac{1}{"),
-        seconds=1.0,
-    )
+    golds = ("1", "10^{10^{10^{10}}}", "", "(B)", "yes", "\\frac{1}{2}", "\\frac{1}{")
+    with Scorer(seconds=1.0) as scorer:
+        bad = scorer.check_golds(questions(*golds))
     assert {q.id: v.outcome.value for q, v in bad} == {
         "1": "timeout", "2": "unparsable_gold", "6": "unparsable_gold"
     }  # fmt: skip

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from riskpo.rollout.generate import load_policy, prompt_tokens, sample
+from riskpo.model.load import load_policy
+from riskpo.rollout.sampler import prompt_tokens
 from riskpo.types import Question
+from tests.toy import sample
 
 # Chats of different lengths, so that there is padding on the left.
 QUESTIONS = [

@@ -19,15 +19,16 @@ from transformers import (
     RobertaConfig,
 )
 
-from riskpo.config import TrainConfig
+from riskpo.config import RunConfig, TrainConfig
 from riskpo.model.lm_head import find_head
+from riskpo.model.load import Policy, end_tokens, load_policy, prepare
 from riskpo.model.positions import position_limit
-from riskpo.rollout.generate import Policy, end_tokens, load_policy, prepare, prompt_tokens, sample
+from riskpo.rollout.sampler import prompt_tokens
 from riskpo.train import train
-from riskpo.trainer.parallel import Trainee
-from riskpo.trainer.update import UpdatePlan, recompute
+from riskpo.trainer.parallel import ParallelModel
+from riskpo.trainer.update import recompute
 from riskpo.types import Question
-from tests.toy import save_arithmetic, save_byte_model, tiny_policy
+from tests.toy import sample, save_arithmetic, save_byte_model, tiny_policy
 
 # Prompts of different lengths, so that there is padding on the left.
 QUESTIONS = [Question(p, p, "") for p in ("1+2=", "012+345=", "9=", "77+88=")]
@@ -42,9 +43,9 @@ def draw(policy, **changes):
 def test_sampler_and_trainer_agree(temperature):
     policy = tiny_policy()
     rollouts = draw(policy, temperature=temperature)
-    plan = UpdatePlan(temperature=temperature)
+    plan = RunConfig(temperature=temperature)
     rows, head = list(range(len(rollouts))), find_head(policy.model)
-    trainer = recompute(Trainee(policy.model), head, rollouts, [rows[:7], rows[7:]], plan)
+    trainer = recompute(ParallelModel(policy.model), head, rollouts, [rows[:7], rows[7:]], plan)
     for row in rows:
         theirs = trainer[row][rollouts.prompt_len[row] - 1 :]
         torch.testing.assert_close(rollouts.logprob[row], theirs, rtol=0, atol=2e-5)
@@ -254,7 +255,7 @@ def test_no_hub_is_one_line_at_once(monkeypatch):
         raise OSError("no route\nto host")
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    monkeypatch.setattr("riskpo.rollout.generate.model_info", unreachable)
+    monkeypatch.setattr("riskpo.model.load.model_info", unreachable)
     with pytest.raises(ConnectionError, match="is no folder.*no route") as caught:
         load_policy("nobody/no-such-model")
     assert "\n" not in str(caught.value)

@@ -15,8 +15,8 @@ from packaging.specifiers import SpecifierSet
 
 import riskpo.rollout.vllm as adapter
 from riskpo.config import LoraConfig
+from riskpo.model.load import end_tokens, load_policy, prepare
 from riskpo.model.lora import attach_lora
-from riskpo.rollout.generate import end_tokens, load_policy, prepare
 from riskpo.rollout.sampler import SamplingLimits
 from riskpo.rollout.vllm import COLDEST, HOTTEST, VLLMSampler, sampling_params
 from riskpo.types import Question

@@ -7,7 +7,8 @@ import time
 import pytest
 import torch
 
-from riskpo.rollout.sampler import GenerateSampler, SamplingLimits
+from riskpo.rollout.generate import GenerateSampler
+from riskpo.rollout.sampler import SamplingLimits
 from riskpo.types import Question
 from tests.rollout.vllm_rig import gap, policy_logprobs, running, shake
 

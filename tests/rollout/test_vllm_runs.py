@@ -14,8 +14,8 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import riskpo.train
 from riskpo.config import SamplerConfig, TrainConfig
+from riskpo.model.load import Policy
 from riskpo.report.logs import read_records
-from riskpo.rollout.generate import Policy
 from riskpo.rollout.vllm import start_engine
 from riskpo.train import train
 from riskpo.trainer.checkpoint import latest_checkpoint

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from riskpo.rollout.generate import Policy
+from riskpo.model.load import Policy
 from riskpo.rollout.sampler import SamplingLimits
 from riskpo.rollout.vllm import PROBES, VLLMSampler, drawn_logprobs, start_engine
 from riskpo.types import Question

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from riskpo.rollout.generate import Policy, load_policy
+from riskpo.model.load import Policy, load_policy
 from riskpo.rollout.sampler import SamplingLimits
 from riskpo.rollout.vllm import VLLMSampler, start_engine
 from riskpo.types import Question, Rollouts

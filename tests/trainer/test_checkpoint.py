@@ -30,7 +30,7 @@ from riskpo.trainer.checkpoint import (
     truncate_log,
 )
 from riskpo.trainer.optimizer import Optimizer
-from riskpo.trainer.parallel import Trainee
+from riskpo.trainer.parallel import ParallelModel
 from tests.toy import save_arithmetic, tiny_policy
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -124,7 +124,7 @@ def parts(policy):
         max_grad_norm=1.0,
     )
     return {
-        "trainee": Trainee(policy.model),
+        "parallel": ParallelModel(policy.model),
         "tokenizer": policy.tokenizer,
         "optimizer": optimizer,
         "advantage": GroupAdvantage(over_std),

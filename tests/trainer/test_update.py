@@ -18,11 +18,12 @@ from transformers import (
 )
 
 from riskpo.algorithms import LossOptions
+from riskpo.config import RunConfig
 from riskpo.model.lm_head import find_head
 from riskpo.model.packing import denominator, hidden_states, micro_batches, mini_batches, pack
 from riskpo.trainer.optimizer import Optimizer
-from riskpo.trainer.parallel import Trainee
-from riskpo.trainer.update import UpdatePlan, recompute, update
+from riskpo.trainer.parallel import ParallelModel
+from riskpo.trainer.update import recompute, update
 from tests.toy import random_rollouts, tiny_policy
 
 CPU = torch.device("cpu")
@@ -56,7 +57,7 @@ def gradients(model, rollouts, advantage, loss, plan, monkeypatch):
         return real(total)
 
     monkeypatch.setattr(optimizer, "step", step)
-    update(Trainee(model), find_head(model), optimizer, rollouts, advantage, loss, plan)
+    update(ParallelModel(model), find_head(model), optimizer, rollouts, advantage, loss, plan)
     return seen
 
 
@@ -71,9 +72,9 @@ def test_packed_forward_equals_one_by_one(model):
 
 def test_recomputed_logprobs_are_those_of_the_logits(model):
     rollouts = random_rollouts(14)
-    plan = UpdatePlan(micro_batch_tokens=20, temperature=0.7)
+    plan = RunConfig(micro_batch_tokens=20, temperature=0.7)
     parts = micro_batches(rollouts, range(len(rollouts)), 20)
-    found = recompute(Trainee(model), find_head(model), rollouts, parts, plan)
+    found = recompute(ParallelModel(model), find_head(model), rollouts, parts, plan)
     for row, (tokens, prompt) in enumerate(zip(rollouts.tokens, rollouts.prompt_len, strict=True)):
         ours = found[row]
         with torch.no_grad():
@@ -93,7 +94,7 @@ def test_micro_batches_add_up_to_one_batch(loss, updates, monkeypatch):
             rollouts,
             advantage,
             loss,
-            UpdatePlan(updates=updates, micro_batch_tokens=budget),
+            RunConfig(updates_per_step=updates, micro_batch_tokens=budget),
             monkeypatch,
         )
         for budget in (10**6, 17)
@@ -109,7 +110,7 @@ def test_gradient_is_the_policy_gradient(loss, model, monkeypatch):
     """On-policy the gradient is the weighted sum of A * grad log pi, weights by hand."""
     rollouts, advantage = random_rollouts(14), torch.randn(20)
     ours = gradients(
-        model, rollouts, advantage, loss, UpdatePlan(micro_batch_tokens=40), monkeypatch
+        model, rollouts, advantage, loss, RunConfig(micro_batch_tokens=40), monkeypatch
     )
     model = tiny_policy().model
     tokens = sum(len(x) for x in rollouts.logprob)
@@ -131,13 +132,13 @@ def test_gradient_is_the_policy_gradient(loss, model, monkeypatch):
 
 def test_on_policy_ratio_is_exactly_one(model):
     numbers = update(
-        Trainee(model),
+        ParallelModel(model),
         find_head(model),
         optimizer_of(model),
         random_rollouts(14),
         torch.randn(20),
         LOSSES[0],
-        UpdatePlan(),
+        RunConfig(),
     )
     assert numbers["ratio_mean"] == 1.0 and numbers["clip_fraction"] == 0.0
     assert numbers["tokens"] == sum(len(x) for x in random_rollouts(14).logprob)
@@ -145,10 +146,10 @@ def test_on_policy_ratio_is_exactly_one(model):
 
 def test_second_update_is_off_policy_and_clips(model):
     loss = replace(LOSSES[0], clip_low=3e-4, clip_high=4e-4)
-    plan = UpdatePlan(updates=2)
+    plan = RunConfig(updates_per_step=2)
     rollouts, advantage = random_rollouts(14, questions=4), torch.ones(16)
     numbers = update(
-        Trainee(model),
+        ParallelModel(model),
         find_head(model),
         optimizer_of(model, learning_rate=1e-2),
         rollouts,
@@ -166,13 +167,13 @@ def test_a_step_that_is_not_finite_is_skipped_loudly(model, caplog):
     advantage[3] = float("nan")
     with caplog.at_level(logging.WARNING, "riskpo"):
         numbers = update(
-            Trainee(model),
+            ParallelModel(model),
             find_head(model),
             optimizer,
             random_rollouts(14),
             advantage,
             LOSSES[2],
-            UpdatePlan(),
+            RunConfig(),
         )
     assert numbers["skipped_updates"] == 1 and "skipped" in caplog.text
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())

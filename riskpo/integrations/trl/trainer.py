@@ -26,7 +26,12 @@ from accelerate.utils import broadcast_object_list, gather_object  # noqa: E402
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR  # noqa: E402
 from trl import GRPOTrainer  # noqa: E402
 
-from riskpo.integrations.common import STATE_FILE, draw_numbers, write_state  # noqa: E402
+from riskpo.integrations.common import (  # noqa: E402
+    STATE_FILE,
+    check_settings,
+    draw_numbers,
+    write_state,
+)
 from riskpo.integrations.trl.config import AGGREGATES, RiskPOConfig  # noqa: E402
 from riskpo.integrations.trl.head import use_riskpo_head  # noqa: E402
 from riskpo.integrations.trl.rows import (  # noqa: E402
@@ -193,17 +198,10 @@ class RiskPOTrainer(GRPOTrainer):
     def _score(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs and entropies [B, C] of the completions."""
         images = (
-            "pixel_values",
-            "image_grid_thw",
-            "num_images",
-            "pixel_attention_mask",
-            "spatial_shapes",
-            "num_tiles",
-            "image_sizes",
-            "token_type_ids",
-            "mm_token_type_ids",
+            "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask",
+            "spatial_shapes", "num_tiles", "image_sizes", "token_type_ids", "mm_token_type_ids",
             "image_position_ids",
-        )
+        )  # fmt: skip
         logprob, entropy, _ = self._get_per_token_logps_and_entropies(
             model,
             torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
@@ -298,15 +296,7 @@ class RiskPOTrainer(GRPOTrainer):
                 f"{OP} wrote. Load its weights as the model and start a new run instead."
             )
         state = json.loads(text[0])
-        mine = dataclasses.asdict(self.riskpo.settings)
-        changed = [name for name in mine if mine[name] != state["settings"].get(name)]
-        if changed:
-            then = {name: state["settings"].get(name) for name in changed}
-            raise ValueError(
-                f"{OP}: got { ({name: mine[name] for name in changed}) }; expected the settings of "
-                f"the saved run, {then}: its tracked quantiles belong to them. Restore them, or "
-                "load the weights as the model and start a new run."
-            )
+        check_settings(OP, self.riskpo, state["settings"])
         self.riskpo.load_state_dict(state["advantage"])
         self._generation_batches = state["generation_batches"]
 

@@ -1,0 +1,148 @@
+"""Load a causal language model and its tokenizer, ready to be sampled and trained."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import model_info
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    GenerationConfig,
+)
+from transformers.utils import is_flash_attn_2_available
+
+from riskpo.data.hub import HUB_SECONDS, hub_error
+from riskpo.data.images import require_processor
+from riskpo.distributed import best_device
+from riskpo.model.gguf import as_folder
+from riskpo.model.vision import load_processor, placeholder_tokens
+from riskpo.types import Question
+
+
+@dataclass
+class Policy:
+    """The model that is trained and sampled, with its tokenizer.
+
+    processor is that of a vision-language model whose data have pictures, else None; it then reads
+    all prompts.
+    """
+
+    model: Any
+    tokenizer: Any
+    processor: Any = None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+
+def load_policy_for(
+    questions: Sequence[Question], name: str, *, dtype: str, device: str | None = None
+) -> Policy:
+    """The model `name` as load_policy has it, with its processor if a question has pictures.
+
+    ValueError when there are pictures and the model has no processor that reads them.
+    """
+    if not any(q.images for q in questions):
+        return load_policy(name, dtype=dtype, device=device)
+    processor = load_processor(name, local=_is_local(name))
+    require_processor(questions, processor)
+    return load_policy(name, dtype=dtype, device=device, processor=processor)
+
+
+def load_policy(
+    name: str, *, dtype: str = "float32", device: str | None = None, processor: Any = None
+) -> Policy:
+    """A causal LM and its tokenizer from a folder, a GGUF file or, by name, the hub or its cache.
+
+    With a processor, the vision-language model that it belongs to. device is where the weights are
+    put; attention is chosen for best_device(). A folder is known by its absolute path from here on.
+    ValueError, in one line, when there is no such model; ConnectionError, within seconds, when the
+    hub is needed and does not answer.
+    """
+    name = as_folder(name)
+    local = _is_local(name)
+    name = str(Path(name).resolve()) if Path(name).is_dir() else name
+    flash = best_device() == "cuda" and dtype == "bfloat16" and is_flash_attn_2_available()
+    flash = flash and processor is None
+    family = AutoModelForCausalLM if processor is None else AutoModelForImageTextToText
+    try:
+        tokenizer = (
+            AutoTokenizer.from_pretrained(name, local_files_only=local)
+            if processor is None
+            else processor.tokenizer
+        )
+        model = family.from_pretrained(
+            name,
+            local_files_only=local,
+            dtype=getattr(torch, dtype),
+            attn_implementation="flash_attention_2" if flash else "sdpa",
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"model: cannot load {name!r} ({reason}). Give a folder that save_pretrained wrote, or "
+            "the name of a causal language model."
+        ) from None
+    torch.nn.Module.to(model, device=device or best_device())
+    return prepare(Policy(model, tokenizer, processor))
+
+
+def prepare(policy: Policy) -> Policy:
+    """Left padding, a pad token, and a generation_config that bends nothing.
+
+    Only end tokens survive of the model's own generation_config (see end_tokens): its top_p, top_k,
+    penalties, suppressed and forced tokens would make the sampler another policy.
+    """
+    tokenizer, model, ends = policy.tokenizer, policy.model, _end_ids(policy)
+    tokenizer.padding_side = "left"
+    if not ends:
+        raise ValueError(
+            "model: got no end token in generation_config, config or tokenizer; expected an "
+            "eos_token_id. Set it in generation_config.json."
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token_id = ends[0]
+    model.generation_config = GenerationConfig(
+        eos_token_id=ends, pad_token_id=tokenizer.pad_token_id
+    )
+    model.eval()
+    return policy
+
+
+def _is_local(name: str) -> bool:
+    """Whether files on this machine will do; where not, ConnectionError unless the hub has it."""
+    if Path(name).is_dir() or os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+        return True
+    try:
+        AutoTokenizer.from_pretrained(name, local_files_only=True)
+        return True
+    except (OSError, ValueError):
+        pass
+    if error := hub_error(lambda: model_info(name, timeout=HUB_SECONDS)):
+        raise ConnectionError(
+            f"model: {name!r} is no folder, is not in the cache, and the hub gave no model of that "
+            f"name ({error}). Give a local folder."
+        )
+    return False
+
+
+def end_tokens(policy: Policy) -> list[int]:
+    """Ids that end a response: those of generation_config, config and tokenizer; placeholders."""
+    return _end_ids(policy) + (placeholder_tokens(policy.model.config) if policy.processor else [])
+
+
+def _end_ids(policy: Policy) -> list[int]:
+    config, found = policy.model.config, list[Any]()
+    own = policy.model.generation_config
+    for source in (own, config, config.get_text_config(), policy.tokenizer):
+        ids = getattr(source, "eos_token_id", None)
+        found += ids if isinstance(ids, (list, tuple)) else [ids]
+    return list(dict.fromkeys(i for i in found if i is not None and i >= 0))

@@ -1,0 +1,74 @@
+"""A step's numbers, added up over its micro-batches and over the processes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+import torch
+
+from riskpo.distributed import Ranks
+
+# A number of the loss -> what it is a mean over. A unit is what a ratio belongs to: a token or a
+# sequence; "known" are the tokens whose log-prob the sampler gave.
+MEAN_OVER = {
+    "clip_fraction": "units",
+    "clip_low_fraction": "units",
+    "clip_high_fraction": "units",
+    "ratio_mean": "units",
+    "zero_coefficient_fraction": "tokens",
+    "entropy": "tokens",
+    "kl": "known",
+}
+
+
+class Totals:
+    """Sums and largest values by name; all are 0 at first."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = defaultdict(float)
+        self.largest: dict[str, float] = defaultdict(float)
+
+    def add(self, sums: Mapping[str, float], largest: Mapping[str, float]) -> None:
+        for name, value in sums.items():
+            self.sums[name] += value
+        for name, value in largest.items():
+            self.largest[name] = max(self.largest[name], value)
+
+    def gather(self, ranks: Ranks) -> None:
+        """Add what the other processes have counted; all of them call."""
+        for rank, other in enumerate(ranks.gather(self)):
+            if rank != ranks.rank:
+                self.add(other.sums, other.largest)
+
+    def mean(self, name: str, over: str) -> float:
+        return self.sums[name] / max(self.sums[over], 1.0)
+
+
+def loss_sums(
+    stats: dict[str, torch.Tensor], sequences: int | None, missing: int
+) -> dict[str, float]:
+    """A micro-batch's stats of riskpo_loss as sums.
+
+    sequences  how many, where each has one ratio; None where each token has its own
+    missing    tokens whose log-prob the sampler did not give; "kl" leaves them out
+    """
+    tokens = float(stats["tokens"])
+    counts = {
+        "tokens": tokens,
+        "units": tokens if sequences is None else float(sequences),
+        "known": tokens - missing,
+        "sampler_missing": float(missing),
+    }
+    return counts | {name: counts[over] * float(stats[name]) for name, over in MEAN_OVER.items()}
+
+
+def loss_numbers(totals: Totals) -> dict[str, float]:
+    """What is logged of the loss. Its "kl" is that of sampler and trainer, see `surrogate`."""
+    means = {name: totals.mean(name, over) for name, over in MEAN_OVER.items()}
+    return means | {
+        "sampler_kl": means.pop("kl"),
+        "sampler_missing": totals.sums["sampler_missing"],
+        "ratio_max": totals.largest["ratio_max"],
+        "tokens": totals.sums["tokens"],
+    }

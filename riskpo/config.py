@@ -256,7 +256,7 @@ def load_toml(path: str | Path) -> dict[str, Any]:
 
 
 def with_settings(base: C, given: dict[str, Any], path: str) -> C:
-    """`base`, a config, with the `given` settings, checked; `path` is where they stood."""
+    """The config `base` with the `given` settings, checked; errors name `path` as their source."""
     return _checked(type(base), _merged(base, given, path), path)
 
 
@@ -279,7 +279,7 @@ def _merged(base: Any, given: dict[str, Any], path: str) -> dict[str, Any]:
 
 
 def _checked(kind: type[C], given: dict[str, Any], path: str) -> C:
-    """JSON, since it has lists for tuples, and 1 where 1.0 is meant, as TOML has."""
+    """By way of JSON: from it pydantic takes a list for a tuple and 1 for 1.0, as TOML writes."""
     try:
         return TypeAdapter(kind).validate_json(json.dumps(given), strict=True)
     except ValidationError as error:
@@ -306,9 +306,9 @@ def locked(name: str, change: str) -> bool:
 
 
 def changes(saved: dict[str, Any], config: TrainConfig) -> dict[str, str]:
-    """name -> `name: saved -> now` of what differs and is not free.
+    """{name: "name: saved -> now"} of every setting that differs and may not change freely.
 
-    A setting that the saved run did not know yet had its default.
+    A setting that did not exist when the run was saved counts as its default.
     """
     before = flat(TrainConfig()) | _flattened(saved)
     return {

@@ -183,8 +183,8 @@ def warm_start(
 ) -> tuple[int, float]:
     """Supervised steps until `accuracy()`, sampled, reaches `target`; returns (steps, accuracy).
 
-    Where the model is. share, as Task.warm_share, says how often each stratum is shown. Without a
-    warm start every reward is zero and no policy gradient has anything to say.
+    Runs on the model's device. share: how often each stratum is shown, see Task.warm_share. Without
+    a warm start every reward is zero, and so is every policy gradient.
     """
     device = next(model.parameters()).device
     rng = random.Random(seed)

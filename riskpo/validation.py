@@ -20,9 +20,9 @@ SHOWN_CHARACTERS = 2000  # of the first prompt and response
 
 
 def show_first(run: Run) -> None:
-    """One prompt as the model reads it, special tokens and all, its gold, one answer, its reward.
+    """Print one prompt as the model reads it, with special tokens, its gold, an answer, its reward.
 
-    And what is known beforehand to go wrong.
+    Warns of settings that are known not to learn.
     """
     question, c = run.questions[0], run.config
     rollouts = run.sampler.sample([question], 1, (c.seed, "first"))

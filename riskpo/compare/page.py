@@ -106,7 +106,7 @@ def _about(runs: Runs, against: str) -> dict[str, Any]:
 
 
 def _machine() -> str:
-    """Of the process that writes the page: `riskpo compare` does after it has made the runs."""
+    """This machine; `riskpo compare` writes the page where it made the runs."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     named = "".join(f"{gpu}, " for gpu in dict.fromkeys(gpus))
     return (

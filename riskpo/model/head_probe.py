@@ -67,9 +67,9 @@ def relative_gap(head: Any, hidden: torch.Tensor, theirs: torch.Tensor) -> float
 
 
 def look(model: Any, head: Any) -> HeadSight:
-    """Run the probe; ValueError where the model cannot be probed or more than the head acts.
+    """Run the probe in eval mode.
 
-    The model is in eval mode meanwhile, and as it was afterwards.
+    ValueError for a model that cannot be probed, or whose logits depend on more than its head.
     """
     modes = [(part, part.training) for part in model.modules()]
     model.eval()

@@ -19,7 +19,7 @@ HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backwa
 
 
 def computed(module: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(weight, bias) as the head's forward takes them now; differentiable in what makes them."""
+    """(weight, bias) that the head's forward uses now, with gradients to what they are made of."""
     parts = getattr(module, "_modules", {})
     if "modules_to_save" in parts:
         active = module.modules_to_save[module.active_adapters[0]] if _acts(module) else None

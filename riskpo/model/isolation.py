@@ -79,9 +79,9 @@ def packing_of(model: Any) -> Packing:
 
 
 def settle_attention(model: Any, requested: str) -> Packing:
-    """Give the model the attention of MemoryConfig.attention, and find how it is to be fed.
+    """Set the attention of MemoryConfig.attention, and find whether the model runs packed.
 
-    With "auto", one under which the model's sequences do not stay apart gives way to its own.
+    With "auto", an attention that mixes packed sequences gives way to the model's own.
     """
     before = str(model.config._attn_implementation)
     model.set_attn_implementation(choose(requested, model))
@@ -265,7 +265,7 @@ def _leak(
     alone: list[torch.Tensor],
     packing: Packing,
 ) -> str | None:
-    """Why packed rows are not what they are alone; None: they are."""
+    """Why packed rows differ from the same rows alone; None where they do not."""
     device, lengths = rows[0].device, [row.shape[1] for row in rows]
     places = torch.cat([torch.arange(n, device=device) for n in lengths])[None]
     bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)

@@ -1,4 +1,4 @@
-"""Turn MemoryConfig's switches on a loaded model; numbers stay, memory goes."""
+"""Apply MemoryConfig to a loaded model: less memory, the same numbers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def apply_switches(
     transfers: Transfers | None = None,
     packing: Packing | None = None,
 ) -> None:
-    """Attention, checkpointing, offloading and tiles, in place; ValueError where one cannot be.
+    """Attention, checkpointing, offloading, tiles, in place; ValueError for one it cannot take.
 
     transfers  copies what is offloaded. None: from CUDA to pinned memory; a model on the CPU has
                nowhere to offload to

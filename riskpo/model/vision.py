@@ -100,7 +100,7 @@ def placeholder_tokens(config: Any) -> list[int]:
 
 
 def check_vision_setup(config: TrainConfig, processes: int) -> None:
-    """ValueError for what has not been made to work with pictures."""
+    """ValueError for settings that do not support pictures."""
     reasons = {
         "sampler.engine='vllm'": config.sampler.engine == "vllm",
         f"{processes} processes": processes > 1,

@@ -24,12 +24,13 @@ MAX_ATTEMPTS = 10  # of dynamic sampling, per step
 
 @dataclass
 class Batch:
-    """What a step learns from, question-major, and what it cost to get.
+    """What a step learns from, question-major, and everything that was sampled for it.
 
-    seen_QG holds the rewards of everything that was sampled, kept or not: its mean is the policy's;
-    seen says which questions these were, seen_logprob holds the sampler's log-probs [tokens],
-    seen_text, seen_cut and seen_verdict, question-major too, what was said, whether it hit the
-    length limit, and the outcome of its reward.
+    questions, rollouts, rewards_QG   kept by the algorithm, to learn from
+    seen, seen_QG                     all sampled questions and their rewards
+    seen_logprob                      the sampler's log-prob of every sampled token
+    seen_text, seen_cut, seen_verdict of every response: text, whether the length limit cut it,
+                                      outcome of its reward
     """
 
     questions: list[Question] = field(default_factory=list)

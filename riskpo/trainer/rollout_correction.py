@@ -1,7 +1,7 @@
-"""The sampler is not quite the trainer: other kernels, other roundings, other log-probs.
+"""Correct for a sampler whose log-probs are not quite the trainer's: other kernels round otherwise.
 
-With r = pi_trainer / pi_sampler of a drawn token, weighting a term by r makes the expectation over
-the sampler's draws that over the trainer's. The weight is bounded, or it would be its own problem:
+r = pi_trainer / pi_sampler of a drawn token. Weighting a term by r turns the expectation over the
+sampler's draws into that over the trainer's policy. The weight is bounded, to bound the variance:
 
     TIS   min(r, cap)                truncated (F. Yao et al., "Your efficient RL framework secretly
                                      brings you off-policy RL training", 2025)
@@ -97,7 +97,7 @@ def mismatch_numbers(totals: Totals, settings: SamplerConfig) -> dict[str, float
 
 
 def warn_of_mismatch(model: Any, sampler_kl: float) -> None:
-    """Say, once of a model, that the sampler's policy is another, and what is known to cause it."""
+    """Warn, once per model, that the sampler's policy is another one, with the known causes."""
     if sampler_kl > SAMPLER_KL_LIMIT and model not in _WARNED:
         _WARNED.add(model)
         log.warning(

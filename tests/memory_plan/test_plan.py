@@ -206,8 +206,8 @@ def test_the_command_prints_the_plan(capsys):
     "arguments, why",
     [
         (["--model", "Qwen2.5-7B", "--gpu", "big"], "expected a size in GB"),
-        (["--model", "Qwen2.5-7B", "--context", "0"], "at least 1"),
-        (["--model", "Qwen2.5-7B", "--dtype", "int8"], "bfloat16 or float32"),
+        (["--model", "Qwen2.5-7B", "--context", "0"], "greater than 0"),
+        (["--model", "Qwen2.5-7B", "--dtype", "int8"], "'float32', 'bfloat16'"),
     ],
 )
 def test_bad_input_is_refused(arguments, why):

@@ -153,7 +153,9 @@ def test_a_head_that_is_not_the_models_is_refused(policy):
 
 
 def test_train_resume_and_eval(folder, tmp_path, policy, monkeypatch):
-    monkeypatch.setattr("riskpo.train.write_report", lambda run_dir: run_dir)  # slow, and tested elsewhere
+    monkeypatch.setattr(
+        "riskpo.train.write_report", lambda run_dir: run_dir
+    )  # slow, and tested elsewhere
     config = settings(folder, tmp_path, entropy_coef=1.0)
     train(config)
     train(replace(config, steps=2))

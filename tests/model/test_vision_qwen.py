@@ -125,7 +125,9 @@ def test_responses_do_not_depend_on_how_the_batch_is_cut(policy):
 
 
 def test_a_step_trains_the_vision_tower(folder, tmp_path, policy, monkeypatch):
-    monkeypatch.setattr("riskpo.train.write_report", lambda run_dir: run_dir)  # slow, and tested elsewhere
+    monkeypatch.setattr(
+        "riskpo.train.write_report", lambda run_dir: run_dir
+    )  # slow, and tested elsewhere
     config = settings(folder, tmp_path, entropy_coef=1.0)
     monkeypatch.setattr(WithoutVideos, "save_pretrained", lambda self, path, **_: None)
     train(config)

@@ -142,26 +142,16 @@ def _cases(value: Any) -> list[Row]:
     return list(json.loads(value))
 
 
-def _calls(
-    tests: str,
-    *,
-    helpers: str = "",
-    entries: list[str] | None = None,
-    before: str = "",
-    prompt: str = "",
-    reference: str | None = None,
-) -> str:
-    return json.dumps(
-        {
-            "kind": "calls",
-            "tests": tests,
-            "helpers": helpers,
-            "entries": entries or [],
-            "before": before,
-            "prompt": prompt,
-            "reference": reference,
-        }
-    )
+def _calls(tests: str, **given: Any) -> str:
+    """The gold of tests that call functions; its fields are those of riskpo/rewards/code.py."""
+    unset: dict[str, Any] = {
+        "helpers": "",
+        "entries": [],
+        "before": "",
+        "prompt": "",
+        "reference": None,
+    }
+    return json.dumps({"kind": "calls", "tests": tests} | unset | given)
 
 
 def _first(solutions: Any) -> str | None:

@@ -11,7 +11,7 @@ import functools
 import logging
 import types
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -27,17 +27,6 @@ from riskpo_kernels import full_weight, linear_logprob
 IGNORE = -100
 OP = "use_riskpo_head"
 log = logging.getLogger("riskpo")
-
-
-@dataclass(frozen=True)
-class HeadSettings:
-    """How the head is computed; the keywords of riskpo_kernels.linear_logprob."""
-
-    temperature: float
-    backend: str = "auto"
-    memory_mib: float = 300
-    tail_eps: float | None = None
-    deterministic: bool = False
 
 
 def use_riskpo_head(
@@ -66,7 +55,13 @@ def use_riskpo_head(
     float32: bool = trainer.args.cast_lm_head_to_fp32  # type: ignore[attr-defined]
     head = _head(trainer.model)
     model = unwrapped(trainer.model)
-    settings = HeadSettings(trainer.temperature, backend, memory_mib, tail_eps, deterministic)
+    settings = {
+        "temperature": trainer.temperature,
+        "backend": backend,
+        "memory_mib": memory_mib,
+        "tail_eps": tail_eps,
+        "deterministic": deterministic,
+    }
     _patch(model, head, settings, float32)
     if trainer.ref_model is not None:  # built from the policy's own checkpoint: the same formula
         reference = trainer.accelerator.unwrap_model(trainer.ref_model)
@@ -110,7 +105,7 @@ def _head(model: Any) -> Head:
     return Head(module, options, rows)
 
 
-def _patch(model: Any, head: Head, settings: HeadSettings, float32: bool) -> None:
+def _patch(model: Any, head: Head, settings: dict[str, Any], float32: bool) -> None:
     host_forward = model.forward
 
     # generate() reads the signature of forward through __wrapped__
@@ -128,7 +123,7 @@ def _score(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     head: Head,
-    settings: HeadSettings,
+    settings: dict[str, Any],
     float32: bool,
 ) -> FusedCausalLMOutput:
     """log_probs and entropy [B, T - 1] of labels [B, T], 0 where the label is -100."""
@@ -153,7 +148,7 @@ def _score(
             return_entropy=True,
             ignore_index=IGNORE,
             **asdict(head.options),
-            **asdict(settings),
+            **settings,
         )
     assert token.entropy is not None  # asked for
     mask = target[:, :-1] != IGNORE

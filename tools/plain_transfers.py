@@ -9,23 +9,23 @@ import torch
 
 
 class PlainTransfers:
-    """Copies within one memory, done at once, for a model that is on the host itself.
+    """Copies within one memory, done at once, for a model that is on the CPU itself.
 
     They gain nothing: they let the same code be tested, and its copies be measured, without CUDA.
-    `most` is the largest number of bytes that waited together; from a GPU they would be the host's.
+    `most` is the largest number of bytes that waited together; from a GPU they would be the CPU's.
     """
 
     def __init__(self) -> None:
         self.most = self._waiting = 0
 
     def out(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        host = tensor.clone()
-        self._count(host.nbytes)
-        weakref.finalize(host, self._count, -host.nbytes)
-        return host, None
+        on_cpu = tensor.clone()
+        self._count(on_cpu.nbytes)
+        weakref.finalize(on_cpu, self._count, -on_cpu.nbytes)
+        return on_cpu, None
 
-    def back(self, host: torch.Tensor, sent: Any) -> tuple[torch.Tensor, Any]:
-        return host.clone(), None
+    def back(self, on_cpu: torch.Tensor, sent: Any) -> tuple[torch.Tensor, Any]:
+        return on_cpu.clone(), None
 
     def wait(self, ticket: Any) -> None:
         """Nothing to wait for."""

@@ -28,7 +28,7 @@ class Transfers(Protocol):
     def out(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """(CPU copy, ticket); the copy may be read, and `tensor` freed, after wait(ticket)."""
 
-    def back(self, host: torch.Tensor, sent: Any) -> tuple[torch.Tensor, Any]:
+    def back(self, on_cpu: torch.Tensor, sent: Any) -> tuple[torch.Tensor, Any]:
         """(device copy, ticket) of a CPU copy whose own ticket was `sent`."""
 
     def wait(self, ticket: Any) -> None:
@@ -43,19 +43,19 @@ class CudaTransfers:
         self.outward, self.homeward = torch.cuda.Stream(device), torch.cuda.Stream(device)
 
     def out(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        on_cpu = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         self.outward.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.outward):
-            host.copy_(tensor, non_blocking=True)
-            return host, self.outward.record_event()
+            on_cpu.copy_(tensor, non_blocking=True)
+            return on_cpu, self.outward.record_event()
 
-    def back(self, host: torch.Tensor, sent: Any) -> tuple[torch.Tensor, Any]:
+    def back(self, on_cpu: torch.Tensor, sent: Any) -> tuple[torch.Tensor, Any]:
         # Allocated on the computing stream, which may still be reading what was there before.
-        tensor = torch.empty(host.shape, dtype=host.dtype, device=self.device)
+        tensor = torch.empty(on_cpu.shape, dtype=on_cpu.dtype, device=self.device)
         self.homeward.wait_stream(torch.cuda.current_stream(self.device))
         self.homeward.wait_event(sent)
         with torch.cuda.stream(self.homeward):
-            tensor.copy_(host, non_blocking=True)
+            tensor.copy_(on_cpu, non_blocking=True)
             # The computing stream waits only when it gets there; until then nothing may free it.
             tensor.record_stream(self.homeward)
             return tensor, self.homeward.record_event()
@@ -67,13 +67,13 @@ class CudaTransfers:
 class _Parked:
     """One layer's input on the CPU, and the copy that is on its way back, if any."""
 
-    def __init__(self, host: torch.Tensor, sent: Any, below: _Parked | None) -> None:
-        self.host, self.sent = host, sent
+    def __init__(self, on_cpu: torch.Tensor, sent: Any, below: _Parked | None) -> None:
+        self.on_cpu, self.sent = on_cpu, sent
         self.below = None if below is None else weakref.ref(below)
         self.arriving: tuple[torch.Tensor, Any] | None = None
 
 
-class HostCheckpoints:
+class CpuCheckpoints:
     """The checkpoint function of every layer of one model; its graph owns what is parked."""
 
     def __init__(self, transfers: Transfers) -> None:
@@ -89,9 +89,9 @@ class HostCheckpoints:
     def _park(self, tensor: torch.Tensor) -> _Parked:
         while len(self._leaving) >= IN_FLIGHT:
             self.transfers.wait(self._leaving.popleft()[1])
-        host, ticket = self.transfers.out(tensor)
+        on_cpu, ticket = self.transfers.out(tensor)
         self._leaving.append((tensor, ticket))  # kept alive until its copy is done
-        parked = _Parked(host, ticket, self._last() if self._last else None)
+        parked = _Parked(on_cpu, ticket, self._last() if self._last else None)
         self._last = weakref.ref(parked)
         return parked
 
@@ -99,10 +99,10 @@ class HostCheckpoints:
         while self._leaving:
             self.transfers.wait(self._leaving.popleft()[1])
         self._last = None  # a forward that comes after this backward is another graph
-        tensor, ticket = parked.arriving or self.transfers.back(parked.host, parked.sent)
+        tensor, ticket = parked.arriving or self.transfers.back(parked.on_cpu, parked.sent)
         parked.arriving = None
         below = parked.below() if parked.below else None
         if below is not None and below.arriving is None:
-            below.arriving = self.transfers.back(below.host, below.sent)
+            below.arriving = self.transfers.back(below.on_cpu, below.sent)
         self.transfers.wait(ticket)
         return tensor

@@ -99,7 +99,7 @@ def packed_keywords(
 ) -> dict[str, Any]:
     """What the decoder hands down to its attention with a packed row.
 
-    cu_seqlens [S + 1] int32 on the device, lengths the same on the host (no sync per layer).
+    cu_seqlens [S + 1] int32 on the device, lengths the same on the CPU (no sync per layer).
     """
     if implementation == SEQUENCES:
         return {"sequence_lengths": list(lengths)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from riskpo.config import MemoryConfig
-from riskpo.model.activation_offload import CudaTransfers, HostCheckpoints, Transfers
+from riskpo.model.activation_offload import CpuCheckpoints, CudaTransfers, Transfers
 from riskpo.model.isolation import Packing, adopt_packing, settle_attention
 from riskpo.model.tiled_mlp import tile_mlps
 
@@ -35,10 +35,10 @@ def apply_switches(
         if transfers is None and model.device.type == "cuda":
             transfers = CudaTransfers(model.device)
         if memory.offload_checkpoints and transfers is not None:
-            park_checkpoints(model, HostCheckpoints(transfers))
+            park_checkpoints(model, CpuCheckpoints(transfers))
 
 
-def park_checkpoints(model: Any, checkpoints: HostCheckpoints) -> None:
+def park_checkpoints(model: Any, checkpoints: CpuCheckpoints) -> None:
     """Let every checkpointed layer of the model keep its input by `checkpoints`."""
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False):

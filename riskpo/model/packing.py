@@ -36,7 +36,7 @@ class Packed:
     target: torch.Tensor  # [T], the next token, or IGNORE where that is part of the prompt
     sampled: torch.Tensor  # [T] float32, the sampler's log-prob of target, 0 where ignored
     cu_seqlens: torch.Tensor  # [S + 1] int32
-    lengths: list[int]  # [S] the same on the host
+    lengths: list[int]  # [S] the same on the CPU
     beside: Inputs = field(default_factory=dict)  # of a prompt with pictures; S is then 1
 
 

@@ -12,7 +12,7 @@ import torch
 
 from riskpo.algorithms import LossOptions
 from riskpo.config import MemoryConfig, RunConfig, TrainConfig, validate
-from riskpo.model.activation_offload import HostCheckpoints
+from riskpo.model.activation_offload import CpuCheckpoints
 from riskpo.model.lm_head import find_head
 from riskpo.model.memory_switches import apply_switches, park_checkpoints
 from riskpo.model.tiled_mlp import tile_mlps, tiled
@@ -107,7 +107,7 @@ def test_parked_checkpoints_change_no_bit(layers):
 
     def switch(model):
         apply_switches(model, MemoryConfig(checkpointing=True))
-        park_checkpoints(model, HostCheckpoints(transfers))
+        park_checkpoints(model, CpuCheckpoints(transfers))
 
     parked = gradients(switch, num_hidden_layers=layers)
     assert_same(parked, gradients(num_hidden_layers=layers), 0.0)
@@ -131,14 +131,14 @@ def test_offloading_does_nothing_on_the_cpu_by_itself():
     model = tiny_policy().model
     apply_switches(model, MemoryConfig(checkpointing=True, offload_checkpoints=True))
     assert not any(
-        isinstance(getattr(module, "_gradient_checkpointing_func", None), HostCheckpoints)
+        isinstance(getattr(module, "_gradient_checkpointing_func", None), CpuCheckpoints)
         for module in model.modules()
     )
 
 
 def test_parked_tensors_go_with_their_graph():
     """A forward without a backward leaves nothing behind, nor a link for the next one."""
-    checkpoints = HostCheckpoints(FakeTransfers())
+    checkpoints = CpuCheckpoints(FakeTransfers())
     layer = torch.nn.Linear(4, 4)
     x = torch.randn(3, 4, requires_grad=True)
     dropped = checkpoints(layer, x)

@@ -81,7 +81,7 @@ def evaluate_once(config: EvalConfig, questions: Sequence[Question]) -> EvalResu
         result = evaluate(
             texts,
             questions,
-            scorer.score,
+            scorer.verdicts(texts, questions),
             samples=config.samples,
             ks=config.ks or tuple(dict.fromkeys((1, config.samples))),
             settings=EvalSettings(

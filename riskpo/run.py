@@ -29,13 +29,14 @@ from riskpo.model.positions import check_positions
 from riskpo.model.vision import check_vision_head, check_vision_setup
 from riskpo.report.logs import RunLog, SilentLog
 from riskpo.rewards.scorer import MATH_KINDS, Scorer
+from riskpo.rewards.verdict import Judge
 from riskpo.rollout.generate import GenerateSampler
 from riskpo.rollout.sampler import (
     Sampler,
     SamplingLimits,
     SharedSampler,
     read_prompts,
-    shared_score,
+    shared_judge,
 )
 from riskpo.trainer.checkpoint import (
     latest_checkpoint,
@@ -47,7 +48,7 @@ from riskpo.trainer.checkpoint import (
 )
 from riskpo.trainer.optimizer import Optimizer
 from riskpo.trainer.parallel import ParallelModel, skeleton
-from riskpo.types import Question, Score
+from riskpo.types import Question
 
 WARM_START_PROBE = 100  # training questions that are sampled to measure it
 MAX_WORKERS = 8  # verifier processes
@@ -67,7 +68,7 @@ class Run:
     questions: list[Question]
     held_out: list[Question]
     scorer: Scorer
-    score: Score
+    judge: Judge
     sampler: Sampler
     log: RunLog | SilentLog
     step: int
@@ -142,7 +143,7 @@ def _start(
         questions=kept,
         held_out=held_out_short,
         scorer=scorer,
-        score=shared_score(scorer.score, ranks),
+        judge=shared_judge(scorer.verdicts, ranks),
         sampler=sampler,
         log=log,
         step=step,

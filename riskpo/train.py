@@ -53,7 +53,7 @@ def train_step(run: Run, step: int) -> None:
     """One batch of rollouts, from the questions to the line in the log."""
     c, began = run.config, time.perf_counter()
     strategy = find_strategy(c.algorithm)
-    batch = collect(run.sampler, run.score, run.questions, strategy, c, step)
+    batch = collect(run.sampler, run.judge, run.questions, strategy, c, step)
     sampled = time.perf_counter()
     stop_if_all_crashed(batch.outcomes, run.scorer)
     numbers = {"reward_mean": float(batch.seen_QG.mean()), **risk_curves(batch.seen_QG)}

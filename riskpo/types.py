@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -73,5 +73,3 @@ class Rollouts:
 
 
 Stream = tuple[int | str, ...]  # what the random numbers of a batch of rollouts depend on
-# (texts, questions) -> rewards [R] and how often each outcome occurred
-Score = Callable[[Sequence[str], Sequence[Question]], "tuple[torch.Tensor, dict[str, int]]"]

@@ -29,11 +29,10 @@ def show_first(run: Run) -> None:
     tokens, cut = rollouts.tokens[0], rollouts.prompt_len[0]
     parts = (tokens[:cut].tolist(), tokens[cut:].tolist())
     prompt, response = (run.policy.tokenizer.decode(part)[:SHOWN_CHARACTERS] for part in parts)
-    rewards, counts = run.score(rollouts.text, [question])
-    outcome = next((name for name, n in counts.items() if n), "no verdict")
+    (verdict,) = run.judge(rollouts.text, [question])
     run.log.note(f"first prompt ({question.id}), as the model reads it: {prompt!r}")
     run.log.note(f"  gold {question.gold[:200]!r}, sampled {response!r}")
-    run.log.note(f"  reward {float(rewards[0]):g} ({outcome})")
+    run.log.note(f"  reward {verdict.reward:g} ({verdict.outcome.value})")
     if c.algorithm == "riskpo-paper" and c.baseline in (None, "natural"):
         run.log.note(
             "warning: with riskpo-paper's own baseline no advantage is above zero: responses are "
@@ -82,7 +81,7 @@ def evaluate_and_log(run: Run) -> None:
     result = evaluate(
         rollouts.text,
         run.held_out,
-        run.score,
+        run.judge(rollouts.text, run.held_out),
         samples=c.eval_samples,
         ks=powers_of_two(c.eval_samples),
         settings=EvalSettings(
@@ -116,7 +115,7 @@ def show_answers(run: Run) -> None:
     """A few held-out questions, what the policy says now, and whether it is right."""
     questions = (run.held_out or run.questions)[:SHOWN_ANSWERS]
     texts = run.sampler.sample(questions, 1, (run.config.seed, "shown")).text
-    rewards, _ = run.score(texts, questions)
-    for question, text, reward in zip(questions, texts, rewards.tolist(), strict=True):
-        verdict = "right" if reward > 0 else f"wrong, expected {question.gold[:60]!r}"
-        run.log.note(f"{texts_of(question.prompt)[-1][:80]!r} -> {text[-120:]!r}  {verdict}")
+    verdicts = run.judge(texts, questions)
+    for question, text, verdict in zip(questions, texts, verdicts, strict=True):
+        said = "right" if verdict.reward > 0 else f"wrong, expected {question.gold[:60]!r}"
+        run.log.note(f"{texts_of(question.prompt)[-1][:80]!r} -> {text[-120:]!r}  {said}")

@@ -12,7 +12,7 @@ from riskpo.config import TrainConfig
 from riskpo.report.logs import RunLog, read_records, step_line
 from riskpo.report.progress import sampling_progress, spoken
 from riskpo.train import train
-from tests.toy import save_arithmetic
+from tests.toy import save_arithmetic, verdicts_of
 
 
 def rows_of(folder):
@@ -22,13 +22,13 @@ def rows_of(folder):
 def test_a_run_shows_its_first_prompt_and_keeps_texts(tmp_path, monkeypatch, capsys):
     model, data = save_arithmetic(tmp_path)
 
-    def score(self, texts, questions):
+    def verdicts(self, texts, questions):
         """Right where the length is odd; no question's first two."""
         each = len(texts) // len(questions)
         rewards = [float(len(t) % 2 and i % each > 1) for i, t in enumerate(texts)]
-        return torch.tensor(rewards), {"right": len(texts)}
+        return verdicts_of(rewards)
 
-    monkeypatch.setattr("riskpo.rewards.scorer.Scorer.score", score)
+    monkeypatch.setattr("riskpo.rewards.scorer.Scorer.verdicts", verdicts)
     config = TrainConfig(
         run_dir=str(tmp_path / "run"), model=str(model), data=str(data), steps=2, log_texts=7,
         max_response_tokens=6, questions_per_step=5, responses_per_question=4, eval_questions=4,
@@ -37,7 +37,7 @@ def test_a_run_shows_its_first_prompt_and_keeps_texts(tmp_path, monkeypatch, cap
     folder = train(config)
     printed = capsys.readouterr().out
     assert "first prompt (" in printed and "as the model reads it: '" in printed
-    assert "reward 0 (right)" in printed and "no advantage is above zero" in printed
+    assert "reward 0 (wrong)" in printed and "no advantage is above zero" in printed
     assert "held out before training: 4 questions, 8 responses of at most 6 tokens" in printed
     steps, rows = read_records(folder, "step"), rows_of(folder)
     assert [row["step"] for row in rows] == [1] * 7 + [2] * 7

@@ -22,14 +22,14 @@ from riskpo.config import MemoryConfig, SamplerConfig, TrainConfig, resolve
 from riskpo.distributed import ALONE, Ranks, digest
 from riskpo.memory_plan.peak_meter import PeakMeter
 from riskpo.report.logs import read_records
-from riskpo.rollout.sampler import shared_score
+from riskpo.rollout.sampler import shared_judge
 from riskpo.run import build_optimizer, load_on
 from riskpo.train import train
 from riskpo.trainer.checkpoint import restore, save_checkpoint
 from riskpo.trainer.parallel import ParallelModel
 from riskpo.types import Question
 from tests.ranks import on_ranks
-from tests.toy import save_arithmetic, tiny_policy
+from tests.toy import save_arithmetic, tiny_policy, verdicts_of
 
 STEPS, HALF = 3, 2
 
@@ -212,11 +212,11 @@ def test_alone_nothing_is_asked_of_anyone():
     ALONE.agree("anything", object())
     questions = [Question("a", "a", ""), Question("b", "b", "")]
 
-    def score(texts, asked):
-        return torch.tensor([float(t) for t in texts]), {"right": len(texts)}
+    def judge(texts, asked):
+        return verdicts_of(map(float, texts))
 
-    rewards, counts = shared_score(score, ALONE)(["1", "2", "3", "4"], questions)
-    assert rewards.tolist() == [1, 2, 3, 4] and counts == {"right": 4}
+    verdicts = shared_judge(judge, ALONE)(["1", "2", "3", "4"], questions)
+    assert [v.reward for v in verdicts] == [1, 2, 3, 4]
 
 
 def test_a_digest_sees_the_last_bit():

@@ -27,6 +27,7 @@ from riskpo.preflight import ALGORITHMS
 from riskpo.rollout.collect import MAX_ATTEMPTS, Batch, collect, draw, shaped_rewards
 from riskpo.types import Question, Rollouts
 from riskpo_kernels import RiskPOAdvantage
+from tests.toy import verdicts_of
 
 QUESTIONS = [Question(f"q{i}", f"{i}", str(i)) for i in range(50)]
 
@@ -244,13 +245,13 @@ def one_in_three_is_mixed(texts, questions):
     rewards = []
     for q in questions:
         rewards += [(1.0, 1.0), (0.0, 0.0), (1.0, 0.0)][int(q.gold) % 3]
-    return torch.tensor(rewards), {"right": int(sum(rewards))}
+    return verdicts_of(rewards)
 
 
-def gather(name, sampler, score=one_in_three_is_mixed, step=1):
+def gather(name, sampler, judge=one_in_three_is_mixed, step=1):
     strategy = find_strategy(name)
     settings = TrainConfig(questions_per_step=6, responses_per_question=2, seed=3)
-    return collect(sampler, score, QUESTIONS, strategy, settings, step)
+    return collect(sampler, judge, QUESTIONS, strategy, settings, step)
 
 
 def test_without_a_filter_one_attempt_is_the_batch():
@@ -274,7 +275,7 @@ def test_dynamic_sampling_refills_with_mixed_questions(step):
 
 def test_dynamic_sampling_gives_up_at_the_cap():
     def all_right(texts, questions):
-        return torch.ones(len(texts)), {}
+        return verdicts_of([1.0] * len(texts))
 
     sampler = FakeSampler()
     batch = gather("dapo", sampler, all_right)

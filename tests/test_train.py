@@ -6,7 +6,6 @@ import json
 import re
 
 import pytest
-import torch
 
 import riskpo.run
 from riskpo.algorithms import STRATEGIES
@@ -24,7 +23,7 @@ from riskpo.memory_plan import run_plan
 from riskpo.report.logs import read_records, step_line
 from riskpo.rollout.sampler import prompt_tokens
 from riskpo.train import train
-from tests.toy import save_arithmetic, save_byte_model
+from tests.toy import save_arithmetic, save_byte_model, verdicts_of
 
 SMALL = {
     "questions_per_step": 10,
@@ -97,11 +96,11 @@ def test_every_algorithm_takes_two_steps(name, tmp_path):
 
     def right_by_chance(texts, questions):
         """An untrained model is never right: reward what half of its answers have."""
-        return torch.tensor([float(len(t) % 2) for t in texts]), {"right": 1}
+        return verdicts_of(float(len(t) % 2) for t in texts)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "riskpo.rewards.scorer.Scorer.score", lambda self, t, q: right_by_chance(t, q)
+            "riskpo.rewards.scorer.Scorer.verdicts", lambda self, t, q: right_by_chance(t, q)
         )
         config = TrainConfig(
             run_dir=str(tmp_path / name),

@@ -12,7 +12,7 @@ from riskpo.config import MemoryConfig, SamplerConfig, TrainConfig
 from riskpo.report.logs import read_records
 from riskpo.train import train
 from tests.rollout.test_vllm_sampler import Engine, pretend
-from tests.toy import save_arithmetic
+from tests.toy import save_arithmetic, verdicts_of
 
 WOKEN = ["wake weights", "weights", "reset", "wake kv_cache"]
 
@@ -60,8 +60,8 @@ def runs(tmp_path, monkeypatch):
     real = riskpo.train.update
     # What an untrained model earns about half of the time, and no processes to judge it.
     monkeypatch.setattr(
-        "riskpo.rewards.scorer.Scorer.score",
-        lambda self, texts, questions: (torch.tensor([len(t) % 2.0 for t in texts]), {"right": 1}),
+        "riskpo.rewards.scorer.Scorer.verdicts",
+        lambda self, texts, questions: verdicts_of(len(t) % 2.0 for t in texts),
     )
 
     def run(name, steps):

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from riskpo.demo import build_questions, build_tokenizer
 from riskpo.model.load import Policy, prepare
+from riskpo.rewards.verdict import Outcome, Verdict
 from riskpo.rollout.generate import GenerateSampler
 from riskpo.rollout.sampler import SamplingLimits
 from riskpo.types import Rollouts
@@ -50,6 +51,11 @@ def sample(
     limits = SamplingLimits(max_prompt_tokens, max_response_tokens, temperature)
     sampler = GenerateSampler(policy, limits, batch_sequences, static_cache)
     return sampler.sample(questions, responses_per_question, stream)
+
+
+def verdicts_of(rewards) -> list[Verdict]:
+    """A verdict for each reward, right above 0."""
+    return [Verdict(r, Outcome.RIGHT if r > 0 else Outcome.WRONG) for r in rewards]
 
 
 def random_rollouts(vocab: int, *, questions: int = 5, responses: int = 4, seed: int = 0):

@@ -26,7 +26,8 @@ import torch
 from riskpo.files import write_json
 from riskpo.metrics.intervals import Interval, near_the_ends, t_interval
 from riskpo.metrics.maj_at_k import group_sizes, maj_at_k
-from riskpo.types import Question, Score
+from riskpo.rewards.verdict import Verdict, tally
+from riskpo.types import Question
 from riskpo_kernels import pass_at_k
 
 Vote = Callable[[str, Question], str | None]  # a response's answer, None where it has none
@@ -94,16 +95,16 @@ def powers_of_two(samples: int) -> tuple[int, ...]:
 def evaluate(
     texts: Sequence[str],
     questions: Sequence[Question],
-    score: Score,
+    verdicts: Sequence[Verdict],
     *,
     samples: int,
     ks: Sequence[int],
     settings: EvalSettings,
     vote: Vote | None = None,
 ) -> EvalResult:
-    """Score and summarise Q * n responses.
+    """Summarise Q * n responses and their verdicts.
 
-    texts     the responses, question-major
+    texts, verdicts   of the responses, question-major
     samples   n, responses per question
     ks        the k of pass@k and maj@k, each at most `samples`
     settings  carried into the result; its seed also seeds the bootstrap
@@ -118,8 +119,8 @@ def evaluate(
             f"evaluate: got {len(texts)} texts; expected {len(ids)} questions x {samples} samples "
             f"= {len(ids) * samples}. Give them question by question."
         )
-    rewards, counts = score(texts, questions)
-    table = rewards.detach().double().cpu().reshape(len(ids), samples)  # [Q, n]
+    rewards = torch.tensor([v.reward for v in verdicts])  # float32, as the trainer has them
+    table = rewards.double().reshape(len(ids), samples)  # [Q, n]
     right = table > 0
     values = {f"avg@{samples}": table.mean(1)}
     values |= {f"pass@{k}": torch.as_tensor(pass_at_k(samples, right.sum(1), k)) for k in ks}
@@ -133,7 +134,7 @@ def evaluate(
         maj_at={k: estimates[f"maj@{k}"] for k in ks if f"maj@{k}" in estimates},
         samples=samples,
         questions=len(ids),
-        counts=dict(counts),
+        counts=tally(verdicts),
         rewards=dict(zip(ids, table.tolist(), strict=True)),
         values={name: v.tolist() for name, v in values.items()},
         settings=settings,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+
+from riskpo.types import Question
 
 OUT_OF_MEMORY = 77  # exit status of a verifier process that could not allocate
 
@@ -35,6 +36,10 @@ class Verdict:
     detail: str = ""
 
 
+# R responses of Q questions, question-major -> R verdicts
+Judge = Callable[[Sequence[str], Sequence[Question]], list[Verdict]]
+
+
 def right(detail: str = "") -> Verdict:
     return Verdict(1.0, Outcome.RIGHT, detail)
 
@@ -44,36 +49,18 @@ def failed(outcome: Outcome, detail: str = "") -> Verdict:
     return Verdict(0.0, outcome, detail)
 
 
-class Tally(dict[str, int]):
-    """Counts by outcome, and the outcome of each verdict in turn."""
-
-    def __init__(self, counts: Mapping[str, int], each: list[str]) -> None:
-        super().__init__(counts)
-        self.each = each
-
-    def __reduce__(self) -> tuple[Any, ...]:  # a dict's own calls no __init__
-        return Tally, (dict(self), self.each)
-
-
-def tally(verdicts: Iterable[Verdict]) -> Tally:
+def tally(verdicts: Iterable[Verdict]) -> dict[str, int]:
     """How many verdicts had which outcome: all seven, zeros too.
 
     Crashes are also counted by name, as they occur: crash_KeyError, or crash_process where the
     process died.
     """
-    counts, verdicts = Counter(dict.fromkeys(OUTCOMES, 0)), list(verdicts)
+    counts = Counter(dict.fromkeys(OUTCOMES, 0))
     for verdict in verdicts:
         counts[verdict.outcome.value] += 1
         if verdict.outcome is Outcome.CRASH:
             counts[f"crash_{crash_name(verdict.detail)}"] += 1
-    return Tally(counts, [verdict.outcome.value for verdict in verdicts])
-
-
-def each_of(counts: Mapping[str, int], rewards: Iterable[float]) -> list[str]:
-    """The outcome of each response; from its reward where the counts are not of `tally`."""
-    if isinstance(counts, Tally):
-        return counts.each
-    return [(Outcome.RIGHT if reward > 0 else Outcome.WRONG).value for reward in rewards]
+    return dict(counts)
 
 
 def crash_name(detail: str) -> str:

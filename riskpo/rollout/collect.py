@@ -15,9 +15,9 @@ import torch
 
 from riskpo.algorithms import Strategy, keep_all, overlong_penalty
 from riskpo.config import TrainConfig
-from riskpo.rewards.verdict import each_of
+from riskpo.rewards.verdict import Judge, tally
 from riskpo.rollout.sampler import Sampler
-from riskpo.types import Question, Rollouts, Score
+from riskpo.types import Question, Rollouts
 
 MAX_ATTEMPTS = 10  # of dynamic sampling, per step
 
@@ -70,7 +70,7 @@ def draw(
 
 def collect(
     sampler: Sampler,
-    score: Score,
+    judge: Judge,
     questions: Sequence[Question],
     strategy: Strategy,
     config: TrainConfig,
@@ -90,20 +90,20 @@ def collect(
         if not fresh:
             continue
         rollouts = sampler.sample(fresh, config.responses_per_question, (seed, step, attempt))
-        scores, outcomes = score(rollouts.text, fresh)
-        rewards_QG = scores.view(len(fresh), -1)
+        verdicts = judge(rollouts.text, fresh)
+        rewards_QG = torch.tensor([v.reward for v in verdicts]).view(len(fresh), -1)
         kept = strategy.keep(rewards_QG).nonzero().flatten().tolist()
         kept = kept[: count - len(batch.questions)]
         each = rewards_QG.shape[1]
         batch.questions += [fresh[i] for i in kept]
         batch.rollouts.extend(rollouts, [i * each + j for i in kept for j in range(each)])
-        batch.outcomes.update(outcomes)
+        batch.outcomes.update(tally(verdicts))
         rewards.append(rewards_QG[kept])
         seen.append(rewards_QG)
         batch.seen += fresh
         batch.seen_text += rollouts.text
         batch.seen_cut += rollouts.truncated
-        batch.seen_verdict += each_of(outcomes, scores.tolist())
+        batch.seen_verdict += [v.outcome.value for v in verdicts]
         batch.seen_logprob = torch.cat([batch.seen_logprob, *rollouts.logprob])
         if len(batch.questions) == count:
             break

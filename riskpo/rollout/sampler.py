@@ -9,7 +9,6 @@ the new weights. `close` comes last. All return the log-probs of the tokens they
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,8 +19,8 @@ from riskpo.distributed import Ranks
 from riskpo.model.load import Policy
 from riskpo.model.positions import check_positions
 from riskpo.model.vision import Inputs, question_inputs
-from riskpo.rewards.verdict import Tally, each_of
-from riskpo.types import Question, Rollouts, Score, Stream
+from riskpo.rewards.verdict import Judge, Verdict
+from riskpo.types import Question, Rollouts, Stream
 
 
 class Sampler(Protocol):
@@ -68,29 +67,18 @@ class SharedSampler:
         self.inner.close()
 
 
-def shared_score(score: Score, ranks: Ranks) -> Score:
-    """A scorer that judges each answer in one process only, and tells all."""
+def shared_judge(judge: Judge, ranks: Ranks) -> Judge:
+    """A judge that has each process judge its part of the questions, and returns all verdicts."""
 
-    def scored(
-        texts: Sequence[str], questions: Sequence[Question]
-    ) -> tuple[torch.Tensor, dict[str, int]]:
-        table = torch.tensor(range(len(texts))).view(max(len(questions), 1), -1)  # [Q, G]
-        mine = table[ranks.rank :: ranks.size].flatten().tolist()
-        part = None
-        if mine:
-            part = score([texts[i] for i in mine], questions[ranks.rank :: ranks.size])
-        rewards, counts, each = torch.zeros(len(texts)), Counter[str](), [""] * len(texts)
-        for rank, found in enumerate(ranks.gather(part)):
-            if found is not None:
-                places = table[rank :: ranks.size].flatten()
-                rewards[places] = found[0].float().cpu()
-                counts.update(found[1])
-                outcomes = each_of(found[1], rewards[places].tolist())
-                for place, outcome in zip(places.tolist(), outcomes, strict=True):
-                    each[place] = outcome
-        return rewards, Tally(counts, each)
+    def shared(texts: Sequence[str], questions: Sequence[Question]) -> list[Verdict]:
+        each = len(texts) // max(len(questions), 1)
+        mine = range(ranks.rank, len(questions), ranks.size)
+        part = [text for i in mine for text in texts[i * each : (i + 1) * each]]
+        parts = ranks.gather(judge(part, [questions[i] for i in mine]) if part else [])
+        places = [(i % ranks.size, i // ranks.size * each) for i in range(len(questions))]
+        return [verdict for rank, at in places for verdict in parts[rank][at : at + each]]
 
-    return scored
+    return shared
 
 
 def stream_seed(*parts: int | str) -> int:

@@ -12,7 +12,7 @@ from riskpo.metrics.evaluate import EvalSettings, evaluate, over_seeds
 from riskpo.metrics.intervals import t_interval, t_points, wilson
 from riskpo.rewards.scorer import Scorer
 from riskpo.types import Question
-from tests.toy import save_arithmetic
+from tests.toy import save_arithmetic, verdicts_of
 
 SETTINGS = EvalSettings("tiny", "sums", temperature=1.0, max_response_tokens=8, seed=3)
 QUESTIONS = [Question(f"q{i}", "?", "7", "arithmetic") for i in range(3)]
@@ -23,10 +23,14 @@ def texts_of(samples):
     return ["7" if i < right else "8" for right in RIGHT for i in range(samples)]
 
 
+def judged(texts, questions, scorer, **options):
+    return evaluate(texts, questions, scorer.verdicts(texts, questions), **options)
+
+
 def run(**changes):
     options = {"samples": 4, "ks": (1, 2, 4), "settings": SETTINGS, **changes}
     with Scorer() as scorer:
-        return evaluate(texts_of(options["samples"]), QUESTIONS, scorer.score, **options)
+        return judged(texts_of(options["samples"]), QUESTIONS, scorer, **options)
 
 
 def test_numbers_by_hand():
@@ -47,7 +51,7 @@ def test_interval_is_seeded_and_covers_the_binomial_one():
     def evaluated(seed):
         settings = EvalSettings("m", "d", 1.0, 8, seed=seed)
         return evaluate(
-            [""] * 400, questions, lambda t, q: (rewards, {}),
+            [""] * 400, questions, verdicts_of(rewards.tolist()),
             samples=1, ks=(1,), settings=settings,
         ).avg  # fmt: skip
 
@@ -61,7 +65,7 @@ def test_interval_is_seeded_and_covers_the_binomial_one():
 def test_negative_rewards_are_not_passes():
     with_penalty = torch.tensor([-1.0, 1.0, -1.0, -1.0])
     result = evaluate(
-        [""] * 4, QUESTIONS[:2], lambda t, q: (with_penalty, {}),
+        [""] * 4, QUESTIONS[:2], verdicts_of(with_penalty.tolist()),
         samples=2, ks=(2,), settings=SETTINGS,
     )  # fmt: skip
     assert (result.avg.value, result.pass_at[2].value) == (-0.5, 0.5)
@@ -99,8 +103,8 @@ def test_misuse_is_explained():
 def voting(texts, seed=0):
     """Three samples of two questions whose gold is 7."""
     with Scorer() as scorer:
-        return evaluate(
-            texts, QUESTIONS[:2], scorer.score, samples=3, ks=(1, 3),
+        return judged(
+            texts, QUESTIONS[:2], scorer, samples=3, ks=(1, 3),
             settings=EvalSettings("m", "d", 1.0, 8, seed=seed),
             vote=lambda text, question: text.strip() or None,
         )  # fmt: skip
@@ -130,8 +134,8 @@ def test_shared_questions_are_redrawn_whole():
     questions = [Question(str(i), "?", "7") for i in range(12)]
     halves = [["7"] * 6 + ["8"] * 6, ["8"] * 6 + ["7"] * 6]
     results = [
-        evaluate(
-            texts, questions, Scorer("exact").score,
+        judged(
+            texts, questions, Scorer("exact"),
             samples=1, ks=(1,), settings=SETTINGS,
         )
         for texts in halves
@@ -143,9 +147,9 @@ def test_shared_questions_are_redrawn_whole():
 def test_seeds_with_questions_of_their_own():
     settings = EvalSettings("m", "d", 1.0, 8)
     results = [
-        evaluate(
+        judged(
             ["7"] * right + ["8"] * (4 - right), [Question(f"own{right}", "?", "7")],
-            Scorer("exact").score, samples=4, ks=(1,), settings=settings,
+            Scorer("exact"), samples=4, ks=(1,), settings=settings,
         )
         for right in (0, 4)
     ]  # fmt: skip
@@ -195,8 +199,8 @@ def test_eval_command_over_seeds(tmp_path, capsys):
 def test_few_questions_leave_doubt_at_both_ends(right):
     """0 of 6 had the interval [0, 0]. Wilson's is where the score test does not reject."""
     questions = [Question(str(i), "?", "7") for i in range(6)]
-    result = evaluate(
-        ["7"] * right + ["8"] * (6 - right), questions, Scorer("exact").score,
+    result = judged(
+        ["7"] * right + ["8"] * (6 - right), questions, Scorer("exact"),
         samples=1, ks=(1,), settings=SETTINGS,
     )  # fmt: skip
     low, high = wilson(right / 6, 6)
@@ -217,7 +221,7 @@ def test_rewards_that_are_no_shares_keep_their_interval():
     questions = [Question(str(i), "?", "7") for i in range(6)]
     rewards = torch.tensor([-1.0] * 3 + [2.0] * 3)
     result = evaluate(
-        [""] * 6, questions, lambda t, q: (rewards, {}),
+        [""] * 6, questions, verdicts_of(rewards.tolist()),
         samples=1, ks=(1,), settings=SETTINGS,
     )  # fmt: skip
     assert -1 <= result.avg.low < result.avg.high <= 2 and result.avg.high > 1

@@ -10,14 +10,12 @@ from typing import Any
 
 import numpy
 import pytest
-import torch
 from PIL import Image
 
 from riskpo.cli import main
 from riskpo.config import TrainConfig, resolve, to_toml
 from riskpo.rewards.scorer import Scorer
-from riskpo.rewards.verdict import each_of
-from riskpo.rollout.sampler import shared_score
+from riskpo.rollout.sampler import shared_judge
 from riskpo.types import Question
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
@@ -74,12 +72,10 @@ def test_outcomes_keep_their_place_when_processes_share_the_scoring():
     """Two ranks judge a question each; both are told all four outcomes."""
     questions = [Question("a", "", "1", "arithmetic"), Question("b", "", "2", "arithmetic")]
     texts, scorer = ["1", "", "3", "2"], Scorer("exact")
-    parts = [scorer.score(texts[:2], questions[:1]), scorer.score(texts[2:], questions[1:])]
+    parts = [scorer.verdicts(texts[:2], questions[:1]), scorer.verdicts(texts[2:], questions[1:])]
     ranks: Any = SimpleNamespace(rank=0, size=2, gather=lambda part: parts)
-    rewards, counts = shared_score(scorer.score, ranks)(texts, questions)
-    assert each_of(counts, []) == ["right", "no_answer", "wrong", "right"]
-    assert rewards.tolist() == [1, 0, 0, 1] and counts["right"] == 2
-    assert each_of({"right": 1}, torch.tensor([0.0, 2.0]).tolist()) == ["wrong", "right"]
+    verdicts = shared_judge(scorer.verdicts, ranks)(texts, questions)
+    assert [v.outcome.value for v in verdicts] == ["right", "no_answer", "wrong", "right"]
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")

@@ -21,7 +21,7 @@ from riskpo.metrics.evaluate import EvalResult, EvalSettings, evaluate, over_see
 from riskpo.model.load import load_policy_for
 from riskpo.report.progress import sampling_progress
 from riskpo.rewards.math import extract
-from riskpo.rewards.scorer import EXACT_SOURCES, MATH_KINDS, Scorer, stop_if_all_crashed
+from riskpo.rewards.scorer import MATH_KINDS, Scorer, stop_if_all_crashed
 from riskpo.rollout.generate import GenerateSampler
 from riskpo.rollout.sampler import SamplingLimits
 from riskpo.trainer.checkpoint import latest_checkpoint
@@ -69,15 +69,14 @@ def evaluate_once(config: EvalConfig, questions: Sequence[Question]) -> EvalResu
     ):
         texts = sampler.sample(questions, config.samples, (config.seed,)).text
 
-    def vote(text: str, question: Question) -> str | None:
-        exact = config.reward == "exact" or question.source in EXACT_SOURCES
-        return (text.strip() if exact else extract(text)[0]) or None
-
-    # Two programs that do the same are not the same text: no vote among programs.
-    programs = config.reward.startswith("code") or any(
-        question.meta.get("reward") == "code" for question in questions
-    )
     with Scorer(config.reward, seconds=VERIFIER_SECONDS) as scorer:
+
+        def vote(text: str, question: Question) -> str | None:
+            exact = scorer.kind_of(question) == "exact"
+            return (text.strip() if exact else extract(text)[0]) or None
+
+        # Two programs that do the same are not the same text: no vote among programs.
+        programs = any(scorer.kind_of(question).startswith("code") for question in questions)
         result = evaluate(
             texts,
             questions,

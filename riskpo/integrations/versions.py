@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
+from packaging.version import Version
+
 
 def check_window(package: str, lowest: str, below: str) -> None:
     """ImportError unless lowest <= installed version of `package` < below.
@@ -18,20 +20,10 @@ def check_window(package: str, lowest: str, below: str) -> None:
         raise ImportError(
             f"riskpo.integrations: {package} is not installed. Run: {remedy}"
         ) from None
-    if not _release(lowest) <= _release(found) < _release(below):
+    low, now, end = (Version(text).release for text in (lowest, found, below))
+    if not low <= now < end:
         raise ImportError(
             f"riskpo.integrations: got {package} {found}; expected a tested version, "
             f">={lowest},<{below}. "
             f"Run: {remedy}"
         )
-
-
-def _release(text: str) -> tuple[int, ...]:
-    """1.16.0rc1 and 1.16.0.dev0 as (1, 16, 0)."""
-    parts = []
-    for part in text.split("."):
-        digits = part[: len(part) - len(part.lstrip("0123456789"))]
-        if not digits:
-            break
-        parts.append(int(digits))
-    return tuple(parts)

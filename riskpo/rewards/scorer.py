@@ -148,7 +148,7 @@ class Scorer:
         found: dict[int, Verdict] = {}
         rows_of: dict[str, list[int]] = {}
         for i, question in enumerate(rows):
-            rows_of.setdefault(self._kind(question), []).append(i)
+            rows_of.setdefault(self.kind_of(question), []).append(i)
         for kind, chosen in rows_of.items():
             pairs = [(texts[i], rows[i]) for i in chosen]
             if kind == "exact":
@@ -182,7 +182,7 @@ class Scorer:
         judged = zip(questions, self._judged([None] * len(questions), questions), strict=True)
         return [(q, verdict) for q, verdict in judged if verdict.outcome is not Outcome.RIGHT]
 
-    def _kind(self, question: Question) -> str:
+    def kind_of(self, question: Question) -> str:
         """The reward of this question: what was asked for, or what "auto" takes."""
         if self.reward != "auto":
             return self.reward

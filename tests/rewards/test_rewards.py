@@ -272,7 +272,7 @@ def test_data_do_not_choose_a_weaker_sandbox():
     (question,) = questions("1")
     for named, kind in (("code", "code"), ("code-limits-only", "math"), ("exact", "math")):
         asked = replace(question, meta={"reward": named})
-        assert Scorer("auto")._kind(asked) == kind
+        assert Scorer("auto").kind_of(asked) == kind
 
 
 def test_golds_are_checked_against_themselves():

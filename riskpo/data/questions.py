@@ -36,6 +36,7 @@ from riskpo.types import Prompt, Question
 
 BOXED_INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 META_CHARACTERS = 200
+TOLERANCES = ("error", "precision", "tolerance")  # columns that are read by no reward of ours
 
 _log = logging.getLogger(__name__)
 
@@ -68,12 +69,13 @@ def load_questions(
         rows = read_file(Path(source).expanduser())
     else:
         rows = ((f"row {i}", row) for i, row in enumerate(read_hub(source, split), start=1))
-    cut = Counter[bool]()
+    cut, loose = Counter[bool](), Counter[str]()
 
     def read() -> Iterable[Question]:
         for place, row in rows:
             yield to_question(row, Path(source), place, columns)
             cut[any(ends_in_answer(value) for value in row.values())] += 1
+            loose[_tolerance(row)] += 1
 
     questions = unique_ids(merge_copies(read(), source))[:limit]
     if cut[True]:
@@ -82,6 +84,13 @@ def load_questions(
             source,
             cut[True],
         )
+    for name in filter(None, loose):
+        _log.warning(
+            "%s: %d rows have a tolerance in the column %r; the built-in rewards compare exactly",
+            source,
+            loose[name],
+            name,
+        )
     if not questions:
         raise ValueError(
             f"load_questions: {source} holds no question. Check the file or the split."
@@ -89,6 +98,13 @@ def load_questions(
     if instruction:
         questions = [_instructed(q, instruction) for q in questions]
     return questions
+
+
+def _tolerance(row: Row) -> str:
+    """The column in which a row allows answers that are near its gold; "" where it has none."""
+    extra = row.get("extra_info")
+    given = {**(extra if isinstance(extra, dict) else {}), **row}
+    return next((name for name in TOLERANCES if not missing(given.get(name))), "")
 
 
 # what reading a row of another shape than its form's raises, beside ValueError

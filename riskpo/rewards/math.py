@@ -24,9 +24,10 @@ from sympy import FiniteSet, Intersection, Union
 
 from riskpo.rewards.answers.echo import is_plain, is_worked_out
 from riskpo.rewards.answers.final import LONGEST_ANSWER, boxes, extract, final
-from riskpo.rewards.answers.forms import compare, form_in, parts, special
+from riskpo.rewards.answers.forms import compare, form_in, special
+from riskpo.rewards.answers.texts import in_order
 from riskpo.rewards.answers.values import equal
-from riskpo.rewards.answers.writing import numbers, sentence, tidy, without_text
+from riskpo.rewards.answers.writing import numbers, parts, sentence, tidy, without_text
 from riskpo.rewards.verdict import Outcome, Verdict, failed, right
 
 __all__ = ["extract", "final", "parse_answer", "parsed_gold", "verify_math"]
@@ -34,6 +35,11 @@ __all__ = ["extract", "final", "parse_answer", "parsed_gold", "verify_math"]
 _LATEX = LatexExtractionConfig(boxed_match_priority=0)
 _EXPR = ExprExtractionConfig()
 _WORD = re.compile(r"(?<![\\A-Za-z{=^_])[A-Za-z][a-z]{2,}(?=[\s,.;:!?]|$)")
+_CASELESS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
+_LETTER = re.compile(r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])|\\[A-Za-z]+")
+_PRIMES = re.compile(r"[A-Za-z]'+")
+_BASE = re.compile(r"(?<=\d)_(?:\{(\w+)\}|(?=\w))(\w?)")
+_TEXTS = re.compile(r"\\(?:text|textrm|mathrm|mbox) *\{[^{}]*\}")
 _CHOICE = re.compile(r"^(?:\(([A-J])\)|([A-J]))$")
 _CHOSEN = re.compile(r"^(?:\(([A-J])\).*|([A-J])(?:[.:)].*)?)$", re.IGNORECASE | re.DOTALL)
 _RELATION = re.compile(r"[<>]|\\(?:l|g|n)eq?(?![a-z])|\\(?:l|g)(?:t|eqslant)(?![a-z])")
@@ -81,9 +87,12 @@ def _compare(gold: str, found: str, marked: bool) -> Verdict:
     if formed and (not whole or _is_prose(found)):
         found = form_in(found, reference) or found
     if len(found) <= LONGEST_ANSWER and (whole or formed):
-        verdict = compare(reference, found)
+        verdict = compare(reference, found, _same_formulas)
         if verdict is not None:
             return _judge(verdict, gold, found)
+        if _another_case(reference, found):
+            return _judge(False, gold, found)
+        gold, found = in_order(reference, found)
     golds = parsed_gold(gold)
     if not golds:
         return failed(Outcome.UNPARSABLE_GOLD, f"gold {gold[:80]!r}")
@@ -98,9 +107,36 @@ def _compare(gold: str, found: str, marked: bool) -> Verdict:
     return _judge(False, gold, found)
 
 
+def _same_formulas(first: str, second: str) -> bool:
+    """Of two parts of an answer; words are none."""
+    if _is_prose(first + second) or any(_is_words(text) for text in (first, second)):
+        return False
+    return _any_equal(_expressions(_parse_boxed(first)), _expressions(_parse_boxed(second)))
+
+
+def _another_case(gold: str, answer: str) -> bool:
+    """Whether a letter of one, behind the last equality sign, is in the other as its capital alone,
+    or has another number of primes, or digits another base: math-verify reads none of the three."""
+    sides = [_TEXTS.sub("", x).rpartition("=")[2] for x in (gold, answer)]
+    primes = [sorted(_PRIMES.findall(x.replace("^{\\prime}", "'"))) for x in sides]
+    bases = [set(_BASE.findall(x)) for x in sides]
+    first, second = (set(_LETTER.findall(x)) for x in sides)
+    if primes[0] != primes[1] or all(bases) and bases[0] != bases[1]:
+        return True
+    return any(_other_case(x) in second - first for x in first - second)
+
+
+def _other_case(letter: str) -> str:
+    r"""m of M, and \omega of \Omega."""
+    first, rest = (letter[:2], letter[2:]) if letter[0] == "\\" else (letter, "")
+    return first.swapcase() + rest
+
+
 def _check_gold(gold: str) -> Verdict:
     reference = final(gold)
-    if _CHOICE.match(_plain(gold)) or _is_words(reference) or compare(reference, reference):
+    if _CHOICE.match(_plain(gold)) or _is_words(reference):
+        return right("text")
+    if compare(reference, reference, _same_formulas):
         return right("text")
     golds = _expressions(list(parsed_gold(gold)))
     if not golds:
@@ -200,12 +236,14 @@ def _junction(text: str) -> Any:
 
 def _plain(text: str) -> str:
     """Text without markup, for choices and words."""
-    return without_text(sentence(text)).strip(" .$*\\~")
+    return without_text(sentence(text)).strip(" .$*~").rstrip("\\ ")
 
 
 def _letters(text: str) -> str:
-    """Text without its blanks, but for those between digits: 1 2 is not 12."""
-    return re.sub(r"(?<!\d)\s|\s(?!\d)", "", " ".join(_plain(text).casefold().split()))
+    """Text without its blanks, but for those between digits: 1 2 is not 12. Words of three letters
+    are written in any case, and names of variables are not."""
+    plain = _CASELESS.sub(lambda match: match[0].casefold(), " ".join(_plain(text).split()))
+    return re.sub(r"(?<!\d)\s|\s(?!\d)", "", plain)
 
 
 def _is_whole(found: str) -> bool:

@@ -227,3 +227,18 @@ def test_columns_by_name(tmp_path):
         load(tmp_path, row, columns=ColumnsConfig(question="body", gold="reply"))
     with pytest.raises(ValueError, match="columns.question='x' with columns.gold=None"):
         validate(TrainConfig(columns=ColumnsConfig(question="x")))
+
+
+def test_a_tolerance_in_the_data_is_named(tmp_path, caplog):
+    """No reward of ours reads it: in silence a row would be judged otherwise than it says."""
+    rows = [
+        {"question": "q", "answer": "1", "error": "1e-2"},
+        {"question": "r", "answer": "2", "error": None},
+        {"question": "s", "answer": "3", "extra_info": {"precision": 2}},
+    ]
+    path = tmp_path / "loose.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with caplog.at_level(logging.WARNING):
+        assert len(load_questions(str(path))) == 3
+    said = [r.message for r in caplog.records if "compare exactly" in r.message]
+    assert len(said) == 2 and "1 rows have a tolerance in the column 'error'" in said[0]

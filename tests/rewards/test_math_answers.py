@@ -81,6 +81,65 @@ A:B | B:A | wrong
 \frac{7}{3} | 2 and 1/4 | wrong
 2 | 2 and 1/3 | wrong
 2,\frac{1}{3} | 2 and 1/3 | right
+a to b | a:b | right
+a to b | b to a | wrong
+p to q to r | p to r to q | wrong
+\sqrt{2}:1 | \sqrt2 : 1 | right
+1:\sqrt{3}:2 | 1:2:\sqrt{3} | wrong
+\pi:4 | \frac{\pi}{4} | right
+49_m | 49_{m} | right
+49_m | 49_n | wrong
+49 | 49_m | wrong
+49_b | 49_{b+1} | wrong
+-101_2 | -101_3 | wrong
+1.01_2 | 1.01_3 | wrong
+"""
+TEXTS = r"""
+red and blue | blue and red | right
+red and blue | red, blue | right
+red, green and blue | blue, red, and green | right
+red and blue | red | wrong
+A and B | B and A | right
+blue | the blue | right
+2020-03-04 | 2020-3-4 | right
+2020-03-04 | 2020-04-03 | wrong
+2020-03-04 | 2013 | wrong
+3/4/2020 | 6/8/2020 | wrong
+3/4/2020 | \frac{3}{8080} | wrong
+10-12 | -2 | wrong
+555-1234 | -679 | wrong
+H_2O | H2O | right
+H2O | HO2 | wrong
+x | X | wrong
+2x+1 | 2X+1 | wrong
+\Omega | \omega | wrong
+5\% increase | 5\% decrease | wrong
+5\% increase | 5\% | right
+3 km north | 3 km south | wrong
+\{1,2\} | (1,2) | wrong
+(1,3) | \{1,3\} | wrong
+\{(1,2)\} | (1,2) | right
+\{\emptyset\} | \emptyset | wrong
+\emptyset | \{\} | right
+\emptyset | \varnothing | right
+(1,3) | (3,1) | wrong
+(-\infty,2) | (2,-\infty) | wrong
+x=1, y=2 | 1, 2 | right
+x=1, y=2 | y=2, x=1 | right
+x=1, y=2 | 2, 1 | wrong
+x=1,y=2 | (2,1) | wrong
+(1,2) | x=1, y=2 | right
+(1,2) | x=2, y=1 | wrong
+p and q | p or q | wrong
+3\%-5\% | -2\% | wrong
+12_5+13_5 | 12_6+13_6 | wrong
+T9_{12} | T9_{13} | wrong
+1, 1, 2 | 1, 2, 2 | wrong
+1, 1, 2 | 2, 1, 1 | right
+7:45 on Monday | 7:45 on Friday | wrong
+5 May, 3 June | 5 May, 3 July | wrong
+f'(x) | f(x) | wrong
+f'(x) | f''(x) | wrong
 """
 VALUES = r"""
 \frac{1}{2004!} | \frac{1}{2006!} | wrong
@@ -128,6 +187,12 @@ WORKED = r"""
 6 | 2 \cdot 3 | unevaluated
 6 | 2 \times 3 | unevaluated
 6 | 6=1+5 | unevaluated
+6 | -(-6) | unevaluated
+1 | x^0 | unevaluated
+0 | x-x | unevaluated
+9 | 9x/x | unevaluated
+50\% | 100\%-50\% | unevaluated
+-2 | \begin{vmatrix} 1 & 2 \\ 3 & 4 \end{vmatrix} | unevaluated
 8 | 2^3 | unevaluated
 \frac{1}{2} | \frac{1}{4}+\frac{1}{4} | unevaluated
 \{1,2\} | \{1, 1+1\} | unevaluated
@@ -200,6 +265,24 @@ x \le 2 | x ≤ 2 | right
 6 | 6 x/y | wrong
 6 | 6/s | wrong
 6 | 6 m/s + 1 | wrong
+5000000 | 5 million | right
+2.5\text{ million dollars} | \$2,500,000 | right
+5 million | 5 | wrong
+25\% | 25 basis points | wrong
+25\% | \approx 25\% | right
+3.5 | 3.5 L | right
+\infty | infinity | right
+(1+i)^2 | 2i | right
+2e^{i\pi/3} | 1+\sqrt{3}i | right
+2e^{i\pi/3} | 1-\sqrt{3}i | wrong
+\frac{1}{1+i} | \frac{1-i}{2} | right
+e^{i\theta} | \cos\theta+i\sin\theta | right
+e^{i\theta} | e^{-i\theta} | wrong
+\sqrt{-4} | 2i | right
+1 \pm 2i | 1+2i, 1-2i | right
+2\sin 60^\circ | \sqrt{3} | right
+a<b<c | c>b>a | right
+a<b<c | a<c<b | wrong
 """
 
 
@@ -207,7 +290,7 @@ x \le 2 | x ≤ 2 | right
     "gold, answer, outcome",
     [
         line.split(" | ")
-        for table in (FORMS, VALUES, WORKED, LENIENT)
+        for table in (FORMS, TEXTS, VALUES, WORKED, LENIENT)
         for line in table.strip().splitlines()
     ],
 )

@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from riskpo.rewards.answers.forms import number, parts
-from riskpo.rewards.answers.writing import tidy, without_text
+from riskpo.rewards.answers.forms import number
+from riskpo.rewards.answers.writing import parts, tidy, without_text
 
 _BIG, _SMALL = 10**6, Fraction(1, 1000)  # beyond, a number may be written as a power of ten
 _POWER = re.compile(r"(?<=[\d.]) *\\times *10\^\{-?\d+\}")
@@ -22,7 +22,9 @@ _OPERATIONS = (
     "|lfloor|lceil|lvert|gcd|lcm|max|min|[bp]?mod|div|times|cdot|ast|det|[dtc]?frac"
 )
 _WORKED = re.compile(  # a sign between two operands, a factorial, a product of brackets, a function
-    r"[\d.)}] *(?:[-+*/] *[-+({\\ ]*[\d.]|\^ *[{(]* *[-\d\\]|!|\( *-?[\d\\])|\) *\(|\|"
+    r"-[- ]{0,9}[-(]|(?<![A-Za-z\\])[A-Za-z] *(?:\^ *\{? *\d|[-+] *[A-Za-z\d(\\])"
+    r"|\\begin(?![A-Za-z])|([A-Za-z]) */ *\1(?![A-Za-z])"
+    r"|[\d.)}%] *(?:[-+*/] *[-+({\\ ]*[\d.]|\^ *[{(]* *[-\d\\]|!|\( *-?[\d\\])|\) *\(|\|"
     rf"|\\(?:{_OPERATIONS})(?![A-Za-z])|\b(?:{_OPERATIONS}|plus|minus)\b"
 )
 _SIDE = re.compile(r"(?<![<>!\\])=|\\approx|\\equiv|\\sim(?![a-z])")

@@ -16,11 +16,15 @@ Everything else is None: a formula.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import accumulate
 
-from riskpo.rewards.answers.writing import BLANK, MIXED, mixed, tidy, without_text
+from riskpo.rewards.answers.texts import compare_texts, without_article
+from riskpo.rewards.answers.writing import BLANK, MIXED, mixed, parts, sentence, tidy, without_text
 
+Same = Callable[[str, str], bool]  # of two formulas
 LARGEST_EXPONENT = 10_000  # of ten, in a number that is written out
 
 _PERCENT = r"(?:\\?%|\\?%? *percent(?:age)?\b| *pct\b)"
@@ -30,18 +34,18 @@ _NUMBER = re.compile(
     rf"(?: *\\times *10\^ *\{{? *([+-]?\d+) *\}}?)? *({_PERCENT})?"
 )
 _CLOCK = re.compile(r"\A(\d{1,2}):(\d{2})(?::(\d{2}))?\s*(?:([ap])\.?\s*m\b\.?)?", re.IGNORECASE)
-_COLON = re.compile(r"(?:\\mathbin\{:\}|\{:\}|\\colon|:|(?<=\d) +to +(?=\d))")
+_COLON = re.compile(r"(?:\\mathbin\{:\}|\{:\}|\\colon|:|(?<=[\w})]) +to +(?=[\w\\({]))")
 _IN_TEXT = re.compile(
     r"(?<![\d.])\d+(?:\.\d+)?(?: ?: ?\d+(?:\.\d+)?)+(?:\s*[ap]\.?m\b\.?)?|\b(?:noon|midnight)\b"
     r"|(?<![\d.:])\d{1,2} ?[ap]\.?m\b",
     re.IGNORECASE,
 )
 _NUMERAL = re.compile(
-    r"\A\(?([0-9A-Za-z]+)\)?(?:_ *\{? *\(?(?:base *)?([0-9]+|[a-z]+)\)?\}?|\s*\(?(?:in )?base "
-    r"*([0-9]+|[a-z]+)\)?)",
+    r"\A(-? *)\(?([0-9A-Za-z]+(?:\.[0-9A-Za-z]+)?)\)?(?:_ *\{? *\(?(?:base *)?([0-9]+|[a-z]+)\)?\}?"
+    r"|\s*\(?(?:in )?base *([0-9]+|[a-z]+)\)?)",
     re.IGNORECASE,
 )
-_NUMERAL_IN_TEXT = re.compile(r"(?<![0-9A-Za-z])[0-9A-Za-z]+_(?:\{[^{}]*\}|\d+)")
+_NUMERAL_IN_TEXT = re.compile(r"(?<![0-9A-Za-z])-?[0-9A-Za-z]+_(?:\{[^{}]*\}|\d+)")
 _BASES = "two three four five six seven eight nine ten eleven twelve".split()
 _TOKEN = r"-?(?:\d+(?:\.\d+)?|\.\d+)(?:/\d+)?"
 _SEQUENCE = re.compile(rf"\A{_TOKEN}(?:{BLANK}+{_TOKEN})+")
@@ -50,6 +54,7 @@ _LETTERS = re.compile(r"\A[A-Za-z]+(?: [A-Za-z]+){0,3}")
 _MATHS = re.compile(
     r"pi|infinity|inf|i|e|(?:sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|arc[a-z]+)[a-z]?"
 )
+_NAMES = re.compile(r"\\(angle|triangle|odot|parallel|perp)(?![A-Za-z]) *")
 _PRODUCT = re.compile(r"[xyz]+")  # letters that stand for numbers, so that xy is yx
 _UNIT = re.compile(r"\\(?:text|textrm|mathrm|mbox)\s*\{[^{}]*\}(?:\^\{?-?\d\}?)?$")
 _TIMES = "s|sec|seconds?|min|minutes?|h|hrs?|hours?|days?|weeks?|months?|years?"
@@ -110,37 +115,38 @@ def same_number(a: Number, b: Number) -> bool:
     return plain.value in (percentage.value, percentage.value / 100)
 
 
-def parts(text: str) -> list[str]:
-    """The members of a list: split at the commas and semicolons outside all brackets."""
-    text = re.sub(r"^\\\{(.*)\\\}$", r"\1", text.strip(), flags=re.DOTALL)
-    found, depth, start = [], 0, 0
-    for i, c in enumerate(text):
-        depth += (c in "([{") - (c in ")]}")
-        grouped = text[i - 1 : i].isdigit() and re.match(r"\d{3}(?!\d)", text[i + 1 : i + 5])
-        if c in ",;" and depth <= 0 and not (c == "," and grouped):
-            found.append(text[start:i].strip())
-            start = i + 1
-    return [*found, text[start:].strip()]
-
-
-def compare(gold: str, answer: str) -> bool | None:
+def compare(gold: str, answer: str, same: Same) -> bool | None:
     """Whether two final answers are the same, where one of them has a form of its own.
 
-    None where both are formulas.
+    None where both are formulas. `same` says of two formulas, parts of a ratio, if they are equal.
     """
+    verdict = compare_texts(sentence(gold), sentence(answer))
+    if verdict is not None:
+        return verdict
     gold, answer = tidy(gold), tidy(answer)
+    if _is_set(gold) and _is_tuple(answer) or _is_tuple(gold) and _is_set(answer):
+        return False
     golds, answers = parts(gold), parts(answer)
     if len(golds) == len(answers) == 1:
-        return _compare_one(golds[0], answers[0])
-    if not any(_special(part) for part in (*golds, *answers)):
+        return _compare_one(golds[0], answers[0], same)
+    twice = len(golds) == len(answers) and not _is_set(gold) and len({*golds}) < len(golds)
+    if not twice and not any(_special(part) for part in (*golds, *answers)):
         return None
     left = list(answers)
     for part in golds:
-        found = next((a for a in left if _compare_one(part, a) or part == a), None)
+        found = next((a for a in left if _equal_part(part, a, same, twice)), None)
         if found is None:
             return False
         left.remove(found)
     return not left
+
+
+def _equal_part(gold: str, answer: str, same: Same, formulas: bool) -> bool:
+    """Of members of a list; of formulas, `same` says where they are all there is (1, 1, 2)."""
+    verdict = _compare_one(gold, answer, same)
+    if verdict is None and formulas:
+        verdict = same(gold, answer)
+    return bool(verdict) or gold == answer
 
 
 def special(text: str) -> bool:
@@ -159,24 +165,25 @@ def form_in(prose: str, gold: str) -> str | None:
     return found[-1] if found else None
 
 
-def _compare_one(gold: str, answer: str) -> bool | None:
+def _compare_one(gold: str, answer: str, same: Same) -> bool | None:
     g, a = number(gold), number(answer)
     if g and a:
         return same_number(g, a)
-    for read in (_compare_colons, _compare_numerals):
-        verdict = read(gold, answer)
-        if verdict is not None:
-            return verdict
+    verdict = _compare_colons(gold, answer, same)
+    if verdict is None:
+        verdict = _compare_numerals(gold, answer)
+    if verdict is not None:
+        return verdict
     g_sequence, a_sequence = _sequence(gold), _sequence(answer)
     if g_sequence or a_sequence:
         return g_sequence == a_sequence
     g_words = words(gold)
     if g_words is not None:
-        return g_words == _joined(_side(answer))
+        return g_words == _joined(without_article(_side(answer)))
     return None
 
 
-def _compare_colons(gold: str, answer: str) -> bool | None:
+def _compare_colons(gold: str, answer: str, same: Same) -> bool | None:
     g, a = _colon(gold), _colon(answer)
     if g is None and a is None:
         return None
@@ -184,23 +191,41 @@ def _compare_colons(gold: str, answer: str) -> bool | None:
         return (
             _same_clock(gold, answer)
             or (_clock(gold) is None or _clock(answer) is None)
-            and (len(g) == len(a) and all(_same_part(x, y) for x, y in zip(g, a, strict=True)))
+            and (
+                len(g) == len(a) and all(_same_part(x, y, same) for x, y in zip(g, a, strict=True))
+            )
         )
     hour = next(filter(None, map(_HOUR.match, map(without_text, (gold, answer)))), None)
     if hour:  # 3 PM is 3
         return number(hour[1]) == number(answer if g is not None else gold)
-    ratio, other = (g, number(answer)) if g is not None else (a, number(gold))
-    clock = _clock(gold if g is not None else answer)
-    values = [number(part) for part in ratio or ()]
-    if clock or other is None or len(values) != 2 or other.kind == "integer" or None in values:
+    ratio, clock, text = (g, gold, answer) if g is not None else (a or [], answer, gold)
+    other = number(text)
+    if _clock(clock) or len(ratio) != 2 or other and other.kind == "integer":
         return False
+    values = [number(part) for part in ratio]
+    if other is None or None in values:
+        return same(rf"\frac{{{ratio[0]}}}{{{ratio[1]}}}", text)
     first, second = (v.value for v in values if v)
     return bool(second) and first / second == other.value
 
 
-def _same_part(a: str, b: str) -> bool:
+def _same_part(a: str, b: str, same: Same) -> bool:
     x, y = number(a), number(b)
-    return x.value == y.value if x and y else "".join(a.split()) == "".join(b.split())
+    return x.value == y.value if x and y else "".join(a.split()) == "".join(b.split()) or same(a, b)
+
+
+def _is_set(text: str) -> bool:
+    r"""\{1, 2\}, of two members or more; \{(1, 2)\} has one."""
+    return text.startswith("\\{") and text.endswith("\\}") and len(parts(text)) > 1
+
+
+def _is_tuple(text: str) -> bool:
+    """(1, 2) or an interval. (1,2),(3,4) is none: without its ends a bracket closes unopened."""
+    text = text.replace("\\left", "").replace("\\right", "")
+    inside = text[1:-1]
+    if text[:1] not in ("(", "[") or text[-1:] not in (")", "]") or len(parts(inside)) < 2:
+        return False
+    return min(accumulate(((c in "([") - (c in ")]") for c in inside), initial=0)) >= 0
 
 
 def _colon(text: str) -> list[str] | None:
@@ -248,17 +273,24 @@ def _same_clock(gold: str, answer: str) -> bool:
     return bare[0] in (named[0], day)
 
 
-def _numeral(text: str) -> tuple[str, int] | None:
+def _shorn(digits: str) -> str:
+    return digits.lstrip("0") or "0"
+
+
+def _numeral(text: str) -> tuple[str, str] | None:
     match = _NUMERAL.fullmatch(without_text(_side(text)).replace("$", "").strip())
     if not match:
         return None
-    digits, name = match[1].lower(), (match[2] or match[3]).lower()
+    digits, name = match[2].lower(), (match[3] or match[4]).lower()
     base = int(name) if name.isdigit() else _BASES.index(name) + 2 if name in _BASES else 0
-    if not digits.isdigit() and (base < 11 or len(digits) < 2 or not _valid(digits, base)):
-        return None
+    if not digits.replace(".", "").isdigit():
+        if base < 11 or len(digits) < 2 or not _valid(digits.replace(".", ""), base):
+            return None
+    elif len(name) == 1 and name.isalpha():  # 49_m: of a base m, and of no other
+        return match[1].strip() + _shorn(digits), name
     if not 2 <= base <= 36:
         return None
-    return digits.lstrip("0") or "0", base
+    return match[1].strip() + _shorn(digits), str(base)
 
 
 def _valid(digits: str, base: int) -> bool:
@@ -270,10 +302,10 @@ def _compare_numerals(gold: str, answer: str) -> bool | None:
     if g is None and a is None:
         return None
     if g is not None:
-        bare = _side(answer).replace(" ", "").lower().lstrip("0") or "0"
+        bare = _shorn(_side(answer).replace(" ", "").lower())
         return g == a or a is None and bare == g[0]
     plain = number(gold)
-    return a is not None and plain is not None and a == (str(plain.value), 10)
+    return a is not None and plain is not None and a == (str(plain.value), "10")
 
 
 def _sequence(text: str) -> list[str] | None:
@@ -283,7 +315,8 @@ def _sequence(text: str) -> list[str] | None:
 
 def words(text: str) -> str | None:
     """The letters of a word or two; None for anything that may be a formula."""
-    plain = re.sub(r"[\s~]+", " ", without_text(text).replace("\\ ", " ")).strip(" .$*\\")
+    plain = re.sub(r"[\s~]+", " ", without_text(text).replace("\\ ", " ")).strip(" .$*")
+    plain = without_article(_NAMES.sub(r"\1 ", plain.rstrip("\\")))
     if len(plain) < 2 or not _LETTERS.fullmatch(plain):
         return None
     if any(_MATHS.fullmatch(word.lower()) for word in plain.split() if len(word) > 1):

@@ -40,6 +40,7 @@ from sympy import (
     Union,
 )
 
+EMPTY = sympy.S.EmptySet
 BITS = 200_000  # of a fraction's numerator and denominator; beyond, digits decide
 DIGITS = (30, 300)
 POINTS = ((2, 3, 5, 7), (11, 17, 29, 37))  # + 1/13: where formulas are looked at
@@ -47,6 +48,7 @@ POINTS = ((2, 3, 5, 7), (11, 17, 29, 37))  # + 1/13: where formulas are looked a
 
 def equal(gold: Any, answer: Any) -> bool:
     """Whether an answer is equal to the gold; both as math-verify parsed them."""
+    gold, answer = _with_unit(gold), _with_unit(answer)
     verdict = same(gold, answer)
     if verdict is not None:
         return verdict
@@ -60,9 +62,17 @@ def equal(gold: Any, answer: Any) -> bool:
     return found
 
 
+def _with_unit(value: Any) -> Any:
+    """With the letter i as the imaginary unit: math-verify reads it as a variable."""
+    letters = [s for s in getattr(value, "free_symbols", ()) if s.name == "i"]
+    return value.subs({s: sympy.I for s in letters}) if letters else value
+
+
 def same(gold: Any, answer: Any) -> bool | None:
     """True or False where it is certain, None where math-verify has to say."""
     gold, answer = _unwrapped(gold, answer)
+    if EMPTY in (gold, answer):
+        return bool(gold == answer)
     if isinstance(gold, MatrixBase) and isinstance(answer, MatrixBase):
         return gold.shape == answer.shape and _each(gold.flat(), answer.flat())
     if isinstance(gold, Interval) and isinstance(answer, Interval):
@@ -87,6 +97,8 @@ def same(gold: Any, answer: Any) -> bool | None:
 
 def _same_relation(gold: Rel, answer: Rel) -> bool | None:
     """x < a and a > x; anything but one letter beside a number is math-verify's."""
+    if gold in (answer, answer.reversed):
+        return True
     gold, answer = (r if isinstance(r.lhs, Symbol) else r.reversed for r in (gold, answer))
     if not isinstance(gold.lhs, Symbol) or gold.lhs != answer.lhs:
         return None
@@ -101,6 +113,9 @@ def _unwrapped(gold: Any, answer: Any) -> tuple[Any, Any]:
         answer = answer.rhs
     elif isinstance(gold, Eq) and isinstance(gold.lhs, Symbol) and isinstance(answer, Expr):
         gold = gold.rhs
+    pairs = (Interval, Tuple)
+    if isinstance(gold, FiniteSet) and len(gold.args) == 1 and isinstance(answer, pairs):
+        gold = gold.args[0]  # {(1, 2)} is (1, 2)
     return gold, answer
 
 

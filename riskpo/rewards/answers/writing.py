@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache, partial
 
@@ -62,9 +63,20 @@ _DEGREE = re.compile(
     r"(?:\^ *(?:\{ *\\circ *\}|\\circ)|\\degree) *(?:\\?[A-Za-z]*\{[CF]\}|[CF]\b)?"
 )
 
-_WITH_UNIT = re.compile(r"^(-?(?:[\d,]*\d(?:\.\d+)?|\.\d+))\s+([A-Za-z][A-Za-z .]+)$")
+_ANGLE = re.compile(rf"(?<![\d.])(\d+(?:\.\d+)?) *{_DEGREE.pattern}")
+_WITH_UNIT = re.compile(r"^(-?(?:[\d,]*\d(?:\.\d+)?|\.\d+))\s+([A-Za-z][A-Za-z .]+|L)$")
 _BEFORE_UNIT = re.compile(rf"(?<=[\d}}]){BLANK}+(?=\\(?:text|textrm|mathrm|mbox) *\{{)")
 _SENTENCE = re.compile(r"\.\s+(?=[A-Z])")
+_MULTIPLES = {
+    "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12,
+    "dozen": 12, "basis point": Fraction(1, 10**4), "basis points": Fraction(1, 10**4),
+}  # fmt: skip
+_MULTIPLE = re.compile(  # 5 million, 2.5\text{ million dollars}
+    rf"(?<![\d.])(\d+(?:,\d{{3}})*(?:\.\d+)?){BLANK}*"
+    rf"(?:(\\(?:text|textrm|mathrm|mbox) *\{{){BLANK}*)?"
+    rf"({'|'.join(sorted(_MULTIPLES, reverse=True))})(?![A-Za-z])"
+)
+_ABOUT = re.compile(r"\A(?:\\approx|\\sim(?![a-z])|~(?=[\d ]))\s*(?=[-\d\\])")
 _DOTS = re.compile(r"(?<=\d)\.\.\.$")  # 0.333...
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|rm|bf)\s*\{([^{}]*)\}")
 NOT_UNITS = {
@@ -123,10 +135,13 @@ def without_text(text: str) -> str:
 
 def tidy(text: str) -> str:
     """One formula in the form that math-verify and riskpo/rewards/answers/forms.py read."""
-    text = _BEFORE_UNIT.sub("", numbers(sentence(text)))
+    text = _ABOUT.sub("", sentence(text)).replace("\\varnothing", "\\emptyset")
+    text = _BEFORE_UNIT.sub("", numbers(text))
     text = _FUNCTION.sub(r"\1(\2)", text)
     if re.search(r"\d", text):
-        text = _DEGREE.sub("", text) if not re.search(r"\\(?:sin|cos|tan|cot)", text) else text
+        if re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", text):
+            text = _ANGLE.sub(r"(\\frac{\1 \\pi}{180})", text)
+        text = _DEGREE.sub("", text)
         text = _CURRENCY.sub("", text).strip()
     with_unit = _WITH_UNIT.match(text)
     if with_unit and not NOT_UNITS & set(with_unit[2].lower().split()):
@@ -134,10 +149,24 @@ def tidy(text: str) -> str:
     return text
 
 
+def parts(text: str) -> list[str]:
+    """The members of a list: split at the commas and semicolons outside all brackets."""
+    text = re.sub(r"^\\\{(.*)\\\}$", r"\1", text.strip(), flags=re.DOTALL)
+    found, depth, start = [], 0, 0
+    for i, c in enumerate(text):
+        depth += (c in "([{") - (c in ")]}")
+        grouped = text[i - 1 : i].isdigit() and re.match(r"\d{3}(?!\d)", text[i + 1 : i + 5])
+        if c in ",;" and depth <= 0 and not (c == "," and grouped):
+            found.append(text[start:i].strip())
+            start = i + 1
+    return [*found, text[start:].strip()]
+
+
 def numbers(text: str) -> str:
     """The numbers in a text in one way of writing; the rest of it as it is."""
     if any(root in text for root in _ROOTS):
         text = _roots(text)
+    text = _MULTIPLE.sub(_multiple, text)
     text = _THOUSANDS.sub(lambda match: re.sub(r"\D", "", match[0]), text)
     text = _REPEATING.sub(_repeating, text)
     text = _GOES_ON.sub(_going_on, text)
@@ -145,6 +174,13 @@ def numbers(text: str) -> str:
     text = MIXED.sub(mixed, text)
     text = _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", text)
     return _EXPONENT.sub(r"^{\2}", _POWER_OF_TEN.sub(r" \\times 10^", text))
+
+
+def _multiple(match: re.Match[str]) -> str:
+    value = Fraction(match[1].replace(",", "")) * _MULTIPLES[match[3]]
+    whole = value.denominator == 1
+    text = str(value.numerator) if whole else f"{Decimal(value.numerator) / value.denominator:f}"
+    return text + (match[2] or "")
 
 
 def _roots(text: str) -> str:

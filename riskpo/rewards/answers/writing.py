@@ -67,7 +67,7 @@ _ANGLE = re.compile(rf"(?<![\d.])(\d+(?:\.\d+)?) *{_DEGREE.pattern}")
 _WITH_UNIT = re.compile(r"^(-?(?:[\d,]*\d(?:\.\d+)?|\.\d+))\s+([A-Za-z][A-Za-z .]+|L)$")
 _BEFORE_UNIT = re.compile(rf"(?<=[\d}}]){BLANK}+(?=\\(?:text|textrm|mathrm|mbox) *\{{)")
 _SENTENCE = re.compile(r"\.\s+(?=[A-Z])")
-_MULTIPLES = {
+_MULTIPLES: dict[str, Fraction | int] = {
     "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12,
     "dozen": 12, "basis point": Fraction(1, 10**4), "basis points": Fraction(1, 10**4),
 }  # fmt: skip

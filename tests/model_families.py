@@ -63,7 +63,9 @@ DOTS3 = {"head_dim": 16, "per_layer_config": {}}
 CHANGES: dict[str, dict[str, Any]] = {
     "bamba": {"num_hidden_layers": 2, "attn_layer_indices": [1]},
     "dots1": {"first_k_dense_replace": 1, "n_shared_experts": 1},
-    "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE}},
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": ROPE | {"mrope_section": [1, 1, 2]}}
+    },
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
     "dots3_note": {"text_config": DOTS3,
                    "vision_config": {"adapter_in_dim": WIDTH, "adapter_out_dim": WIDTH},

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import transformers
+
 from riskpo.model.isolation import Packing, adopt_packing, settle_attention
 from riskpo.model.lm_head import find_head
 from tests.model_families import NOT_TINY, build, class_name, families, has_lengths
@@ -16,7 +18,7 @@ from tests.model_families import NOT_TINY, build, class_name, families, has_leng
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "model-families.md"
 INTRO = """# Which models train
 
-Every causal language model that transformers names, built tiny and tried on the CPU. Written by
+Every causal language model that transformers 5.23.0 names, built tiny and tried on the CPU. Written by
 `python -m tools.family_page`; `tests/model/test_model_families.py` tries each again.
 
 Sequences of a micro-batch:
@@ -90,7 +92,8 @@ def write() -> None:
         cells = (f"`{family}`", class_name(family), *verdicts(family))
         lines.append("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |\n")
         print(lines[-1], end="", file=sys.stderr)
-    PAGE.write_text(INTRO + "".join(lines), encoding="utf-8")
+    intro = INTRO.replace("5.23.0", transformers.__version__)
+    PAGE.write_text(intro + "".join(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

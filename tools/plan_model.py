@@ -38,7 +38,7 @@ from tools.plan_check import HEADER, fresh, line, train_on
 SHORT = 32  # tokens of the warm-up
 SEQUENCE = 64  # tokens of a sequence, half of them its response
 TRAIN = (
-    "--reward exact --steps 2 --questions-per-step 8 --responses-per-question 4 "
+    "--algorithm grpo --reward exact --steps 2 --questions-per-step 8 --responses-per-question 4 "
     "--max-response-tokens 32 --eval-every-steps 0 --eval-questions 5 --eval-samples 1 "
     "--save-every-steps 0 --memory.head-mib 64"
 )

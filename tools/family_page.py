@@ -18,8 +18,9 @@ from tests.model_families import NOT_TINY, build, class_name, families, has_leng
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "model-families.md"
 INTRO = """# Which models train
 
-Every causal language model that transformers 5.23.0 names, built tiny and tried on the CPU. Written by
-`python -m tools.family_page`; `tests/model/test_model_families.py` tries each again.
+Every causal language model that transformers 5.23.0 names, built tiny and tried on the CPU.
+Written by `python -m tools.family_page`; `tests/model/test_model_families.py` tries each again, and
+with another release asks only that each is right, row by row or refused by name.
 
 Sequences of a micro-batch:
 

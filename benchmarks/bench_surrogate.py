@@ -47,16 +47,9 @@ def inputs(sequences: int, mean_tokens: int, ratio: str, device: str = "cpu") ->
 def providers() -> dict[str, Provider]:
     """Each takes inputs() as keywords and returns the gradients of logprob and entropy."""
     return {
-        "riskpo_kernels, triton": Provider(
-            _step("triton"), kind="ours", why_not=_no_triton, backend=lambda given: "triton"
-        ),
         "riskpo_kernels, torch": Provider(_step("torch"), kind="ours"),
         "reference": Provider(_step("reference"), kind="plain"),
     }
-
-
-def _no_triton(given: dict[str, Any]) -> str | None:
-    return None if given["logprob"].is_cuda else "needs a CUDA device"
 
 
 def cost(sequences: int, mean_tokens: int, ratio: str) -> dict[str, float]:

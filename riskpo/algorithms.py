@@ -3,20 +3,21 @@
 Q questions, G responses each, R = Q * G rollouts, question-major. A row says how rewards become
 advantages, which questions are kept, and how the loss treats ratio, clipping and averaging. All
 numbers with their sources: arXiv 2510.00911 (RiskPO), 2402.03300 (GRPO), 2503.14476 (DAPO),
-2503.20783 (Dr. GRPO), 2507.18071 (GSPO); RLOO, MaxRL and RS-GRPO at their formulas.
+2503.20783 (Dr. GRPO), 2507.18071 (GSPO); RLOO, MaxRL and RS-GRPO at their formulas; the losses of
+CISPO, SAPO, GMPO and IcePop in riskpo_kernels/policy_loss/formulas.py.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 
 from riskpo.config import TrainConfig
-from riskpo_kernels import RiskPOAdvantage
+from riskpo_kernels import RiskPOAdvantage, clipped_surrogate
 
 # of RiskPOAdvantage, those that the config has too; the seed is every algorithm's
 RISK_SETTINGS = vars(RiskPOAdvantage().settings).keys() & vars(TrainConfig()).keys() - {"seed"}
@@ -106,6 +107,9 @@ class LossOptions:
     dual_clip: float | None = None
     aggregate: str = "sequence-mean"
     constant: float | None = None  # tokens, of aggregate="sequence-sum-norm"
+    loss: str = "clip"
+    loss_options: dict[str, float] | None = None
+    off_policy_mask_threshold: float | None = None  # nats
 
 
 def keep_all(rewards_QG: torch.Tensor) -> torch.Tensor:
@@ -171,6 +175,10 @@ OFFICIAL = LossOptions(
 )
 DAPO = LossOptions(ratio="token", clip_low=0.2, clip_high=0.28, aggregate="token-mean")
 DR_GRPO = LossOptions(ratio="token", clip_low=0.2, clip_high=0.2, aggregate="sequence-sum-norm")
+PROMPT_MEAN = LossOptions(ratio="token", clip_low=0.2, clip_high=0.28, aggregate="prompt-mean")
+OFF_POLICY_MASK = LossOptions(
+    ratio="token", clip_low=0.2, clip_high=0.2, off_policy_mask_threshold=0.5
+)
 
 # The paper's own baseline makes every advantage <= 0: each sample is pushed down, the bad ones
 # harder. The rows -loo, -batch and -none differ from riskpo-paper in nothing but the baseline. The
@@ -199,6 +207,18 @@ STRATEGIES: dict[str, Strategy] = {
     "rs-grpo": Strategy(group(risk_seeking), loss=TOKEN),
     "gspo": Strategy(group(over_std), loss=PAPER),
     "dapo": Strategy(group(over_std), keep=keep_mixed, loss=DAPO, overlong=0.2),
+    "cispo": Strategy(
+        group(over_std), loss=LossOptions("token", aggregate="token-mean", loss="cispo")
+    ),
+    "icepop": Strategy(
+        group(over_std), loss=LossOptions("token", aggregate="token-mean", loss="icepop")
+    ),
+    "sapo": Strategy(group(over_std), loss=LossOptions("token", loss="sapo")),
+    "gmpo": Strategy(group(over_std), loss=LossOptions("sequence", loss="gmpo")),
+    # DeepSeek-V3.2 (2512.02556): no std, and negative sequences that have strayed are left out.
+    # They stray where a batch has several updates. The threshold is TRL's example, not the paper's.
+    "off-policy-mask": Strategy(group(minus_mean), loss=OFF_POLICY_MASK),
+    "prompt-mean": Strategy(group(over_std), loss=PROMPT_MEAN),  # ScaleRL (2510.13786)
 }
 
 
@@ -214,12 +234,18 @@ def find_strategy(name: str) -> Strategy:
 
 
 def loss_options(strategy: Strategy, config: TrainConfig) -> LossOptions:
-    """The row's loss with the clip bounds of the config, where it sets any."""
+    """The row's loss with the clip bounds of the config, where it sets any.
+
+    ValueError where the loss has no such bound: it is tried once, on one token.
+    """
     given = {k: getattr(config, k) for k in ("clip_low", "clip_high")}
     given = {k: v for k, v in given.items() if v is not None}
     if strategy.loss.aggregate == "sequence-sum-norm":
         given["constant"] = float(config.max_response_tokens or 1)
-    return replace(strategy.loss, **given)
+    options = replace(strategy.loss, **given)
+    one, bounds = torch.zeros(1), torch.tensor([0, 1])
+    clipped_surrogate(one, one, one, cu_seqlens=bounds, prompt_tokens=one + 1, **asdict(options))
+    return options
 
 
 def by_question(x: torch.Tensor, question_id: Sequence[str]) -> torch.Tensor:

@@ -7,9 +7,10 @@ from riskpo_kernels import clipped_surrogate
 from tests.compare import assert_all_close_as_plain
 from tests.conftest import has_triton
 
+# of the head; the policy loss is one pass of PyTorch whatever the backend is called
 TRITON = pytest.param("triton", marks=pytest.mark.skipif(not has_triton(), reason="no triton"))
-BACKENDS = ["torch", TRITON]
-ALL = ["reference", *BACKENDS]
+BACKENDS = ["torch"]
+ALL = ["reference", "torch"]
 AGGREGATES = ("sequence-mean", "token-mean", "sequence-sum", "sequence-sum-norm")
 LENGTHS = (7, 0, 23, 1, 40, 5, 16, 9, 31, 12, 3, 20, 14, 8, 27, 18)
 WIDE = {  # clip bounds inside the spread of the ratios below

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from riskpo_kernels import reference, sequence_logprob
-from riskpo_kernels.reference import formulas
+from riskpo_kernels.policy_loss.formulas import KL, LOSSES, held
 from tests.surrogate_inputs import AGGREGATES, ALL, BACKENDS, WIDE, check, padded, run, tokens
 
 FULL = {"dual_clip": 1.2, "kl_coef": 0.1, "entropy_coef": 0.05, "constant": 50.0}
@@ -51,9 +51,7 @@ def test_every_branch_is_populated(backend, ratio, device):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_dtypes(backend, device):
     x, cu, _ = tokens(device)
-    bf16 = [] if backend == "triton" and device.type == "cpu" else [torch.bfloat16]
-    wide = [] if backend == "triton" else [torch.float64]
-    for dtype in (torch.float16, *bf16, *wide):
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
         y = {name: value.to(dtype) for name, value in x.items()}
         for ratio in ("sequence", "token"):
             options = FULL | WIDE[ratio] | {"cu_seqlens": cu, "ratio": ratio}
@@ -166,29 +164,45 @@ def test_reference_gradcheck(ratio, kl):
     assert torch.autograd.gradcheck(loss, leaves)
 
 
-def test_slopes_of_the_formulas():
-    log_ratio = torch.cat((torch.linspace(-25, 25, 401), torch.linspace(-1, 1, 401))).double()
-    for a in (-1.5, 0.0, 0.7):
-        x = log_ratio.clone().requires_grad_()
-        advantage = torch.full_like(x, a)
-        clip = (0.8, 1.28, 2.0)
-        r = torch.exp(formulas.bounded(x, 20.0))
-        (expected,) = torch.autograd.grad(formulas.surrogate(r, advantage, *clip).sum(), x)
-        low, high, dual = formulas.cuts(r, advantage, *clip)
-        cut = low | high | dual | formulas.saturated(x, 20.0)
-        slope = formulas.surrogate_slope(r, advantage, cut)
-        torch.testing.assert_close(slope, expected)
-        assert torch.equal(slope == 0, expected == 0)
+LOG_RATIO = torch.cat((torch.linspace(-25, 25, 401), torch.linspace(-1, 1, 401))).double()
+
+
+def token_ratio(x):
+    y, inside = held(x, 20.0)
+    return y.exp(), y.exp() * inside
+
+
+@pytest.mark.parametrize("name", [n for n in LOSSES if n != "cispo"])  # whose weight is constant
+def test_the_slope_of_a_loss_is_that_of_its_value(name):
+    for a in (-1.5, 0.7):
+        x = LOG_RATIO.clone().requires_grad_()
+        settings = LOSSES[name].settings("token") | ({"dual_clip": 2.0} if name == "clip" else {})
+        term = LOSSES[name].term(x, torch.full_like(x, a), x - 1, token_ratio, **settings)
+        (expected,) = torch.autograd.grad(term.value.sum(), x)
+        torch.testing.assert_close(term.slope, expected)
+        assert (expected != 0).any()
+        assert name == "sapo" or torch.equal(term.slope == 0, expected == 0), "no underflow there"
+
+
+def test_the_clip_is_the_textbook_line():
+    for a in (-1.5, 0.7):
+        r, advantage = LOG_RATIO.clamp(-20, 20).exp(), torch.full_like(LOG_RATIO, a)
+        settings = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 2.0}
+        got = LOSSES["clip"].term(LOG_RATIO, advantage, LOG_RATIO, token_ratio, **settings).value
         textbook = -torch.minimum(r * advantage, r.clamp(0.8, 1.28) * advantage)
         if a < 0:
             textbook = torch.minimum(textbook, -advantage * 2.0)
-        torch.testing.assert_close(formulas.surrogate(r, advantage, *clip), textbook)
-    for kind in (formulas.kl_k1, formulas.kl_k2, formulas.kl_k3):
-        u = log_ratio.clone().requires_grad_()
-        value, slope = kind(u)
-        (expected,) = torch.autograd.grad(value.sum(), u)
-        torch.testing.assert_close(slope, -expected)  # u falls as logprob rises
-        assert (value >= -1e-12).all() or kind is formulas.kl_k1
+        torch.testing.assert_close(got, textbook)
+
+
+@pytest.mark.parametrize("name", [n for n in KL if n != "k3+"])  # whose gradient is another's
+def test_the_slope_of_a_divergence_is_that_of_its_value(name):
+    lp = LOG_RATIO.clone().requires_grad_()
+    u, inside = held(0.3 - 0.7 * LOG_RATIO - lp, 20.0)  # far u where r is far, and the other way
+    value, slope = KL[name](u, -inside, lambda: token_ratio(lp))
+    (expected,) = torch.autograd.grad(value.sum(), lp)
+    torch.testing.assert_close(slope, expected)
+    assert name == "k1" or (value >= 0).all()
 
 
 def test_sequence_logprob(device):

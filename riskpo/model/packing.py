@@ -11,6 +11,7 @@ R rollouts, T tokens of a micro-batch, S its sequences, D hidden width.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -37,6 +38,7 @@ class Packed:
     sampled: torch.Tensor  # [T] float32, the sampler's log-prob of target, 0 where ignored
     cu_seqlens: torch.Tensor  # [S + 1] int32
     lengths: list[int]  # [S] the same on the CPU
+    prompt_tokens: torch.Tensor  # [S] response tokens of all the rollouts of the same question
     beside: Inputs = field(default_factory=dict)  # of a prompt with pictures; S is then 1
 
 
@@ -62,6 +64,9 @@ def micro_batches(rollouts: Rollouts, rows: Sequence[int], budget: int) -> list[
 def pack(rollouts: Rollouts, rows: Sequence[int], device: torch.device) -> Packed:
     """The chosen rollouts as one row without padding."""
     inputs, positions, targets, sampled, lengths = [], [], [], [], []
+    of_question: Counter[str] = Counter()
+    for name, response in zip(rollouts.question_id, rollouts.logprob, strict=True):
+        of_question[name] += len(response)
     for row in rows:
         tokens, prompt = rollouts.tokens[row], rollouts.prompt_len[row]
         target = tokens[1:].clone()
@@ -79,6 +84,7 @@ def pack(rollouts: Rollouts, rows: Sequence[int], device: torch.device) -> Packe
         torch.cat(sampled).to(device),
         torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device),
         lengths,
+        torch.tensor([of_question[rollouts.question_id[row]] for row in rows], device=device),
         rollouts.inputs.get(rollouts.question_id[rows[0]], {}),
     )
 
@@ -112,6 +118,8 @@ def denominator(
                 "aggregate='sequence-sum-norm'. Set LossOptions.constant."
             )
         return len(rows) * constant
+    if aggregate == "prompt-mean":
+        return float(len({rollouts.question_id[row] for row in rows}))
     return float(len(rows))
 
 

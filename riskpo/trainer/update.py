@@ -180,6 +180,7 @@ def surrogate(
         backend=config.backend,
         entropy_coef=config.entropy_coef,
         denominator=share,
+        prompt_tokens=batch.prompt_tokens,
         ref_logprob=batch.sampled,
         correction=correction_of(batch, first, config.sampler.level),
         advantage_per="sequence",

@@ -5,6 +5,8 @@ triton       CUDA, compute capability 8.0 or newer;    bf16, fp16, fp32
              the Triton interpreter on a CPU           fp32, fp16
 torch        any device                                bf16, fp16, fp32, fp64
 reference    any device, materialises everything       bf16, fp16, fp32, fp64
+
+clipped_surrogate is one pass of PyTorch under each of the first two names.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ import torch
 from riskpo_kernels.core.checks import check_choice, reject
 
 BACKENDS = ("auto", "triton", "torch", "reference")
-TRITON_OPS = ("linear_logprob", "logits_logprob", "clipped_surrogate")
+TRITON_OPS = ("linear_logprob", "logits_logprob")
+POLICY_LOSS = "clipped_surrogate", "torch", "elementwise: one pass of PyTorch on every device"
 log = logging.getLogger("riskpo_kernels")
 
 
@@ -107,8 +110,10 @@ def backend_report() -> BackendReport:
     """
     devices = [torch.device("cpu")]
     devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
-    return BackendReport(
+    rows = [
         BackendChoice(op, str(device), *_auto(why_not_triton(device, torch.bfloat16), device))
         for op in TRITON_OPS
         for device in devices
-    )
+    ]
+    op, backend, reason = POLICY_LOSS
+    return BackendReport(rows + [BackendChoice(op, str(x), backend, reason) for x in devices])

@@ -29,7 +29,6 @@ MODULES = (
     "sparse_blocks",
     "sparse_hidden",
     "sparse_weight",
-    "surrogate",
 )
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}  # bytes per block
 SMALLEST_LIMIT = 101376  # of other architectures: consumer cards since sm_86

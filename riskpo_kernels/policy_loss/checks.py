@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -18,27 +19,34 @@ from riskpo_kernels.core.checks import (
     describe,
     reject,
 )
-from riskpo_kernels.reference.surrogate import AGGREGATES, BOUND, KL
+from riskpo_kernels.policy_loss.formulas import AGGREGATES, BOUND, KL, LOSSES
 
 MASKS = (*FLOATS, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 @dataclass(frozen=True)
 class Options:
-    """The arguments of clipped_surrogate that are words and numbers, by their names there."""
+    """The arguments of clipped_surrogate that are words and numbers, by their names there.
 
+    settings are the loss's, in the order of its entry in LOSSES; a denominator that is a tensor
+    stays out.
+    """
+
+    loss: str
+    settings: list[float]
     ratio: str
-    clip_low: float | None
-    clip_high: float | None
-    dual_clip: float | None
-    kl_coef: float
     kl: str
+    kl_coef: float
     entropy_coef: float
     aggregate: str
     constant: float | None
+    denominator: float | None
     advantage_per: str | None
     correction_per: str | None
-    denominator: float | torch.Tensor | None
+    off_policy_mask_threshold: float | None
+
+
+WORDS = tuple(field.name for field in fields(Options))  # torch 2.11's Dynamo traces no vars()
 
 
 def check_layout(
@@ -91,32 +99,45 @@ def check_bounds(op: str, cu_seqlens: torch.Tensor, n: int) -> None:
             reject(op, came, "non-decreasing values", todo)
 
 
-def check_options(op: str, o: Options) -> None:
-    """The words and the numbers."""
-    check_choice(op, "ratio", o.ratio, tuple(BOUND))
+def settings_of(op: str, loss: str, ratio: str, given: Mapping[str, float]) -> list[float]:
+    """The settings of a loss in its own order, the defaults where none is given."""
+    check_choice(op, "loss", loss, tuple(LOSSES))
+    check_choice(op, "ratio", ratio, tuple(BOUND))
+    entry = LOSSES[loss]
+    if ratio not in entry.ratios:
+        reject(op, f"ratio={ratio!r} with loss={loss!r}", f"one of {list(entry.ratios)}", "Set it.")
+    settings = entry.settings(ratio)
+    for name, value in given.items():
+        if name not in settings:
+            todo = "Leave it out, or choose another loss."
+            reject(op, f"{name} with loss={loss!r}", f"settings among {list(settings)}", todo)
+        check_positive(op, name, value, zero_ok=name.startswith("clip_"))
+        if name == "dual_clip" and value <= 1:
+            todo = "It bounds ratios from above; 3 is usual."
+            reject(op, f"dual_clip={value!r}", "a number above 1", todo)
+    return [float(given.get(name, default)) for name, default in settings.items()]
+
+
+def check_options(op: str, o: Options, denominator: torch.Tensor | None) -> None:
+    """The words and the numbers, and the denominator where it is a tensor."""
     check_choice(op, "aggregate", o.aggregate, AGGREGATES)
     check_choice(op, "kl", o.kl, tuple(KL))
-    for name, clip in (("clip_low", o.clip_low), ("clip_high", o.clip_high)):
-        if clip is not None:
-            check_positive(op, name, clip, zero_ok=True)
-    if o.dual_clip is not None:
-        check_positive(op, "dual_clip", o.dual_clip)
-        if o.dual_clip <= 1:
-            todo = "It bounds ratios from above; 3 is usual."
-            reject(op, f"dual_clip={o.dual_clip!r}", "a number above 1", todo)
     check_positive(op, "kl_coef", o.kl_coef, zero_ok=True)
-    if not isinstance(o.entropy_coef, (int, float)) or not math.isfinite(o.entropy_coef):
-        reject(op, f"entropy_coef={o.entropy_coef!r}", "a finite number", "Set entropy_coef.")
+    for name, value in (
+        ("entropy_coef", o.entropy_coef),
+        ("off_policy_mask_threshold", o.off_policy_mask_threshold or 0.0),
+    ):
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            reject(op, f"{name}={value!r}", "a finite number", f"Set {name}.")
     if o.constant is not None:
         check_positive(op, "constant", o.constant)
-    elif o.aggregate == "sequence-sum-norm" and o.denominator is None:
+    elif o.aggregate == "sequence-sum-norm" and o.denominator is denominator is None:
         todo = "Dr. GRPO takes the longest response allowed, in tokens."
         reject(op, "aggregate='sequence-sum-norm' alone", "constant or denominator", todo)
-    if isinstance(o.denominator, torch.Tensor):
-        if o.denominator.dim() != 0:
-            came = f"denominator = {describe(o.denominator)}"
-            reject(op, came, "a number or a 0-d tensor", "Sum the counts.")
-    elif o.denominator is not None:
+    if denominator is not None and denominator.dim() != 0:
+        came = f"denominator = {describe(denominator)}"
+        reject(op, came, "a number or a 0-d tensor", "Sum the counts.")
+    if o.denominator is not None:
         check_positive(op, "denominator", o.denominator, zero_ok=True)
     for name in ("advantage_per", "correction_per"):
         check_choice(op, name, getattr(o, name), (None, "sequence", "token"))
@@ -129,13 +150,23 @@ def check_tensors(
     sequences: int | None,
     advantage: torch.Tensor,
     correction: torch.Tensor | None,
+    prompt_tokens: torch.Tensor | None,
+    denominator: torch.Tensor | None,
     **per_token: torch.Tensor | None,
 ) -> None:
     """Every other tensor; per_token: old_logprob, ref_logprob and entropy."""
-    if sequences is None and (o.ratio == "sequence" or o.aggregate != "token-mean"):
-        came = f"ratio={o.ratio!r}, aggregate={o.aggregate!r} on flat tokens without cu_seqlens"
+    masked = o.off_policy_mask_threshold is not None
+    if sequences is None and (o.ratio == "sequence" or o.aggregate != "token-mean" or masked):
+        words = f"ratio={o.ratio!r}, aggregate={o.aggregate!r}"
+        came = words + (" and off_policy_mask_threshold" if masked else "")
         todo = "Pass cu_seqlens [S + 1], or padded [B, T] with a mask."
-        reject(op, came, "the sequences, which the first or the second needs", todo)
+        expected = "the sequences, which one of them needs"
+        reject(op, f"{came} on flat tokens without cu_seqlens", expected, todo)
+    if o.aggregate == "prompt-mean" and prompt_tokens is None:
+        todo = "Count the tokens of all the responses to each sequence's prompt."
+        reject(op, "aggregate='prompt-mean' alone", f"prompt_tokens [{sequences}]", todo)
+    if prompt_tokens is not None and sequences is not None:
+        check_shape(op, "prompt_tokens", prompt_tokens, (sequences,), "one per sequence")
     for name, x in per_token.items():
         if x is not None:
             check_float(op, name, x)
@@ -151,8 +182,8 @@ def check_tensors(
     if correction is not None:
         whose = logprob, sequences, o.correction_per
         _check_weight(op, "correction", correction, *whose, per_token=True)
-    number = o.denominator if isinstance(o.denominator, torch.Tensor) else None
-    others = {"advantage": advantage, "correction": correction, "denominator": number}
+    others = {"advantage": advantage, "correction": correction, "denominator": denominator}
+    others["prompt_tokens"] = prompt_tokens
     check_device(op, logprob=logprob, **others, **per_token)
     check_constant(op, **others, **{k: x for k, x in per_token.items() if k != "entropy"})
 

@@ -1,47 +1,49 @@
 """The operator behind clipped_surrogate: one pass makes the loss and its slopes.
 
-Backward multiplies the slopes with respect to logprob and entropy by the upstream scalar. They are
+loss = sum over counted tokens of weight (f + kl_coef KL - entropy_coef H) / denominator
+d loss / d logprob = weight (df/dx + kl_coef dKL/dlogprob) / denominator
+
+f and KL are the entries of formulas.py. The second line holds for both kinds of ratio: weight is
+the same for all tokens of a sequence, and a token's share 1 / length in the mean x cancels against
+the length terms that x enters. Backward multiplies the slopes by the upstream scalar. They are
 results of the operator, beside the loss, the stats and the denominator.
+
+One pass of PyTorch, on every device. docs/kernel-notes.md says why there is no Triton kernel.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from riskpo_kernels.core.backends import choose
 from riskpo_kernels.core.matmul import no_autocast
-from riskpo_kernels.core.operators import register
-from riskpo_kernels.core.process_groups import agree, group_called, max_over, sum_over
+from riskpo_kernels.core.operators import register, schema_of
+from riskpo_kernels.core.process_groups import group_called, max_over, sum_over
 from riskpo_kernels.policy_loss.checks import Options, check_bounds
-from riskpo_kernels.policy_loss.torch_pass import PassResult, Problem, Sums, torch_pass
-from riskpo_kernels.reference import surrogate as reference
-from riskpo_kernels.reference.surrogate import Sequences, clip_bounds
+from riskpo_kernels.policy_loss.formulas import BOUND, KL, LOSSES, Term, held
+from riskpo_kernels.policy_loss.sequences import OP, Sequences, is_per_token
 
-OP = "clipped_surrogate"
-CHUNK = 1024  # tokens per program where the sequences do not matter
 STATS = (
     "clip_fraction",
     "clip_low_fraction",
     "clip_high_fraction",
     "ratio_mean",
-    "ratio_max",
     "zero_coefficient_fraction",
     "kl",
     "entropy",
+    "ratio_max",
 )
-TENSORS = (
-    "Tensor logprob, Tensor? entropy, Tensor old, Tensor advantage, Tensor? correction, "
-    "Tensor? ref, Tensor? mask, Tensor? cu_seqlens, Tensor? denominator"
-)
-# from ratio on the fields of surrogate_checks.Options, in their order
-OPTIONS = (
-    "str group, str backend, str ratio, float? clip_low, float? clip_high, float? dual_clip, "
-    "float kl_coef, str kl, float entropy_coef, str aggregate, float? constant, "
-    "str? advantage_per, str? correction_per, float? number"
-)
+
+
+class Pass(NamedTuple):
+    """The loss times its denominator, its slopes, and the sums that make the stats."""
+
+    loss: torch.Tensor
+    dlogprob: torch.Tensor  # [N]
+    dentropy: torch.Tensor | None  # [N]
+    sums: torch.Tensor  # [7, 2]: numerator and denominator of each of STATS but ratio_max
+    ratio_max: torch.Tensor
 
 
 def _wide(logprob: torch.Tensor) -> torch.dtype:
@@ -57,162 +59,161 @@ def _forward(
     ref: torch.Tensor | None,
     mask: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
-    denominator: torch.Tensor | None,
+    prompt_tokens: torch.Tensor | None,
+    total: torch.Tensor | None,
     group: str,
-    backend: str,
-    *numbers: Any,
+    *options: Any,
 ) -> tuple[torch.Tensor, ...]:
-    """loss, stats [8], tokens | slopes of the loss times its denominator, and that"""
-    o, wide = Options(*numbers), _wide(logprob)
-    o = o if denominator is None else replace(o, denominator=denominator)
-    obstacle = "sequence_group is given, and a kernel reads whole sequences" if group else None
-    chosen = choose(OP, backend, logprob.device, logprob.dtype, obstacle)
+    """loss, stats [8], tokens | slopes of the loss times its denominator, and that.
+
+    total is the denominator where it is a tensor.
+    """
+    o, wide = Options(*options), _wide(logprob)
     if cu_seqlens is not None:
         check_bounds(OP, cu_seqlens, logprob.numel())
     with no_autocast(logprob.device):
-        p = _problem(o, logprob, old, advantage, correction, ref, cu_seqlens, mask, group)
-        h = None if entropy is None else entropy.reshape(-1).to(wide)
-        one_pass = torch_pass if chosen == "torch" else _triton_pass
-        dlogprob, dentropy, sums = one_pass(logprob.reshape(-1).to(wide), h, p)
-        sums = sums if p.group is None else _over_ranks(sums, p.group)
-        share = _denominator(p, sums, wide)
-        loss, stats, tokens = sums.loss.to(wide) / share, _stats(sums, wide), sums.tokens.long()
+        s = Sequences.of(logprob, cu_seqlens, mask, group_called(group))
+        a = _weighted(o, s, (logprob, cu_seqlens), advantage, correction)
+        length = {"sequence-mean": s.lengths, "prompt-mean": prompt_tokens}.get(o.aggregate)
+        new, old = s.tokens(logprob, wide), s.tokens(old, wide)
+        ref, h = (None if x is None else s.tokens(x, wide) for x in (ref, entropy))
+        p = one_pass(o, s, a, s.weight(wide, length), new, old, ref, h)
+        share = _denominator(o, s, prompt_tokens, total, wide)
+        loss, stats = p.loss / share, _stats(p, s.group)
     no_slope = logprob.new_empty(0, dtype=wide)
-    slopes = (
-        dlogprob.view(logprob.shape),
-        no_slope if dentropy is None else dentropy.view(logprob.shape),
-    )
-    return loss, stats, tokens, *slopes, share
+    dentropy = no_slope if p.dentropy is None else p.dentropy.view(logprob.shape)
+    return loss, stats, s.lengths.sum(), p.dlogprob.view(logprob.shape), dentropy, share
 
 
-def _denominator(p: Problem, sums: Sums, wide: torch.dtype) -> torch.Tensor:
-    o = p.options
-    share = o.denominator
-    if share is None:
-        norm = o.constant if o.aggregate == "sequence-sum-norm" else 1.0
-        share = sums.tokens if o.aggregate == "token-mean" else p.sequences * (norm or 1.0)
-    share = reference.nonzero(share)
-    if isinstance(share, torch.Tensor):
-        return share.to(wide, copy=True)
-    return torch.full((), share, dtype=wide, device=sums.loss.device)
-
-
-def _over_ranks(sums: Sums, group: Any) -> Sums:
-    """Stats of all ranks; the loss stays this rank's share."""
-    loss, *others, ratio_max = sums
-    totals = sum_over(group, torch.stack([x.double() for x in others]))
-    return Sums._make((loss, *totals.unbind(), max_over(group, ratio_max.clone())))
-
-
-def _stats(sums: Sums, dtype: torch.dtype) -> torch.Tensor:
-    units, tokens = sums.units.clamp(min=1), sums.tokens.clamp(min=1)
-    shares = [x / units for x in (sums.cut, sums.low, sums.high)]
-    ratio, kl, entropy = (
-        x / count.clamp(min=1)
-        for x, count in (
-            (sums.ratio, sums.ratio_units),
-            (sums.kl, sums.kl_tokens),
-            (sums.entropy, sums.entropy_tokens),
-        )
-    )
-    values = (*shares, ratio, sums.ratio_max, sums.zero / tokens, kl, entropy)
-    return torch.stack([x.to(dtype) for x in values])
-
-
-def _triton_pass(logprob: torch.Tensor, entropy: torch.Tensor | None, p: Problem) -> PassResult:
-    from riskpo_kernels.kernels.surrogate import surrogate_pass  # Triton may be missing
-
-    o = p.options
-    dlogprob, dentropy, columns = surrogate_pass(
-        logprob,
-        p.old,
-        p.advantage,
-        p.ref,
-        entropy,
-        p.mask,
-        p.cu_seqlens,
-        advantage_per_token=p.advantage_per_token,
-        clip=p.clip,
-        kl=o.kl,
-        kl_coef=o.kl_coef,
-        entropy_coef=o.entropy_coef,
-        sequence_ratio=o.ratio == "sequence",
-        sequence_mean=o.aggregate == "sequence-mean",
-    )
-    of_tokens, of_units, ratio_max = columns[:, :7], columns[:, 7:12], columns[:, 12]
-    lengths = of_tokens[:, 1]
-    if o.ratio == "sequence":  # a sequence is one unit, not as many as it has tokens
-        units = (lengths > 0).sum()
-        of_units = of_units.double() / lengths.clamp(min=1)[:, None]
-    else:
-        units = lengths.sum(dtype=torch.float64)
-    tokens = of_tokens.sum(0, dtype=torch.float64).unbind()
-    rest = of_units.sum(0, dtype=torch.float64).unbind()
-    return PassResult(dlogprob, dentropy, Sums._make((*tokens, units, *rest, ratio_max.amax())))
-
-
-def _weigh(
-    a: tuple[torch.Tensor, bool], w: tuple[torch.Tensor, bool], layout: Sequences
-) -> tuple[torch.Tensor, bool]:
-    """advantage times correction, [S] or flat [N], and whether it is per token; so are both given.
+def _weighted(
+    o: Options,
+    s: Sequences,
+    where: tuple[torch.Tensor, torch.Tensor | None],
+    advantage: torch.Tensor,
+    correction: torch.Tensor | None,
+) -> torch.Tensor:
+    """Advantage times correction as flat [N], 0 where either is 0, whatever the other is.
 
     f is positively homogeneous in the advantage, so a weight of f is a weight of the advantage.
     """
-    if not a[1] and not w[1]:
-        return reference.weighted(a[0], w[0]), False
-    flat = (layout.spread(x, x.dtype, per_token=each) for x, each in (a, w))
-    return reference.weighted(*flat), True
+    wide, per = _wide(where[0]), "sequence" if o.ratio == "sequence" else o.advantage_per
+    each = is_per_token("advantage", advantage, *where, given=per, group=s.group)
+    a = s.tokens(advantage, wide, per_token=each)
+    if correction is None:
+        return a
+    each = is_per_token("correction", correction, *where, given=o.correction_per, group=s.group)
+    w = s.tokens(correction, wide, per_token=each)
+    w = s.spread(s.mean(w)) if each and o.ratio == "sequence" else w
+    return torch.where((a == 0) | (w == 0), 0.0, a * w)
 
 
-def _bounds(logprob: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
-    """[S + 1] int64, bounds of the sequences in the flat tokens; chunks where there are none."""
-    if cu_seqlens is not None:
-        return cu_seqlens.long().contiguous()
-    n = logprob.numel()
-    step = logprob.shape[1] if logprob.dim() == 2 else CHUNK
-    return torch.arange(0, n + step, step, device=logprob.device).clamp_(max=n)
-
-
-def _problem(
-    options: Options,
-    logprob: torch.Tensor,
+def one_pass(
+    o: Options,
+    s: Sequences,
+    a: torch.Tensor,
+    weight: torch.Tensor,
+    new: torch.Tensor,
     old: torch.Tensor,
-    advantage: torch.Tensor,
-    correction: torch.Tensor | None,
     ref: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    group: str,
-) -> Problem:
-    """The callers' tensors, flat; clipped_surrogate has refused those that want a gradient."""
-    wide = _wide(logprob)
-    sequences = None if cu_seqlens is None else len(cu_seqlens) - 1
-    sequences = logprob.shape[0] if logprob.dim() == 2 else sequences
-    ranks = group_called(group)
-    if ranks is not None:
-        agree(OP, ranks, logprob.device, same={"sequences": 1 if sequences is None else sequences})
-    where, weighted = (logprob, cu_seqlens), advantage.to(wide)
-    per = "sequence" if options.ratio == "sequence" else options.advantage_per
-    per_token = reference.is_per_token("advantage", advantage, *where, given=per, group=ranks)
-    if correction is not None:
-        layout, per = Sequences.of(logprob, cu_seqlens, mask, ranks), options.correction_per
-        each = reference.is_per_token("correction", correction, *where, given=per, group=ranks)
-        if options.ratio == "sequence" and each:
-            correction, each = layout.mean(layout.tokens(correction, wide)), False
-        weights = (weighted, per_token), (correction.to(wide), each)
-        weighted, per_token = _weigh(*weights, layout)
-    return Problem(
-        old=old.reshape(-1),
-        advantage=weighted.reshape(-1),
-        advantage_per_token=per_token,
-        ref=None if ref is None else ref.reshape(-1),
-        mask=None if mask is None else mask.reshape(-1) != 0,
-        cu_seqlens=_bounds(logprob, cu_seqlens),
-        sequences=1 if sequences is None else sequences,
-        group=ranks,
-        clip=clip_bounds(options.ratio, options.clip_low, options.clip_high, options.dual_clip),
-        options=options,
+    entropy: torch.Tensor | None,
+) -> Pass:
+    """Everything flat [N], in the dtype to compute in, 0 where a token does not count."""
+    x = new - old
+    if o.off_policy_mask_threshold is not None:  # DeepSeek-V3.2, arXiv 2512.02556
+        far = s.spread(s.mean(-x)) > o.off_policy_mask_threshold
+        a = torch.where(far & (a < 0), 0.0, a)
+    f = _term(o, s, x, a, new)
+    value, slope = (torch.where(a == 0, 0.0, y) for y in (f.value, f.slope))
+    f = f._replace(value=a, slope=a)  # a name for what is needed again; the rest is freed here
+    kl = None
+    if ref is not None:
+        u, inside = held(ref - new, BOUND["token"])
+        kl, kl_slope = KL[o.kl](u, -inside, lambda: _ratio(x, "token"))
+        if o.kl_coef != 0:
+            value, slope = value + o.kl_coef * kl, slope + o.kl_coef * kl_slope
+    dentropy = None
+    if entropy is not None:
+        dentropy = -o.entropy_coef * weight
+        value = value - o.entropy_coef * entropy if o.entropy_coef != 0 else value
+    # where, not only weight: a NaN that counts makes the whole sequence's slopes NaN
+    dlogprob = torch.where(s.counted, weight * slope, 0.0)
+    zero = dlogprob == 0 if dentropy is None else (dlogprob == 0) & (dentropy == 0)
+
+    unit = s.weight(new.dtype, s.lengths if o.ratio == "sequence" else None)
+    seen = s.counted & ((a != 0) | (f.r == f.r))
+    cuts = [torch.zeros_like(zero) if cut is None else cut for cut in (f.low, f.high, f.beyond)]
+    means = (
+        _parts(cuts[0] | cuts[1] | cuts[2], unit),
+        _parts(cuts[0], unit),
+        _parts(cuts[1], unit),
+        _parts(f.r, torch.where(seen, unit, 0.0)),
+        _parts(zero, s.weight(new.dtype)),
+        _parts(kl, s.weight(new.dtype), skip_nan=o.kl_coef == 0),
+        _parts(entropy, s.weight(new.dtype), skip_nan=o.entropy_coef == 0),
     )
+    r = torch.where(seen, f.r, 0.0)
+    ratio_max = r.amax() if len(r) else r.sum()
+    return Pass((weight * value).sum(), dlogprob, dentropy, torch.stack(means), ratio_max)
+
+
+def _ratio(x: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """exp of x, held to the bound of that kind, and its slope."""
+    y, inside = held(x, BOUND[kind])
+    r = y.exp()
+    return r, r * inside
+
+
+def _term(o: Options, s: Sequences, x: torch.Tensor, a: torch.Tensor, new: torch.Tensor) -> Term:
+    entry, sequence = LOSSES[o.loss], o.ratio == "sequence"
+    settings = dict(zip(entry.settings(o.ratio), o.settings, strict=True))
+
+    def ratio(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return _ratio(s.spread(s.mean(x)) if sequence else x, o.ratio)
+
+    return entry.term(x, a, new, ratio, **settings)
+
+
+def _parts(x: torch.Tensor | None, weight: torch.Tensor, *, skip_nan: bool = False) -> torch.Tensor:
+    """[2]: the weighted sum of x and the sum of the weights; `skip_nan`: of those that have an x,
+    for nothing rests on it."""
+    if x is None:
+        return weight.new_zeros(2)
+    weight = weight * (x == x) if skip_nan else weight
+    return torch.stack((torch.where(weight > 0, weight * x, 0.0).sum(), weight.sum()))
+
+
+def _stats(p: Pass, group: Any) -> torch.Tensor:
+    """Stats of all ranks; the loss stays this rank's share."""
+    sums, ratio_max = p.sums, p.ratio_max
+    if group is not None:
+        sums, ratio_max = sum_over(group, sums.double()), max_over(group, ratio_max.clone())
+    means = sums[:, 0] / sums[:, 1].clamp(min=1)
+    return torch.cat((means.to(ratio_max.dtype), ratio_max[None]))
+
+
+def _denominator(
+    o: Options,
+    s: Sequences,
+    prompt_tokens: torch.Tensor | None,
+    given: torch.Tensor | None,
+    wide: torch.dtype,
+) -> torch.Tensor:
+    """0-d. 0 counts as 1, for then nothing counts on any rank and the loss is 0; below 0 is NaN: a
+    tensor's value cannot be refused without waiting for the device."""
+    share: torch.Tensor | float | None = o.denominator if given is None else given
+    if share is None:
+        lengths = s.lengths.to(wide)
+        if o.aggregate == "token-mean":
+            share = lengths.sum()
+        elif prompt_tokens is not None and o.aggregate == "prompt-mean":
+            share = (lengths / prompt_tokens.to(wide).clamp(min=1)).sum()
+        else:
+            norm = o.constant if o.aggregate == "sequence-sum-norm" else None
+            share = len(lengths) * (norm or 1.0)
+    if not isinstance(share, torch.Tensor):
+        share = torch.full((), share, dtype=wide, device=s.lengths.device)
+    share = share.to(wide)
+    return torch.where(share == 0, 1.0, torch.where(share > 0, share, float("nan")))
 
 
 def _forward_fake(
@@ -249,7 +250,7 @@ def _gradients(ctx: Any, dloss: torch.Tensor, *_: Any) -> tuple[torch.Tensor | N
 
 surrogate_operator = register(
     OP,
-    f"({TENSORS}, {OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema_of(_forward, Options, 6),
     _forward,
     fake=_forward_fake,
     setup_context=_setup_context,

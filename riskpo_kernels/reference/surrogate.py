@@ -1,30 +1,21 @@
-"""clipped_surrogate and sequence_logprob, as the papers write them; autograd does the gradients.
+"""clipped_surrogate and sequence_logprob as the papers write them; autograd does the gradients.
 
-x_t = logprob_t - old_logprob_t                 "token"     PPO, DAPO arXiv 2503.14476
-x_t = mean of the same over t's sequence        "sequence"  arXiv 2510.00911 sec. 4, GSPO 2507.18071
-r_t = exp(clamp(x_t))                           clamp at +-20 (token), +-10 (sequence)
-term_t = f(r_t, w_t A_t) + kl_coef KL_t - entropy_coef H_t
-loss = sum_t weight_t term_t / denominator      over the counted tokens; weight_t is 1, or
-                                                1 / length of t's sequence for "sequence-mean"
+Nothing here is shared with what it checks. Each loss is the objective J of its paper with the sign
+turned: r is the ratio of a token (PPO arXiv 1707.06347) or of a sequence (GSPO 2507.18071), x the
+logarithm of the token's, a the advantage times the correction, lp the token's log-prob.
 
-What has coefficient 0 is not read: a part of a term whose w_t A_t, kl_coef or entropy_coef is 0 is
-0 even where its values are NaN, and so is w_t A_t where either is 0.
+What has coefficient 0 is not read: a part of a term whose a, kl_coef or entropy_coef is 0 is 0 even
+where its values are NaN, and so is a where advantage or correction is 0.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 
-from riskpo_kernels.reference import formulas
 from riskpo_kernels.reference.ranks import largest, summed
-
-BOUND = {"token": formulas.TOKEN_BOUND, "sequence": formulas.SEQUENCE_BOUND}
-CLIP = {"token": (0.2, 0.2), "sequence": (3e-4, 4e-4)}
-KL = {"k1": formulas.kl_k1, "k2": formulas.kl_k2, "k3": formulas.kl_k3}
-AGGREGATES = ("sequence-mean", "token-mean", "sequence-sum", "sequence-sum-norm")
 
 
 class SurrogateLoss(NamedTuple):
@@ -34,95 +25,137 @@ class SurrogateLoss(NamedTuple):
     stats: dict[str, torch.Tensor]
 
 
-@dataclass(frozen=True)
-class Sequences:
-    """Which of the `count` sequences each of the N flat tokens is in, and whether it counts. With
-    a group every rank holds some of the tokens of the same sequences."""
+CLIP = {"token": (0.2, 0.2), "sequence": (3e-4, 4e-4)}  # PPO; arXiv 2510.00911
 
-    segment: torch.Tensor  # [N] int64
+
+class Policy(NamedTuple):
+    """What an objective is made of, flat [N] in tokens; ratio(x) is that of a token or sequence."""
+
+    x: torch.Tensor
+    a: torch.Tensor
+    lp: torch.Tensor
+    ratio: Callable[[torch.Tensor], torch.Tensor]
+
+
+class Objective(NamedTuple):
+    """J [N], the ratio, and where a lower, an upper and a dual bound acts."""
+
+    value: torch.Tensor
+    r: torch.Tensor
+    low: torch.Tensor
+    high: torch.Tensor
+    dual: torch.Tensor
+
+
+def ppo(p: Policy, clip_low: float, clip_high: float, dual_clip: float = float("inf")) -> Objective:
+    """min(r A, clip(r, 1 - e_low, 1 + e_high) A); where A < 0 at least c A (arXiv 1912.09729)."""
+    r = p.ratio(p.x)
+    value = torch.min(r * p.a, torch.clamp(r, 1 - clip_low, 1 + clip_high) * p.a)
+    loses, gains = p.a < 0, p.a > 0
+    value = torch.where(loses & (value < dual_clip * p.a), dual_clip * p.a, value)
+    low, high = loses & (r < 1 - clip_low), gains & (r > 1 + clip_high)
+    return Objective(value, r, low, high, loses & (r > dual_clip))
+
+
+def cispo(p: Policy, clip_low: float = 1.0, clip_high: float = 4.0) -> Objective:
+    """sg(clip(r)) A log pi (MiniMax-M1, arXiv 2506.13585)."""
+    r, counts = p.ratio(p.x), p.a != 0
+    weight = torch.clamp(r, 1 - clip_low, 1 + clip_high).detach()
+    low, high = counts & (r < 1 - clip_low), counts & (r > 1 + clip_high)
+    return Objective(weight * p.a * p.lp, r, low, high, counts & False)
+
+
+def icepop(p: Policy, clip_low: float = 0.5, clip_high: float = 4.0) -> Objective:
+    """M(r) A, M(k) = k inside the band and 0 outside (Ring-1T, arXiv 2510.18855)."""
+    r, counts = p.ratio(p.x), p.a != 0
+    low, high = counts & (r < 1 - clip_low), counts & (r > 1 + clip_high)
+    value = torch.where(low | high, torch.zeros_like(r), r * p.a)
+    return Objective(value, r, low, high, counts & False)
+
+
+def sapo(p: Policy, tau_pos: float = 1.0, tau_neg: float = 1.05) -> Objective:
+    """4 / tau * sigmoid(tau (r - 1)) A (arXiv 2511.20347)."""
+    r, none = p.ratio(p.x), p.a != p.a
+    up, down = (4 / tau / (1 + torch.exp(-tau * (r - 1))) for tau in (tau_pos, tau_neg))
+    return Objective(torch.where(p.a > 0, up, down) * p.a, r, none, none, none)
+
+
+def gmpo(p: Policy, clip_low: float = 0.4, clip_high: float = 0.4) -> Objective:
+    """(product over t of min(r_t^s, clip(r_t, e^-low, e^high)^s)^s)^(1/T) A, s the sign of A (arXiv
+    2507.20673), its product as a mean of logarithms."""
+    sign = p.a.sign()
+    log_min = torch.min(sign * p.x, sign * torch.clamp(p.x, -clip_low, clip_high))
+    r = p.ratio(sign * log_min)
+    low, high = (p.a < 0) & (p.x < -clip_low), (p.a > 0) & (p.x > clip_high)
+    return Objective(r * p.a, r, low, high, (p.a != p.a) & False)
+
+
+OBJECTIVES: dict[str, Callable[..., Objective]] = {
+    "clip": ppo,
+    "cispo": cispo,
+    "icepop": icepop,
+    "sapo": sapo,
+    "gmpo": gmpo,
+}
+
+
+def divergence(kl: str, u: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
+    """Estimates of KL(pi, pi_ref) from u = log pi_ref - log pi; r is the token's ratio.
+
+    k1, k2, k3: J. Schulman, "Approximating KL divergence". k3+: k3, with k2's gradient (verl).
+    k3-unbiased: r k3 (DeepSeek-V3.2, arXiv 2512.02556). exp(u) - 1 - u in float64, for in float32
+    nothing is left of it where policies are alike.
+    """
+    exact = u.double()
+    k2, k3 = u.square() / 2, (torch.expm1(exact) - exact).to(u.dtype)
+    straight_through = k2 - k2.detach() + k3.detach()
+    return {"k1": -u, "k2": k2, "k3": k3, "k3+": straight_through, "k3-unbiased": r * k3}[kl]
+
+
+class Layout(NamedTuple):
+    """Flat [N] tokens of S sequences, over the ranks of a group where there is one."""
+
+    segment: torch.Tensor  # [N]
     counted: torch.Tensor  # [N] bool
-    count: int
-    lengths: torch.Tensor  # [S] int64, counted tokens of each sequence, over all ranks
-    group: Any = None  # process group
+    length: torch.Tensor  # [S], counted tokens of each sequence
+    group: Any
 
     @classmethod
     def of(
-        cls,
-        x: torch.Tensor,
-        cu_seqlens: torch.Tensor | None,
-        mask: torch.Tensor | None,
-        group: Any = None,
-    ) -> Sequences:
-        """From flat [N] (one sequence when there is no cu_seqlens) or padded [B, T] tokens."""
-        if cu_seqlens is not None:
-            lengths = cu_seqlens.long().diff()
-        elif x.dim() == 2:
-            lengths = torch.full((x.shape[0],), x.shape[1], device=x.device)
+        cls, x: torch.Tensor, cu: torch.Tensor | None, mask: torch.Tensor | None, group: Any = None
+    ) -> Layout:
+        token = torch.arange(x.numel(), device=x.device)
+        if cu is not None:
+            segment, count = torch.bucketize(token, cu[1:].long(), right=True), len(cu) - 1
         else:
-            lengths = torch.full((1,), x.shape[0], device=x.device)
-        index = torch.arange(len(lengths), device=x.device)
-        segment = index.repeat_interleave(lengths, output_size=x.numel())  # told: no sync
-        everything = torch.ones(x.numel(), dtype=torch.bool, device=x.device)
-        counted = everything if mask is None else mask.reshape(-1) != 0
-        counts = torch.zeros_like(lengths).index_add(0, segment, counted.long())
-        return cls(segment, counted, len(lengths), summed(counts, group), group)
+            segment, count = token // max(x.shape[-1], 1), x.shape[0] if x.dim() == 2 else 1
+        counted = torch.ones_like(token) if mask is None else (mask.reshape(-1) != 0).long()
+        length = counted.new_zeros(count).index_add(0, segment, counted)
+        return cls(segment, counted.bool(), summed(length, group), group)
 
-    def tokens(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Tokens as flat [N]; 0 where they do not count, whatever stood there."""
-        return torch.where(self.counted, x.reshape(-1).to(dtype), 0.0)
-
-    def spread(self, x: torch.Tensor, dtype: torch.dtype, *, per_token: bool) -> torch.Tensor:
-        """Per-sequence [S] or per-token values as flat [N]."""
-        return self.tokens(x if per_token else x[self.segment], dtype)
+    def flat(self, x: torch.Tensor, dtype: torch.dtype, per: str | None = "token") -> torch.Tensor:
+        """As [N], 0 where nothing counts. per: what x has one value for; None: its shape says."""
+        per = per or ("sequence" if x.shape == self.length.shape else "token")
+        each = x[self.segment] if per == "sequence" else x.reshape(-1)
+        return torch.where(self.counted, each.to(dtype), 0.0)
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
-        """Flat [N] to [S], over all ranks."""
-        return self.over_ranks(x.new_zeros(self.count).index_add(0, self.segment, x))
-
-    def over_ranks(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum of the ranks' x."""
-        return summed(x, self.group)
-
-    def weight(self, *, mean: bool, dtype: torch.dtype) -> torch.Tensor:
-        """Flat [N], 0 where not counted, else 1 or (`mean`) 1 / length of the token's sequence."""
-        weight = self.counted.to(dtype)
-        return weight / self.lengths.clamp(min=1).to(dtype)[self.segment] if mean else weight
+        """[N] to [S]."""
+        return summed(x.new_zeros(len(self.length)).index_add(0, self.segment, x), self.group)
 
     def mean(self, x: torch.Tensor) -> torch.Tensor:
-        """Flat [N] to [S]; 0 for a sequence without counted tokens."""
-        return self.sum(x) / self.lengths.clamp(min=1).to(x.dtype)
+        """[N] to the mean over each token's sequence, [N]."""
+        return (self.sum(x) / self.length.clamp(min=1))[self.segment]
+
+    def average(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """0-d, over all ranks, of what has weight."""
+        total = summed(torch.where(weight > 0, weight * x, 0.0).sum(), self.group)
+        return total / summed(weight.sum(), self.group).clamp(min=1)
 
 
-def is_per_token(
-    name: str,
-    x: torch.Tensor,
-    logprob: torch.Tensor,
-    cu_seqlens: torch.Tensor | None,
-    *,
-    given: str | None,
-    group: Any = None,
-) -> bool:
-    """Whether x has one value per token, not per sequence; `given` says so, else its shape.
-
-    ValueError, on all ranks of a group, where S == N leaves both open. Without a group the two
-    readings are one if every sequence is one token.
-    """
-    flat = logprob.dim() == 1
-    if given is not None or (flat and cu_seqlens is None):
-        return given != "sequence"
-    count = logprob.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-    per_sequence = x.shape == (count,)
-    unclear = per_sequence and flat and count == len(logprob)
-    if group is not None:
-        unclear = bool(summed(torch.tensor(int(unclear), device=x.device), group) > 0)
-    elif unclear and cu_seqlens is not None:
-        unclear = not bool((cu_seqlens.diff() == 1).all())
-    if unclear:
-        raise ValueError(
-            f"clipped_surrogate: got {name} {list(x.shape)} for as many sequences as tokens; "
-            f"expected a word. Pass {name}_per='sequence' or {name}_per='token'."
-        )
-    return not per_sequence
+def within(x: torch.Tensor, bound: float) -> torch.Tensor:
+    """x clamped to +-bound."""
+    return torch.where(x > bound, bound, torch.where(x < -bound, -bound, x))
 
 
 def sequence_logprob(
@@ -133,44 +166,9 @@ def sequence_logprob(
     reduce: str = "sum",
 ) -> torch.Tensor:
     """Token log-probs, flat [N] or padded [B, T], to [S]; at least float32."""
-    sequences = Sequences.of(logprob, cu_seqlens, mask)
-    x = sequences.tokens(logprob, torch.promote_types(logprob.dtype, torch.float32))
-    return sequences.mean(x) if reduce == "mean" else sequences.sum(x)
-
-
-def default_denominator(
-    aggregate: str, sequences: Sequences, constant: float | None
-) -> torch.Tensor | float:
-    """What the weighted sum of the terms is divided by."""
-    if aggregate == "token-mean":
-        return sequences.lengths.sum()
-    if aggregate == "sequence-sum-norm" and constant is not None:
-        return sequences.count * constant
-    return sequences.count
-
-
-def nonzero(denominator: torch.Tensor | float) -> torch.Tensor | float:
-    """Where nothing counts on any rank, the global count is 0: the loss is 0, not NaN. Below 0 it
-    is NaN: a tensor's value cannot be refused without waiting for the device."""
-    if isinstance(denominator, torch.Tensor):
-        sound = torch.where(denominator > 0, denominator, float("nan"))
-        return torch.where(denominator == 0, 1.0, sound)
-    return denominator or 1.0
-
-
-def weighted(advantage: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Their product, 0 where either is 0, whatever the other is."""
-    return torch.where((advantage == 0) | (weight == 0), 0.0, advantage * weight)
-
-
-def clip_bounds(
-    ratio: str, clip_low: float | None, clip_high: float | None, dual_clip: float | None
-) -> tuple[float, float, float]:
-    """(lower, upper, dual) of the ratio; the clips' defaults follow the kind of ratio."""
-    low, high = CLIP[ratio]
-    lower = 1 - (low if clip_low is None else clip_low)
-    upper = 1 + (high if clip_high is None else clip_high)
-    return lower, upper, formulas.DUAL_OFF if dual_clip is None else dual_clip
+    s = Layout.of(logprob, cu_seqlens, mask)
+    total = s.sum(s.flat(logprob, torch.promote_types(logprob.dtype, torch.float32)))
+    return total / s.length.clamp(min=1) if reduce == "mean" else total
 
 
 def clipped_surrogate(
@@ -180,10 +178,13 @@ def clipped_surrogate(
     *,
     cu_seqlens: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
+    loss: str = "clip",
+    loss_options: Mapping[str, float] | None = None,
     ratio: str = "sequence",
     clip_low: float | None = None,
     clip_high: float | None = None,
     dual_clip: float | None = None,
+    off_policy_mask_threshold: float | None = None,
     correction: torch.Tensor | None = None,
     ref_logprob: torch.Tensor | None = None,
     kl_coef: float = 0.0,
@@ -192,88 +193,108 @@ def clipped_surrogate(
     entropy_coef: float = 0.0,
     aggregate: str = "sequence-mean",
     constant: float | None = None,
+    prompt_tokens: torch.Tensor | None = None,
     denominator: float | torch.Tensor | None = None,
     advantage_per: str | None = None,
     correction_per: str | None = None,
     sequence_group: Any = None,
     backend: str = "reference",
 ) -> SurrogateLoss:
-    """The equations above; riskpo_kernels.clipped_surrogate says what the arguments mean."""
+    """riskpo_kernels.clipped_surrogate says what the arguments mean; nothing is checked here, and
+    an advantage or correction [S] is one per sequence where no word says otherwise."""
     wide = torch.promote_types(logprob.dtype, torch.float32)
-    sequences = Sequences.of(logprob, cu_seqlens, mask, sequence_group)
-    old = sequences.tokens(old_logprob.detach(), wide)
-    clip = clip_bounds(ratio, clip_low, clip_high, dual_clip)
-    ref = None if ref_logprob is None else sequences.tokens(ref_logprob.detach(), wide)
-    per = "sequence" if ratio == "sequence" else advantage_per
-    where = logprob, cu_seqlens
-    each = is_per_token("advantage", advantage, *where, given=per, group=sequence_group)
-    a = sequences.spread(advantage, wide, per_token=each)
-    if correction is not None:  # f is homogeneous in a: a weight of f is a weight of a
-        per = correction_per
-        each = is_per_token("correction", correction, *where, given=per, group=sequence_group)
-        w = sequences.spread(correction.detach(), wide, per_token=each)
-        a = weighted(a, sequences.mean(w)[sequences.segment] if ratio == "sequence" else w)
-    weight = sequences.weight(mean=aggregate == "sequence-mean", dtype=wide)
+    s = Layout.of(logprob, cu_seqlens, mask, sequence_group)
+    sequence = ratio == "sequence"
+    old, lp = s.flat(old_logprob.detach(), wide), s.flat(logprob, wide)
+    a = s.flat(advantage, wide, "sequence" if sequence else advantage_per)
+    if correction is not None:
+        w = s.flat(correction.detach(), wide, correction_per)
+        w = s.mean(w) if sequence else w  # of equal weights their own
+        a = torch.where((a == 0) | (w == 0), 0.0, a * w)
+    if off_policy_mask_threshold is not None:
+        strayed = s.mean(old - lp.detach()) > off_policy_mask_threshold
+        a = torch.where(strayed & (a < 0), 0.0, a)
 
-    def policy_terms(new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        x = new - old
-        x = sequences.mean(x)[sequences.segment] if ratio == "sequence" else x
-        unread = (a == 0) & x.isnan()  # away before autograd multiplies it by 0
-        r = torch.exp(formulas.bounded(torch.where(unread, 0.0, x), BOUND[ratio]))
-        u = torch.zeros_like(new) if ref is None else ref - new
-        divergence, _ = KL[kl](formulas.bounded(u, formulas.TOKEN_BOUND))
-        f = formulas.surrogate(r, a, *clip)
-        r = torch.where(unread, float("nan"), r.detach())
-        return (f + kl_coef * divergence if kl_coef else f), r, divergence
+    given = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip}
+    settings = {k: v for k, v in given.items() if v is not None} | dict(loss_options or {})
+    if loss == "clip":
+        settings = dict(zip(("clip_low", "clip_high"), CLIP[ratio], strict=True)) | settings
 
-    term, r, divergence = policy_terms(sequences.tokens(logprob, wide))
-    unit = sequences.weight(mean=ratio == "sequence", dtype=wide)
-    stats = _ratio_stats(r, a, clip, unit, sequences)
+    def surrogate(lp: torch.Tensor) -> Objective:
+        unread = a == 0  # away before autograd multiplies a NaN by 0
+        x = torch.where(unread, 0.0, lp - old)
+        policy = Policy(x, a, torch.where(unread, 0.0, lp), ratio_of)
+        return OBJECTIVES[loss](policy, **settings)
+
+    def ratio_of(x: torch.Tensor) -> torch.Tensor:
+        return within(s.mean(x), 10.0).exp() if sequence else within(x, 20.0).exp()
+
+    def penalty(lp: torch.Tensor) -> torch.Tensor:
+        if ref_logprob is None:
+            return torch.zeros_like(lp)
+        u = within(s.flat(ref_logprob.detach(), wide) - lp, 20.0)
+        return divergence(kl, u, within(lp - old, 20.0).exp())
+
+    each = s.counted.to(wide)
+    length = {"sequence-mean": s.length, "prompt-mean": prompt_tokens}.get(aggregate)
+    weight = each if length is None else each / length.clamp(min=1)[s.segment]
+
+    def total(lp: torch.Tensor) -> torch.Tensor:
+        terms = -surrogate(lp).value
+        return (weight * (terms + kl_coef * penalty(lp) if kl_coef else terms)).sum()
+
+    value = total(lp)
+    h = None if entropy is None else s.flat(entropy, wide)
+    if h is not None and entropy_coef:
+        value = value - entropy_coef * (weight * h).sum()
+    if denominator is None:
+        denominator = _denominator(aggregate, s, constant, prompt_tokens)
     with torch.enable_grad():
-        leaf = sequences.tokens(logprob.detach(), wide).requires_grad_()
-        (slope,) = torch.autograd.grad((weight * policy_terms(leaf)[0]).sum(), leaf)
-    zero = (slope == 0) & ((weight * entropy_coef == 0) | (entropy is None))
-    stats["zero_coefficient_fraction"] = _mean(zero.to(wide), sequences)
-    if ref is not None:
-        stats["kl"] = _mean(divergence, sequences, skip_nan=kl_coef == 0)
-    if entropy is not None:
-        h = sequences.tokens(entropy, wide)
-        stats["entropy"] = _mean(h, sequences, skip_nan=entropy_coef == 0)
-        term = term - entropy_coef * h if entropy_coef else term
-    share = default_denominator(aggregate, sequences, constant)
-    loss = (weight * term).sum() / nonzero(share if denominator is None else denominator)
-    return SurrogateLoss(loss, stats)
+        leaf = lp.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(total(leaf), leaf)
+    still = (slope == 0) & ((weight * entropy_coef == 0) | (h is None))
+
+    unit = each / s.length.clamp(min=1)[s.segment] if sequence else each
+    stats = _ratio_stats(surrogate(lp.detach()), a, ratio_of(lp.detach() - old), unit, s)
+    stats["zero_coefficient_fraction"] = s.average(still, each)
+    for name, x, coef in (("kl", penalty(lp.detach()), kl_coef), ("entropy", h, entropy_coef)):
+        if x is not None and (name == "entropy" or ref_logprob is not None):
+            x = x.detach()
+            stats[name] = s.average(x, each if coef else each * ~x.isnan())
+    return SurrogateLoss(value / positive(denominator), stats)
 
 
-def _mean(x: torch.Tensor, sequences: Sequences, *, skip_nan: bool = False) -> torch.Tensor:
-    """Over the counted tokens; `skip_nan`: those of them that have a value."""
-    seen = sequences.counted & ~x.isnan() if skip_nan else sequences.counted
-    total = sequences.over_ranks(torch.where(seen, x.detach(), 0.0).sum())
-    return total / sequences.over_ranks(seen.sum()).clamp(min=1)
+def positive(denominator: torch.Tensor | float) -> torch.Tensor | float:
+    """0 as 1: where nothing counts on any rank, the loss is 0. Below 0 as NaN."""
+    if isinstance(denominator, torch.Tensor):
+        sound = torch.where(denominator > 0, denominator, float("nan"))
+        return torch.where(denominator == 0, 1.0, sound)
+    return denominator or 1.0
+
+
+def _denominator(
+    aggregate: str, s: Layout, constant: float | None, prompt_tokens: torch.Tensor | None
+) -> torch.Tensor | float:
+    if aggregate == "token-mean":
+        return s.length.sum()
+    if aggregate == "prompt-mean" and prompt_tokens is not None:
+        return (s.length / prompt_tokens.clamp(min=1)).sum()
+    norm = constant if aggregate == "sequence-sum-norm" else None
+    return len(s.length) * (norm or 1.0)
 
 
 def _ratio_stats(
-    r: torch.Tensor,
-    a: torch.Tensor,
-    clip: tuple[float, float, float],
-    unit: torch.Tensor,
-    sequences: Sequences,
+    found: Objective, a: torch.Tensor, plain: torch.Tensor, unit: torch.Tensor, s: Layout
 ) -> dict[str, torch.Tensor]:
     """Shares of all units; the ratio's mean and maximum over those that have one or need one."""
-    low, high, dual = formulas.cuts(r, a, *clip)
+    r = torch.where(a == 0, plain, found.r)
     seen = torch.where((a == 0) & r.isnan(), 0.0, unit)
-
-    def mean(x: torch.Tensor, unit: torch.Tensor = unit) -> torch.Tensor:
-        total = sequences.over_ranks(torch.where(unit > 0, unit * x, 0.0).sum())
-        return total / sequences.over_ranks(unit.sum()).clamp(min=1)
-
+    most = torch.where(seen > 0, r, 0.0)
     return {
-        "clip_fraction": mean(low | high | dual),
-        "clip_low_fraction": mean(low),
-        "clip_high_fraction": mean(high),
-        "ratio_mean": mean(r, seen),
-        "ratio_max": largest(
-            torch.where(seen > 0, r, 0.0).amax() if len(r) else r.sum(), sequences.group
-        ),
-        "tokens": sequences.lengths.sum(),
+        "clip_fraction": s.average(found.low | found.high | found.dual, unit),
+        "clip_low_fraction": s.average(found.low, unit),
+        "clip_high_fraction": s.average(found.high, unit),
+        "ratio_mean": s.average(r, seen),
+        "ratio_max": largest(most.amax() if len(r) else r.sum(), s.group),
+        "tokens": s.length.sum(),
     }

@@ -97,8 +97,6 @@ def refusals(rank, world):
     x, cu, _ = tokens(lengths=LENGTHS)
     x = {k: x[k] for k in ("logprob", "old_logprob", "advantage")}
     group = dist.group.WORLD
-    with pytest.raises(ValueError, match="a kernel reads whole sequences"):
-        clipped_surrogate(**x, cu_seqlens=cu, sequence_group=group, backend="triton")
     if rank:  # one sequence fewer than the other rank has
         x, cu, _ = tokens(lengths=LENGTHS[:-1])
         x = {k: x[k] for k in ("logprob", "old_logprob", "advantage")}

@@ -31,6 +31,15 @@ from riskpo_kernels.core.matmul import no_autocast
 from riskpo_kernels.core.process_groups import name_of
 from riskpo_kernels.lm_head.block_filter import DEFAULT_EPS
 from riskpo_kernels.lm_head.operator import head_operator
+from riskpo_kernels.lm_head.support import (
+    OUTSIDE,
+    Support,
+    check_inside,
+    check_lists,
+    check_support,
+    support_operator,
+)
+from riskpo_kernels.lm_head.targets import targets_operator
 from riskpo_kernels.reference import TokenLogProbs
 
 OP = "linear_logprob"
@@ -47,6 +56,8 @@ def linear_logprob(
     softcap: float | None = None,
     return_entropy: bool = False,
     ignore_index: int | None = -100,
+    support: Support | None = None,
+    outside_support: str = "raise",
     tail_eps: float | None = None,
     vocab_group: Any = None,
     memory_mib: float = 300,
@@ -60,14 +71,24 @@ def linear_logprob(
         weight: [V, D] head, of hidden's dtype; 16-bit hidden with a float32 weight computes in
             float32. A frozen weight costs no dW work.
         target: [...] integer ids, already shifted; `ignore_index` rows give 0 for every result and
-            zero gradient, and their hidden states are never read.
+            zero gradient, and their hidden states are never read. [..., K] asks for the log-probs
+            of K ids a row from the same pass; an ignored id among others gives 0.
         ignore_index: None where no row is to be ignored: then the forward does not wait for the
             device and a CUDA graph can hold it. It does not look at the ids either: one outside
             the vocabulary gives log-prob -inf.
         bias: [V], weight's dtype or float32.
-        temperature: above 0, a float or one per target; constant.
+        temperature: above 0, a float or one per row [...]; constant.
         scale, softcap: logits are softcap(scale * (h W^T + bias)) / temperature.
         return_entropy: also the entropy of that softmax.
+        support: the ids that a sampler's top-k, top-p or min-p kept of each row: softmax,
+            entropy and lse are over these alone, and only their rows of the head are read: no pass
+            over the vocabulary, exact whatever tail_eps. (token_ids [P], offsets [N + 1]) as in
+            vLLM's SamplingMask, rows of target in order, or ids [..., K] padded with -1. Any
+            order, no id twice in a row. Gathers up to memory_mib at a time. Backends torch and
+            reference; the host waits for the device twice a pass. With deterministic=True it
+            repeats bitwise run to run, not whatever rows are beside it.
+        outside_support: "raise" for a target that its row does not keep, or "-inf": its log-prob,
+            a constant. Count them with logprob.isneginf().sum().
         tail_eps: a block of 128 vocabulary columns with less softmax mass than this (less still
             for a near-certain row, or near a softcap) gets no gradient from the row; what a row
             loses is at most 32 tail_eps |upstream| in the 1-norm of its logits' gradient
@@ -91,10 +112,10 @@ def linear_logprob(
         backend: "auto", "triton", "torch" or "reference"; see backend_report().
 
     Returns:
-        TokenLogProbs(logprob, entropy, lse), each [...], in nats, float32 (float64 for float64
-        inputs). All three are differentiable once, for any upstream gradients: lse for a z-loss,
-        or, as hidden @ weight[k] - lse, for another token's log-prob. entropy is None unless
-        asked for. logprob <= 0 and entropy >= 0 hold exactly.
+        TokenLogProbs(logprob, entropy, lse), each [...] (logprob as target), in nats, float32
+        (float64 for float64 inputs). All three are differentiable once, for any upstream
+        gradients: lse for a z-loss, or, as hidden @ weight[k] - lse, for another token's log-prob.
+        entropy is None unless asked for. logprob <= 0 and entropy >= 0 hold exactly.
 
     Raises:
         ValueError: wrong shapes, dtypes, devices or values, an empty or sharded weight, a backend
@@ -105,9 +126,10 @@ def linear_logprob(
         constant, (temperature, scale, softcap, ignore_index, tail_eps, memory_mib)
     )
     check_head(OP, hidden, weight, target, bias, sharded_ok=vocab_group is not None)
+    rows, several = tuple(hidden.shape[:-1]), target.dim() == hidden.dim()
     check_options(
         OP,
-        tuple(target.shape),
+        rows,
         hidden.device,
         temperature=temperature,
         scale=scale,
@@ -116,12 +138,14 @@ def linear_logprob(
         tail_eps=tail_eps,
     )
     check_choice(OP, "backend", backend, BACKENDS)
+    check_choice(OP, "outside_support", outside_support, OUTSIDE)
     group = name_of(OP, "vocab_group", vocab_group)
+    kept = None if support is None else check_support(support, rows, target, backend)
     if backend == "reference":
         if vocab_group is None:
-            live_rows(OP, target.reshape(-1), weight.shape[0], ignore_index, temperature)
+            _check_ids(target, several, weight.shape[0], ignore_index, temperature, kept)
         with no_autocast(hidden.device):
-            return reference.linear_logprob(
+            out = reference.linear_logprob(
                 hidden,
                 weight,
                 target,
@@ -131,33 +155,46 @@ def linear_logprob(
                 softcap=softcap,
                 return_entropy=return_entropy,
                 ignore_index=ignore_index,
+                support=support,
                 vocab_group=vocab_group,
             )
+        if kept is not None and outside_support == "raise":
+            check_inside(out.logprob)
+        return out
     leaves, row_temperature = (hidden, weight, bias), None
     if isinstance(temperature, torch.Tensor):
         row_temperature, temperature = temperature.reshape(-1), 1.0
     if tail_eps is None:
         tail_eps = DEFAULT_EPS.get(torch.promote_types(hidden.dtype, weight.dtype), 0.0)
-    logprob, entropy, lse, *_ = head_operator(
-        hidden.reshape(-1, hidden.shape[-1]),
-        weight,
-        bias,
-        target.reshape(-1),
-        row_temperature,
-        ignore_index,
-        group,
-        scale,
-        softcap,
-        temperature,
-        return_entropy,
-        backend,
-        memory_mib,
-        tail_eps,
-        deterministic,
-        torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves),
-    )
+    ids = target.flatten(0, -2) if several else target.reshape(-1)
+    tensors = (hidden.reshape(-1, hidden.shape[-1]), weight, bias, ids, row_temperature)
+    words = (ignore_index, group, scale, softcap, temperature, return_entropy)
+    if kept is not None:
+        raises = outside_support == "raise"
+        found = support_operator(*tensors, *kept, *words, memory_mib, deterministic, raises)
+    else:
+        keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
+        operator = targets_operator if several else head_operator
+        found = operator(*tensors, *words, backend, memory_mib, tail_eps, deterministic, keep)
+    logprob, entropy, lse, *_ = found
     return TokenLogProbs(
         logprob.view(target.shape),
-        entropy.view(target.shape) if return_entropy else None,
-        lse.view(target.shape),
+        entropy.view(rows) if return_entropy else None,
+        lse.view(rows),
     )
+
+
+def _check_ids(
+    target: torch.Tensor,
+    several: bool,
+    vocab: int,
+    ignore_index: int | None,
+    temperature: float | torch.Tensor,
+    kept: tuple[torch.Tensor, torch.Tensor | None] | None,
+) -> None:
+    """What the operators check of the values, for the reference."""
+    if several and isinstance(temperature, torch.Tensor):
+        temperature = temperature[..., None].expand_as(target)
+    live_rows(OP, target.reshape(-1), vocab, ignore_index, temperature)
+    if kept is not None:
+        check_lists(*kept, vocab, target, ignore_index)

@@ -29,7 +29,7 @@ class Accumulator:
         if grad is None:
             grad = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
         self.grad, self.index, self.wide = grad, index, wide
-        self.direct = like.dtype == wide and index is None
+        self.direct = grad.dtype == wide and index is None
         self.unit: torch.Tensor | None = None  # multiplies the sums before they are rounded
         self.buffer: torch.Tensor | None = None
         if whole and not self.direct:

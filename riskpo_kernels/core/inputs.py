@@ -60,7 +60,7 @@ def check_head(
     *,
     sharded_ok: bool,
 ) -> None:
-    """hidden [..., D], weight [V, D], target [...], bias [V]."""
+    """hidden [..., D], weight [V, D], target [...] or [..., K], bias [V]."""
     check_float(op, "hidden", hidden)
     check_weight(op, weight, sharded_ok=sharded_ok)
     check_device(op, hidden=hidden, weight=weight, target=target, bias=bias)
@@ -73,7 +73,9 @@ def check_head(
         )
         came = f"hidden {list(hidden.shape)} with weight {list(weight.shape)}"
         reject(op, came, f"hidden of width {weight.shape[1]}", todo)
-    check_shape(op, "target", target, tuple(hidden.shape[:-1]), "hidden without its last dimension")
+    several = target.dim() == hidden.dim() and target.shape[-1] > 0
+    one = target[..., 0] if several else target
+    check_shape(op, "target", one, tuple(hidden.shape[:-1]), "hidden without its last dimension")
     pair = hidden.dtype, weight.dtype
     if pair[0] != pair[1] and not (pair[0] in SIXTEEN_BIT and pair[1] == torch.float32):
         reject(

@@ -79,6 +79,31 @@ def schema_of(kernel: Callable[..., Any], options: type, results: int) -> str:
     return torch.library.infer_schema(prototype, mutates_args=())
 
 
+def gradients_through(operator: Callable[..., Any], sent: int) -> Callable[..., Any]:
+    """The `backward` that calls operator(needs, *upstream, *saved, *options), of the first `sent`
+    results' upstream gradients, for those of the first three inputs. ctx.options as set by
+    setup_context, which leaves gradients that nobody sent None."""
+
+    def gradients(ctx: Any, *upstream: Any) -> tuple[torch.Tensor | None, ...]:
+        needs, own = list(ctx.needs_input_grad[:3]), upstream[:sent]
+        nothing = (None,) * len(ctx.needs_input_grad)
+        if all(x is None for x in own) or not any(needs):
+            return nothing
+        found = operator(needs, *own, *ctx.saved_tensors, *ctx.options)
+        return *(x if n else None for x, n in zip(found, needs, strict=True)), *nothing[3:]
+
+    return gradients
+
+
+def gradients_fake(needs: list[bool], *args: Any) -> tuple[torch.Tensor, ...]:
+    """The shapes of such an operator's results, after three upstream gradients."""
+    hidden = args[3]
+    return tuple(
+        hidden.new_empty(x.shape, dtype=x.dtype) if n and x is not None else hidden.new_empty(0)
+        for x, n in zip(args[3:6], needs, strict=True)
+    )
+
+
 class _Refused(torch.autograd.Function):
     """x, which raises when a backward reaches it."""
 

@@ -39,18 +39,22 @@ def backward_rows(
     o: Options,
     *,
     wide_dh: bool = False,
+    wide_dw: bool = False,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """dH [N, D], dW [V, D], dbias [V] of the rows that `ways` keeps, None where not needed; in the
-    dtypes of what they are gradients of, dH with wide_dh as its sums are."""
+    dtypes of what they are gradients of, or (wide_dh; wide_dw, of dbias too) as their sums are."""
     products = products_of(head)
     unit = _unit(up, products)
     if unit is not None:
         up = up.divided(unit)
-    free = head.weight.dtype == products.wide  # dW is as wide as its sums: it needs no buffer
+    free = wide_dw or head.weight.dtype == products.wide  # dW is its own sums: it needs no buffer
     dense, both = ways.dense, ways.dense is not None and bool(ways.sparse)
     rows_outer = both or free or not needs[1] or (needs[0] and head.vocab <= head.n)
     dw_pieces = rows_outer if dense is not None else free or head.n > head.vocab
-    dw = Accumulator(head.weight, products.wide, whole=dw_pieces) if needs[1] else None
+    dw = None
+    if needs[1]:
+        grad = head.weight.new_zeros(head.weight.shape, dtype=products.wide) if wide_dw else None
+        dw = Accumulator(head.weight, products.wide, whole=dw_pieces, grad=grad)
     db = torch.zeros(head.vocab, dtype=products.wide, device=head.hidden.device)
     into = Gradients(None, dw, db if needs[2] else None)
     dh = None
@@ -80,7 +84,7 @@ def backward_rows(
     return (
         dh,
         None if dw is None else dw.grad,
-        db.to(head.bias.dtype) if needs[2] and head.bias is not None else None,
+        db.to(db if wide_dw else head.bias) if needs[2] and head.bias is not None else None,
     )
 
 

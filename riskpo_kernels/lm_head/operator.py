@@ -16,7 +16,12 @@ import torch
 from riskpo_kernels.core.backends import choose
 from riskpo_kernels.core.inputs import live_rows
 from riskpo_kernels.core.matmul import exact_products
-from riskpo_kernels.core.operators import register, schema_of
+from riskpo_kernels.core.operators import (
+    gradients_fake,
+    gradients_through,
+    register,
+    schema_of,
+)
 from riskpo_kernels.core.process_groups import group_called, sum_over
 from riskpo_kernels.core.rows import KeptLogits, LogitMap, RowGradient, RowStats, kept_columns
 from riskpo_kernels.lm_head.backward import backward_rows, ways_of
@@ -27,27 +32,27 @@ from riskpo_kernels.lm_head.tiles import Head, Options, forward_rows
 from riskpo_kernels.lm_head.vocab_parallel import VocabShard
 
 OP = "linear_logprob"
-# _forward's: logprob, entropy, lse | peak, log_sum | bits, dense, pairs | offset | kept logits
+# forward's: logprob, entropy, lse | peak, log_sum | bits, dense, pairs | offset | kept logits
 RESULTS = 10
 
 
-def _wide(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
+def wide_of(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
     return torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
 
 
-def _resolve(hidden: torch.Tensor, weight: torch.Tensor, numbers: tuple[Any, ...]) -> Options:
+def resolve(hidden: torch.Tensor, weight: torch.Tensor, numbers: tuple[Any, ...]) -> Options:
     o = Options(*numbers)
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     return replace(o, backend=choose(OP, o.backend, hidden.device, dtype))
 
 
-def _map(o: Options, row_temperature: torch.Tensor | None, wide: torch.dtype) -> LogitMap:
+def map_of(o: Options, row_temperature: torch.Tensor | None, wide: torch.dtype) -> LogitMap:
     if row_temperature is None:
         return LogitMap(o.scale, o.softcap, o.temperature)
     return LogitMap(o.scale, o.softcap, row_temperature.to(wide).contiguous())
 
 
-def _shard(
+def find_shard(
     group: str, hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, o: Options
 ) -> VocabShard | None:
     if not group:
@@ -55,7 +60,7 @@ def _shard(
     same: dict[str, int | torch.Tensor] = {  # what the number of collectives hangs on, and more
         "rows": target.shape[0],
         "hidden width": hidden.shape[1],
-        "bytes of a sum": _wide(hidden, weight).itemsize,
+        "bytes of a sum": wide_of(hidden, weight).itemsize,
         "sum of the targets": target.sum(),
         "return_entropy": o.return_entropy,
         "triton": o.backend == "triton",
@@ -64,12 +69,12 @@ def _shard(
     return VocabShard.find(OP, group_called(group), weight, same)
 
 
-def _among(keep: torch.Tensor | None, n: int, x: torch.Tensor) -> torch.Tensor:
+def put_among(keep: torch.Tensor | None, n: int, x: torch.Tensor) -> torch.Tensor:
     """Live rows' numbers (along the last dimension) among all n rows; zero elsewhere."""
     return x if keep is None else x.new_zeros(*x.shape[:-1], n).index_copy(-1, keep, x)
 
 
-def _forward(
+def forward(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -79,13 +84,13 @@ def _forward(
     group: str,
     *numbers: Any,
 ) -> tuple[torch.Tensor, ...]:
-    o = _resolve(hidden, weight, numbers)
-    shard = _shard(group, hidden, weight, target, o)
+    o = resolve(hidden, weight, numbers)
+    shard = find_shard(group, hidden, weight, target, o)
     offset, vocab = (shard.offset, shard.total) if shard else (0, weight.shape[0])
     checked = 1.0 if row_temperature is None else row_temperature
     keep, ids = live_rows(OP, target, vocab, ignore_index, checked)
     bias = None if bias is None else bias.contiguous()
-    map = _map(o, row_temperature, _wide(hidden, weight))
+    map = map_of(o, row_temperature, wide_of(hidden, weight))
     map = map if keep is None else map.of(keep)
     with exact_products(hidden.device):
         kept = _kept(hidden, weight, group, o)
@@ -96,16 +101,18 @@ def _forward(
         logprob, entropy, peak, log_sum = finish(state)
         lse = peak + log_sum
     n = target.shape[0]
-    logprob, lse, peak, log_sum = (_among(keep, n, x) for x in (logprob, lse, peak, log_sum))
-    entropy = hidden.new_empty(0, dtype=lse.dtype) if entropy is None else _among(keep, n, entropy)
-    blocks = _no_blocks(hidden) if active is None else (_among(keep, n, x) for x in active)
+    logprob, lse, peak, log_sum = (put_among(keep, n, x) for x in (logprob, lse, peak, log_sum))
+    entropy = (
+        hidden.new_empty(0, dtype=lse.dtype) if entropy is None else put_among(keep, n, entropy)
+    )
+    blocks = _no_blocks(hidden) if active is None else (put_among(keep, n, x) for x in active)
     first = torch.full((), offset, dtype=torch.int64, device=hidden.device)
     return logprob, entropy, lse, peak, log_sum, *blocks, first, kept
 
 
 def _kept(hidden: torch.Tensor, weight: torch.Tensor, group: str, o: Options) -> torch.Tensor:
     """Room [N, K] for logits that the backward need not recompute; rows of a group move."""
-    wide = _wide(hidden, weight)
+    wide = wide_of(hidden, weight)
     columns = 0
     # With deterministic=True a row's products may not depend on how many rows there are.
     keeps = o.keep and not (o.deterministic or group)
@@ -120,7 +127,7 @@ def _no_blocks(like: torch.Tensor) -> ActiveBlocks:
     )
 
 
-def _forward_fake(
+def forward_fake(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -132,14 +139,14 @@ def _forward_fake(
 ) -> tuple[torch.Tensor, ...]:
     o, n = Options(*numbers), target.shape[0]
     sizes = (n, n if o.return_entropy else 0, n, n, n)
-    rows = (hidden.new_empty(size, dtype=_wide(hidden, weight)) for size in sizes)
+    rows = (hidden.new_empty(size, dtype=wide_of(hidden, weight)) for size in sizes)
     selects = o.tail_eps != 0 and weight.shape[0] != 0
     blocks = ActiveBlocks.new(weight.shape[0], n, hidden.device) if selects else _no_blocks(hidden)
     first = hidden.new_empty((), dtype=torch.int64)
-    return *rows, *blocks, first, _kept(hidden, weight, group, _resolve(hidden, weight, numbers))
+    return *rows, *blocks, first, _kept(hidden, weight, group, resolve(hidden, weight, numbers))
 
 
-def _backward(
+def backward_sums(
     needs: list[bool],
     c: torch.Tensor | None,
     g: torch.Tensor | None,
@@ -161,12 +168,14 @@ def _backward(
     ignore_index: int | None,
     group: str,
     *numbers: Any,
-) -> tuple[torch.Tensor, ...]:
-    o, wide = _resolve(hidden, weight, numbers), logprob.dtype
+    wide: bool = False,
+) -> tuple[torch.Tensor | None, ...]:
+    """dH, dW, dbias; wide: as their float32 sums, dH of this rank's columns alone."""
+    o, dtype = resolve(hidden, weight, numbers), logprob.dtype
     g = g if o.return_entropy else None  # a compiled graph sends zeros instead of nothing
-    c, g, e = (None if x is None else x.to(wide) for x in (c, g, e))
+    c, g, e = (None if x is None else x.to(dtype) for x in (c, g, e))
     bias = None if bias is None else bias.contiguous()
-    map, local = _map(o, row_temperature, wide), target.long() - offset
+    map, local = map_of(o, row_temperature, dtype), target.long() - offset
     head = Head(hidden, weight, bias, None, local, map, KeptLogits(kept))
     stats = RowStats(logprob, entropy if o.return_entropy else None, peak, log_sum)
     up = RowGradient.new(stats, c, g, e, map)
@@ -179,11 +188,9 @@ def _backward(
         head, up = head.of(ways.keep), up.of(ways.keep)
         active = None if active is None else active.of(ways.keep)
     with exact_products(hidden.device):
-        if group:
-            gradients = _shard_backward(head, up, active, ways, needs, o, group)
-        else:
-            gradients = backward_rows(head, up, active, ways, needs, o)
-    return tuple(hidden.new_empty(0) if x is None else x for x in gradients)
+        if group and not wide:
+            return _shard_backward(head, up, active, ways, needs, o, group)
+        return backward_rows(head, up, active, ways, needs, o, wide_dh=wide, wide_dw=wide)
 
 
 def _shard_backward(
@@ -206,28 +213,16 @@ def _shard_backward(
     return dh, dw, db
 
 
-def _backward_fake(
-    needs: list[bool],
-    c: torch.Tensor | None,
-    g: torch.Tensor | None,
-    e: torch.Tensor | None,
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    *_: Any,
-) -> tuple[torch.Tensor, ...]:
-    like = zip((hidden, weight, bias), needs, strict=True)
-    return tuple(
-        hidden.new_empty(x.shape, dtype=x.dtype) if n and x is not None else hidden.new_empty(0)
-        for x, n in like
-    )
+def _backward(needs: list[bool], *args: Any) -> tuple[torch.Tensor, ...]:
+    gradients = backward_sums(needs, *args)
+    return tuple(args[3].new_empty(0) if x is None else x for x in gradients)
 
 
 _backward_operator = register(
     "linear_logprob_backward",
-    schema_of(_backward, Options, 3),
+    schema_of(backward_sums, Options, 3),
     _backward,
-    fake=_backward_fake,
+    fake=gradients_fake,
 )
 
 
@@ -239,27 +234,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
     ctx.mark_non_differentiable(*rest)
 
 
-def _gradients(
-    ctx: Any,
-    c: torch.Tensor | None,
-    g: torch.Tensor | None,
-    e: torch.Tensor | None,
-    *_: None,
-) -> tuple[torch.Tensor | None, ...]:
-    needs = list(ctx.needs_input_grad[:3])
-    nothing = (None,) * len(ctx.needs_input_grad)
-    if (c is None and g is None and e is None) or not any(needs):
-        return nothing
-    gradients = _backward_operator(needs, c, g, e, *ctx.saved_tensors, *ctx.options)
-    wanted = zip(gradients, needs, strict=True)
-    return *(x if need else None for x, need in wanted), *nothing[3:]
-
-
 head_operator = register(
     OP,
-    schema_of(_forward, Options, RESULTS),
-    _forward,
-    fake=_forward_fake,
+    schema_of(forward, Options, RESULTS),
+    forward,
+    fake=forward_fake,
     setup_context=_setup_context,
-    backward=_gradients,
+    backward=gradients_through(_backward_operator, 3),
 )

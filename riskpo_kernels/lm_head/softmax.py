@@ -66,7 +66,7 @@ def fold(
     """Fold a tile of raw logits [R, C] (overwritten) into `state`; target [R] counts from the
     tile's first column and may lie outside it. blocks [R, C / 128] takes the log-sum-exp of each
     run of 128 columns, the target left out."""
-    z, _ = _logits(raw, bias, map, slope=False)
+    z, _ = mapped(raw, bias, map, slope=False)
     cols = z.shape[1]
     here = (target >= 0) & (target < cols)
     at = target.clamp(0, cols - 1)[:, None]
@@ -115,7 +115,7 @@ def gradient(
 ) -> torch.Tensor:
     """The gradient of a tile's raw logits [R, C] (overwritten), into `out` (which may be raw)."""
     cols = raw.shape[1]
-    z, slope = _logits(raw, bias, map, slope=True)
+    z, slope = mapped(raw, bias, map, slope=True)
     log_p = z.sub_(up.peak[:, None]).sub_(up.log_sum[:, None])
     if up.slope is None:
         dz = log_p.exp_().mul_(-up.offset[:, None])
@@ -130,7 +130,7 @@ def gradient(
     return dz if out is dz else out.copy_(dz)
 
 
-def _logits(
+def mapped(
     raw: torch.Tensor, bias: torch.Tensor | None, map: LogitMap, slope: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """raw -> z in place, and softcap'(scale * raw) when there is a softcap and it is wanted."""

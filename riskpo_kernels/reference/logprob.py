@@ -2,6 +2,8 @@
 
 z = softcap(scale * (h W^T + b)) / T          softcap(x) = c tanh(x / c)
 logprob = z[target] - logsumexp(z)            entropy = - sum_v p_v log p_v,  p = softmax(z)
+
+With a support z is -inf outside of the row's kept ids. With K targets a row they share the softmax.
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ def linear_logprob(
     softcap: float | None = None,
     return_entropy: bool = False,
     ignore_index: int | None = -100,
+    support: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
+    outside_support: str = "raise",
     tail_eps: float | None = None,
     vocab_group: Any = None,
     memory_mib: float = 300,
@@ -40,19 +44,24 @@ def linear_logprob(
     backend: str = "reference",
 ) -> TokenLogProbs:
     """Hidden states [..., D], head [V, D] and targets [...] to log-probs [...]; computes in at
-    least float32. tail_eps, memory_mib, deterministic and backend have nothing to act on here."""
+    least float32. tail_eps, memory_mib, deterministic and backend have nothing to act on here.
+    target [..., K] gives logprob [..., K]; support keeps the ids of a row, outside_support is
+    taken as "-inf"."""
     if vocab_group is not None:
         weight = whole(weight, vocab_group)
         bias = None if bias is None else whole(bias, vocab_group)
     wide = torch.promote_types(hidden.dtype, torch.float32)
     kept = _kept(target, ignore_index)
+    if target.dim() == hidden.dim():  # a row counts where one of its K targets does
+        kept = kept.any(-1)
     rows = hidden[kept].to(wide)  # a dropped row's NaN must not reach a product
     logits = rows @ weight.to(wide).T
     if bias is not None:
         logits = logits + bias.to(wide)
     per_row = temperature[kept] if isinstance(temperature, torch.Tensor) else temperature
     logits = logits * scale
-    return _log_probs(logits, kept, target, per_row, softcap, return_entropy)
+    inside = None if support is None else _inside(support, kept, logits.shape[-1])
+    return _log_probs(logits, kept, target, per_row, softcap, return_entropy, inside, ignore_index)
 
 
 def logits_logprob(
@@ -78,6 +87,22 @@ def _kept(target: torch.Tensor, ignore_index: int | None) -> torch.Tensor:
     return everything if ignore_index is None else target != ignore_index
 
 
+def _inside(
+    support: torch.Tensor | tuple[torch.Tensor, torch.Tensor], kept: torch.Tensor, vocab: int
+) -> torch.Tensor:
+    """[live rows, V] bool, which ids the rows keep: of [..., K] ids, -1 where there is none, or of
+    all rows' ids in turn and offsets [N + 1]."""
+    inside = torch.zeros(kept.numel(), vocab + 1, dtype=torch.bool, device=kept.device)
+    if isinstance(support, torch.Tensor):
+        ids = support.flatten(0, -2).long()
+        inside.scatter_(1, ids.masked_fill(ids < 0, vocab), True)
+    else:
+        ids, offsets = (x.long() for x in support)
+        row = torch.arange(kept.numel(), device=kept.device).repeat_interleave(offsets.diff())
+        inside[row, ids] = True
+    return inside[kept.flatten(), :vocab]
+
+
 def _log_probs(
     z: torch.Tensor,
     kept: torch.Tensor,
@@ -85,14 +110,23 @@ def _log_probs(
     temperature: float | torch.Tensor,
     softcap: float | None,
     return_entropy: bool,
+    inside: torch.Tensor | None = None,
+    ignore_index: int | None = None,
 ) -> TokenLogProbs:
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
     if isinstance(temperature, torch.Tensor):
         temperature = temperature.to(z.dtype)[:, None]
     z = z / temperature
+    if inside is not None:
+        z = z.masked_fill(~inside, -torch.inf)
     log_p = torch.log_softmax(z, dim=-1)
-    taken = log_p.gather(-1, target[kept].long()[:, None])[:, 0]
+    ids = target[kept].long()
+    ids = ids if target.dim() > kept.dim() else ids[:, None]
+    live = _kept(ids, ignore_index)
+    taken = log_p.gather(-1, ids.masked_fill(~live, 0)).masked_fill(~live, 0.0)
+    if inside is not None:  # a constant
+        taken = torch.where(taken == -torch.inf, -torch.inf, taken)
     lse = torch.logsumexp(z, dim=-1)
 
     def spread(x: torch.Tensor) -> torch.Tensor:  # back to the callers' rows, zero where ignored
@@ -102,4 +136,7 @@ def _log_probs(
     if return_entropy:
         p = log_p.exp()
         entropy = spread(-(p * log_p.masked_fill(p == 0, 0.0)).sum(-1))  # 0 log 0 = 0
-    return TokenLogProbs(spread(taken), entropy, spread(lse))
+    if target.dim() == kept.dim():
+        return TokenLogProbs(spread(taken[:, 0]), entropy, spread(lse))
+    all_taken = torch.stack([spread(x) for x in taken.unbind(1)], -1)
+    return TokenLogProbs(all_taken, entropy, spread(lse))

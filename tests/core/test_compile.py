@@ -58,6 +58,17 @@ def same(f, cases, graphs, backend="aot_eager"):
     assert counter.frame_count <= graphs, f"{counter.frame_count} graphs"
 
 
+def test_support_and_several_targets():
+    def f(h, w, target, ids):
+        several = linear_logprob(h, w, torch.stack([target, ids[:, 0]], -1), ignore_index=None)
+        few = linear_logprob(h, w, target, support=ids, outside_support="-inf")
+        return several.logprob.sum() + few.lse.sum()
+
+    h, w, _, target, *_ = inputs()
+    ids = torch.stack([target.clamp(min=0), target.clamp(min=0) - 1], -1)
+    same(f, [((h, w), (target.clamp(min=0), ids))], graphs=1)
+
+
 def test_riskpo_loss():
     def f(h, w, b, target, cu, advantage):
         options = dict(bias=b, cu_seqlens=cu, temperature=0.7, entropy_coef=0.01)

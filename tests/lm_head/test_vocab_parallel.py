@@ -48,7 +48,7 @@ def run(op, h, w, b, target, **options):
     c, g = (x.index_fill(0, torch.tensor([5, 6]), 0.0) for x in upstream((N,), "cpu"))
     e = c.flip(0).index_fill(0, torch.tensor([5, 6]), 0.0)
     parts = zip((out.logprob, out.entropy, out.lse), (c, g, e), strict=True)
-    sum((x.double() * sent).sum() for x, sent in parts).backward()
+    sum((x.double().t() * sent).sum() for x, sent in parts).backward()
     gradients = {"dhidden": h.grad, "dweight": w.grad, "dbias": b.grad}
     return {"logprob": out.logprob, "entropy": out.entropy, "lse": out.lse} | gradients
 
@@ -79,6 +79,26 @@ def case(rank, sizes, name):
     everyone = [torch.empty_like(got["dhidden"]) for _ in sizes]
     dist.all_gather(everyone, got["dhidden"])
     assert all(torch.equal(x, everyone[0]) for x in everyone), "ranks differ in dH"
+
+
+def few_columns(rank, sizes):
+    """K targets a row, and a support: ids of every shard, each gathered where it lives."""
+    for dtype in (torch.float64, torch.bfloat16):
+        h, w, b, target = inputs(dtype)
+        target[[3, 20]] = -100
+        g = torch.Generator().manual_seed(2)
+        ids = torch.rand(N, sum(sizes), generator=g).argsort(1)[:, :7]
+        ids = torch.where(ids == target[:, None], -1, ids)
+        ids[:, 2] = target.masked_fill(target < 0, -1)
+        several = torch.cat([target[:, None], ids.masked_fill(ids < 0, -100)], 1)
+        for t, options in ((several, {}), (target, {"support": ids})):
+            truth = run(reference.linear_logprob, *(x.double() for x in (h, w, b)), t, **options)
+            plain = run(reference.linear_logprob, h, w, b, t, **options)
+            mine = (h, w[columns_of(rank, sizes)], b[columns_of(rank, sizes)], t)
+            got = run(linear_logprob, *mine, vocab_group=dist.group.WORLD, **options)
+            for part in ("dweight", "dbias"):
+                got[part] = whole(got[part], dist.group.WORLD)
+            assert_all_close_as_plain(got, truth, plain)
 
 
 @contextlib.contextmanager
@@ -183,6 +203,7 @@ def every_case(rank, sizes):
             case(rank, sizes, name)
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from error
+    few_columns(rank, sizes)
     collectives_are_few_and_alike(rank, sizes)
     the_loss_goes_through(rank, sizes)
     a_row_loses_no_more_than_on_one_rank(rank, sizes)

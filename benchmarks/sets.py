@@ -13,7 +13,7 @@ SHAPES = {
     "Qwen2.5-7B": (3584, 152064),
     "Gemma-2-2B": (2304, 256000),
 }
-SMALL = ("risk", "advantage", "surrogate")
+SMALL = ("risk", "advantage", "surrogate", "linear_divergence")
 FAMILY = ("riskpo_kernels", "plain", "TRL")  # where a case repeats a comparison in another regime
 RIVALS = (*FAMILY, "Liger fused scaled", "Cut Cross", "F.linear_cross_entropy")
 
@@ -33,7 +33,7 @@ class Case:
 def quick() -> list[Case]:
     """Every module once, tiny: does it run?"""
     head = _head("tiny", 128, 256, 2048, "float32", "rl", only=("riskpo", "plain", "TRL", "torch"))
-    small = [Case(op, "first case", {}, ()) for op in ("risk", "advantage")]
+    small = [Case(op, "first case", {}, ()) for op in ("risk", "advantage", "linear_divergence")]
     return [
         head,
         _head("tiny", 128, 256, 2048, "float32", "flat", phase="forward", only=FAMILY),

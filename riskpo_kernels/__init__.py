@@ -3,6 +3,7 @@
 from riskpo_kernels.advantage import RiskPOAdvantage
 from riskpo_kernels.core.backends import backend_report
 from riskpo_kernels.fused import riskpo_loss, riskpo_loss_from_logits
+from riskpo_kernels.linear_divergence import linear_divergence, topk_divergence
 from riskpo_kernels.linear_logprob import linear_logprob
 from riskpo_kernels.logits_logprob import logits_logprob
 from riskpo_kernels.reference import SurrogateLoss, TokenLogProbs
@@ -33,6 +34,7 @@ __all__ = [
     "cvar",
     "full_weight",
     "gathered_weight",
+    "linear_divergence",
     "linear_logprob",
     "logits_logprob",
     "mvar",
@@ -43,4 +45,5 @@ __all__ = [
     "riskpo_loss_from_logits",
     "rvar",
     "sequence_logprob",
+    "topk_divergence",
 ]

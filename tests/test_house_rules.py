@@ -26,6 +26,7 @@ LAYERS = (
     "riskpo_kernels.policy_loss",
     "riskpo_kernels.sharding",
     "riskpo_kernels.linear_logprob",
+    "riskpo_kernels.linear_divergence",
     "riskpo_kernels.logits_logprob",
     "riskpo_kernels.surrogate",
     "riskpo_kernels.risk",
@@ -63,7 +64,15 @@ LAYERS = (
     "riskpo.hosts",
 )
 # every public op: riskpo_kernels/<stem>.py, tests/test_<stem>.py, benchmarks/bench_<stem>.py
-STEMS = ("linear_logprob", "logits_logprob", "surrogate", "fused", "risk", "advantage")
+STEMS = (
+    "linear_logprob",
+    "linear_divergence",
+    "logits_logprob",
+    "surrogate",
+    "fused",
+    "risk",
+    "advantage",
+)
 NO_REFERENCE = {"backend_report", "full_weight", "gathered_weight"}  # they compute nothing
 
 

@@ -95,12 +95,12 @@ def gradients_through(operator: Callable[..., Any], sent: int) -> Callable[..., 
     return gradients
 
 
-def gradients_fake(needs: list[bool], *args: Any) -> tuple[torch.Tensor, ...]:
-    """The shapes of such an operator's results, after three upstream gradients."""
-    hidden = args[3]
+def gradients_fake(needs: list[bool], *args: Any, sent: int = 3) -> tuple[torch.Tensor, ...]:
+    """The shapes of such an operator's results, after `sent` upstream gradients."""
+    hidden = args[sent]
     return tuple(
         hidden.new_empty(x.shape, dtype=x.dtype) if n and x is not None else hidden.new_empty(0)
-        for x, n in zip(args[3:6], needs, strict=True)
+        for x, n in zip(args[sent : sent + 3], needs, strict=True)
     )
 
 

@@ -70,6 +70,15 @@ def select(
         theta = theta / 2
         spread = (log_s + stats.entropy[:, None]).abs_().add_(math.log(BLOCK)).mul_(mass)
         mass = torch.maximum(mass, spread.nan_to_num_(0.0))  # 0 * inf where a block is empty
+    keep = keep_blocks(mass, theta, cap)
+    block = target.div(BLOCK, rounding_mode="floor")
+    at = block.clamp(0, keep.shape[1] - 1)
+    return keep.scatter_(1, at[:, None], keep.gather(1, at[:, None]) | (block == at)[:, None])
+
+
+def keep_blocks(mass: torch.Tensor, theta: torch.Tensor, cap: float = CAP) -> torch.Tensor:
+    """Which of a row's blocks [R, B] have at least theta [R], less where all others would together
+    hold more than cap thetas."""
     threshold = theta.clone()
     for _ in range(HALVINGS):
         dropped = mass.masked_fill(mass >= threshold[:, None], 0.0).sum(1)
@@ -81,10 +90,7 @@ def select(
         dropped = mass.masked_fill(mass >= threshold[:, None], 0.0).sum(1)
         threshold = torch.where(dropped > cap * theta, 0.0, threshold)
     # a row with a NaN has no threshold to be below: it is kept whole, and the NaN stays visible
-    keep = ~(mass < threshold[:, None])
-    block = target.div(BLOCK, rounding_mode="floor")
-    at = block.clamp(0, keep.shape[1] - 1)
-    return keep.scatter_(1, at[:, None], keep.gather(1, at[:, None]) | (block == at)[:, None])
+    return ~(mass < threshold[:, None])
 
 
 class ActiveBlocks(NamedTuple):

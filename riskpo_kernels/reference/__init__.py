@@ -5,6 +5,7 @@ benchmark of riskpo_kernels compares with it.
 """
 
 from riskpo_kernels.reference.advantage import RiskPOAdvantage
+from riskpo_kernels.reference.divergence import linear_divergence, topk_divergence
 from riskpo_kernels.reference.fused import riskpo_loss, riskpo_loss_from_logits
 from riskpo_kernels.reference.logprob import TokenLogProbs, linear_logprob, logits_logprob
 from riskpo_kernels.reference.risk import (
@@ -29,6 +30,7 @@ __all__ = [
     "bundle_scores",
     "clipped_surrogate",
     "cvar",
+    "linear_divergence",
     "linear_logprob",
     "logits_logprob",
     "mvar",
@@ -39,4 +41,5 @@ __all__ = [
     "riskpo_loss_from_logits",
     "rvar",
     "sequence_logprob",
+    "topk_divergence",
 ]

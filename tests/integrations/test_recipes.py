@@ -117,6 +117,68 @@ def test_dpo():
     assert model.lm_head.weight.grad.any() and other.lm_head.weight.grad is None
 
 
+def test_distillation():
+    model, inputs = model_and_batch()
+    teacher, mask = tiny_policy(seed=1).model, inputs["labels"][:, 1:] != -100
+    names = run("Distillation", model=model, teacher=teacher, **inputs)
+    gradient = model.lm_head.weight.grad.clone()
+    model.zero_grad()
+    log_p, log_q = (token_logp(m, inputs, 0.6) for m in (model, teacher))
+    expected = ((log_p.exp() * (log_p - log_q.detach())).sum(-1) * mask).sum() / mask.sum()
+    expected.backward()
+    near(names["loss"], expected)
+    near(gradient, model.lm_head.weight.grad)
+    assert teacher.lm_head.weight.grad is None
+
+    top = token_logp(teacher, inputs).detach().topk(5)
+    given = {"token_ids": top.indices, "teacher_logprob": top.values}
+    names = run("Distillation", 1, model=model, **given, **inputs)
+    p, q = (
+        x.gather(-1, top.indices).exp()
+        for x in (token_logp(model, inputs), token_logp(teacher, inputs))
+    )
+    p, q = (torch.cat([x, 1 - x.sum(-1, keepdim=True)], -1) for x in (p, q))
+    near(names["divergence"], (q * (q / p).log()).sum(-1) * mask)
+
+
+def test_training_on_what_the_sampler_kept():
+    model, inputs = model_and_batch()
+    logp, target = token_logp(model, inputs), inputs["labels"][:, 1:]
+    kept = logp.topk(6).indices
+    kept = torch.where((kept == target[..., None]).any(-1, keepdim=True), -1, target[..., None])
+    kept = torch.cat([logp.topk(6).indices, kept.masked_fill(kept == -100, -1)], -1)
+    names = run("Training on what the sampler kept", model=model, kept=kept, **inputs)
+    inside = torch.zeros_like(logp, dtype=torch.bool).scatter(-1, kept.clamp(min=0), True)
+    inside &= (kept == 0).any(-1, keepdim=True) | (torch.arange(logp.shape[-1]) != 0)
+    masked = logp.masked_fill(~inside, -torch.inf).log_softmax(-1)
+    live = target != -100
+    near(names["logprob"], masked.gather(-1, target.clamp(min=0)[..., None])[..., 0].where(live, 0))
+    entropy = -(masked.exp() * masked.masked_fill(~inside, 0.0)).sum(-1)
+    near(names["entropy"], entropy * live)
+
+
+def test_logprobs_of_k_tokens():
+    model, inputs = model_and_batch()
+    logp = token_logp(model, inputs)
+    ids = logp.topk(4).indices.flip(-1)
+    names = run("Log-probs of K tokens", model=model, token_ids=ids, **inputs)
+    near(names["logprob"], logp.gather(-1, ids))
+
+
+def test_z_loss():
+    model, inputs = model_and_batch()
+    names = run("z-loss", model=model, **inputs)
+    gradient = model.lm_head.weight.grad.clone()
+    model.zero_grad()
+    kwargs = {k: inputs[k] for k in ("input_ids", "attention_mask")}
+    logits, target = model(**kwargs).logits[:, :-1], inputs["labels"][:, 1:]
+    z = 1e-4 * logits.logsumexp(-1).square()[target != -100].mean()
+    expected = cross_entropy(logits.flatten(0, 1), target.flatten()) + z
+    expected.backward()
+    near(names["loss"], expected)
+    near(gradient, model.lm_head.weight.grad)
+
+
 def rollouts(model, steps: int = 2) -> list[dict[str, torch.Tensor]]:
     """Two answers to each of four questions, half of them right."""
     made = []
@@ -239,6 +301,10 @@ HERE = {
     "A Hugging Face model",
     "Supervised fine-tuning",
     "DPO",
+    "Distillation",
+    "Training on what the sampler kept",
+    "Log-probs of K tokens",
+    "z-loss",
     "Your own loop, with accelerate",
     "Lightning",
     "TRL",

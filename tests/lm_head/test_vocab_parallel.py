@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from riskpo_kernels import linear_logprob, reference, riskpo_loss
+from riskpo_kernels import linear_divergence, linear_logprob, reference, riskpo_loss
 from riskpo_kernels.core import process_groups
 from riskpo_kernels.reference.ranks import whole
 from tests.compare import assert_all_close_as_plain
@@ -99,6 +99,27 @@ def few_columns(rank, sizes):
             for part in ("dweight", "dbias"):
                 got[part] = whole(got[part], dist.group.WORLD)
             assert_all_close_as_plain(got, truth, plain)
+
+
+def divergences(rank, sizes):
+    """Both heads spread over the ranks, alike."""
+    columns = columns_of(rank, sizes)
+    for kind in ("forward_kl", "reverse_kl", "jsd"):
+        h, w, b, target = inputs(torch.float64)
+        teacher, mask = h.flip(1) + h, target % 7 != 0
+        results = []
+        for op, part, group in (
+            (reference.linear_divergence, slice(None), None),
+            (linear_divergence, columns, dist.group.WORLD),
+        ):
+            hh, ww, bb = (x.clone().requires_grad_() for x in (h, w[part], b[part]))
+            own = {"kind": kind, "mask": mask, "temperature": 0.8, "vocab_group": group}
+            out = op(hh, ww, teacher, w[part] / 2, bias=bb, tail_eps=1e-13, **own)
+            (out * upstream((N,), "cpu")[0]).sum().backward()
+            cut = slice(None) if group else columns
+            results.append((out, hh.grad, ww.grad[cut], bb.grad[cut]))
+        for x, y in zip(*results, strict=True):
+            assert torch.allclose(x, y, rtol=1e-9, atol=1e-9), kind
 
 
 @contextlib.contextmanager
@@ -204,6 +225,7 @@ def every_case(rank, sizes):
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from error
     few_columns(rank, sizes)
+    divergences(rank, sizes)
     collectives_are_few_and_alike(rank, sizes)
     the_loss_goes_through(rank, sizes)
     a_row_loses_no_more_than_on_one_rank(rank, sizes)

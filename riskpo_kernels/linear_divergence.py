@@ -1,0 +1,284 @@
+"""How far a student's next-token distributions are from a teacher's; no [tokens, vocab] tensor.
+
+    forward_kl   KL(q || p)      p = softmax(student's logits / T), q = softmax(teacher's / T)
+    reverse_kl   KL(p || q)
+    jsd          beta KL(q || m) + (1 - beta) KL(p || m),   m = beta q + (1 - beta) p
+
+    tensor                          shape            dtype
+    hidden, weight                  [N, D], [V, D]   bf16, fp16, fp32, fp64
+    teacher_hidden, teacher_weight  [N, E], [V, E]   any of them, of its own
+    divergence                      [N]              fp32 (fp64)
+    dH, dW, dbias                   as their inputs  accumulated in fp32, rounded once
+
+Both heads go through the same tiles: lm_head/divergence.py has the mathematics, the cost and the
+bound of what tail_eps drops. There is no Triton kernel: products are torch's (cuBLAS on CUDA).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from riskpo_kernels import reference
+from riskpo_kernels.core.checks import (
+    check_choice,
+    check_constant,
+    check_device,
+    check_shape,
+    constant,
+    reject,
+)
+from riskpo_kernels.core.inputs import check_head, check_options
+from riskpo_kernels.core.matmul import no_autocast
+from riskpo_kernels.core.process_groups import name_of
+from riskpo_kernels.linear_logprob import linear_logprob
+from riskpo_kernels.lm_head.block_filter import DEFAULT_EPS
+from riskpo_kernels.lm_head.divergence import KINDS, OP, divergence_operator
+from riskpo_kernels.reference.divergence import TAIL_FLOOR, divergence_of, with_tail
+
+BACKENDS = ("auto", "torch", "reference")
+TEACHER = ("teacher_bias", "teacher_scale", "teacher_softcap")
+
+
+def linear_divergence(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    teacher_weight: torch.Tensor,
+    *,
+    kind: str = "forward_kl",
+    beta: float = 0.5,
+    temperature: float | torch.Tensor = 1.0,
+    mask: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    teacher_bias: torch.Tensor | None = None,
+    teacher_scale: float = 1.0,
+    teacher_softcap: float | None = None,
+    tail_eps: float | None = None,
+    vocab_group: Any = None,
+    memory_mib: float = 300,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Divergence [...] of each token in nats, exact over the whole vocabulary, never below 0.
+
+    Args:
+        hidden, weight, bias: the student's, as in linear_logprob; these get gradients.
+        teacher_hidden: [..., E], teacher_weight: [V, E], teacher_bias: [V], constants; of another
+            width or dtype, or the student's own head (pass weight.detach()). Row v is the same
+            word on both sides: for padded vocabularies pass the rows both have.
+        kind: "forward_kl" = KL(teacher || student), "reverse_kl" = KL(student || teacher), "jsd".
+        beta: of jsd, the teacher's share of the mixture, between 0 and 1 without them (GKD).
+        temperature: of both sides, above 0, a float or one per row; the result is not multiplied
+            by its square.
+        mask: [...] bool; False gives 0 and no gradient, and the row is never read.
+        scale, softcap, teacher_scale, teacher_softcap: what shapes the logits of either side.
+        tail_eps: blocks of 128 columns get no gradient where a row's drop, and drops hold at most
+            32 tail_eps |upstream| in the 1-norm of the row's gradient of its logits
+            (lm_head/divergence.py). 0 is exact. Default: 2^-14 for bf16, 2^-18 for fp16, else 0.
+        vocab_group: as in linear_logprob; both heads are this rank's same columns.
+        memory_mib: workspace in MiB beside results, gradients and one float32 [N, D].
+        backend: "auto" and "torch" are the tiled op, "reference" materialises everything.
+
+    Raises:
+        ValueError: wrong shapes, dtypes, devices, kinds or numbers; a teacher that requires grad.
+
+    Sources: arXiv 1503.02531 (forward), 2306.08543 (reverse), 2306.13649 (jsd).
+    """
+    temperature, beta, scale, softcap, teacher_scale, teacher_softcap, tail_eps, memory_mib = map(
+        constant,
+        (temperature, beta, scale, softcap, teacher_scale, teacher_softcap, tail_eps, memory_mib),
+    )
+    rows = tuple(hidden.shape[:-1])
+    student = (hidden, weight, bias, scale, softcap)
+    teacher = (teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap)
+    for side in (student, teacher):
+        _check_side(side, rows, vocab_group is not None, temperature, memory_mib, tail_eps)
+    words = weight.shape[0], teacher_weight.shape[0]
+    if words[0] != words[1]:
+        todo = "Cut both heads to the words they share, in one order."
+        reject(OP, f"heads of {words[0]} and {words[1]} words", "one vocabulary", todo)
+    check_device(OP, hidden=hidden, teacher_hidden=teacher_hidden)
+    check_constant(
+        OP,
+        teacher_hidden=teacher_hidden,
+        teacher_weight=teacher_weight,
+        teacher_bias=teacher_bias,
+    )
+    _check_kind(OP, kind, beta)
+    check_choice(OP, "backend", backend, BACKENDS)
+    _check_mask(OP, mask, rows, hidden)
+    group = name_of(OP, "vocab_group", vocab_group)
+    if backend == "reference":
+        own: dict[str, Any] = {"kind": kind, "beta": beta, "temperature": temperature, "mask": mask}
+        own |= {"bias": bias, "scale": scale, "softcap": softcap, "vocab_group": vocab_group}
+        heads: dict[str, Any] = {"hidden": hidden, "weight": weight}
+        heads |= {"teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight}
+        theirs: dict[str, Any] = dict(zip(TEACHER, teacher[2:], strict=True))
+        with no_autocast(hidden.device):
+            return reference.linear_divergence(**heads, **own, **theirs)
+    row_temperature = None
+    if isinstance(temperature, torch.Tensor):
+        row_temperature, temperature = temperature.reshape(-1), 1.0
+    if tail_eps is None:
+        tail_eps = DEFAULT_EPS.get(torch.promote_types(hidden.dtype, weight.dtype), 0.0)
+    found = divergence_operator(
+        hidden.reshape(-1, hidden.shape[-1]),
+        *student[1:3],
+        teacher_hidden.reshape(-1, teacher_hidden.shape[-1]),
+        *teacher[1:3],
+        None if mask is None else mask.reshape(-1).bool(),
+        row_temperature,
+        kind,
+        beta,
+        temperature,
+        *student[3:],
+        *teacher[3:],
+        tail_eps,
+        group,
+        memory_mib,
+    )
+    return found[0].view(rows)
+
+
+def topk_divergence(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    token_ids: torch.Tensor,
+    teacher_logprob: torch.Tensor,
+    *,
+    kind: str = "forward_kl",
+    beta: float = 0.5,
+    temperature: float | torch.Tensor = 1.0,
+    mask: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    tail_eps: float | None = None,
+    vocab_group: Any = None,
+    memory_mib: float = 300,
+    deterministic: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Divergence [...] over a teacher's K tokens and one bucket that holds all others.
+
+    What a teacher that is a server can send, its K log-probs, without what truncation costs: the
+    bucket keeps both sides distributions, so that the result is a divergence, at most the whole
+    one, and never below 0. The bucket's probability is 1 minus the others', at least 2^-24.
+
+    Args:
+        token_ids, teacher_logprob: [..., K], K different ids a row and the teacher's log-probs of
+            them at this temperature, over the whole vocabulary; constants.
+        kind, beta, temperature, mask: as in linear_divergence.
+        the others: as in linear_logprob, which computes the student's log-probs in one pass.
+
+    Raises ValueError as linear_logprob; for log-probs that are no part of a distribution; for an id
+    twice in a row.
+    """
+    op = "topk_divergence"
+    rows = tuple(hidden.shape[:-1])
+    _check_kind(op, kind, beta)
+    _check_mask(op, mask, rows, hidden)
+    check_device(op, hidden=hidden, token_ids=token_ids, teacher_logprob=teacher_logprob)
+    check_constant(op, teacher_logprob=teacher_logprob)
+    if token_ids.dim() != hidden.dim() or tuple(token_ids.shape[:-1]) != rows:
+        came = f"token_ids {list(token_ids.shape)} for hidden {list(hidden.shape)}"
+        reject(op, came, f"{[*rows, 'K']}", "Give each row its K ids.")
+    check_shape(op, "teacher_logprob", teacher_logprob, tuple(token_ids.shape), "one per id")
+    live = torch.ones(rows, dtype=torch.bool, device=hidden.device) if mask is None else mask.bool()
+    _check_teacher(op, token_ids, teacher_logprob, live)
+    if backend == "reference":
+        with no_autocast(hidden.device):
+            return reference.topk_divergence(
+                hidden,
+                weight,
+                token_ids,
+                teacher_logprob,
+                kind=kind,
+                beta=beta,
+                temperature=temperature,
+                mask=mask,
+                bias=bias,
+                scale=scale,
+                softcap=softcap,
+                vocab_group=vocab_group,
+            )
+    log_p = linear_logprob(
+        hidden,
+        weight,
+        token_ids.masked_fill(~live[..., None], IGNORE),
+        bias=bias,
+        temperature=temperature,
+        scale=scale,
+        softcap=softcap,
+        ignore_index=IGNORE,
+        tail_eps=tail_eps,
+        vocab_group=vocab_group,
+        memory_mib=memory_mib,
+        deterministic=deterministic,
+        backend=backend,
+    ).logprob
+    best = log_p.argmax(-1, keepdim=True)
+    # 1 - p of the likeliest is exact: only what the others take of it is subtracted
+    left = -torch.expm1(log_p.gather(-1, best)) - log_p.exp().scatter(-1, best, 0.0).sum(-1, True)
+    mine = torch.cat([log_p, left.clamp(min=math.exp(TAIL_FLOOR)).log()], -1)
+    theirs = with_tail(teacher_logprob.masked_fill(~live[..., None], -1e3).to(log_p))
+    return divergence_of(mine, theirs, kind, beta).clamp(min=0.0) * live
+
+
+IGNORE = -(2**40)  # no id of any vocabulary
+
+
+def _check_side(
+    side: tuple[Any, ...],
+    rows: tuple[int, ...],
+    sharded: bool,
+    temperature: float | torch.Tensor,
+    memory_mib: float,
+    tail_eps: float | None,
+) -> None:
+    """A head and its hidden states, of the student or the teacher."""
+    hidden, weight, bias, scale, softcap = side
+    target = torch.zeros(rows, dtype=torch.int64, device=hidden.device)
+    check_head(OP, hidden, weight, target, bias, sharded_ok=sharded)
+    check_options(
+        OP,
+        rows,
+        hidden.device,
+        temperature=temperature,
+        scale=scale,
+        softcap=softcap,
+        memory_mib=memory_mib,
+        tail_eps=tail_eps,
+    )
+
+
+def _check_kind(op: str, kind: str, beta: float) -> None:
+    check_choice(op, "kind", kind, KINDS)
+    if kind == "jsd" and not 0 < beta < 1:
+        todo = "At 0 it is forward_kl, at 1 reverse_kl (up to their factor): ask for these."
+        reject(op, f"beta={beta!r}", "a number between 0 and 1", todo)
+
+
+def _check_mask(
+    op: str, mask: torch.Tensor | None, rows: tuple[int, ...], hidden: torch.Tensor
+) -> None:
+    if mask is not None:
+        check_shape(op, "mask", mask, rows, "hidden without its width")
+        check_device(op, hidden=hidden, mask=mask)
+
+
+def _check_teacher(op: str, ids: torch.Tensor, logprob: torch.Tensor, live: torch.Tensor) -> None:
+    """One host synchronisation."""
+    twice = (ids.sort(-1).values.diff(dim=-1) == 0).any(-1) & live
+    mass = logprob.double().exp().sum(-1)
+    wrong = ((logprob > 0).any(-1) | ~(mass <= 1 + 1e-3)) & live
+    n_twice, n_wrong = torch.stack([twice.sum(), wrong.sum()]).tolist()
+    if n_twice:
+        reject(op, f"{n_twice} rows with an id twice", "K different ids", "Drop the copies.")
+    if n_wrong:
+        came = f"{n_wrong} rows of teacher_logprob that are above 0, NaN, or sum to more than 1"
+        reject(op, came, "log-probs over the whole vocabulary", "Pass them in nats, normalised.")

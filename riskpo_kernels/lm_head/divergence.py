@@ -1,0 +1,345 @@
+"""The divergence of a student's next-token distribution from a teacher's, tile by tile.
+
+With a the distribution that weighs (q in forward_kl, p in reverse_kl), b the other one and d = z_a
+- z_b, one pass over both heads folds every tile of logits into
+
+    m_a = max z_a     s_a = sum exp(z_a - m_a)     u = sum exp(z_a - m_a) (d - d0)     m_b, s_b
+
+and KL(a || b) = u / s_a + d0 - lse_a + lse_b. d0 is a row's own number, near d: a common offset
+of either side's logits loses nothing. jsd needs both lse before its sum: a second pass. The
+gradient of the student's logits, for upstream c, in which the teacher's are a constant:
+
+    forward_kl   c (p - q)
+    reverse_kl   c p (log p - log q - KL)
+    jsd          c (1 - beta) p (log p - log m - KL(p || m))
+
+Units of N V D (one product is 2; D the mean of both widths): forward 4, jsd 8; backward 8 times
+the share of (row, block of 128 columns) pairs that are kept. Of a block the forward knows a bound
+B_b of its gradient's 1-norm: P_b + Q_b; A_b + P_b |d0 - lse_p + lse_q - KL|, A_b = sum p |d - d0|;
+(1 - beta) (sum p |log p - log m| + P_b KL(p || m)). A row drops its blocks below a threshold of
+at most tail_eps min(1, sum of B_b), halved until they hold no more than 32 thresholds:
+
+    ||dropped dz||_1 <= 32 tail_eps |c|
+
+Workspace is memory_mib; beside it one float32 dH, and 1 bit a pair until the backward.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from riskpo_kernels.core.accumulator import Accumulator
+from riskpo_kernels.core.matmul import Plan, exact_products, plan_tiles, spans
+from riskpo_kernels.core.operators import (
+    gradients_fake,
+    gradients_through,
+    register,
+    schema_of,
+)
+from riskpo_kernels.core.process_groups import group_called, sum_over
+from riskpo_kernels.core.rows import BLOCK, LogitMap
+from riskpo_kernels.lm_head.block_filter import CAP, ActiveBlocks, keep_blocks, n_blocks
+from riskpo_kernels.lm_head.divergence_stats import Fold, Pair, Stats, block_sums
+from riskpo_kernels.lm_head.operator import put_among
+from riskpo_kernels.lm_head.tiles import Head, products_of
+from riskpo_kernels.lm_head.vocab_parallel import VocabShard
+
+OP = "linear_divergence"
+KINDS = ("forward_kl", "reverse_kl", "jsd")
+TILE = {"cuda": (4096, 8192), "cpu": (1024, 1024)}  # (rows, cols) of the largest one
+N_TENSORS = 8
+# divergence | peaks and log-sums of student and teacher | KL of the row's gradient | active blocks
+RESULTS = 9
+
+
+@dataclass(frozen=True)
+class Words:
+    """What is not a tensor."""
+
+    kind: str
+    beta: float
+    temperature: float
+    scale: float
+    softcap: float | None
+    teacher_scale: float
+    teacher_softcap: float | None
+    tail_eps: float
+    group: str
+    memory_mib: float
+
+
+def _pair(tensors: tuple[Any, ...], w: Words) -> Pair:
+    hidden, weight, bias, t_hidden, t_weight, t_bias, mask, row_temperature = tensors
+    keep = None if mask is None else mask.nonzero()[:, 0]
+    heads = []
+    for h, wt, b, scale, cap in (
+        (hidden, weight, bias, w.scale, w.softcap),
+        (t_hidden, t_weight, t_bias, w.teacher_scale, w.teacher_softcap),
+    ):
+        n = h.shape[0] if keep is None else keep.numel()
+        t: float | torch.Tensor = w.temperature
+        if row_temperature is not None:
+            wide = torch.promote_types(torch.promote_types(h.dtype, wt.dtype), torch.float32)
+            rows = row_temperature if keep is None else row_temperature[keep]
+            t = rows.to(wide)
+        heads.append(Head(h, wt, b, keep, h.new_empty(n), LogitMap(scale, cap, t)))
+    return Pair(*heads)
+
+
+def _plan(pair: Pair, w: Words, vocab: int) -> Plan:
+    width = pair.student.hidden.shape[1] + pair.teacher.hidden.shape[1]
+    rows, cols = TILE["cuda" if pair.student.hidden.is_cuda else "cpu"]
+    return plan_tiles(
+        OP,
+        pair.student.n,
+        vocab,
+        width,
+        memory_mib=w.memory_mib,
+        most_rows=rows,
+        most_cols=cols,
+        tile_bytes=6 * pair.wide.itemsize,
+        edge_bytes=pair.wide.itemsize,
+        row_bytes=6 * pair.wide.itemsize * n_blocks(vocab) if w.tail_eps else 0,
+    )
+
+
+def _second_pass(
+    pair: Pair, w: Words, r: slice, stats: Stats, cols: int, blocks: int, group: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """jsd, KL(p || m) and the bounds [R, B] of rows r."""
+    n = r.stop - r.start
+    total, own = (stats.p_peak.new_zeros(n) for _ in range(2))
+    p_sum, far = (stats.p_peak.new_zeros(n, blocks) for _ in range(2))
+    for v in spans(pair.student.vocab, cols):
+        (zp, *_), (zq, *_) = pair.logits(r, v)
+        log_p, log_q = stats.log_probs(zp, zq, slice(None))
+        log_m = _mixture(log_p, log_q, w.beta)
+        p, gap = log_p.exp(), log_p - log_m
+        own += (p * gap).sum(1)
+        total += (log_q.exp() * (log_q - log_m)).sum(1)
+        if blocks:
+            at = slice(v.start // BLOCK, n_blocks(v.stop))
+            p_sum[:, at], far[:, at] = block_sums(p), block_sums(p * gap.abs())
+    if group is not None:
+        own, total = sum_over(group, torch.stack([own, total]))
+    jsd = (w.beta * total + (1 - w.beta) * own).clamp(min=0.0)
+    return jsd, own, (1 - w.beta) * (far + p_sum * own[:, None].abs())
+
+
+def _mixture(log_p: torch.Tensor, log_q: torch.Tensor, beta: float) -> torch.Tensor:
+    return torch.logaddexp(log_q + math.log(beta), log_p + math.log1p(-beta))
+
+
+def _forward(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    teacher_hidden: torch.Tensor,
+    teacher_weight: torch.Tensor,
+    teacher_bias: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    row_temperature: torch.Tensor | None,
+    *numbers: Any,
+) -> tuple[torch.Tensor, ...]:
+    w = Words(*numbers)
+    teacher = (teacher_hidden, teacher_weight, teacher_bias)
+    pair = _pair((hidden, weight, bias, *teacher, mask, row_temperature), w)
+    n, vocab, wide = pair.student.n, pair.student.vocab, pair.wide
+    group, widest, cap = None, vocab, CAP
+    if w.group:
+        shard = _find_shard(pair, w)
+        group, widest, cap = shard.group, shard.widest, CAP / shard.ranks
+    active = ActiveBlocks.new(vocab if w.tail_eps else 0, n, hidden.device)
+    results = hidden.new_empty(6, n, dtype=wide)
+    plan = _plan(pair, w, widest)
+    blocks = n_blocks(vocab) if w.tail_eps else 0
+    with exact_products(hidden.device):
+        for r in spans(n, plan.rows):
+            fold = Fold(r.stop - r.start, blocks, hidden, wide, w.kind)
+            for v in spans(vocab, plan.cols):
+                (zp, *_), (zq, *_) = pair.logits(r, v)
+                fold.tile(v, (zp, zq))
+            if group is not None:
+                fold.merge(group)
+            stats, value = fold.finish()
+            own = value
+            if w.kind == "jsd":
+                value, own, bounds = _second_pass(pair, w, r, stats, plan.cols, blocks, group)
+            elif w.tail_eps:
+                bounds = fold.bounds(value)
+            results[:, r] = torch.stack([value, *stats, own])
+            if w.tail_eps:
+                total = bounds.sum(1) if group is None else sum_over(group, bounds.sum(1))
+                keep = keep_blocks(bounds, w.tail_eps * total.clamp(max=1.0), cap)
+                if blocks:
+                    active.record(r, keep, by_row=False)
+    rows = pair.student.rows
+    return *(put_among(rows, hidden.shape[0], x) for x in results), *(
+        put_among(rows, hidden.shape[0], x) for x in active
+    )
+
+
+def _find_shard(pair: Pair, w: Words) -> VocabShard:
+    same: dict[str, int | torch.Tensor] = {
+        "rows": pair.student.n,
+        "kind": KINDS.index(w.kind),
+        "widths": pair.student.hidden.shape[1] + pair.teacher.hidden.shape[1],
+        "memory_mib * 1024": int(w.memory_mib * 1024),
+        "tail_eps": int(w.tail_eps > 0),
+    }
+    return VocabShard.find(OP, group_called(w.group), pair.student.weight, same)
+
+
+def _wide(tensors: tuple[Any, ...]) -> torch.dtype:
+    dtype = torch.float32
+    for x in (tensors[0], tensors[1], tensors[3], tensors[4]):
+        dtype = torch.promote_types(dtype, x.dtype)
+    return dtype
+
+
+def _forward_fake(*args: Any) -> tuple[torch.Tensor, ...]:
+    hidden, weight, w = args[0], args[1], Words(*args[N_TENSORS:])
+    rows = (hidden.new_empty(hidden.shape[0], dtype=_wide(args)) for _ in range(6))
+    blocks = ActiveBlocks.new(weight.shape[0] if w.tail_eps else 0, hidden.shape[0], hidden.device)
+    return *rows, *blocks
+
+
+def _backward(
+    needs: list[bool],
+    c: torch.Tensor,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    teacher_hidden: torch.Tensor,
+    teacher_weight: torch.Tensor,
+    teacher_bias: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    row_temperature: torch.Tensor | None,
+    value: torch.Tensor,
+    p_peak: torch.Tensor,
+    p_sum: torch.Tensor,
+    q_peak: torch.Tensor,
+    q_sum: torch.Tensor,
+    own: torch.Tensor,
+    bits: torch.Tensor,
+    dense: torch.Tensor,
+    pairs: torch.Tensor,
+    *numbers: Any,
+) -> tuple[torch.Tensor, ...]:
+    w = Words(*numbers)
+    teacher = (teacher_hidden, teacher_weight, teacher_bias)
+    pair = _pair((hidden, weight, bias, *teacher, mask, row_temperature), w)
+    c = c.to(value.dtype)
+    rows = pair.student.rows
+    kept = (c, own, p_peak, p_sum, q_peak, q_sum)
+    c, own, *stats = (x if rows is None else x[rows] for x in kept)
+    active = ActiveBlocks(bits, dense, pairs)
+    active = active if rows is None else active.of(rows)
+    wide, nothing = pair.wide, hidden.new_empty(0)
+    dh = hidden.new_zeros(pair.student.n, hidden.shape[1], dtype=wide) if needs[0] else None
+    dw = Accumulator(weight, wide, whole=False) if needs[1] else None
+    db = weight.new_zeros(weight.shape[0], dtype=wide) if needs[2] else None
+    sent = c != 0
+    factor = c * pair.student.map.scale / pair.student.map.temperature
+    tile = _Tile(pair, w, Stats(*stats), own, factor)
+    with exact_products(hidden.device):
+        for v, at in _visits(
+            active, sent, tile.plan.cols if not w.tail_eps else 0, weight.shape[0]
+        ):
+            piece = None if dw is None else dw.open(v)
+            for r in at.split(tile.plan.rows):
+                tile.add(r, v, dh, piece, db)
+            if dw is not None and piece is not None:
+                dw.close(v, piece)
+    if dh is not None:
+        dh = (sum_over(group_called(w.group), dh) if w.group else dh).to(hidden.dtype)
+        dh = dh if rows is None else torch.zeros_like(hidden).index_copy(0, rows, dh)
+    return (
+        nothing if dh is None else dh,
+        nothing if dw is None else dw.grad,
+        nothing if db is None or bias is None else db.to(bias.dtype),
+    )
+
+
+def _visits(
+    active: ActiveBlocks, sent: torch.Tensor, cols: int, vocab: int
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Columns, and the rows that need them: `cols` at a time of all rows, by 0 active blocks."""
+    if cols:
+        everyone = sent.nonzero()[:, 0]
+        for v in spans(vocab, cols):
+            yield v, everyone
+        return
+    whole = slice(0, sent.numel())
+    for block, count in enumerate(active.counts(vocab, sent, whole).tolist()):
+        if count:
+            flags = (active.bits[block // 8] >> (block % 8)) & 1
+            at = torch.nonzero_static(flags.bool() & sent, size=count)[:, 0]
+            yield slice(block * BLOCK, min((block + 1) * BLOCK, vocab)), at
+
+
+class _Tile:
+    """The gradient of a tile of the student's logits, into its sums."""
+
+    def __init__(self, pair: Pair, w: Words, stats: Stats, own: torch.Tensor, factor: torch.Tensor):
+        self.pair, self.w, self.stats, self.own, self.factor = pair, w, stats, own, factor
+        self.plan = _plan(
+            pair, w, min(BLOCK, pair.student.vocab) if w.tail_eps else pair.student.vocab
+        )
+
+    def add(
+        self, r: torch.Tensor, v: slice, dh: torch.Tensor | None, dw: torch.Tensor | None, db: Any
+    ) -> None:
+        (zp, slope, h, weight), (zq, *_) = self.pair.logits(r, v)
+        log_p, log_q = self.stats.log_probs(zp, zq, r)
+        p, kl = log_p.exp(), self.own[r, None]
+        if self.w.kind == "forward_kl":
+            dz = p.sub_(log_q.exp_())
+        elif self.w.kind == "reverse_kl":
+            dz = log_p.sub_(log_q).sub_(kl).mul_(p)
+        else:
+            gap = log_p - _mixture(log_p, log_q, self.w.beta)
+            dz = gap.sub_(kl).mul_(p).mul_(1 - self.w.beta)
+        dz.mul_(self.factor[r, None])
+        if slope is not None:
+            dz.mul_(slope)
+        products = products_of(self.pair.student)
+        if db is not None:
+            db[v] += dz.sum(0)
+        small = dz.to(products.dtype)
+        if dh is not None:
+            part = dh.new_empty(h.shape)
+            dh.index_add_(0, r, products.into(part, small, weight))
+        if dw is not None:
+            products.add(dw, small.T, h)
+
+
+_backward_operator = register(
+    "linear_divergence_backward",
+    schema_of(_backward, Words, 3),
+    _backward,
+    fake=partial(gradients_fake, sent=1),
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:N_TENSORS], *output)
+    ctx.options = inputs[N_TENSORS:]
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+divergence_operator = register(
+    OP,
+    schema_of(_forward, Words, RESULTS),
+    _forward,
+    fake=_forward_fake,
+    setup_context=_setup_context,
+    backward=gradients_through(_backward_operator, 1),
+)

@@ -1,0 +1,133 @@
+"""Two heads at once: logits and softmax statistics, tile by tile, and what these say of them.
+
+lm_head/divergence.py has the formulas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from riskpo_kernels.core.process_groups import max_over, sum_over
+from riskpo_kernels.core.rows import BLOCK, FLOOR
+from riskpo_kernels.lm_head.block_filter import n_blocks
+from riskpo_kernels.lm_head.softmax import mapped
+from riskpo_kernels.lm_head.tiles import Head, products_of
+
+
+class Pair(NamedTuple):
+    """Both heads over the live rows."""
+
+    student: Head
+    teacher: Head
+
+    @property
+    def wide(self) -> torch.dtype:
+        return torch.promote_types(products_of(self.student).wide, products_of(self.teacher).wide)
+
+    def logits(
+        self, r: slice | torch.Tensor, v: slice
+    ) -> Iterator[tuple[torch.Tensor, Any, Any, Any]]:
+        """z [R, C], slope, hidden states and weight of either side."""
+        for head in self:
+            products = products_of(head)
+            h, w = head.take(r, products.dtype), head.weight[v].to(products.dtype)
+            raw = h.new_empty(h.shape[0], w.shape[0], dtype=products.wide)
+            products.into(raw, h, w.T)
+            z, slope = mapped(raw, head.bias_of(v, products.wide), head.map_of(r), slope=True)
+            yield z.to(self.wide), slope, h, w
+
+
+class Stats(NamedTuple):
+    """[n] each: largest logit and log of the sum of exp(z - largest) of student and teacher."""
+
+    p_peak: torch.Tensor
+    p_sum: torch.Tensor
+    q_peak: torch.Tensor
+    q_sum: torch.Tensor
+
+    def log_probs(
+        self, zp: torch.Tensor, zq: torch.Tensor, r: slice | torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """In place."""
+        p_peak, p_sum, q_peak, q_sum = (x[r, None] for x in self)
+        return zp.sub_(p_peak).sub_(p_sum), zq.sub_(q_peak).sub_(q_sum)
+
+
+def block_sums(x: torch.Tensor) -> torch.Tensor:
+    """[R, ceil(C / 128)] sums over blocks."""
+    short = -x.shape[1] % BLOCK
+    x = torch.nn.functional.pad(x, (0, short)) if short else x
+    return x.unflatten(1, (-1, BLOCK)).sum(2)
+
+
+class Fold:
+    """The statistics of rows, tile by tile. blocks: two columns of numbers a block, [2, R, B], each
+    relative to the largest logit when its tile was folded (anchors [2, R, B])."""
+
+    def __init__(self, n: int, n_blocks: int, like: torch.Tensor, wide: torch.dtype, kind: str):
+        def full(*size: int, value: float = 0.0) -> torch.Tensor:
+            return torch.full(size, value, dtype=wide, device=like.device)
+
+        self.m, self.s = full(2, n, value=-torch.inf), full(2, n)  # of student, teacher
+        self.u, self.d0 = full(n), full(n, value=-torch.inf)
+        self.blocks, self.anchors = full(2, n, n_blocks), full(2, n, n_blocks)
+        self.kind, self.own = kind, 0 if kind == "reverse_kl" else 1
+
+    def tile(self, v: slice, z: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """z of student and teacher [R, C]; z of the side that weighs is overwritten."""
+        own, at = self.own, slice(v.start // BLOCK, n_blocks(v.stop))
+        m = torch.maximum(self.m, torch.stack([x.amax(1) for x in z]))
+        shrink = torch.exp((self.m - m).clamp(min=FLOOR))
+        if v.start == 0:
+            self.d0.copy_(m[own] - m[1 - own])
+        self.s.mul_(shrink)
+        self.u.mul_(shrink[own])
+        d = None
+        if self.kind != "jsd":
+            d = (z[own] - z[1 - own]).sub_(self.d0[:, None])
+        for side, x in enumerate(z):
+            e = x.sub_(m[side, :, None]).exp_()
+            sums = block_sums(e)
+            self.s[side] += sums.sum(1)
+            if self.blocks.shape[2]:
+                self.blocks[side, :, at] = sums
+                self.anchors[side, :, at] = m[side, :, None]
+            if side == own and d is not None:
+                self.u.add_(d.mul_(e).sum(1))
+                if self.kind == "reverse_kl" and self.blocks.shape[2]:
+                    weighed = block_sums(d.abs_())
+        if self.kind == "reverse_kl" and self.blocks.shape[2]:
+            # the teacher's masses bound nothing here: A_b in their place
+            self.blocks[1, :, at], self.anchors[1, :, at] = weighed, m[0, :, None]
+        self.m.copy_(m)
+
+    def merge(self, group: Any) -> None:
+        """Over the ranks of a vocabulary; an empty shard holds -inf and zeros."""
+        m, d0 = max_over(group, self.m.clone()), max_over(group, self.d0.clone())
+        shrink = torch.exp((self.m - m).clamp(min=FLOOR))
+        self.u += self.s[self.own] * torch.where(self.d0 == -torch.inf, 0.0, self.d0 - d0)
+        sums = torch.cat([self.s * shrink, (self.u * shrink[self.own])[None]])
+        sum_over(group, sums)
+        self.m, self.s, self.u, self.d0 = m, sums[:2], sums[2], d0
+
+    def finish(self) -> tuple[Stats, torch.Tensor]:
+        """The statistics and KL(a || b)."""
+        log_s = self.s.log()
+        a, b = self.own, 1 - self.own
+        between = (self.d0 - self.m[a] + self.m[b]) - log_s[a] + log_s[b]
+        kl = (self.u / self.s[a] + between).clamp(min=0.0)
+        return Stats(self.m[0], log_s[0], self.m[1], log_s[1]), kl
+
+    def bounds(self, kl: torch.Tensor) -> torch.Tensor:
+        """B_b [R, B] of forward_kl and reverse_kl."""
+        log_s = self.s.log()
+        base = torch.stack([self.m[0], self.m[0 if self.kind == "reverse_kl" else 1]])
+        lse = torch.stack([log_s[0], log_s[0 if self.kind == "reverse_kl" else 1]])
+        masses = self.blocks * torch.exp((self.anchors - (base + lse)[..., None]).clamp(max=0.0))
+        if self.kind == "forward_kl":
+            return masses[0] + masses[1]
+        between = (self.d0 - self.m[0] + self.m[1]) - log_s[0] + log_s[1]
+        return masses[1] + masses[0] * (between - kl).abs()[:, None]

@@ -31,6 +31,7 @@ LOSSES = [
     LossOptions(ratio="sequence", aggregate="sequence-mean"),
     LossOptions(ratio="token", aggregate="sequence-mean"),
     LossOptions(ratio="token", aggregate="token-mean", dual_clip=3.0),
+    LossOptions(ratio="token", aggregate="prompt-mean"),
     LossOptions(ratio="token", aggregate="sequence-sum"),
     LossOptions(ratio="token", aggregate="sequence-sum-norm", constant=8.0),
 ]
@@ -114,13 +115,18 @@ def test_gradient_is_the_policy_gradient(loss, model, monkeypatch):
     )
     model = tiny_policy().model
     tokens = sum(len(x) for x in rollouts.logprob)
+    of_question = dict.fromkeys(rollouts.question_id, 0)
+    for name, response in zip(rollouts.question_id, rollouts.logprob, strict=True):
+        of_question[name] += len(response)
     total = 0.0
     for row, sequence in enumerate(rollouts.tokens):
+        prompt_tokens = of_question[rollouts.question_id[row]]
         logprob = log_softmax(model(input_ids=sequence[None]).logits[0, :-1], -1)
         chosen = logprob.gather(1, sequence[1:, None])[rollouts.prompt_len[row] - 1 :, 0]
         weight = {
             "sequence-mean": 1 / (20 * len(chosen)),
             "token-mean": 1 / tokens,
+            "prompt-mean": 1 / (len(of_question) * prompt_tokens),
             "sequence-sum": 1 / 20,
             "sequence-sum-norm": 1 / (20 * 8.0),
         }[loss.aggregate]

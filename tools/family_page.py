@@ -41,8 +41,8 @@ the packed path of the model's own kernels, on sequences longer than their chunk
 path only if hidden states are those of one sequence at a time and no gradient crosses. No release
 of these kernels has been run for this page.
 
-Image-text models on rows of text alone, transformers 5.23.0, `tests/model/test_image_text_families.py`:
-of 97 types 40 are right packed and 20 one by one, 6 of them with a head that is refused; 19 are
+Image-text models on rows of text alone (`tests/model/test_image_text_families.py`, transformers
+5.23.0): of 97 types 40 are right packed and 20 one by one, 6 of them with a head that is refused; 19 are
 refused, most since a tiny model of them does not run on a plain row; 18 could not be built tiny.
 
 | model type | class | sequences | head | why |

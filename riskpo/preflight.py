@@ -106,7 +106,8 @@ def try_reward(reward: str, question: Question | None, seconds: float) -> list[s
         raise ValueError(
             f"reward: {reward} fails on each of {len(texts)} sample responses, such as "
             f"{texts[0][:60]!r} to question {question.id!r}: {lost[0].detail}. It takes (text, "
-            "question) and returns one finite number. Mend it."
+            "question), a question has .gold, .prompt, .id and .meta, and it returns one finite "
+            "number. Mend it."
         )
     return [
         f"reward {reward} of the response {text[:60]!r} to question {question.id!r}: "

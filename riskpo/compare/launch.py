@@ -182,10 +182,10 @@ def run_all(
     with ProcessPoolExecutor(jobs, mp_context=spawn) as pool:
         if base.model is None:
             starts = {f"start, seed {s}": partial(warm, base, s, out) for s in seeds}
-            _gather(pool, "warm starts", starts, threads, {})
+            _gather(pool, "warm starts", starts, threads, {}, jobs)
         runs = {f"{name}, seed {s}": partial(train_run, c) for (name, s), c in configs.items()}
         shares = {f"{name}, seed {s}": partial(share_done, c) for (name, s), c in configs.items()}
-        _gather(pool, "runs", runs, threads, shares)
+        _gather(pool, "runs", runs, threads, shares, jobs)
 
 
 def _gather(
@@ -194,6 +194,7 @@ def _gather(
     work: Mapping[str, Callable[[], str]],
     threads: int,
     shares: Mapping[str, Callable[[], float]],
+    jobs: int,
 ) -> None:
     """Run the jobs, one line each as they end, and in between how far they are."""
     print(f"compare: {len(work)} {what}", flush=True)
@@ -208,7 +209,8 @@ def _gather(
             print(f"[{done}/{len(waiting)}] {name}: {error or future.result()}", flush=True)
         if not ended:
             patience = min(2 * patience, EVERY_S)
-            running = [waiting[f] for f in pending if f.running()]
+            # in the order they were given; the pool calls the next one "running" before it is
+            running = [name for f, name in waiting.items() if f in pending and f.running()][:jobs]
             parts = {name: shares[name]() if name in shares else 0.0 for name in running}
             over = len(waiting) - len(pending)
             print(how_far(over, len(waiting), parts, time.monotonic() - began), flush=True)

@@ -48,8 +48,9 @@ def _curve(axis: Any, records: list[dict[str, Any]], name: str, colour: str) -> 
     """The smoothed line over the faint raw one."""
     x = np.array([r["step"] for r in records])
     y = np.array([r[name] for r in records], dtype=float)
-    axis.plot(x, y, color=colour, alpha=0.22, linewidth=0.8)
-    if len(x) > 10:
+    enough = len(x) > 10  # to smooth; fewer are drawn as they are
+    axis.plot(x, y, color=colour, alpha=0.22 if enough else 1.0, linewidth=0.8 if enough else 2.0)
+    if enough:
         window = max(len(x) // 15, 5)
         axis.plot(x, smooth(y, window), color=colour, linewidth=2.0, label=f"mean of {window}")
         axis.legend(frameon=False, fontsize=8, labelcolor=INK)

@@ -86,7 +86,8 @@ def write_report(run_dir: str | Path) -> Path:
         "name": folder.name,
         "summary": "; ".join(_summary(folder)) or "no step yet",
         "findings": report(explain(folder)) if steps else "No step is finished.",
-        "memory": "".join(x for x in notes.splitlines(True) if x.startswith(MEMORY)),
+        # once, also where a resumed run has said it again
+        "memory": "".join(dict.fromkeys(x for x in notes.splitlines(True) if x.startswith(MEMORY))),
         "settings": (folder / SETTINGS).read_text(encoding="utf-8"),
         "notes": notes,
     }

@@ -19,7 +19,7 @@ $(VENV)/real: $(VENV)/ready
 
 test: $(VENV)/ready lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest --benchmark-disable -n auto --maxprocesses 4 $(ARGS)
-	$(PY) -m tools.compile_check
+	$(PY) -m tools.compile_check $(GATE)
 
 # Contract tests of hosts whose pins differ from ours, in an environment of their own
 VENV_HOSTS ?= .venv-hosts

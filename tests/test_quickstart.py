@@ -73,6 +73,7 @@ def test_the_quickstart_runs(tmp_path, monkeypatch):
     check(walk(save_byte_model(tmp_path / "model"), without=[["riskpo", "compare"]]))
 
 
+@pytest.mark.real
 @pytest.mark.skipif(not os.environ.get("RISKPO_REAL_MODEL"), reason="RISKPO_REAL_MODEL is not set")
 def test_the_quickstart_runs_on_a_pretrained_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

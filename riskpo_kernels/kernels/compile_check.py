@@ -32,6 +32,7 @@ MODULES = (
 )
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}  # bytes per block
 SMALLEST_LIMIT = 101376  # of other architectures: consumer cards since sm_86
+PROGRESS = 50  # configurations between two lines that say how far it is
 LOG = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 REGISTERS = re.compile(r"Used (\d+) registers")
 MATRIX = {90: "HGMMA", 100: "UTCHMMA"}  # what a 16-bit tl.dot should become, else HMMA
@@ -153,7 +154,11 @@ def main() -> int:
     if options.quick:
         jobs = first_of_each(jobs)
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
-        rows = pool.map(compile_one, jobs, chunksize=4)
+        rows = []
+        for row in pool.imap(compile_one, jobs, chunksize=4):
+            rows.append(row)
+            if len(rows) % PROGRESS == 0:
+                print(f"compile check: {len(rows)} of {len(jobs)} compiled", flush=True)
     groups = defaultdict(list)
     for row in rows:
         groups[row.name if options.verbose else row.name.split()[0], row.arch].append(row)

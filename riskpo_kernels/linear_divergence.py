@@ -36,9 +36,10 @@ from riskpo_kernels.core.process_groups import name_of
 from riskpo_kernels.linear_logprob import linear_logprob
 from riskpo_kernels.lm_head.block_filter import DEFAULT_EPS
 from riskpo_kernels.lm_head.divergence import KINDS, OP, divergence_operator
-from riskpo_kernels.reference.divergence import TAIL_FLOOR, divergence_of, with_tail
 
 BACKENDS = ("auto", "torch", "reference")
+IGNORE = -(2**40)  # no id of any vocabulary
+LEAST_TAIL = 2.0**-24  # probability of the bucket: float32's rounding of a sum to 1
 TEACHER = ("teacher_bias", "teacher_scale", "teacher_softcap")
 
 
@@ -224,12 +225,21 @@ def topk_divergence(
     best = log_p.argmax(-1, keepdim=True)
     # 1 - p of the likeliest is exact: only what the others take of it is subtracted
     left = -torch.expm1(log_p.gather(-1, best)) - log_p.exp().scatter(-1, best, 0.0).sum(-1, True)
-    mine = torch.cat([log_p, left.clamp(min=math.exp(TAIL_FLOOR)).log()], -1)
-    theirs = with_tail(teacher_logprob.masked_fill(~live[..., None], -1e3).to(log_p))
-    return divergence_of(mine, theirs, kind, beta).clamp(min=0.0) * live
+    mine = torch.cat([log_p, left.clamp(min=LEAST_TAIL).log()], -1)
+    log_q = teacher_logprob.masked_fill(~live[..., None], -1e3).to(log_p)
+    rest = (1 - log_q.exp().sum(-1, keepdim=True)).clamp(min=LEAST_TAIL).log()
+    return _divergence(mine, torch.cat([log_q, rest], -1), kind, beta).clamp(min=0.0) * live
 
 
-IGNORE = -(2**40)  # no id of any vocabulary
+def _divergence(log_p: torch.Tensor, log_q: torch.Tensor, kind: str, beta: float) -> torch.Tensor:
+    """Of distributions given whole, over the last dimension."""
+    p, q = log_p.exp(), log_q.exp()
+    if kind == "forward_kl":
+        return (q * (log_q - log_p)).sum(-1)
+    if kind == "reverse_kl":
+        return (p * (log_p - log_q)).sum(-1)
+    log_m = torch.logaddexp(log_q + math.log(beta), log_p + math.log1p(-beta))
+    return (beta * q * (log_q - log_m) + (1 - beta) * p * (log_p - log_m)).sum(-1)
 
 
 def _check_side(

@@ -14,6 +14,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from riskpo_kernels.reference.ranks import whole
 
@@ -86,28 +87,31 @@ def topk_divergence(
     rest = torch.ones_like(log_p, dtype=torch.bool).scatter(-1, ids, False)
     tail = log_p.masked_fill(~rest, -torch.inf).logsumexp(-1, keepdim=True)
     mine = torch.cat([log_p.gather(-1, ids), tail.clamp(min=TAIL_FLOOR)], -1)
-    return _spread(live, divergence_of(mine, with_tail(teacher_logprob[live].to(z)), kind, beta))
+    return _spread(live, divergence_of(mine, _with_tail(teacher_logprob[live].to(z)), kind, beta))
 
 
 TAIL_FLOOR = -24 * math.log(2)  # of a bucket's log-prob: float32's rounding of a sum to 1
 
 
-def with_tail(teacher_logprob: torch.Tensor) -> torch.Tensor:
+def _with_tail(logprob: torch.Tensor) -> torch.Tensor:
     """[..., K] log-probs and the log of what they leave of 1, [..., K + 1]."""
-    left = (1 - teacher_logprob.exp().sum(-1, keepdim=True)).clamp(min=math.exp(TAIL_FLOOR))
-    return torch.cat([teacher_logprob, left.log()], -1)
+    left = 1 - logprob.exp().sum(-1, keepdim=True)
+    return torch.cat([logprob, left.clamp(min=2.0**-24).log()], -1)
 
 
 def divergence_of(log_p: torch.Tensor, log_q: torch.Tensor, kind: str, beta: float) -> torch.Tensor:
-    def kl(log_a: torch.Tensor, log_b: torch.Tensor) -> torch.Tensor:
-        return (log_a.exp() * (log_a - log_b)).sum(-1)
-
     if kind == "forward_kl":
-        return kl(log_q, log_p)
+        return _kl(log_q, log_p)
     if kind == "reverse_kl":
-        return kl(log_p, log_q)
-    log_m = torch.logaddexp(log_q + math.log(beta), log_p + math.log1p(-beta))
-    return beta * kl(log_q, log_m) + (1 - beta) * kl(log_p, log_m)
+        return _kl(log_p, log_q)
+    shares = torch.stack([log_q + math.log(beta), log_p + math.log(1 - beta)])
+    log_m = shares.logsumexp(0)
+    return beta * _kl(log_q, log_m) + (1 - beta) * _kl(log_p, log_m)
+
+
+def _kl(log_a: torch.Tensor, log_b: torch.Tensor) -> torch.Tensor:
+    """KL(a || b); PyTorch's kl_div takes b first."""
+    return F.kl_div(log_b, log_a, reduction="none", log_target=True).sum(-1)
 
 
 def _live(hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

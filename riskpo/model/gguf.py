@@ -20,7 +20,6 @@ from pathlib import Path
 from riskpo.errors import loading, refusals_in_one_line
 
 CACHE = "RISKPO_CACHE"
-SLICES, SLICE = 64, 1 << 16  # of a file, which tell it from others
 NEEDS_GGUF = "reading a GGUF file takes the package gguf. Install it: pip install 'riskpo[real]'"
 
 
@@ -149,13 +148,11 @@ def _write(file: Path, folder: Path) -> None:
 
 
 def _digest(file: Path) -> str:
-    """Of slices all through the file, so that a large one takes no time."""
-    size = file.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
+    """Of every byte: a fine-tuned copy may have another layer only, and is another model."""
+    digest = hashlib.sha256()
     with file.open("rb") as opened:
-        for i in range(SLICES):
-            opened.seek(max(size - SLICE, 0) * i // (SLICES - 1))
-            digest.update(opened.read(SLICE))
+        while part := opened.read(1 << 20):
+            digest.update(part)
     return digest.hexdigest()[:12]
 
 

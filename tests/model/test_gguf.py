@@ -88,6 +88,12 @@ def test_a_gguf_is_converted_once_and_holds_the_same_model(file, capsys):
     other = path.with_name("other.gguf")
     other.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\0")
     assert cache._digest(other) != cache._digest(path)
+    whole = bytearray(40 << 20)
+    other.write_bytes(whole)
+    before = cache._digest(other)
+    whole[400_003] = 1  # one bit of a large file
+    other.write_bytes(whole)
+    assert cache._digest(other) != before
 
 
 def test_an_interrupted_conversion_leaves_nothing(file, monkeypatch, capsys):

@@ -23,6 +23,7 @@ from riskpo_kernels import RiskPOAdvantage, clipped_surrogate
 RISK_SETTINGS = vars(RiskPOAdvantage().settings).keys() & vars(TrainConfig()).keys() - {"seed"}
 GROUP_STD_EPS = 1e-6
 RS_BETA = 2.0
+EASY_DISCOUNT = 0.6
 
 
 class Advantage(Protocol):
@@ -67,6 +68,17 @@ def over_mean(r: torch.Tensor) -> torch.Tensor:
     """MaxRL (2602.02710): minus the mean and over it; 0 where the mean is 0."""
     mean = r.mean(1, keepdim=True)
     return torch.where(mean > 0, minus_mean(r) / mean.clamp(min=1e-12), 0.0)
+
+
+def harder_first(r: torch.Tensor) -> torch.Tensor:
+    """RLOO with the weight 1 - .6 m, where m is the mean of the question's other responses.
+
+    Ours, the plain control of riskpo-matched: with rewards of 0 and 1 a question solved with
+    probability p has the weight 1 - .6 p, about that of matched bundles, but no bundle and no
+    quantile. Unbiased for that weight, since m does not depend on the response it weighs.
+    """
+    others = (r.sum(1, keepdim=True) - r) / (r.shape[1] - 1)
+    return minus_others(r) * (1 - EASY_DISCOUNT * others)
 
 
 def risk_seeking(r: torch.Tensor) -> torch.Tensor:
@@ -200,6 +212,7 @@ STRATEGIES: dict[str, Strategy] = {
         risk("paper", baseline="leave-one-out", credit="conditional"), loss=PAPER
     ),
     "riskpo-matched": Strategy(risk("matched"), loss=PAPER),
+    "difficulty-weighted": Strategy(group(harder_first), loss=PAPER),
     "grpo": Strategy(group(over_std), loss=TOKEN),
     "dr-grpo": Strategy(group(minus_mean), loss=DR_GRPO),
     "rloo": Strategy(group(minus_others), loss=TOKEN),

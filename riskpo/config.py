@@ -116,6 +116,7 @@ class TrainConfig:
     baseline: str | None = None
     scale: str | None = None
     credit: str | None = None
+    difficulty: str | None = None  # of matched bundles: where they know it from, see docs/risk.md
     clip_low: NumberOr0 | None = None
     clip_high: NumberOr0 | None = None
 

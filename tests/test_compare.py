@@ -29,9 +29,10 @@ from riskpo.compare.numbers import (
     summaries,
     summary,
 )
-from riskpo.compare.page import write_page
+from riskpo.compare.page import verdict, write_page
 from riskpo.config import TrainConfig
 from riskpo.files import run_dir
+from riskpo.metrics.intervals import Interval
 
 SMALL = TrainConfig(
     data="embedded:mixed", steps=2, questions_per_step=5, responses_per_question=2,
@@ -71,9 +72,15 @@ def test_systems_and_seeds(tmp_path):
 
 def test_settings_come_from_a_file(tmp_path):
     path = tmp_path / "c.toml"
-    path.write_text('steps = 7\n[systems.low]\nalgorithm = "grpo"\nclip_low = 0.1\n')
-    base, named = read_config(str(path))
+    path.write_text(
+        'steps = 7\n[margins]\nmvar = 0.1\n[systems.low]\nalgorithm = "grpo"\nclip_low = 0.1\n'
+    )
+    base, named, margins = read_config(str(path))
     assert base.steps == 7 and named == {"low": {"algorithm": "grpo", "clip_low": 0.1}}
+    assert margins == {"mvar": 0.1}
+    path.write_text("[margins]\nmvar = -1\n")
+    with pytest.raises(ValueError, match="mvar = -1 under .margins.; expected a number above 0"):
+        read_config(str(path))
     assert read_config(None)[0].data == "embedded:mixed"
 
 
@@ -94,6 +101,23 @@ def test_misuse_is_one_line(arguments, message, tmp_path, capsys):
     assert main(["compare", *arguments.split(), "--out", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "low, high, word",
+    [
+        (0.03, 0.05, "higher by more than the margin"),
+        (0.01, 0.05, "higher"),
+        (0.005, 0.015, "no difference that matters"),
+        (-0.01, 0.01, "no difference that matters"),
+        (-0.01, 0.03, "undecided"),
+        (-0.05, -0.01, "lower"),
+        (-0.05, -0.03, "lower by more than the margin"),
+    ],
+)
+def test_a_verdict_is_the_place_of_the_interval(low, high, word):
+    assert verdict(Interval((low + high) / 2, low, high, 5), 0.02) == word
+    assert verdict(Interval(low, low, low, 1), 0.02) == "undecided"
 
 
 # What is run ---------------------------------------------------------------------------------
@@ -199,8 +223,13 @@ def test_a_difference_is_bold_where_it_excludes_zero(tmp_path):
         fake_run(tmp_path, "a", seed, [0.5 + 0.01 * seed])
         fake_run(tmp_path, "b", seed, [0.3])
         fake_run(tmp_path, "c", seed, [0.3 + 0.1 * (seed - 1)])
-    write_page(tmp_path, "p", ["b", "a", "c"], [0, 1, 2], "b")
+    write_page(tmp_path, "p", ["b", "a", "c"], [0, 1, 2], "b", {"reward_mean": 0.1})
     text = (tmp_path / "p.md").read_text()
+    assert "## Primary outcomes, minus b" in text and "| reward_mean (±0.1) |" in text
+    assert "| a | higher by more than the margin: **+0.210" in text
+    assert "| c | undecided: +0.000 [-0.248" in text
+    with pytest.raises(ValueError, match="a margin for 'reward'; expected one of .*reward_mean"):
+        write_page(tmp_path, "p", ["b", "a"], [0, 1, 2], "b", {"reward": 0.1})
     assert "**+0.210 [+0.185, +0.235]**" in text
     assert "+0.000 [-0.248, +0.248]" in text and "**+0.000" not in text
 

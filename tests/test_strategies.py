@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -12,6 +13,7 @@ from riskpo.algorithms import (
     GroupAdvantage,
     by_question,
     find_strategy,
+    harder_first,
     keep_mixed,
     loss_options,
     minus_mean,
@@ -54,6 +56,7 @@ def test_rivals_golden():
     golden = {
         minus_others: (0.75, -0.5),
         over_mean: (1.5, -1.0),
+        harder_first: (0.75 * (1 - 0.6 / 4), -0.5 * (1 - 0.6 / 2)),
         risk_seeking: ((math.e**2 / mean - 1) / 2, (1 / mean - 1) / 2),
     }
     for formula, (up, down) in golden.items():
@@ -61,6 +64,19 @@ def test_rivals_golden():
         want = torch.tensor([up, down, down, up, down] + [0.0] * 5, dtype=torch.float64)
         torch.testing.assert_close(found, want, rtol=1e-12, atol=0)
         assert stats["zero_advantage_fraction"] == 0.5
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
+def test_difficulty_weighted_is_rloo_times_its_weight(p):
+    """By enumeration of four responses: the expected gradient of p is RLOO's times 1 - .6 p."""
+    gradient = {minus_others: 0.0, harder_first: 0.0}
+    for outcome in itertools.product((0.0, 1.0), repeat=4):
+        r = torch.tensor([outcome], dtype=torch.float64)
+        chance = (p * r + (1 - p) * (1 - r)).prod()
+        score = (r - p) / (p * (1 - p))
+        for formula in gradient:
+            gradient[formula] += float(chance * (formula(r) * score).sum())
+    assert gradient[harder_first] / gradient[minus_others] == pytest.approx(1 - 0.6 * p, rel=1e-12)
 
 
 ALONE = ("riskpo-paper", "riskpo-batch", "riskpo-none", "riskpo-seeking")  # compare with quantiles
@@ -92,7 +108,9 @@ def test_one_response_is_refused_where_no_config_is_seen():
             RiskPOAdvantage(**{"bundle_size": 2} | settings)(rewards, ["a", "b"], step=1)
 
 
-@pytest.mark.parametrize("formula", [over_std, minus_mean, minus_others, over_mean, risk_seeking])
+@pytest.mark.parametrize(
+    "formula", [over_std, minus_mean, minus_others, harder_first, over_mean, risk_seeking]
+)
 def test_equal_rewards_give_exactly_0(formula):
     """0.1 + ... + 0.1 over 5 is not 0.1 in float32, and its std is divided by."""
     for reward in (0.1, -0.7, 1e4 / 3):
@@ -100,7 +118,7 @@ def test_equal_rewards_give_exactly_0(formula):
             rewards = torch.full((responses,), reward)
             advantage, stats = GroupAdvantage(formula)(rewards, ["a"] * responses, step=1)
             assert not advantage.any() and stats["zero_advantage_fraction"] == 1.0
-    if formula is over_mean:
+    if formula in (over_mean, harder_first):
         return  # a mean of rewards is no difference
     offset = torch.tensor([1e6, 1e6 + 1, 1e6, 1e6 + 1])
     advantage, _ = GroupAdvantage(formula)(offset, ["a"] * 4, step=1)

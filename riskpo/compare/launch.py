@@ -5,6 +5,8 @@
 A system is a row of riskpo/algorithms.py, or a table [systems.NAME] of the TOML file (its algorithm
 and what is set differently for it), with more settings after each "+". Every run is a `riskpo
 train` run in OUT/SYSTEM/seed-S: what is finished is not repeated, what was interrupted resumes.
+A table [margins] names the primary outcomes, each with the largest difference that does not matter;
+the page says for each system which of them it decides.
 Without a model of yours the embedded one is warmed up once per seed, and every system starts from
 that same checkpoint, so that differences between systems can be taken seed by seed. The page
 (table and picture) is written by riskpo/compare/page.py.
@@ -68,7 +70,7 @@ def compare_command(given: list[str]) -> None:
     parser.add_argument("--page-only", action="store_true", help="train nothing, write the page")
     with refusals_in_one_line(parser.prog):
         a = parser.parse_args(given)
-    base, named = read_config(a.config)
+    base, named, margins = read_config(a.config)
     base = base if a.steps is None else replace(base, steps=a.steps)
     systems = [parse_system(spec, named) for spec in a.algorithms.split(",")]
     seeds = parse_seeds(a.seeds)
@@ -90,17 +92,25 @@ def compare_command(given: list[str]) -> None:
             run_all(base, configs, seeds, out, jobs=a.jobs)
     from riskpo.compare.page import write_page
 
-    for path in write_page(out, a.page, [s.name for s in systems], seeds, against):
+    for path in write_page(out, a.page, [s.name for s in systems], seeds, against, margins):
         print(path)
 
 
-def read_config(path: str | None) -> tuple[TrainConfig, dict[str, dict[str, Any]]]:
-    """The common settings and the [systems] of a file; the harder embedded task without one."""
+def read_config(
+    path: str | None,
+) -> tuple[TrainConfig, dict[str, dict[str, Any]], dict[str, float]]:
+    """Common settings, [systems] and [margins] of a file; the harder embedded task without one."""
     if path is None:
-        return TrainConfig(data="embedded:mixed"), {}
+        return TrainConfig(data="embedded:mixed"), {}, {}
     given = load_toml(path)
-    systems = given.pop("systems", {})
-    return with_settings(TrainConfig(), given, path), systems
+    systems, margins = given.pop("systems", {}), given.pop("margins", {})
+    for name, margin in margins.items():
+        if type(margin) not in (int, float) or not 0 < margin < float("inf"):
+            raise ValueError(
+                f"compare: got {name} = {margin!r} under [margins]; expected a number above 0. "
+                "Write the largest difference that does not matter to you."
+            )
+    return with_settings(TrainConfig(), given, path), systems, margins
 
 
 def parse_system(spec: str, named: dict[str, dict[str, Any]]) -> System:

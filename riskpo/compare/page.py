@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -56,11 +56,19 @@ COVARIANCES = {
 
 
 def write_page(
-    out: Path, page: str, systems: Sequence[str], seeds: Sequence[int], against: str
+    out: Path,
+    page: str,
+    systems: Sequence[str],
+    seeds: Sequence[int],
+    against: str,
+    margins: Mapping[str, float] | None = None,
 ) -> list[Path]:
-    """OUT/PAGE.md, .json and .png from the logs of finished runs."""
+    """OUT/PAGE.md, .json and .png from the logs of finished runs.
+
+    margins names the primary outcomes. ValueError where no run has a number of that name.
+    """
     runs = load(out, systems, seeds)
-    about = _about(runs, against)
+    about = _about(runs, against) | {"margins": dict(margins or {})}
     views = {
         "steps": summaries(runs, lambda run: int(run.index[-1])),
         "responses": summaries(runs, lambda run: last_step(run, about["responses"])),
@@ -72,6 +80,12 @@ def write_page(
     ]
     tables = {name: over_seeds(view) for name, view in views.items()}
     differences = {name: over_seeds(change) for name, change in changes.items()}
+    for name in about["margins"]:
+        if name not in views["steps"]:
+            raise ValueError(
+                f"compare: got a margin for {name!r}; expected one of "
+                f"{', '.join(views['steps'])}. Correct [margins]."
+            )
     content = {
         "about": about,
         "over_seeds": {k: _plain(t) for k, t in tables.items()},
@@ -121,6 +135,7 @@ def markdown(tables: dict[str, Table], differences: dict[str, Table], about: dic
     names = list(dict.fromkeys(k for row in table.values() for k in row))
     passes = [k for k in names if k.startswith(EVAL + "pass@")]
     strata = [k for k in names if k.startswith((EVAL + "reward_", EVAL + "solved_"))]
+    margins = about["margins"]
     lines = [
         f"# {len(table)} systems, seeds {', '.join(map(str, about['seeds']))}",
         "",
@@ -133,6 +148,14 @@ def markdown(tables: dict[str, Table], differences: dict[str, Table], about: dic
         "there, or the line between the two around it. Entropy at equal reward: "
         "where the two smoothed rewards of a seed first reach the height that both reach.",
     ]
+    if margins:
+        outcomes = {name: f"{name.removeprefix(EVAL)} (±{margins[name]:g})" for name in margins}
+        decided = _grid(
+            differences["steps"],
+            outcomes,
+            lambda x, name: f"{verdict(x, margins[name])}: {_change(x)}",
+        )
+        lines += ["", f"## Primary outcomes, minus {against}, with their margins", "", *decided]
     sections = (
         ("Training, at equal steps", LEARNING),
         ("Held out, at equal steps", _named(passes, EVAL)),
@@ -159,22 +182,35 @@ def _named(names: Sequence[str], prefix: str) -> dict[str, str]:
     return {name: name.removeprefix(prefix).replace("_", " ") for name in names}
 
 
-def _grid(table: Table, columns: dict[str, str], text: Callable[[Interval], str]) -> list[str]:
+def verdict(x: Interval, margin: float) -> str:
+    """What a paired difference decides, given the largest one that does not matter."""
+    if x.n < 2:
+        return "undecided"
+    if -margin < x.low and x.high < margin:
+        return "no difference that matters"
+    if x.excludes_zero:
+        word = "higher" if x.value > 0 else "lower"
+        clear = x.low > margin or x.high < -margin
+        return f"{word} by more than the margin" if clear else word
+    return "undecided"
+
+
+def _grid(table: Table, columns: dict[str, str], text: Callable[[Interval, str], str]) -> list[str]:
     """A Markdown table; a number that a system does not have is a dash."""
     if not columns:
         return ["No held-out number of this kind."]
     lines = [f"| | {' | '.join(columns.values())} |", "|---" * (len(columns) + 1) + "|"]
     for system, row in table.items():
-        cells = [text(row[name]) if name in row else "-" for name in columns]
+        cells = [text(row[name], name) if name in row else "-" for name in columns]
         lines.append(f"| {system} | {' | '.join(cells)} |")
     return lines
 
 
-def _level(x: Interval) -> str:
+def _level(x: Interval, _: str = "") -> str:
     return f"{x.value:.3f}" + (f" ± {x.high - x.value:.3f}" if x.n > 1 else "")
 
 
-def _change(x: Interval) -> str:
+def _change(x: Interval, _: str = "") -> str:
     text = f"{x.value:+.3f}" + (f" [{x.low:+.3f}, {x.high:+.3f}]" if x.n > 1 else "")
     return f"**{text}**" if x.excludes_zero else text
 

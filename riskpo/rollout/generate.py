@@ -107,9 +107,9 @@ class GenerateSampler:
             synced_gpus=False,  # the processes of a run never wait for each other in here
             **for_model(beside, policy.model, count=len(rows)),
         )
-        response, logprob = output[:, width:].cpu(), torch.stack(draw.columns, dim=1).cpu()
-        for i, (question, prompt) in enumerate(rows):
-            append_response(done, policy.tokenizer, question, prompt, response[i], logprob[i], ends)
+        columns = zip(output[:, width:].tolist(), torch.stack(draw.columns, 1).cpu(), strict=True)
+        for (question, prompt), (response, logprob) in zip(rows, columns, strict=True):
+            append_response(done, policy.tokenizer, question, prompt, response, logprob, ends)
 
     def rest(self) -> None:
         """Nothing to give back: these are the weights that are trained."""

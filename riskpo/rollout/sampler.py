@@ -129,17 +129,16 @@ def append_response(
     tokenizer: Any,
     question: Question,
     prompt: list[int],
-    response: torch.Tensor,
+    response: list[int],
     logprob: torch.Tensor,
     ends: list[int],
 ) -> None:
     """One response, cut after its first end token; without one it counts as truncated."""
-    hits = torch.isin(response, torch.tensor(ends)).nonzero()
-    length = int(hits[0]) + 1 if len(hits) else len(response)
-    tokens = response[:length]
-    done.tokens.append(torch.cat([torch.tensor(prompt), tokens]))
+    end = next((i for i, token in enumerate(response) if token in ends), None)
+    tokens = response if end is None else response[: end + 1]
+    done.tokens.append(torch.tensor(prompt + tokens))
     done.prompt_len.append(len(prompt))
-    done.logprob.append(logprob[:length].clone())
+    done.logprob.append(logprob[: len(tokens)].clone())
     done.text.append(tokenizer.decode(tokens, skip_special_tokens=True))
-    done.truncated.append(not len(hits))
+    done.truncated.append(end is None)
     done.question_id.append(question.id)

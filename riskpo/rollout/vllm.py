@@ -150,15 +150,8 @@ class VLLMSampler:
             for answer in sorted(request.outputs, key=lambda output: output.index):
                 tokens = list(answer.token_ids)
                 logprob = drawn_logprobs(tokens, answer.logprobs)
-                append_response(
-                    done,
-                    tokenizer,
-                    question,
-                    prompt,
-                    torch.tensor(tokens, dtype=torch.int64),
-                    torch.tensor(logprob, dtype=torch.float32),
-                    ends,
-                )
+                given = torch.tensor(logprob, dtype=torch.float32)
+                append_response(done, tokenizer, question, prompt, tokens, given, ends)
         if changed:
             self._compare(done)
         return done

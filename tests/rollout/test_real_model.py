@@ -111,15 +111,16 @@ def test_nothing_of_generation_config_reaches_the_draw_but_its_end_tokens(
 
 
 def test_speed(policy, capsys):
-    """Printed: tokens a second by kind of cache, and the share of computed tokens that is kept."""
+    """Printed: tokens a CPU second by kind of cache, the share of computed tokens that is kept."""
     for static in (False, True):
         draw(policy, each=1, static_cache=static)
-        began = time.perf_counter()
-        rollouts = draw(policy, each=10, static_cache=static)
-        seconds, lengths = time.perf_counter() - began, [len(x) for x in rollouts.logprob]
+        began = time.process_time()
+        rollouts = draw(policy, each=5, static_cache=static)
+        seconds, lengths = time.process_time() - began, [len(x) for x in rollouts.logprob]
         kept = sum(lengths) / (len(lengths) * max(lengths))
         with capsys.disabled():
             print(
-                f"\nstatic cache {static}: {sum(lengths) / seconds:.1f} tokens/s, {kept:.2f} kept"
+                f"\nstatic cache {static}: {sum(lengths) / seconds:.1f} tokens a CPU "
+                f"second, {kept:.2f} kept"
             )
-    assert len(rollouts) == 40
+    assert len(rollouts) == 20

@@ -172,7 +172,8 @@ class VerifierPool:
                 (JSON values; a dict arrives as a SimpleNamespace); returns a Verdict or a number
     workers     processes
     seconds     wall clock per item; the process is killed and replaced there: `timeout`
-    memory_mib  address space per process, where the system can limit it
+    memory_mib  address space per process beside what importing `verify` takes, where the system
+                can limit it
 
     A process that dies over an item (killed from outside, os._exit, out of memory) is replaced and
     the item tried once more on the fresh one; a second death makes it `crash`. An exception in

@@ -85,13 +85,20 @@ def to_verdict(value: object) -> Verdict:
 
 
 def limit_memory(mebibytes: int) -> None:
-    """Cap the address space where the system can, so that one answer cannot take the machine."""
+    """Let answers take this much more address space, where the system can limit it.
+
+    What is mapped by now is the verifier's own: PyTorch built for CUDA alone maps gigabytes.
+    """
     try:
         import resource
     except ImportError:  # Windows
         return
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    wanted = mebibytes * 2**20
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+    except OSError:  # no Linux
+        pages = 0
+    wanted = pages * resource.getpagesize() + mebibytes * 2**20
     limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     try:
         resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
@@ -136,12 +143,12 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     setup = json.loads(incoming.readline())
-    limit_memory(setup["memory_mib"])
     try:
         function = load_function(setup["function"])
     except BaseException as error:  # a script may end itself, or read our arguments
         _send(outgoing, error=f"{type(error).__name__}: {error}"[:4000])
         sys.exit(1)
+    limit_memory(setup["memory_mib"])
     _send(outgoing, ready=True)
     for line in incoming:
         limit_cpu(setup["seconds"])

@@ -49,6 +49,19 @@ def test_a_crash_is_counted_as_one_and_costs_nobody_else(actors, what):
     assert hint.get(what, "signal 11") in verdicts[1].detail
 
 
+def test_the_memory_of_answers_is_counted_beside_that_of_the_verifier_s_libraries(tmp_path):
+    """A library that maps 4 GiB, as PyTorch built for CUDA does, loads; a 2 GiB answer fails."""
+    file = tmp_path / "wide.py"
+    file.write_text(
+        "import mmap\nlibrary = mmap.mmap(-1, 4 << 30, prot=mmap.PROT_READ)\n"
+        "def size(mib): return len(bytearray(mib << 20))\n"
+    )
+    with VerifierPool(f"{file}:size", workers=1, memory_mib=1024) as pool:
+        small, large = pool.run([(64,), (2048,)])
+    assert small.reward == 64 * 2**20
+    assert large.outcome is Outcome.CRASH and "out of memory" in large.detail
+
+
 @pytest.mark.parametrize("what", ["loop", "c_loop", "children", "heir"])
 def test_whatever_does_not_end_is_killed_at_the_wall_clock_limit(actors, what):
     start = time.monotonic()

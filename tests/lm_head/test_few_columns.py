@@ -131,17 +131,21 @@ def test_a_target_outside_its_support():
     for x in (got, exact, plain):
         x["logprob"][9] = 0
     assert_all_close_as_plain(got, exact, plain)
-    alone = torch.zeros(N).index_fill(0, torch.tensor([9]), 1.0)  # a constant has no gradient
-    h.requires_grad_()
-    (linear_logprob(h, w, target, **options).logprob * alone).nan_to_num(0).sum().backward()
-    assert not h.grad.any()
+    alone = torch.zeros(N, dtype=h.dtype).index_fill(0, torch.tensor([9]), 1.0)
+    for op in (linear_logprob, reference.linear_logprob):
+        h = h.detach().requires_grad_()
+        logprob = op(h, w, target, **options).logprob
+        (sent,) = torch.autograd.grad(logprob, h, alone)
+        assert not sent.any()  # -inf is a constant
 
 
 @pytest.mark.parametrize(
     "spoil, message",
     [
         (lambda ids, off: (ids + V, off), "ids of support outside the vocabulary"),
+        (lambda ids, off: (ids - V, off), "ids of support outside the vocabulary"),
         (lambda ids, off: (ids, off[:-1]), "offsets of shape"),
+        (lambda ids, off: (ids, off.index_fill(0, torch.tensor([1]), 50)), "none below the one"),
         (lambda ids, off: (ids, off + 1), "token_ids"),
         (lambda ids, off: (ids.double(), off), "integers"),
         (
@@ -159,6 +163,18 @@ def test_supports_that_are_refused(spoil, message):
     for backend in ("auto", "reference"):
         with pytest.raises(ValueError, match=message):
             linear_logprob(h, w, target, support=support, backend=backend)
+
+
+def test_an_ignored_row_needs_no_support():
+    h, w, _, target = head(N, V, D, torch.float32, "cpu")
+    ids, offsets = ragged(target)
+    target[0] = -100
+    without = ids[offsets[1] :], (offsets - offsets[1]).clamp(min=0)
+    for backend in ("torch", "reference"):
+        full = linear_logprob(h, w, target, support=(ids, offsets), backend=backend).logprob
+        got = linear_logprob(h, w, target, support=without, backend=backend).logprob
+        assert got[0] == 0
+        torch.testing.assert_close(got, full, rtol=1e-6, atol=1e-6)
 
 
 def test_support_takes_one_target_a_row_and_no_kernel():

@@ -83,11 +83,17 @@ def case(rank, sizes, name):
 
 def few_columns(rank, sizes):
     """K targets a row, and a support: ids of every shard, each gathered where it lives."""
+    starts = torch.tensor(sizes[:-1]).cumsum(0).unique()
+    edges = torch.cat([starts - 1, starts])  # the last id of a shard and the first of the next
     for dtype in (torch.float64, torch.bfloat16):
         h, w, b, target = inputs(dtype)
         target[[3, 20]] = -100
+        target[30 : 30 + len(edges)] = edges
         g = torch.Generator().manual_seed(2)
         ids = torch.rand(N, sum(sizes), generator=g).argsort(1)[:, :7]
+        ids[:, :2] = torch.where(torch.isin(ids[:, :2], edges), -1, ids[:, :2])
+        ids[40 : 40 + len(edges), 3:] = -1
+        ids[40 : 40 + len(edges), 3] = edges
         ids = torch.where(ids == target[:, None], -1, ids)
         ids[:, 2] = target.masked_fill(target < 0, -1)
         several = torch.cat([target[:, None], ids.masked_fill(ids < 0, -100)], 1)

@@ -27,10 +27,18 @@ EASY_DISCOUNT = 0.6
 
 
 class Advantage(Protocol):
-    """Rewards [R] and the question of each -> advantage [R], detached, and numbers to log."""
+    """Rewards [R] and the question of each -> advantage [R], detached, and numbers to log.
+
+    prior [R], with difficulty="prior" only: see RiskPOAdvantage.
+    """
 
     def __call__(
-        self, rewards: torch.Tensor, question_id: Sequence[str], *, step: int
+        self,
+        rewards: torch.Tensor,
+        question_id: Sequence[str],
+        *,
+        step: int,
+        prior: Sequence[float] | None = None,
     ) -> tuple[torch.Tensor, dict[str, float]]: ...
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -95,7 +103,12 @@ class GroupAdvantage:
         self.formula = formula
 
     def __call__(
-        self, rewards: torch.Tensor, question_id: Sequence[str], *, step: int
+        self,
+        rewards: torch.Tensor,
+        question_id: Sequence[str],
+        *,
+        step: int,
+        prior: Sequence[float] | None = None,
     ) -> tuple[torch.Tensor, dict[str, float]]:
         rewards_QG = by_question(rewards, question_id)
         check_responses("the advantage of a group", rewards_QG.shape[1])

@@ -78,6 +78,7 @@ class ColumnsConfig:
     question: str | None = None  # text, or a list of messages
     gold: str | None = None  # the reference answer
     id: str | None = None  # None: a hash of the question
+    prior: str | None = None  # a number, larger for easier questions, of difficulty="prior"
 
 
 @dataclass(frozen=True)
@@ -205,6 +206,12 @@ def validate(config: TrainConfig) -> None:
         if wanted and c.model is None:
             reject(f"{name} with the embedded model", "a model on disk or a hub", "Set model.")
     check_columns(c.columns)
+    if (c.difficulty == "prior") != (c.columns.prior is not None):
+        reject(
+            f"difficulty={c.difficulty!r} with columns.prior={c.columns.prior!r}",
+            "difficulty='prior' and the column that holds it, or neither",
+            "Name the column that says how easy a question is.",
+        )
     if c.questions_per_step % c.updates_per_step:
         reject(
             f"questions_per_step={c.questions_per_step} with updates_per_step={c.updates_per_step}",

@@ -47,13 +47,14 @@ def check_data(source: str | None, columns: ColumnsConfig) -> Question | None:
     """The first question of a local file; ValueError for a file that cannot be read."""
     if source is None or is_embedded(source) or not is_file(source):
         return None
-    from riskpo.data.questions import to_question
+    from riskpo.data.questions import priors_of, to_question
 
     path = Path(source).expanduser()
     rows = islice(read_file(path), FIRST_ROWS)
     questions = [to_question(row, path, place, columns) for place, row in rows]
     if not questions:
         raise ValueError(f"load_questions: {source} holds no question. Check the file.")
+    priors_of(questions, columns.prior)
     return questions[0]
 
 

@@ -14,7 +14,7 @@ import torch
 
 from riskpo.algorithms import Advantage, find_strategy
 from riskpo.config import RunConfig, TrainConfig, is_embedded, resolve, to_toml, validate
-from riskpo.data.questions import BOXED_INSTRUCTION, load_questions, split_holdout
+from riskpo.data.questions import BOXED_INSTRUCTION, load_questions, priors_of, split_holdout
 from riskpo.demo import build_model, build_tokenizer, find_task, task_questions, warm_start
 from riskpo.distributed import Ranks, best_device
 from riskpo.files import METRICS, SETTINGS
@@ -106,6 +106,7 @@ def _start(
     said: list[str] = []
     step = 0 if checkpoint is None else read_about(checkpoint, config, said.append)
     questions, held_out = load_data(config)
+    priors_of(questions, config.columns.prior)
     log = open_log(config, overrides, checkpoint, step) if ranks.is_first else SilentLog()
     opened.callback(log.close)
     policy = load_on(ranks, config, checkpoint, questions, held_out, log.note)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from riskpo.algorithms import find_strategy, loss_options
 from riskpo.config import TrainConfig
+from riskpo.data.questions import priors_of
 from riskpo.metrics.step import all_equal, by_stratum, covariances, risk_curves, sampled_entropy
 from riskpo.report.run_page import write_report
 from riskpo.rewards.scorer import stop_if_all_crashed
@@ -61,7 +62,9 @@ def train_step(run: Run, step: int) -> None:
     numbers["sampled_entropy"] = sampled_entropy(batch.seen_logprob)
     if batch.questions:
         rewards_R = shaped_rewards(batch, strategy.overlong, c.max_response_tokens)
-        advantage_R, risk = run.advantage(rewards_R, batch.rollouts.question_id, step=step)
+        ids, known = batch.rollouts.question_id, priors_of(batch.questions, c.columns.prior)
+        prior = [known[q] for q in ids] if known else None
+        advantage_R, risk = run.advantage(rewards_R, ids, step=step, prior=prior)
         run.parallel.ranks.agree(
             "advantages and tracker", [advantage_R, run.advantage.state_dict()]
         )

@@ -67,6 +67,12 @@ MISTAKES = [
     ("train --model m/m --data good.tsv", "expected a file that ends in"),
     ("train --model m/m --data good.jsonl --eval-data absent.csv", "no file absent.csv"),
     ("train --model m/m --data good.jsonl --columns.question a", "columns.gold=None"),
+    ("train --model m/m --data good.jsonl --difficulty prior", "columns.prior=None"),
+    ("train --model m/m --data good.jsonl --columns.prior p", "columns.prior='p'"),
+    (
+        "train --model m/m --data good.jsonl --columns.prior p --difficulty prior",
+        "columns.prior: 'p' of question",
+    ),
     ("train --run-dir good.jsonl/run", "good.jsonl"),
     ("train --run-dir good.jsonl", "good.jsonl"),
     ("train --reward absent:f", "No module named 'absent'"),

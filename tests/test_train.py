@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
 import riskpo.run
 from riskpo.algorithms import STRATEGIES
 from riskpo.cli import main
-from riskpo.config import TrainConfig
+from riskpo.config import ColumnsConfig, TrainConfig
 from riskpo.demo import (
     build_model,
     build_questions,
@@ -23,6 +24,7 @@ from riskpo.memory_plan import run_plan
 from riskpo.report.logs import read_records, step_line
 from riskpo.rollout.sampler import prompt_tokens
 from riskpo.train import train
+from riskpo_kernels import RiskPOAdvantage
 from tests.toy import save_arithmetic, save_byte_model, verdicts_of
 
 SMALL = {
@@ -115,6 +117,35 @@ def test_every_algorithm_takes_two_steps(name, tmp_path):
         steps = read_records(train(config), "step")
     assert len(steps) == 2 and all(r["grad_norm"] > 0 for r in steps)
     assert all(r["entropy"] > 0 and r["skipped_updates"] == 0 for r in steps)
+
+
+def test_matched_bundles_are_made_by_a_column_of_the_data(tmp_path, monkeypatch):
+    """Every response brings its own row's number; a row without one is named before a step."""
+    model, data = save_arithmetic(tmp_path)
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    for i, row in enumerate(rows):
+        row["pass_rate"] = i / 100
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = TrainConfig(
+        run_dir=str(tmp_path / "run"), algorithm="riskpo-matched", difficulty="prior",
+        model=str(model), data=str(data), columns=ColumnsConfig(prior="pass_rate"), steps=1,
+        learning_rate=1e-3, max_response_tokens=6, eval_every_steps=0, **SMALL,
+    )  # fmt: skip
+    seen, call = [], RiskPOAdvantage.__call__
+
+    def spy(self, rewards, ids, **given):
+        seen.append((ids, given["prior"]))
+        return call(self, rewards, ids, **given)
+
+    monkeypatch.setattr(RiskPOAdvantage, "__call__", spy)
+    train(config)
+    ((ids, prior),) = seen
+    truth = {f"arithmetic/{row['id']}": row["pass_rate"] for row in rows}
+    assert len(set(prior)) == 10 and prior == [truth[name] for name in ids]
+    rows[7]["pass_rate"] = None
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="columns.prior: 'pass_rate' of question .*got None"):
+        train(replace(config, run_dir=str(tmp_path / "other")))
 
 
 @pytest.mark.parametrize(

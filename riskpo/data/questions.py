@@ -31,7 +31,7 @@ from riskpo.data.files import is_file, read_file, read_hub
 from riskpo.data.forms import Form, recognised, renamed
 from riskpo.data.images import image_columns, place_pictures, read_pictures
 from riskpo.data.prompts import ends_in_answer, with_instruction
-from riskpo.data.values import Row, mapping, missing, optional_text
+from riskpo.data.values import Row, finite_number, mapping, missing, optional_text
 from riskpo.types import Prompt, Question
 
 BOXED_INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -147,6 +147,19 @@ def to_question(
         prompt, images = place_pictures(prompt, pictures, where)
     identity = identity or f"{source}/{_hash(prompt, images)}"
     return Question(identity, prompt, gold, source, meta, images)
+
+
+def priors_of(questions: Iterable[Question], column: str | None) -> dict[str, float]:
+    """By question id, the number in `column` of its row; {} without a column.
+
+    ValueError where a row has no finite number there.
+    """
+    if column is None:
+        return {}
+    return {
+        q.id: finite_number(q.meta.get(column), f"columns.prior: {column!r} of question {q.id!r}")
+        for q in questions
+    }
 
 
 def _row_id(row: Row, source: str) -> str | None:

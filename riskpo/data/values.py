@@ -92,3 +92,13 @@ _WRITTEN_MESSAGES = re.compile(r"""\s*\[\s*\{.*['"](?:role|content)['"]\s*:""", 
 def looks_like_messages(text: str) -> bool:
     """Whether the text is a list of messages that was written as text, in JSON or in Python."""
     return _WRITTEN_MESSAGES.match(text[:2000]) is not None
+
+
+def finite_number(value: object, where: str) -> float:
+    """A number that is neither NaN nor infinite, of a column that has to hold one."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(
+            f"{where}: got {value!r}; expected a finite number. Mend the row or name another "
+            "column."
+        )
+    return float(value)

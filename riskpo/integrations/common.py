@@ -40,6 +40,11 @@ class CountedAdvantage:
             raise ValueError(f"{op}: got ragged={self.ragged!r}; expected 'error' or 'drop'.")
         self.preset = given.pop("preset", "paper")
         self.advantage = RiskPOAdvantage(self.preset, **given)
+        if self.advantage.settings.difficulty == "prior":
+            raise ValueError(
+                f"{op}: got difficulty='prior'; expected 'history' or 'cross-fit': the host passes "
+                "no column of the data to an advantage. Choose one of them."
+            )
         self.batches = 0
 
     def __call__(

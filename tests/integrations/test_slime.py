@@ -97,3 +97,8 @@ def test_samples_without_reward_or_question_are_named(tmp_path):
     samples = [*rollout(0)[1:], Sample(0, 0, None)]
     with pytest.raises(ValueError, match="reward None"):
         RewardHook(**SETTINGS)(arguments(tmp_path), samples)
+
+
+def test_a_prior_is_refused_before_the_first_batch():
+    with pytest.raises(ValueError, match="difficulty='prior'; expected 'history' or 'cross-fit'"):
+        RewardHook(preset="matched", difficulty="prior")

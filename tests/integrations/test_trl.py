@@ -21,16 +21,19 @@ def state_of(run) -> dict:
 
 
 @pytest.mark.parametrize(
-    "preset, index", [("paper", False), ("official-easy", True), ("official-hard", True)]
+    "preset, index",
+    [("paper", False), ("official-easy", True), ("official-hard", True), ("matched", False)],
 )
 def test_the_advantages_are_those_of_the_generation_batch(tmp_path, preset, index):
     """Of both accumulation steps together, recomputed from what TRL logged."""
+    by_column = {"riskpo_difficulty": "prior", "riskpo_prior_column": "pass_rate"}
     run = trainer(
         tmp_path,
         riskpo_preset=preset,
         gradient_accumulation_steps=2,
         max_steps=1,
         log_completions=True,
+        **(by_column if preset == "matched" else {}),
     )
     seen = []
     host_loss = run._compute_loss
@@ -51,13 +54,18 @@ def test_the_advantages_are_those_of_the_generation_batch(tmp_path, preset, inde
     gold = {row["prompt"]: row for row in questions()}
     ids = question_ids([question_key(gold[p], None) for p in table["prompt"]], GENERATIONS)
     assert len(table) == len(seen) == 16 and len(set(ids)) == 4
-    advantage_of = RiskPOAdvantage(preset, bundle_size=2, seed=run.args.seed)
+    options, given = {}, {}
+    if preset == "matched":
+        options = {"difficulty": "prior"}
+        given = {"prior": [gold[p]["pass_rate"] for p in table["prompt"]]}
+    advantage_of = RiskPOAdvantage(preset, bundle_size=2, seed=run.args.seed, **options)
     sampled = run._scored[1]
     expected, stats = advantage_of(
         torch.tensor(table["token_share"].to_numpy()),
         ids,
         step=0,
         draw=None if index else draw_numbers(ids, sampled),
+        **given,
     )
     assert table["advantage"].tolist() == pytest.approx(expected.tolist(), abs=1e-7)
     assert sorted(seen) == sorted(zip(sampled, expected.tolist(), strict=True))

@@ -28,7 +28,10 @@ SETTINGS = {
 
 
 def questions(count: int = 40) -> Dataset:
-    rows = [{"prompt": q.prompt, "gold": q.gold} for q in build_questions(count, 0)]
+    rows = [
+        {"prompt": q.prompt, "gold": q.gold, "pass_rate": i % 7 / 10}
+        for i, q in enumerate(build_questions(count, 0))
+    ]
     return Dataset.from_list(rows)
 
 

@@ -55,7 +55,7 @@ class RiskPOConfig(GRPOConfig):
     riskpo_tracker_step: float | None = _override("Step of the tracked quantiles, in scores.")
     riskpo_credit: str | None = _override("uniform, score, std, sum-mean or conditional.")
     riskpo_bundling: str | None = _override("random or matched: questions of like difficulty.")
-    riskpo_difficulty: str | None = _override("Of matched bundles: history or cross-fit.")
+    riskpo_difficulty: str | None = _override("Of matched bundles: history, prior or cross-fit.")
     riskpo_history_rate: float | None = _override("Of the mean of a question's rewards.")
     riskpo_baseline: str | None = _override("natural, none, leave-one-out or batch.")
     riskpo_scale: str | None = _override("none, bundle-std or batch-std.")
@@ -68,6 +68,10 @@ class RiskPOConfig(GRPOConfig):
     riskpo_question_column: str | None = field(
         default=None,
         metadata={"help": "Column that names the question. Unset: the content of the row."},
+    )
+    riskpo_prior_column: str | None = field(
+        default=None,
+        metadata={"help": "Number, larger for easier questions, of riskpo_difficulty='prior'."},
     )
     riskpo_head: bool = field(
         default=True, metadata={"help": "Log-probs by linear_logprob; False: by TRL's own head."}
@@ -126,6 +130,12 @@ def _refuse(c: RiskPOConfig) -> None:
 def _check_bundles(c: RiskPOConfig) -> None:
     settings = c.advantage().settings
     assert c.generation_batch_size and c.num_generations  # GRPOConfig has filled them in
+    column = c.riskpo_prior_column
+    if (settings.difficulty == "prior") != (column is not None):
+        raise ValueError(
+            f"{OP}: got riskpo_difficulty={settings.difficulty!r} with riskpo_prior_column="
+            f"{column!r}; expected 'prior' and the column that holds it, or neither."
+        )
     questions, per = c.generation_batch_size // c.num_generations, settings.bundle_size
     if questions < per or (questions % per and settings.leftover == "error"):
         raise ValueError(

@@ -12,6 +12,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from riskpo.data.values import finite_number
+
 OP = "RiskPOTrainer"
 
 
@@ -36,6 +38,11 @@ def question_key(row: dict[str, Any], column: str | None) -> str:
             "riskpo_question_column to a column that names the question."
         ) from None
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def prior_of(row: dict[str, Any], column: str) -> float:
+    """How easy the row's question is; ValueError where its `column` holds no finite number."""
+    return finite_number(row.get(column), f"{OP}: riskpo_prior_column {column!r}")
 
 
 def answer_key(tokens: Sequence[int]) -> str:

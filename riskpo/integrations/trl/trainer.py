@@ -36,6 +36,7 @@ from riskpo.integrations.trl.config import AGGREGATES, RiskPOConfig  # noqa: E40
 from riskpo.integrations.trl.head import use_riskpo_head  # noqa: E402
 from riskpo.integrations.trl.rows import (  # noqa: E402
     answer_key,
+    prior_of,
     question_ids,
     question_key,
 )
@@ -116,14 +117,17 @@ class RiskPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         column, questions = self.args.riskpo_question_column, []
+        prior: list[float] | None = None
         if self.model.training:  # before a rollout function can add columns of its own to `inputs`
             questions = [question_key(row, column) for row in inputs]
+            if self.args.riskpo_prior_column is not None:
+                prior = [prior_of(row, self.args.riskpo_prior_column) for row in inputs]
         output = super()._generate_and_score_completions(inputs)
         per_function, answers = self._scored
         rewards = (per_function * self.reward_weights.to(per_function.device)).nansum(1)
         rewards[per_function.isnan().all(1)] = float("nan")  # as TRL: a row nobody could score
         if self.model.training:
-            advantages = self._advantages(rewards, questions, answers)
+            advantages = self._advantages(rewards, questions, answers, prior)
         else:
             advantages = torch.zeros_like(rewards)
         self._replace_logged(advantages)
@@ -132,7 +136,11 @@ class RiskPOTrainer(GRPOTrainer):
         return output
 
     def _advantages(
-        self, rewards: torch.Tensor, questions: list[str], answers: list[str]
+        self,
+        rewards: torch.Tensor,
+        questions: list[str],
+        answers: list[str],
+        prior: list[float] | None,
     ) -> torch.Tensor:
         """Advantages [N] of all ranks' rows from gathered rewards [N]; moves the tracker."""
         rows = gather_object(list(zip(questions, answers, strict=True)))
@@ -144,6 +152,7 @@ class RiskPOTrainer(GRPOTrainer):
             ids,
             step=self._generation_batches,
             draw=None if by_index else draw_numbers(ids, sampled),
+            prior=None if prior is None else gather_object(prior),
         )
         self._generation_batches += 1
         self._check_ranks(advantages)

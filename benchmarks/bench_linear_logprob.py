@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,6 @@ from benchmarks import peers, regimes, truth
 from benchmarks.provider import Provider, auto_backend, device_of, too_large
 from riskpo_kernels import linear_logprob, reference
 from riskpo_kernels.lm_head.block_filter import DEFAULT_EPS
-from riskpo_kernels.lm_head.tiles import FORWARD
 
 PHASES = ("forward", "forward+backward", "forward+backward with entropy")
 CASES: dict[str, dict[str, Any]] = {
@@ -76,8 +74,6 @@ def providers() -> dict[str, Provider]:
         "riskpo_kernels, tail_eps=2^-14": _ours(tail_eps=2.0**-14),
         "riskpo_kernels, 1536 MiB": _ours(memory_mib=1536),
         "riskpo_kernels, deterministic": _ours(deterministic=True),
-        "riskpo_kernels, one-kernel forward": _one_kernel("gemm"),
-        "riskpo_kernels, one-kernel forward, specialised": _one_kernel("gemm, warp-specialised"),
     }
     exact = Provider(
         _run(lambda h, w, t, e, keep: reference.linear_logprob(h, w, t, return_entropy=e)[:2]),
@@ -195,30 +191,6 @@ def _ours(**options: Any) -> Provider:
         logits_in="float32",
         sums_in="float32",
     )
-
-
-def _one_kernel(way: str) -> Provider:
-    """Our forward with its product and statistics in one kernel, beside the one with two."""
-    usual = _ours()
-
-    def run(**given: Any) -> Any:
-        token = FORWARD.set(way)
-        try:
-            return usual.run(**given)
-        finally:
-            FORWARD.reset(token)
-
-    def why_not(given: dict[str, Any]) -> str | None:
-        device = device_of(given)
-        if device.type != "cuda" or given["hidden"].dtype == torch.float32:
-            return "needs a CUDA device and 16-bit inputs"
-        if given["c"] is not None:
-            return "differs in the forward only"
-        if "specialised" in way and torch.cuda.get_device_capability(device)[0] != 9:
-            return "is made for compute capability 9"
-        return None
-
-    return dataclasses.replace(usual, run=run, why_not=why_not)
 
 
 def default_tail_eps(dtype: torch.dtype) -> float:

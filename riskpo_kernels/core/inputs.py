@@ -144,7 +144,17 @@ def live_rows(
     numbers = [bad.sum(), live.sum(), low_high.min, low_high.max]
     if isinstance(temperature, torch.Tensor):
         numbers.append((live & ~(temperature.reshape(-1) > 0)).sum())
-    n_bad, n_live, low, high, *cold = torch.stack(numbers).tolist()
+    n_live = judge(op, torch.stack(numbers).tolist(), vocab, ignore_index)
+    if n_live == target.numel():
+        return LiveRows(None, target)
+    index = live.nonzero()[:, 0] if target.device.type == "cpu" else _nonzero(live, n_live)
+    return LiveRows(index, target[index])
+
+
+def judge(op: str, numbers: list[int], vocab: int, ignore_index: int) -> int:
+    """The live rows, where nothing is wrong with what was counted: targets outside the vocabulary,
+    live rows, their lowest and highest target, and perhaps temperatures not above 0."""
+    n_bad, n_live, low, high, *cold = numbers
     if n_bad:
         reject(
             op,
@@ -154,10 +164,7 @@ def live_rows(
         )
     if cold and cold[0]:
         reject(op, f"{cold[0]} temperatures not above 0", "all above 0", "Greedy rows have none.")
-    if n_live == target.numel():
-        return LiveRows(None, target)
-    index = live.nonzero()[:, 0] if target.device.type == "cpu" else _nonzero(live, n_live)
-    return LiveRows(index, target[index])
+    return n_live
 
 
 def _nonzero(live: torch.Tensor, n: int) -> torch.Tensor:

@@ -32,6 +32,15 @@ class LogitMap(NamedTuple):
         assert self.softcap is not None
         return (1 - (z * self.temperature / self.softcap).square()).clamp(min=0.0)
 
+    def factors(self) -> tuple[float, float, torch.Tensor | None]:
+        """(inner, outer, T): z = outer raw / T, with a softcap outer tanh(inner raw) / T; T is one
+        per row, or None and a part of outer."""
+        inner = 1.0 if self.softcap is None else self.scale / self.softcap
+        outer = self.scale if self.softcap is None else self.softcap
+        if isinstance(self.temperature, torch.Tensor):
+            return inner, outer, self.temperature
+        return inner, outer / self.temperature, None
+
     def column(self) -> float | torch.Tensor:
         """The temperature, shaped to broadcast over a tile."""
         t = self.temperature
@@ -141,13 +150,6 @@ class RowGradient(NamedTuple):
 
     def of(self, rows: slice | torch.Tensor) -> RowGradient:
         return RowGradient(*(None if x is None else x[rows] for x in self))  # type: ignore[arg-type]
-
-
-def combine(parts: RowState) -> RowState:
-    """The states [S, R] of S pieces of every row as one [R]."""
-    m = parts.m.amax(0)
-    s, u = relative_to(m, parts)
-    return RowState(m, s.sum(0), None if u is None else u.sum(0), parts.zt.amax(0))
 
 
 def relative_to(m: torch.Tensor, part: RowState) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -21,7 +21,7 @@ class Configuration(NamedTuple):
     archs: tuple[int, ...] = ()
 
 
-FLOAT_SCALARS = ("scale", "softcap", "temperature")
+FLOAT_SCALARS = ("inner", "outer", "eps", "cap", "most", "softcap", "temperature")
 
 
 def signature_of(

@@ -26,6 +26,8 @@ from typing import NamedTuple
 MODULES = (
     "softmax_rows",
     "head_forward",
+    "finish_rows",
+    "live_rows",
     "sparse_blocks",
     "sparse_hidden",
     "sparse_weight",

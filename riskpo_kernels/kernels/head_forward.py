@@ -1,21 +1,27 @@
-"""The forward of a head as one persistent product with the softmax statistics in its epilogue.
+"""The forward of a head: one persistent product, whose only results are statistics of blocks.
 
-    z = softcap(scale * (h W^T + b)) / T, in tiles [BM, 128] that never leave the registers
+    z = softcap(scale * (h W^T + b)) / T
 
-A job is BM rows x SPAN columns. Its 128-column tiles are folded into m, s, u, z_t of the rows
-(lm_head/softmax.py), written once per job; `combine` in core/rows.py puts the parts of a row
-together. A tile is one vocabulary block, whose log-sum-exp the choice of active blocks needs.
+Per row and block of 128 columns, the target's column left out:
 
-    tensor            shape              dtype
-    hidden, weight    [R, D], [V, D]     bf16, fp16 (fp32 in the interpreter)
-    target            [R]                int64, negative or beyond V: no column of it
-    parts m s u z_t   [V / SPAN, R]      fp32
-    blocks            [R, V / 128]       fp32, log-sum-exp without the target
+    top = max z        rest = log sum e^(z - top)        gap = top + rest - sum p z,  p = softmax z
 
-Cost: 2 R V D FLOPs; beside hidden and weight it writes 16 bytes per row and SPAN columns, and 4 per
-row and block. Jobs are handed out in groups of GROUP row tiles, which then share columns of the
-weight in the L2 cache. Loads go through tensor-map descriptors (TMA) on compute capability 9.0 and
-newer where strides and addresses are multiples of 16 bytes, else through pointers.
+top and rest apart: their sum would be rounded where all logits share a large offset.
+
+    tensor            shape            dtype
+    hidden, weight    [R, D], [V, D]   bf16, fp16 (fp32 in the interpreter: it would spill)
+    target            [N]              integers; those outside offset .. offset + V: no column
+    order             [N]              int64: row r has target and temperature order[first + r]
+    top, rest, gap    [R, B]           fp32; gap (the block's entropy) where wanted
+    z_t               [R]              fp32, written where the target is one of these columns
+
+kernels/finish_rows.py makes of them what a row needs. A row carries nothing from tile to tile, so
+the sums of a block never depend on the rows beside it, nor on the order of the programs.
+
+Cost: 2 R V D FLOPs; beside hidden and weight it writes 8 or 12 bytes per row and block. Tiles are
+handed out in groups of GROUP row tiles, which then share columns of the weight in the L2 cache.
+Loads go through tensor-map descriptors (TMA) on compute capability 9.0 and newer where strides and
+addresses are multiples of 16 bytes, else through pointers.
 """
 
 from __future__ import annotations
@@ -30,39 +36,96 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from riskpo_kernels.core.matmul import executed
-from riskpo_kernels.core.rows import BLOCK, LogitMap, RowState, combine
-from riskpo_kernels.core.rows import FLOOR as LOG_FLOOR
+from riskpo_kernels.core.rows import BLOCK, LogitMap
 from riskpo_kernels.kernels import Configuration, signature_of
-from riskpo_kernels.kernels.tl_math import logits_of, online_softmax
+from riskpo_kernels.kernels.tl_math import LN2, LOG2E, LOWEST, at_least, tanh
 
-SPAN = 8 * BLOCK  # never a function of R: the order of a row's sums must not depend on its company
 GROUP = 16
-FLOOR = tl.constexpr(LOG_FLOOR)
 
 
-class Shape(NamedTuple):
-    """Rows and depth of a tile, and how it is launched. specialised: a warp group that only loads
-    (takes effect with 4 warps and TMA)."""
+class Tile(NamedTuple):
+    """One variant of the kernel: rows, columns and depth of a tile, how it is launched, whether it
+    loads through TMA, and where it is launched, as 10 x compute capability (empty: wherever no
+    other is)."""
 
     rows: int
+    columns: int
     depth: int
     warps: int
     stages: int
-    specialised: bool = False
+    tma: bool
+    archs: tuple[int, ...] = ()
 
 
-SHAPES = {
-    "gemm": Shape(128, 64, 8, 3),
-    "gemm, warp-specialised": Shape(64, 64, 4, 4, specialised=True),
+# The launcher, the compile gate and the benchmarks read this table. A wider tile that spills on an
+# architecture is not in it (docs/kernel-notes.md).
+FORWARDS = {
+    "hopper": Tile(128, 256, 64, 8, 4, True, (90,)),
+    "blackwell": Tile(128, 128, 64, 8, 3, True, (100, 103)),
+    "ampere": Tile(128, 128, 32, 8, 4, False, (80,)),
+    "pointers": Tile(64, 128, 32, 8, 4, False),
 }
-# On other architectures 128 rows x 128 columns spill in some configuration, and so does a depth of
-# 64 through pointers (docs/kernel-notes.md)
-NARROW, POINTERS = Shape(64, 64, 8, 3), Shape(64, 32, 8, 4)
+
+
+def forward_on(capability: tuple[int, int], tma: bool) -> str:
+    """The row of FORWARDS that is launched."""
+    arch = 10 * capability[0] + capability[1]
+    return next((k for k, x in FORWARDS.items() if arch in x.archs and x.tma <= tma), "pointers")
+
+
+@triton.jit
+def block_statistics(
+    x,
+    v,
+    V,
+    p_bias,
+    p_top,
+    p_rest,
+    p_gap,
+    p_zt,
+    o_r,
+    m_r,
+    target,
+    stride_blocks,
+    inner,
+    outer,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    NEGATIVE: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # products x [BM, BLOCK] of the columns from v on; target [BM] counts from the first column
+    o_v = v + tl.arange(0, BLOCK)  # [BLOCK]
+    if HAS_BIAS:
+        bias = tl.load(p_bias + o_v, mask=o_v < V, other=0.0).to(tl.float32)
+        x += at_least(bias, LOWEST)[None, :]
+    if HAS_SOFTCAP:
+        x = tanh(x * inner)
+    if NEGATIVE:
+        x = -x
+    taken = o_v[None, :] == target[:, None]
+    z_t = tl.sum(tl.where(taken, x, 0.0), 1)
+    z_t = tl.where(z_t <= LOWEST / 2, float("-inf"), z_t * outer)
+    tl.store(p_zt + o_r, z_t, mask=(target >= v) & (target < v + BLOCK) & m_r)
+    x = tl.where(taken | (o_v >= V)[None, :], LOWEST, x)
+    top = tl.max(x, 1)
+    k = outer * LOG2E
+    y = (x - top[:, None]) * k[:, None]  # in base 2; the difference is exact near the largest
+    e = tl.exp2(y)
+    s = tl.sum(e, 1)
+    log_s = tl.log2(s)
+    at = o_r * stride_blocks + v // BLOCK
+    m_b = m_r & (v < V)
+    tl.store(p_top + at, tl.where(top <= LOWEST / 2, float("-inf"), top * outer), mask=m_b)
+    tl.store(p_rest + at, log_s * LN2, mask=m_b)
+    if ENTROPY:
+        tl.store(p_gap + at, (log_s - tl.sum(e * y, 1) / s) * LN2, mask=m_b)
 
 
 @triton.jit(
-    do_not_specialize=["R"],
-    do_not_specialize_on_alignment=["p_target", "p_temperature", "p_blocks"],
+    do_not_specialize=["R", "first", "offset"],
+    do_not_specialize_on_alignment=["p_target", "p_temperature", "p_order", "p_zt"],
 )
 def statistics_kernel(
     d_hidden,
@@ -72,138 +135,127 @@ def statistics_kernel(
     p_bias,
     p_target,
     p_temperature,
-    p_m,
-    p_s,
-    p_u,
+    p_order,
+    p_top,
+    p_rest,
+    p_gap,
     p_zt,
-    p_blocks,
     R,
     V,
     D,
+    first,
+    offset,
     stride_h,
     stride_w,
     stride_blocks,
-    scale,
-    softcap,
-    temperature,
+    inner,
+    outer,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+    NEGATIVE: tl.constexpr,
     ENTROPY: tl.constexpr,
-    HAS_BLOCKS: tl.constexpr,
     TMA: tl.constexpr,
-    SPECIALISED: tl.constexpr,
     GROUP: tl.constexpr,
-    SPAN: tl.constexpr,
     BM: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BN: tl.constexpr,
     BK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    n_tiles, n_spans = tl.cdiv(R, BM), tl.cdiv(V, SPAN)
-    for job in range(tl.program_id(0), n_tiles * n_spans, tl.num_programs(0)):
-        first_tile = job // (GROUP * n_spans) * GROUP
-        n_here = tl.minimum(n_tiles - first_tile, GROUP)
-        i_r = first_tile + job % (GROUP * n_spans) % n_here
-        i_s = job % (GROUP * n_spans) // n_here
+    n_r, n_v = tl.cdiv(R, BM), tl.cdiv(V, BN)
+    for tile in tl.range(tl.program_id(0), n_r * n_v, tl.num_programs(0), flatten=True):
+        first_tile = tile // (GROUP * n_v) * GROUP
+        n_here = tl.minimum(n_r - first_tile, GROUP)
+        i_r = first_tile + tile % (GROUP * n_v) % n_here
+        v = tile % (GROUP * n_v) // n_here * BN
         o_r = i_r.to(tl.int64) * BM + tl.arange(0, BM)  # [BM]
         m_r = o_r < R
 
-        target = tl.load(p_target + o_r, mask=m_r, other=-1)
+        x = tl.full((BM, BN), 0.0, tl.float32)
+        for d in range(0, D, BK):
+            if TMA:
+                h = d_hidden.load([i_r * BM, d])  # [BM, BK]
+                w = d_weight.load([v, d])  # [BN, BK]
+            else:
+                o_d = d + tl.arange(0, BK)
+                o_w = v.to(tl.int64) + tl.arange(0, BN)
+                m_d = (o_d < D)[None, :]
+                h_at = p_hidden + o_r[:, None] * stride_h + o_d[None, :]
+                w_at = p_weight + o_w[:, None] * stride_w + o_d[None, :]
+                h = tl.load(h_at, mask=m_r[:, None] & m_d, other=0.0)
+                w = tl.load(w_at, mask=(o_w < V)[:, None] & m_d, other=0.0)
+            x = tl.dot(h, tl.trans(w), x, input_precision="ieee")
+
+        i = first + o_r
+        if HAS_ORDER:
+            i = tl.load(p_order + i, mask=m_r, other=0)
+        target = tl.load(p_target + i, mask=m_r, other=-1).to(tl.int64) - offset
         target = tl.where((target >= 0) & (target < V), target, -1).to(tl.int32)
-        t = temperature
+        by = tl.full((BM,), 1.0, tl.float32) * outer
         if HAS_TEMPERATURE:
-            t = tl.load(p_temperature + o_r, mask=m_r, other=1.0)[:, None]
-        m = tl.full((BM,), float("-inf"), tl.float32)
-        s = tl.full((BM,), 0.0, tl.float32)
-        u, zt = s, m
-
-        for v in range(i_s * SPAN, tl.minimum((i_s + 1) * SPAN, V), BLOCK):
-            o_v = v + tl.arange(0, BLOCK)  # [BLOCK]
-            m_v = o_v < V
-            x = tl.full((BM, BLOCK), 0.0, tl.float32)
-            for k in tl.range(0, D, BK, warp_specialize=SPECIALISED):
-                if TMA:
-                    h = d_hidden.load([i_r * BM, k])  # [BM, BK]
-                    w = d_weight.load([v, k])  # [BLOCK, BK]
-                else:
-                    o_k = k + tl.arange(0, BK)
-                    m_k = (o_k < D)[None, :]
-                    h_at = p_hidden + o_r[:, None] * stride_h + o_k[None, :]
-                    w_at = p_weight + o_v.to(tl.int64)[:, None] * stride_w + o_k[None, :]
-                    h = tl.load(h_at, mask=m_r[:, None] & m_k, other=0.0)
-                    w = tl.load(w_at, mask=m_v[:, None] & m_k, other=0.0)
-                x = tl.dot(h, tl.trans(w), x, input_precision="ieee")
-            if HAS_BIAS:
-                x += tl.load(p_bias + o_v, mask=m_v, other=0.0).to(tl.float32)[None, :]
-            z, _ = logits_of(x, scale, softcap, t, HAS_SOFTCAP)
-
-            z = tl.where(m_v[None, :], z, float("-inf"))
-            taken = o_v[None, :] == target[:, None]
-            here = (target >= v) & (target < v + BLOCK)
-            m, s, u, zt, e, anchor = online_softmax(z, taken, here, m, s, u, zt, ENTROPY, FLOOR)
-            if HAS_BLOCKS:
-                at = p_blocks + o_r * stride_blocks + v // BLOCK
-                tl.store(at, anchor + tl.log(tl.sum(e, 1)), mask=m_r)
-
-        o = i_s.to(tl.int64) * R + o_r
-        tl.store(p_m + o, m, mask=m_r)
-        tl.store(p_s + o, s, mask=m_r)
-        tl.store(p_zt + o, zt, mask=m_r)
-        if ENTROPY:
-            tl.store(p_u + o, u, mask=m_r)
+            by = outer / tl.load(p_temperature + i, mask=m_r, other=1.0)
+        tl.static_assert(BN == BLOCK or BN == 2 * BLOCK)
+        if BN == BLOCK:
+            parts = (x,)
+        else:
+            parts = tl.split(tl.permute(tl.reshape(x, (BM, 2, BLOCK)), (0, 2, 1)))
+        for j in tl.static_range(BN // BLOCK):
+            block_statistics(
+                parts[j], v + j * BLOCK, V, p_bias, p_top, p_rest, p_gap, p_zt, o_r, m_r, target,
+                stride_blocks, inner, by, HAS_BIAS, HAS_SOFTCAP, NEGATIVE, ENTROPY, BLOCK,
+            )  # fmt: skip
 
 
-def parts_of(rows: int, vocab: int, entropy: bool, device: torch.device) -> RowState:
-    """Memory for the statistics of every job, [V / SPAN, R] each."""
-    shape = (triton.cdiv(vocab, SPAN), rows)
-    m, s, u, zt = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(4))
-    return RowState(m, s, u if entropy else None, zt)
+class BlockStatistics(NamedTuple):
+    """Of R rows and B blocks of columns; room for them, until the kernel has run."""
+
+    top: torch.Tensor
+    rest: torch.Tensor
+    gap: torch.Tensor | None
+    z_t: torch.Tensor
+
+    @staticmethod
+    def new(rows: int, blocks: int, entropy: bool, device: torch.device) -> BlockStatistics:
+        room = functools.partial(torch.empty, dtype=torch.float32, device=device)
+        gap = room(rows, blocks) if entropy else None
+        return BlockStatistics(room(rows, blocks), room(rows, blocks), gap, room(rows))
+
+    def of(self, rows: int) -> BlockStatistics:
+        """Room for the first rows."""
+        return BlockStatistics(*(None if x is None else x[:rows] for x in self))  # type: ignore[arg-type]
+
+    @staticmethod
+    def row_bytes(blocks: int, entropy: bool) -> int:
+        return 4 * blocks * (2 + entropy) + 4
 
 
 def statistics(
     hidden: torch.Tensor,
     weight: torch.Tensor,
-    target: torch.Tensor,
     bias: torch.Tensor | None,
+    target: torch.Tensor,
+    order: torch.Tensor | None,
     map: LogitMap,
-    blocks: torch.Tensor | None,
+    out: BlockStatistics,
     *,
-    entropy: bool,
-    shape: str,
-) -> RowState:
-    """The softmax state [R] of rows hidden [R, D] (unit column stride, as weight [V, D]); blocks
-    [R, V / 128] takes the blocks' log-sum-exps. shape: a key of SHAPES."""
-    rows, vocab = hidden.shape[0], weight.shape[0]
-    parts = parts_of(rows, vocab, entropy, hidden.device)
-    if rows:
-        with torch.cuda.device_of(hidden):
-            _launch(hidden, weight, target, bias, map, blocks, parts, shape)
-    return combine(parts)
-
-
-def _launch(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    target: torch.Tensor,
-    bias: torch.Tensor | None,
-    map: LogitMap,
-    blocks: torch.Tensor | None,
-    parts: RowState,
-    shape: str,
+    first: int,
+    offset: int,
 ) -> None:
+    """Fill `out` for rows hidden [R, D] (unit column stride, as weight [V, D]); row r has target
+    and temperature number order[first + r], counted from column `offset`."""
     tma = _tma(hidden) and _tma(weight)
-    tile = shape_on(shape, _capability(hidden.device), tma)
-    per_row = map.temperature if isinstance(map.temperature, torch.Tensor) else None
-    row_tiles = triton.cdiv(hidden.shape[0], tile.rows)
-    jobs = row_tiles * parts.m.shape[0]
-    descriptors = (
+    tile = FORWARDS[forward_on(_capability(hidden.device), tma)]
+    rows, vocab = hidden.shape[0], weight.shape[0]
+    row_tiles, column_tiles = triton.cdiv(rows, tile.rows), triton.cdiv(vocab, tile.columns)
+    executed(row_tiles * tile.rows, column_tiles * tile.columns, hidden.shape[1])
+    inner, outer, per_row = map.factors()
+    d_hidden, d_weight = (
         TensorDescriptor.from_tensor(x, [n, tile.depth]) if tma else None
-        for x, n in ((hidden, tile.rows), (weight, BLOCK))
+        for x, n in ((hidden, tile.rows), (weight, tile.columns))
     )
-    d_hidden, d_weight = descriptors
-    columns = triton.cdiv(weight.shape[0], BLOCK) * BLOCK
-    executed(row_tiles * tile.rows, columns, hidden.shape[1])
-    statistics_kernel[(min(jobs, multiprocessors(hidden.device)),)](
+    programs = min(row_tiles * column_tiles, multiprocessors(hidden.device))
+    statistics_kernel[(programs,)](
         d_hidden=d_hidden,
         d_weight=d_weight,
         p_hidden=None if tma else hidden,
@@ -211,42 +263,36 @@ def _launch(
         p_bias=bias,
         p_target=target,
         p_temperature=per_row,
-        p_m=parts.m,
-        p_s=parts.s,
-        p_u=parts.u,
-        p_zt=parts.zt,
-        p_blocks=blocks,
-        R=hidden.shape[0],
-        V=weight.shape[0],
+        p_order=order,
+        p_top=out.top,
+        p_rest=out.rest,
+        p_gap=out.gap,
+        p_zt=out.z_t,
+        R=rows,
+        V=vocab,
         D=hidden.shape[1],
+        first=first,
+        offset=offset,
         stride_h=hidden.stride(0),
         stride_w=weight.stride(0),
-        stride_blocks=0 if blocks is None else blocks.stride(0),
-        scale=map.scale,
-        softcap=map.softcap or 1.0,
-        temperature=1.0 if per_row is not None else map.temperature,
+        stride_blocks=out.top.stride(0),
+        inner=inner,
+        outer=abs(outer),
         HAS_BIAS=bias is not None,
         HAS_SOFTCAP=map.softcap is not None,
         HAS_TEMPERATURE=per_row is not None,
-        ENTROPY=parts.u is not None,
-        HAS_BLOCKS=blocks is not None,
+        HAS_ORDER=order is not None,
+        NEGATIVE=outer < 0,
+        ENTROPY=out.gap is not None,
         TMA=tma,
-        SPECIALISED=tile.specialised,
         GROUP=GROUP,
-        SPAN=SPAN,
         BM=tile.rows,
-        BLOCK=BLOCK,
+        BN=tile.columns,
         BK=tile.depth,
+        BLOCK=BLOCK,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-
-
-def shape_on(shape: str, capability: tuple[int, int], tma: bool) -> Shape:
-    """The tile that is launched: SHAPES are Hopper's, and need TMA."""
-    if not tma:
-        return POINTERS
-    return SHAPES[shape] if capability[0] == 9 else NARROW
 
 
 def _tma(x: torch.Tensor) -> bool:
@@ -270,52 +316,33 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-# (bias, softcap, row temperatures, blocks): each two of them in all four ways; the first is what a
-# plain head launches, the last has everything to hold at once
-PAIRWISE = [tuple(c == "1" for c in x) for x in ("0001", "0110", "1010", "1100", "1111")]
-
-
 def compile_configurations() -> list[Configuration]:
-    """What can be launched, see kernels/__init__.py: all of it in bf16 with the entropy; without
-    it, where there is less to hold, and in fp16, which differs in the operands' type, a part."""
-    ways: list[tuple[str, Shape, bool, tuple[int, ...]]] = [
-        (name, shape, True, (90,)) for name, shape in SHAPES.items()
-    ]
-    ways += [("narrow", NARROW, True, (100,)), ("pointers", POINTERS, False, ())]
-    choices: list[tuple[Any, ...]] = [
-        ("bf16", *x, True) for x in itertools.product(*((False, True),) * 4)
-    ]
-    choices += [("bf16", *x, False) for x in PAIRWISE]
-    choices += [("fp16", *PAIRWISE[0], entropy) for entropy in (False, True)]
-    choices += [("fp16", *PAIRWISE[-1], True)]
-    return [_configuration(*way, *choice) for way, choice in itertools.product(ways, choices)]  # type: ignore[arg-type]
-
-
-def _configuration(
-    shape_name: str,
-    shape: Shape,
-    tma: bool,
-    archs: tuple[int, ...],
-    dtype: str,
-    bias: bool,
-    softcap: bool,
-    per_row: bool,
-    blocks: bool,
-    entropy: bool,
-) -> Configuration:
-    flags: dict[str, Any] = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "ENTROPY": entropy}
-    flags |= {"HAS_TEMPERATURE": per_row, "HAS_BLOCKS": blocks, "TMA": tma, "GROUP": GROUP}
-    flags |= {"SPECIALISED": shape.specialised, "SPAN": SPAN, "BLOCK": BLOCK}
-    flags |= {"BM": shape.rows, "BK": shape.depth}
-    types = {"p_hidden": dtype, "p_weight": dtype, "p_target": "i64"}
-    types |= {"d_hidden": f"tensordesc<{dtype}[{shape.rows},{shape.depth}]>"}
-    types |= {"d_weight": f"tensordesc<{dtype}[{BLOCK},{shape.depth}]>"}
-    given = {"p_bias": bias, "p_temperature": per_row, "p_blocks": blocks, "p_u": entropy}
-    given |= dict.fromkeys(("d_hidden", "d_weight"), tma)
-    given |= dict.fromkeys(("p_hidden", "p_weight"), not tma)
-    signature, constexprs = signature_of(statistics_kernel, types, given, flags)
-    title = f"forward-{shape_name.replace(', ', '-')}-dot{'-tma' if tma else ''}"
-    title += f" {dtype} bias={bias:d} softcap={softcap:d} rows={per_row:d} blocks={blocks:d}"
-    title += f" entropy={entropy:d}"
-    launch = (shape.warps, shape.stages)
-    return Configuration(title, statistics_kernel, signature, constexprs, *launch, {}, archs)
+    """What can be launched, see kernels/__init__.py: each way to make a logit in bf16, with the
+    entropy; the plain head and the one with everything in fp16 and without the entropy."""
+    every = list(itertools.product(*((False, True),) * 3))  # bias, softcap, row temperatures
+    plain, most = every[0], every[-1]
+    choices = [("bf16", x, False, True) for x in every]
+    choices += [("bf16", x, False, False) for x in (plain, most)]
+    choices += [("bf16", plain, True, True), ("fp16", plain, False, False)]
+    choices += [("fp16", most, True, True)]
+    made = []
+    for (variant, tile), (dtype, logit, negative, entropy) in itertools.product(
+        FORWARDS.items(), choices
+    ):
+        bias, softcap, per_row = logit
+        flags: dict[str, Any] = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "ENTROPY": entropy}
+        flags |= {"HAS_TEMPERATURE": per_row, "HAS_ORDER": per_row, "NEGATIVE": negative}
+        flags |= {"TMA": tile.tma, "GROUP": GROUP, "BLOCK": BLOCK}
+        flags |= {"BM": tile.rows, "BN": tile.columns, "BK": tile.depth}
+        types = {"p_hidden": dtype, "p_weight": dtype, "p_target": "i64", "p_order": "i64"}
+        types |= {"d_hidden": f"tensordesc<{dtype}[{tile.rows},{tile.depth}]>"}
+        types |= {"d_weight": f"tensordesc<{dtype}[{tile.columns},{tile.depth}]>"}
+        given = {"p_bias": bias, "p_temperature": per_row, "p_order": per_row, "p_gap": entropy}
+        given |= dict.fromkeys(("d_hidden", "d_weight"), tile.tma)
+        given |= dict.fromkeys(("p_hidden", "p_weight"), not tile.tma)
+        found = signature_of(statistics_kernel, types, given, flags)
+        title = f"forward-{variant}-dot{'-tma' if tile.tma else ''} {dtype} bias={bias:d} "
+        title += f"softcap={softcap:d} rows={per_row:d} negative={negative:d} entropy={entropy:d}"
+        launched: Any = tile.warps, tile.stages, {}, tile.archs
+        made.append(Configuration(title, statistics_kernel, *found, *launched))
+    return made

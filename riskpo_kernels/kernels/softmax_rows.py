@@ -1,9 +1,9 @@
-"""Folding a tile of logits into running softmax statistics, and turning it into its gradient.
+"""Softmax statistics of rows of logits, and the gradient of a tile of logits.
 
     x = (raw + bias) * scale        z = softcap tanh(x / softcap) / T        (without: z = x / T)
 
-fold: with t the target and, over the other columns, m = max z, s = sum e^(z-m),
-u = sum e^(z-m) (z-m), one pass over the tile updates (m, s, u, z_t) of each row.
+statistics: with t the target and, over the other columns, m = max z, s = sum e^(z-m),
+u = sum e^(z-m) (z-m), one warp folds a row in base 2 and finishes it (lm_head/softmax.py).
 
 gradient: with log p = z - peak - log_sum and three numbers a row (rows.RowGradient), which
 scale / T is in,
@@ -15,10 +15,10 @@ scale / T is in,
     tensor                      shape    dtype
     raw                         [R, C]   fp32, bf16, fp16; any row stride, unit column stride
     target                      [R]      int64, counted from the tile's first column
-    state, numbers of a row, T  [R]      fp32
+    results, numbers of a row, T [R]     fp32
     out                         [R, C]   fp32, bf16, fp16; may be raw itself
 
-Cost per element: fold one read and one exp, gradient one read, one exp and one write. No atomics.
+Cost per element: one read and one exp, and of the gradient one write. No atomics.
 """
 
 from __future__ import annotations
@@ -30,15 +30,24 @@ import torch
 import triton
 import triton.language as tl
 
-from riskpo_kernels.core.rows import BLOCK as COLUMNS
 from riskpo_kernels.core.rows import FLOOR as LOG_FLOOR
 from riskpo_kernels.core.rows import IGNORED as UNREAD
-from riskpo_kernels.core.rows import LogitMap, RowGradient, RowState
+from riskpo_kernels.core.rows import LogitMap, RowGradient
 from riskpo_kernels.kernels import Configuration, signature_of
-from riskpo_kernels.kernels.tl_math import logits_gradient, logits_of, online_softmax
+from riskpo_kernels.kernels.tl_math import (
+    LN2,
+    LOG2E,
+    LOWEST,
+    at_least,
+    logits_gradient,
+    logits_of,
+    row_results,
+    tanh,
+)
 
 # One program holds BN rows x BV columns, 16 fp32 values a thread; rows are read in runs of 2 KB.
 BN, BV, WARPS = 8, 512, 8
+ROW_RUN = 1024  # columns that a row's only warp folds at once: nothing waits at a barrier
 MAX_REGISTERS = 128  # left alone, ptxas spills a few bytes to reach the next occupancy step
 IGNORED = tl.constexpr(UNREAD)
 FLOOR = tl.constexpr(LOG_FLOOR)
@@ -46,82 +55,69 @@ FLOOR = tl.constexpr(LOG_FLOOR)
 
 # Pieces of rows begin anywhere: without these lists every alignment of a piece, and every other
 # remainder of its length, would compile the kernels again.
-PER_ROW = "target temperature m s u zt blocks at_target offset slope peak log_sum"
+PER_ROW = "target temperature logprob entropy total at_target offset slope peak log_sum"
 ROW_POINTERS = [f"p_{name}" for name in PER_ROW.split()]
 
 
-@triton.jit(do_not_specialize=["R"], do_not_specialize_on_alignment=ROW_POINTERS)
-def _fold_kernel(
+@triton.jit(do_not_specialize_on_alignment=ROW_POINTERS)
+def _rows_kernel(
     p_raw,
-    p_bias,
     p_target,
     p_temperature,
-    p_m,
-    p_s,
-    p_u,
-    p_zt,
-    p_blocks,
-    R,
-    C,
+    p_logprob,
+    p_entropy,
+    p_total,
+    p_peak,
+    p_log_sum,
+    V,
     stride_raw,
-    stride_blocks,
-    scale,
-    softcap,
-    temperature,
-    HAS_BIAS: tl.constexpr,
+    inner,
+    outer,
     HAS_SOFTCAP: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
     ENTROPY: tl.constexpr,
-    HAS_BLOCKS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BN: tl.constexpr,
     BV: tl.constexpr,
 ):
-    i_n = tl.program_id(0).to(tl.int64)
-    o_n = i_n * BN + tl.arange(0, BN)  # [BN]
-    m_n = o_n < R
-    target = tl.load(p_target + o_n, mask=m_n, other=-1)
-    m_n = m_n & (target != IGNORED)  # an ignored row is never read
-
-    m = tl.load(p_m + o_n, mask=m_n, other=0.0)
-    s = tl.load(p_s + o_n, mask=m_n, other=0.0)
-    zt = tl.load(p_zt + o_n, mask=m_n, other=0.0)
-    u = tl.full((BN,), 0.0, tl.float32)
-    if ENTROPY:
-        u = tl.load(p_u + o_n, mask=m_n, other=0.0)
+    r = tl.program_id(0).to(tl.int64)
+    target = tl.load(p_target + r)
+    live = target != IGNORED  # an ignored row is never read
+    here = live & (target >= 0) & (target < V)
     if HAS_TEMPERATURE:
-        temperature = tl.load(p_temperature + o_n, mask=m_n, other=1.0)[:, None]
-
-    for v in range(0, C, BV):
+        outer = outer / tl.load(p_temperature + r)
+    k = outer * LOG2E
+    p_row = p_raw + r * stride_raw
+    x_t = tl.load(p_row + target, mask=here, other=0.0).to(tl.float32)
+    if HAS_SOFTCAP:
+        x_t = tanh(x_t * inner)
+    x_t = tl.where(here, x_t, float("-inf"))
+    column = tl.where(here, target, -1).to(tl.int32)
+    m, s, u = tl.full((), LOWEST, tl.float32), tl.full((), 0.0, tl.float32), 0.0
+    for v in range(0, V, BV):
         o_v = v + tl.arange(0, BV)  # [BV]
-        m_v = o_v < C
-        x = tl.load(
-            p_raw + o_n[:, None] * stride_raw + o_v[None, :],
-            mask=m_n[:, None] & m_v[None, :],
-            other=0.0,
-        ).to(tl.float32)  # [BN, BV]
-        if HAS_BIAS:
-            x += tl.load(p_bias + o_v, mask=m_v, other=0.0).to(tl.float32)[None, :]
-        z, _ = logits_of(x, scale, softcap, temperature, HAS_SOFTCAP)
-
-        z = tl.where(m_v[None, :], z, float("-inf"))
-        taken = o_v[None, :] == target[:, None]
-        here = (target >= v) & (target < v + BV) & (target < C)
-        m, s, u, zt, e, anchor = online_softmax(z, taken, here, m, s, u, zt, ENTROPY, FLOOR)
-        if HAS_BLOCKS:
-            sums = tl.sum(tl.reshape(e, (BN, BV // BLOCK, BLOCK)), 2)  # [BN, BV / BLOCK]
-            o_b = v // BLOCK + tl.arange(0, BV // BLOCK)
-            tl.store(
-                p_blocks + o_n[:, None] * stride_blocks + o_b[None, :],
-                anchor[:, None] + tl.log(sums),
-                mask=m_n[:, None] & (o_b * BLOCK < C)[None, :],
-            )
-
-    tl.store(p_m + o_n, m, mask=m_n)
-    tl.store(p_s + o_n, s, mask=m_n)
-    tl.store(p_zt + o_n, zt, mask=m_n)
+        m_v = o_v < V
+        x = tl.load(p_row + o_v, mask=m_v & live, other=float("-inf")).to(tl.float32)
+        if HAS_SOFTCAP:
+            x = tanh(x * inner)
+        x = tl.where(m_v & (o_v != column), x, float("-inf"))
+        new = tl.maximum(m, tl.max(x, 0))
+        y = (x - new) * k  # in base 2; the difference is exact near the largest
+        e = tl.exp2(y)
+        shift = tl.maximum((m - new) * k, FLOOR)  # exp2(FLOOR) = 0, and 0 * FLOOR is not NaN
+        keep = tl.exp2(shift)
+        if ENTROPY:
+            u = keep * (u + s * shift) + tl.sum(e * at_least(y, FLOOR), 0)
+        s = s * keep + tl.sum(e, 0)
+        m = new
+    none = m == LOWEST
+    d, z_t = (m - x_t) * outer, x_t * outer
+    m = tl.where(none, float("-inf"), m * outer)
+    logprob, entropy, peak, log_sum, _ = row_results(m, d, s, u * LN2, z_t, ENTROPY)
+    tl.store(p_logprob + r, tl.where(live, logprob, 0.0))
+    tl.store(p_total + r, tl.where(live, peak + log_sum, 0.0))
+    tl.store(p_peak + r, tl.where(live, peak, 0.0))
+    tl.store(p_log_sum + r, tl.where(live, log_sum, 0.0))
     if ENTROPY:
-        tl.store(p_u + o_n, u, mask=m_n)
+        tl.store(p_entropy + r, tl.where(live, entropy, 0.0))
 
 
 @triton.jit(do_not_specialize=["R"], do_not_specialize_on_alignment=ROW_POINTERS)
@@ -140,9 +136,8 @@ def _gradient_kernel(
     C,
     stride_raw,
     stride_out,
-    scale,
-    softcap,
-    temperature,
+    inner,
+    outer,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
@@ -168,7 +163,7 @@ def _gradient_kernel(
     peak = tl.load(p_peak + o_n, mask=live, other=0.0)
     log_sum = tl.load(p_log_sum + o_n, mask=live, other=0.0)
     if HAS_TEMPERATURE:
-        temperature = tl.load(p_temperature + o_n, mask=live, other=1.0)[:, None]
+        outer = outer / tl.load(p_temperature + o_n, mask=live, other=1.0)[:, None]
     x = tl.load(
         p_raw + o_n[:, None] * stride_raw + o_v[None, :],
         mask=live[:, None] & m_v[None, :],
@@ -176,7 +171,7 @@ def _gradient_kernel(
     ).to(tl.float32)  # [BN, BV]
     if HAS_BIAS:
         x += tl.load(p_bias + o_v, mask=m_v, other=0.0).to(tl.float32)[None, :]
-    z, cap_slope = logits_of(x, scale, softcap, temperature, HAS_SOFTCAP)
+    z, cap_slope = logits_of(x, inner, outer, HAS_SOFTCAP)
 
     log_p = (z - peak[:, None]) - log_sum[:, None]
     taken = o_v[None, :] == target[:, None]
@@ -190,54 +185,35 @@ def _gradient_kernel(
     )
 
 
-def _row_temperature(map: LogitMap) -> tuple[torch.Tensor | None, float]:
-    if isinstance(map.temperature, torch.Tensor):
-        return map.temperature, 1.0
-    return None, map.temperature
-
-
-def fold(
-    raw: torch.Tensor,
-    target: torch.Tensor,
-    bias: torch.Tensor | None,
-    state: RowState,
-    map: LogitMap,
-    blocks: torch.Tensor | None = None,
+def row_statistics(
+    raw: torch.Tensor, target: torch.Tensor, map: LogitMap, results: list[torch.Tensor | None]
 ) -> None:
-    """Fold a tile of raw logits [R, C] into `state`; same contract as softmax_rows.fold, but raw
-    is left alone and rows whose target is IGNORED are skipped."""
-    rows, cols = raw.shape
-    per_row, temperature = _row_temperature(map)
-    if rows == 0 or cols == 0:
+    """logprob, entropy (or None), lse, peak and log_sum [R] of whole rows of logits [R, V], into
+    `results`: lm_head/softmax.py's statistics and finish. Rows whose target is IGNORED get 0."""
+    rows, vocab = raw.shape
+    if rows == 0:
         return
+    inner, outer, per_row = map.factors()
+    logprob, entropy, total, peak, log_sum = results
     with torch.cuda.device_of(raw):
-        _fold_kernel[(triton.cdiv(rows, BN),)](
+        _rows_kernel[(rows,)](
             p_raw=raw,
-            p_bias=bias,
             p_target=target,
             p_temperature=per_row,
-            p_m=state.m,
-            p_s=state.s,
-            p_u=state.u,
-            p_zt=state.zt,
-            p_blocks=blocks,
-            R=rows,
-            C=cols,
+            p_logprob=logprob,
+            p_entropy=entropy,
+            p_total=total,
+            p_peak=peak,
+            p_log_sum=log_sum,
+            V=vocab,
             stride_raw=raw.stride(0),
-            stride_blocks=0 if blocks is None else blocks.stride(0),
-            scale=map.scale,
-            softcap=map.softcap or 1.0,
-            temperature=temperature,
-            HAS_BIAS=bias is not None,
+            inner=inner,
+            outer=outer,
             HAS_SOFTCAP=map.softcap is not None,
             HAS_TEMPERATURE=per_row is not None,
-            ENTROPY=state.u is not None,
-            HAS_BLOCKS=blocks is not None,
-            BLOCK=COLUMNS,
-            BN=BN,
-            BV=BV,
-            num_warps=WARPS,
-            maxnreg=MAX_REGISTERS,
+            ENTROPY=entropy is not None,
+            BV=ROW_RUN,
+            num_warps=1,
         )
 
 
@@ -252,9 +228,9 @@ def gradient(
     """The gradient of a tile's raw logits [R, C] into `out`; same contract as
     softmax_rows.gradient. Rows that are IGNORED or have no coefficient are written as zeros."""
     rows, cols = raw.shape
-    per_row, temperature = _row_temperature(map)
     if rows == 0 or cols == 0:
         return out
+    inner, outer, per_row = map.factors()
     with torch.cuda.device_of(raw):
         _gradient_kernel[(triton.cdiv(rows, BN) * triton.cdiv(cols, BV),)](
             p_raw=raw,
@@ -271,9 +247,8 @@ def gradient(
             C=cols,
             stride_raw=raw.stride(0),
             stride_out=out.stride(0),
-            scale=map.scale,
-            softcap=map.softcap or 1.0,
-            temperature=temperature,
+            inner=inner,
+            outer=outer,
             HAS_BIAS=bias is not None,
             HAS_SOFTCAP=map.softcap is not None,
             HAS_TEMPERATURE=per_row is not None,
@@ -289,19 +264,16 @@ def gradient(
 def compile_configurations() -> list[Configuration]:
     """Everything that can be launched: see kernels/__init__.py."""
     configurations = []
-    for raw, bias, softcap, per_row, entropy, blocks in itertools.product(
-        ("fp32", "bf16", "fp16"), *((False, True),) * 5
+    for raw, softcap, per_row, entropy in itertools.product(
+        ("fp32", "bf16", "fp16"), *((False, True),) * 3
     ):
-        if (bias or blocks) and raw != "fp32":
-            continue  # only the head's own float32 tiles have a bias, or blocks to select
-        flags: dict[str, Any] = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap}
-        name = f"fold {raw} bias={bias:d} softcap={softcap:d} rows={per_row:d} entropy={entropy:d} "
-        name += f"blocks={blocks:d}"
-        given = {"p_bias": bias, "p_temperature": per_row, "p_u": entropy, "p_blocks": blocks}
+        flags: dict[str, Any] = {"HAS_SOFTCAP": softcap, "HAS_TEMPERATURE": per_row}
+        flags |= {"ENTROPY": entropy, "BV": ROW_RUN}
+        name = f"rows {raw} softcap={softcap:d} rows={per_row:d} entropy={entropy:d}"
+        given = {"p_temperature": per_row, "p_entropy": entropy}
         types = {"p_raw": raw, "p_target": "i64"}
-        flags |= {"HAS_TEMPERATURE": per_row, "ENTROPY": entropy}
-        flags |= {"HAS_BLOCKS": blocks, "BLOCK": COLUMNS}
-        configurations.append(_configuration(name, _fold_kernel, types, given, flags))
+        found = signature_of(_rows_kernel, types, given, flags)
+        configurations.append(Configuration(name, _rows_kernel, *found, 1, 3, {}))
     for (raw, out), bias, softcap, per_row, g in itertools.product(
         (("fp32", "fp32"), ("fp32", "bf16"), ("fp32", "fp16"), ("bf16", "bf16"), ("fp16", "fp16")),
         *((False, True),) * 4,

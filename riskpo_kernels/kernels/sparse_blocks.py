@@ -70,9 +70,8 @@ def dz_kernel(
     first_block,
     stride_h,
     stride_w,
-    scale,
-    softcap,
-    temperature,
+    inner,
+    outer,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
@@ -110,8 +109,8 @@ def dz_kernel(
     if HAS_BIAS:
         x += tl.load(p_bias + o_v, mask=m_v, other=0.0)[None, :]
     if HAS_TEMPERATURE:
-        temperature = tl.load(p_temperature + r, mask=m_p, other=1.0)[:, None]
-    z, cap_slope = logits_of(x, scale, softcap, temperature, HAS_SOFTCAP)
+        outer = outer / tl.load(p_temperature + r, mask=m_p, other=1.0)[:, None]
+    z, cap_slope = logits_of(x, inner, outer, HAS_SOFTCAP)
 
     peak = tl.load(p_peak + r, mask=m_p, other=0.0)
     log_sum = tl.load(p_log_sum + r, mask=m_p, other=0.0)

@@ -1,7 +1,12 @@
 """Device mathematics shared by the kernels: values in, values out."""
 
+import math
+
 import triton
 import triton.language as tl
+
+LOG2E, LN2 = tl.constexpr(math.log2(math.e)), tl.constexpr(math.log(2))
+LOWEST = tl.constexpr(-1.0e30)  # stands for -inf where arithmetic follows: 0 * -inf is NaN
 
 
 @triton.jit
@@ -22,15 +27,26 @@ def tanh(x):
 
 
 @triton.jit
-def logits_of(x, scale, softcap, temperature, HAS_SOFTCAP: tl.constexpr):
-    # z and softcap'(scale * x), for z = softcap(scale * x) / temperature
-    x = x * scale
+def log1p(x):
+    # of x in [0, 1], exact to rounding: the quotient undoes the rounding of 1 + x
+    y = 1.0 + x
+    d = y - 1.0
+    return tl.where(d == 0, x, tl.log(y) * (x / tl.where(d == 0, 1.0, d)))
+
+
+@triton.jit
+def softplus(x):
+    return tl.maximum(x, 0.0) + log1p(tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def logits_of(x, inner, outer, HAS_SOFTCAP: tl.constexpr):
+    # z and the softcap's slope, of core/rows.py's LogitMap.factors
     slope = tl.full(x.shape, 1.0, tl.float32)
     if HAS_SOFTCAP:
-        th = tanh(x / softcap)
-        slope = 1.0 - th * th
-        x = th * softcap
-    return x / temperature, slope
+        x = tanh(x * inner)
+        slope = 1.0 - x * x
+    return x * outer, slope
 
 
 @triton.jit
@@ -46,19 +62,18 @@ def logits_gradient(
 
 
 @triton.jit
-def online_softmax(z, taken, here, m, s, u, zt, ENTROPY: tl.constexpr, FLOOR: tl.constexpr):
-    # tile z [R, C] into m, s, u, z_t [R], the target kept out of the sums (lm_head/softmax.py);
-    # taken marks the target, here the rows that have it in this tile. Also gives e^(z - anchor)
-    # and the anchor.
-    zt = tl.where(here, tl.sum(tl.where(taken, z, 0.0), 1), zt)  # a NaN stays one
-    z = tl.where(taken, float("-inf"), z)
-    new_m = tl.maximum(m, tl.max(z, 1))
-    anchor = tl.where(new_m == float("-inf"), 0.0, new_m)  # -inf - -inf is NaN
-    shift = tl.maximum(m - anchor, FLOOR)  # exp(FLOOR) = 0, and 0 * FLOOR is not NaN
-    keep = tl.exp(shift)
-    z = at_least(z - anchor[:, None], FLOOR)
-    e = tl.exp(z)
+def row_results(m, d, s, u, z_t, ENTROPY: tl.constexpr):
+    # lm_head/softmax.py's finish, given d = m - z_t: logprob, entropy, peak, log_sum, 1 - p_target
+    log_s = tl.log(s)
+    d = tl.where(s == 0, float("-inf"), d + log_s)
+    over, under = softplus(d), softplus(-d)
+    log_sum = tl.where(z_t >= m, over, log_s + under)
+    e = tl.exp(-tl.abs(d))
+    q = tl.where(d < 0, e, 1.0) / (1.0 + e)
+    entropy = over
     if ENTROPY:
-        u = keep * (u + s * shift) + tl.sum(e * z, 1)
-    s = s * keep + tl.sum(e, 1)
-    return new_m, s, u, zt, e, anchor
+        rest = tl.where(s == 0, 0.0, at_least(log_s - u / s, 0.0))
+        known = tl.where(over > 1000.0, 1000.0, over)  # 0 * inf where the target is certain
+        against = tl.where(under > 1000.0, 1000.0, under)
+        entropy = tl.exp(-over) * known + q * (against + rest)
+    return -over, entropy, tl.maximum(m, z_t), log_sum, q

@@ -89,9 +89,7 @@ def backward_rows(
 
 
 def _sparse(head: Head, o: Options) -> Callable[..., None]:
-    # exact float32 products of the kernels' tiles do not fit in a GPU's registers
-    spills = head.hidden.device.type == "cuda" and not products_of(head).mixed
-    if o.backend == "torch" or spills:
+    if o.backend == "torch":
         return sparse_backward
     from riskpo_kernels.lm_head import (
         sparse_triton as sparse_launch,  # needs Triton: only on demand

@@ -89,16 +89,6 @@ def _torch_gradient(
         out[r].masked_fill_(~active[r, None], 0)
 
 
-def _fold(
-    z: torch.Tensor, target: torch.Tensor, state: RowState, map: LogitMap, o: Options
-) -> None:
-    if o.backend == "torch":
-        return _torch_fold(z, target, state, map, o.ignore_index is None)
-    from riskpo_kernels.kernels.softmax_rows import fold  # needs Triton: only on demand
-
-    return fold(z, target, None, state, map)
-
-
 def _gradient(z: torch.Tensor, *rest: Any, backend: str) -> None:
     if backend == "torch":
         return _torch_gradient(z, *rest)
@@ -129,11 +119,20 @@ def _forward(
     checked = 1.0 if row_temperature is None else row_temperature
     live_rows(OP, target, logits.shape[-1], o.ignore_index, checked)
     ids, ignored = _marked(target, o)
-    map = o.map(row_temperature, wide)
-    with no_autocast(logits.device):
-        state = RowState.new(target.numel(), o.return_entropy, logits, wide)
+    map, n = o.map(row_temperature, wide), target.numel()
+    if o.backend == "triton":
+        from riskpo_kernels.kernels.softmax_rows import row_statistics  # only on demand
+
+        numbers_of = (1, o.return_entropy, 1, 1, 1)
+        made = [torch.empty(n if x else 0, dtype=wide, device=logits.device) for x in numbers_of]
         for rows, z in _matrices(logits):
-            _fold(z, ids[rows], state.of(rows), map.of(rows), o)
+            into = [x[rows] if x.numel() else None for x in made]
+            row_statistics(z, ids[rows], map.of(rows), into)
+        return tuple(made)
+    with no_autocast(logits.device):
+        state = RowState.new(n, o.return_entropy, logits, wide)
+        for rows, z in _matrices(logits):
+            _torch_fold(z, ids[rows], state.of(rows), map.of(rows), o.ignore_index is None)
         logprob, entropy, peak, log_sum = finish(state)
         rows_of = (logprob, entropy, peak + log_sum, peak, log_sum)
     results = (logits.new_empty(0, dtype=wide) if x is None else x for x in rows_of)

@@ -15,7 +15,7 @@ import torch
 
 from riskpo_kernels.core.backends import choose
 from riskpo_kernels.core.inputs import live_rows
-from riskpo_kernels.core.matmul import exact_products
+from riskpo_kernels.core.matmul import Products, exact_products
 from riskpo_kernels.core.operators import (
     gradients_fake,
     gradients_through,
@@ -43,7 +43,10 @@ def wide_of(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
 def resolve(hidden: torch.Tensor, weight: torch.Tensor, numbers: tuple[Any, ...]) -> Options:
     o = Options(*numbers)
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    return replace(o, backend=choose(OP, o.backend, hidden.device, dtype))
+    backend = choose(OP, o.backend, hidden.device, dtype)
+    if hidden.device.type == "cuda" and dtype == torch.float32:
+        backend = "torch"  # the kernels' tiles would spill in float32; cuBLAS's do not
+    return replace(o, backend=backend)
 
 
 def map_of(o: Options, row_temperature: torch.Tensor | None, wide: torch.dtype) -> LogitMap:
@@ -87,27 +90,60 @@ def forward(
     o = resolve(hidden, weight, numbers)
     shard = find_shard(group, hidden, weight, target, o)
     offset, vocab = (shard.offset, shard.total) if shard else (0, weight.shape[0])
-    checked = 1.0 if row_temperature is None else row_temperature
-    keep, ids = live_rows(OP, target, vocab, ignore_index, checked)
     bias = None if bias is None else bias.contiguous()
     map = map_of(o, row_temperature, wide_of(hidden, weight))
-    map = map if keep is None else map.of(keep)
+    kept = _kept(hidden, weight, group, o)
+    way = _triton_forward if o.backend == "triton" else _torch_forward
     with exact_products(hidden.device):
-        kept = _kept(hidden, weight, group, o)
-        kept = kept if keep is None else kept.zero_()  # an operator's results are never undefined
-        local = ids - offset if offset else ids
-        head = Head(hidden, weight, bias, keep, local, map, KeptLogits(kept))
-        state, active = forward_rows(head, o, shard)
-        logprob, entropy, peak, log_sum = finish(state)
-        lse = peak + log_sum
-    n = target.shape[0]
-    logprob, lse, peak, log_sum = (put_among(keep, n, x) for x in (logprob, lse, peak, log_sum))
-    entropy = (
-        hidden.new_empty(0, dtype=lse.dtype) if entropy is None else put_among(keep, n, entropy)
-    )
-    blocks = _no_blocks(hidden) if active is None else (put_among(keep, n, x) for x in active)
-    first = torch.full((), offset, dtype=torch.int64, device=hidden.device)
-    return logprob, entropy, lse, peak, log_sum, *blocks, first, kept
+        *rows, active = way(hidden, weight, bias, target, map, ignore_index, vocab, shard, o, kept)
+    rows = [hidden.new_empty(0, dtype=kept.dtype) if x is None else x for x in rows]
+    first = torch.full((1 if group else 0,), offset, dtype=torch.int64, device=hidden.device)
+    active = _no_blocks(hidden) if active is None else active
+    return *rows, *active, first, kept
+
+
+def _triton_forward(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    map: LogitMap,
+    ignore_index: int | None,
+    vocab: int,
+    shard: VocabShard | None,
+    o: Options,
+    kept: torch.Tensor,
+) -> Any:
+    from riskpo_kernels.lm_head.triton_forward import triton_forward  # needs Triton: on demand
+
+    dtype = Products(hidden.device, hidden.dtype, weight.dtype).dtype
+    return triton_forward(hidden, weight, bias, target, map, ignore_index, shard, o, dtype)
+
+
+def _torch_forward(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    map: LogitMap,
+    ignore_index: int | None,
+    vocab: int,
+    shard: VocabShard | None,
+    o: Options,
+    kept: torch.Tensor,
+) -> tuple[Any, ...]:
+    """logprob, entropy, lse, peak, log_sum [N], and the active blocks (None: nothing is dropped)"""
+    n, offset = target.shape[0], shard.offset if shard else 0
+    keep, ids = live_rows(OP, target, vocab, ignore_index, map.temperature)
+    map = map if keep is None else map.of(keep)
+    kept = kept if keep is None else kept.zero_()  # an operator's results are never undefined
+    head = Head(hidden, weight, bias, keep, ids - offset, map, KeptLogits(kept))
+    state, active = forward_rows(head, o, shard)
+    logprob, entropy, peak, log_sum = finish(state)
+    rows = (logprob, entropy, peak + log_sum, peak, log_sum)
+    if active is not None:
+        active = ActiveBlocks(*(put_among(keep, n, x) for x in active))
+    return *(None if x is None else put_among(keep, n, x) for x in rows), active
 
 
 def _kept(hidden: torch.Tensor, weight: torch.Tensor, group: str, o: Options) -> torch.Tensor:
@@ -142,7 +178,7 @@ def forward_fake(
     rows = (hidden.new_empty(size, dtype=wide_of(hidden, weight)) for size in sizes)
     selects = o.tail_eps != 0 and weight.shape[0] != 0
     blocks = ActiveBlocks.new(weight.shape[0], n, hidden.device) if selects else _no_blocks(hidden)
-    first = hidden.new_empty((), dtype=torch.int64)
+    first = hidden.new_empty(1 if group else 0, dtype=torch.int64)
     return *rows, *blocks, first, _kept(hidden, weight, group, resolve(hidden, weight, numbers))
 
 
@@ -175,7 +211,8 @@ def backward_sums(
     g = g if o.return_entropy else None  # a compiled graph sends zeros instead of nothing
     c, g, e = (None if x is None else x.to(dtype) for x in (c, g, e))
     bias = None if bias is None else bias.contiguous()
-    map, local = map_of(o, row_temperature, dtype), target.long() - offset
+    map, local = map_of(o, row_temperature, dtype), target.long()
+    local = local - offset if group else local
     head = Head(hidden, weight, bias, None, local, map, KeptLogits(kept))
     stats = RowStats(logprob, entropy if o.return_entropy else None, peak, log_sum)
     up = RowGradient.new(stats, c, g, e, map)

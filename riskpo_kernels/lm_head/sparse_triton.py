@@ -115,8 +115,7 @@ def _launch_dz(
     sizes: dict[str, int],
 ) -> None:
     executed(dz.numel(), sizes["D"])
-    map = head.map
-    per_row = map.temperature if isinstance(map.temperature, torch.Tensor) else None
+    inner, outer, per_row = head.map.factors()
     dz_kernel[(dz.shape[0],)](
         p_hidden=head.hidden,
         p_weight=head.weight,
@@ -134,11 +133,10 @@ def _launch_dz(
         p_sums=sums,
         stride_h=head.hidden.stride(0),
         stride_w=head.weight.stride(0),
-        scale=map.scale,
-        softcap=map.softcap or 1.0,
-        temperature=1.0 if per_row is not None else map.temperature,
+        inner=inner,
+        outer=outer,
         HAS_BIAS=head.bias is not None,
-        HAS_SOFTCAP=map.softcap is not None,
+        HAS_SOFTCAP=head.map.softcap is not None,
         HAS_TEMPERATURE=per_row is not None,
         HAS_SLOPE=up.slope is not None,
         HAS_DB=sums is not None,

@@ -137,7 +137,7 @@ def _backward(
     sums = list(backward_sums(needs, mine, g, e, *pass_of, *numbers, wide=True))
     head = _head(tensors, o, wide)
     factor = (head.map.scale / head.map.column()) * others
-    lists = _local(target, others != 0, offset, weight.shape[0])
+    lists = _local(target, others != 0, offset if group else 0, weight.shape[0])
     lists = Lists(lists.ids, lists.starts, lists.counts * (others != 0).any(1))
     with exact_products(hidden.device):
         for piece in pieces(head, lists, o.memory_mib):

@@ -9,14 +9,11 @@ only.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from types import ModuleType
 
 import torch
 
 from riskpo_kernels.core.accumulator import Accumulator
-from riskpo_kernels.core.checks import reject
 from riskpo_kernels.core.matmul import Plan, Products, plan_tiles, spans
 from riskpo_kernels.core.rows import BLOCK, KeptLogits, LogitMap, RowGradient, RowState
 from riskpo_kernels.lm_head import softmax as softmax_rows
@@ -24,18 +21,13 @@ from riskpo_kernels.lm_head.block_filter import CAP, ActiveBlocks, n_blocks, row
 from riskpo_kernels.lm_head.softmax import finish
 from riskpo_kernels.lm_head.vocab_parallel import VocabShard
 
-# (rows, cols) of the largest tile. CUDA forward: 32 MiB of fp32 logits stay in the L2 cache between
-# the product and the fold. CUDA backward: wide tiles, so that dH and dW are touched rarely.
-FORWARD_TILE = {"cuda": (8192, 1024), "cpu": (2048, 2048)}
+# (rows, cols) of the largest tile. On CUDA wide tiles, so that dH and dW are touched rarely; the
+# forward's are those of PyTorch's road, which float32 products take there.
+FORWARD_TILE = {"cuda": (4096, 8192), "cpu": (2048, 2048)}
 BACKWARD_TILE = {"cuda": (8192, 8192), "cpu": (2048, 2048)}
 # With deterministic=True every product has this many rows, some of them padding, and columns that
 # do not depend on the batch: the bits of a product's row depend on the product's shape.
 WHOLE_TILE = {"cuda": (128, 65_536), "cpu": (128, 2048)}
-# How the triton backend makes the forward's statistics. "tiles": a cuBLAS product into such a tile,
-# then the fold. "gemm" and "gemm, warp-specialised": one kernel (kernels/head_forward.py). The
-# benchmarks set this to compare the two; what loses on a GPU is to be deleted.
-GEMM_ROWS = 65_536
-FORWARD: ContextVar[str] = ContextVar("forward", default="tiles")
 
 
 def padded(x: torch.Tensor, rows: int, value: float = 0.0) -> torch.Tensor:
@@ -142,13 +134,13 @@ class Gradients:
 Fold = Callable[[torch.Tensor, slice, RowState, torch.Tensor | None], None]
 
 
-def tile_functions(backend: str) -> ModuleType:
-    """The module whose `fold` and `gradient` work on a tile."""
+def gradient_of(backend: str) -> Callable[..., torch.Tensor]:
+    """What turns a tile of logits into its gradient."""
     if backend == "torch":
-        return softmax_rows
-    from riskpo_kernels.kernels import softmax_rows as triton_rows  # needs Triton: only on demand
+        return softmax_rows.gradient
+    from riskpo_kernels.kernels.softmax_rows import gradient  # needs Triton: only on demand
 
-    return triton_rows
+    return gradient
 
 
 def products_of(head: Head) -> Products:
@@ -193,7 +185,7 @@ def forward_rows(
     active = None
     if o.tail_eps and head.vocab:
         active = ActiveBlocks.new(head.vocab, head.n, head.hidden.device)
-    size, pad, fold = _forward_way(head, o, products, shard.widest if shard else head.vocab)
+    size, pad, fold = _fold_tiles(head, o, products, shard.widest if shard else head.vocab)
     for r in spans(head.n, size):
         h, part = head.take(r, products.dtype, pad), state.of(r)
         if h.shape[0] > part.m.numel():
@@ -213,16 +205,11 @@ def forward_rows(
     return state, active
 
 
-def _forward_way(head: Head, o: Options, products: Products, vocab: int) -> tuple[int, int, Fold]:
+def _fold_tiles(head: Head, o: Options, products: Products, vocab: int) -> tuple[int, int, Fold]:
     """Rows of a chunk, rows to pad it to, and what folds its hidden states h of rows r into their
     state `part`."""
-    way = FORWARD.get()
-    if o.backend == "triton" and way != "tiles":
-        # its tiles have one shape whatever the rows: nothing to pad
-        return _gemm_way(head, o, products, vocab, way)
     plan = plan_for(head, o, products, back=False, vocab=vocab)
     tile = torch.empty(plan.rows * plan.cols, dtype=products.wide, device=head.hidden.device)
-    fold = tile_functions(o.backend).fold
 
     def tiles(h: torch.Tensor, r: slice, part: RowState, blocks: torch.Tensor | None) -> None:
         map = head.map_of(r, h.shape[0])
@@ -233,57 +220,10 @@ def _forward_way(head: Head, o: Options, products: Products, vocab: int) -> tupl
                 head.kept.save(head.at(r), v, raw)
             here = None if blocks is None else blocks[:, v.start // BLOCK : n_blocks(v.stop)]
             target = head.targets(r, v, h.shape[0])
-            fold(raw, target, head.bias_of(v, products.wide), part, map, here)
+            bias = head.bias_of(v, products.wide)
+            softmax_rows.fold(raw, target, bias, part, map, here)
 
     return plan.rows, plan.rows if o.deterministic else 0, tiles
-
-
-def _gemm_way(
-    head: Head, o: Options, products: Products, vocab: int, way: str
-) -> tuple[int, int, Fold]:
-    """_forward_way by one kernel: there is no tile of logits."""
-    from riskpo_kernels.kernels.head_forward import SHAPES, SPAN, statistics  # needs Triton
-
-    if way not in SHAPES:
-        reject("linear_logprob", f"forward {way!r}", f"tiles, {', '.join(SHAPES)}", "Choose one.")
-    if head.hidden.device.type == "cuda" and not products.mixed:
-        todo = "Float32 products of its tiles do not fit in registers: choose tiles."
-        reject("linear_logprob", f"forward {way!r} for {products.dtype}", "16-bit inputs", todo)
-    parts = 8 * -(-vocab // SPAN)  # of a row's statistics, and temporaries of their sum
-    chunk = _row_chunk(head, o, products, vocab, parts)
-    weight = head.weight.to(products.dtype)
-    weight = weight if weight.stride(1) == 1 else weight.contiguous()
-
-    def gemm(h: torch.Tensor, r: slice, part: RowState, blocks: torch.Tensor | None) -> None:
-        if not head.vocab:
-            return
-        target = padded(head.target[r], h.shape[0])  # a copy: ids next to each other
-        rows = (h if h.stride(1) == 1 else h.contiguous(), weight, target, head.bias)
-        entropy = part.u is not None
-        state = statistics(*rows, head.map_of(r, h.shape[0]), blocks, entropy=entropy, shape=way)
-        for into, x in zip(part, state, strict=True):
-            if into is not None and x is not None:
-                into.copy_(x)
-
-    return chunk, 0, gemm
-
-
-def _row_chunk(head: Head, o: Options, products: Products, vocab: int, numbers: int) -> int:
-    """Rows that fit in memory_mib with their hidden states, `numbers` and the selection's."""
-    wide = products.wide.itemsize
-    plan = plan_tiles(
-        "linear_logprob",
-        head.n,
-        1,
-        head.hidden.shape[1],
-        memory_mib=o.memory_mib,
-        most_rows=GEMM_ROWS,
-        most_cols=1,
-        tile_bytes=0,
-        edge_bytes=products.dtype.itemsize,
-        row_bytes=numbers * wide + _selection_bytes(o, vocab, wide),
-    )
-    return plan.rows
 
 
 def _selection_bytes(o: Options, vocab: int, wide: int) -> int:
@@ -298,7 +238,7 @@ def dense_backward(
     closed piece by piece; the other one is visited again and again."""
     products = products_of(head)
     plan = plan_for(head, o, products, back=True)
-    gradient = tile_functions(o.backend).gradient
+    gradient = gradient_of(o.backend)
     pad = plan.rows if o.deterministic else 0
     tile = torch.empty(plan.rows * plan.cols, dtype=products.wide, device=head.hidden.device)
     small = torch.empty_like(tile, dtype=products.dtype) if products.mixed else tile

@@ -197,7 +197,6 @@ def test_units_are_what_was_launched(zero_fraction):
     sparse = rows["riskpo_kernels, tail_eps=2^-14"]
     assert 2 < sparse["units"] < exact - 1
     assert sparse["units"] == pytest.approx(2 + (exact - 2) * sparse["active_share"], rel=0.5)
-    assert "CUDA" in rows["riskpo_kernels, one-kernel forward"]["reason"]
 
 
 def fake(providers):

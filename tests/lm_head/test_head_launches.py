@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from riskpo_kernels import linear_logprob
-from riskpo_kernels.core.rows import LogitMap, RowGradient, RowState
+from riskpo_kernels.core.rows import LogitMap, RowGradient
 from riskpo_kernels.lm_head import block_filter as block_selection
 from tests.compare import errors
 from tests.conftest import has_triton
@@ -65,6 +65,8 @@ from triton.runtime import driver
 from riskpo_kernels.lm_head import block_filter as block_selection
 from riskpo_kernels.lm_head import backward as head_backward
 from riskpo_kernels.lm_head import tiles as head_tiles
+from riskpo_kernels.lm_head.triton_forward import triton_forward
+from riskpo_kernels.kernels.softmax_rows import row_statistics
 from riskpo_kernels.lm_head import sparse_triton as sparse_launch
 from riskpo_kernels.core.matmul import Products
 from riskpo_kernels.lm_head.row_partition import find_ways
@@ -93,9 +95,9 @@ for n in [1, 2, 15, 16, 17, *range(64, 1000, 64), 333]:
     o = head_tiles.Options(1.0, None, 1.0, True, "triton", 0.7, 1e-4, False, True)
     c = torch.ones(n)
     up = RowGradient(c, c, c, c, c)
-    for way in ("tiles", "gemm"):
-        head_tiles.FORWARD.set(way)
-        head_tiles.forward_rows(head, o)
+    fp16 = torch.float16
+    triton_forward(h, w, b, head.target, head.map, None, None, replace(o, memory_mib=0.05), fp16)
+    row_statistics(torch.randn(n, V).half(), head.target, head.map, [torch.empty(n)] * 5)
     active = block_selection.ActiveBlocks.new(V, n, h.device)
     active.bits.fill_(255)
     active.dense[: n // 2] = True  # rows of both ways
@@ -116,7 +118,7 @@ def test_many_lengths_few_kernels():
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = eval(done.stdout.strip().splitlines()[-1])
-    names = {"_fold_kernel", "_gradient_kernel", "statistics_kernel"}
+    names = {"_rows_kernel", "_gradient_kernel", "statistics_kernel", "finish_kernel"}
     names |= {"dz_kernel", "dh_kernel", "gather_kernel", "dw_kernel", "fold_kernel"}
     assert found.keys() == names, found
     assert all(count <= 2 for count in found.values()), found
@@ -154,23 +156,18 @@ def guards(monkeypatch):
 def test_grids_of_many_rows(guards, monkeypatch):
     """Traps 19, 22, 23: 2^21 rows and more than 2^31 elements stay in the grid's first dimension,
     whose limit is 2^31 - 1 (the others': 65,535); launches are inside a guard of their device."""
-    from riskpo_kernels.kernels import head_forward, softmax_rows
+    from riskpo_kernels.kernels import softmax_rows
 
     n, vocab = 2**21, 4096  # 2^33 elements
-    fold, gradient, gemm = (Recorder(guards) for _ in range(3))
-    monkeypatch.setattr(softmax_rows, "_fold_kernel", fold)
+    whole, gradient = (Recorder(guards) for _ in range(2))
+    monkeypatch.setattr(softmax_rows, "_rows_kernel", whole)
     monkeypatch.setattr(softmax_rows, "_gradient_kernel", gradient)
-    monkeypatch.setattr(head_forward, "statistics_kernel", gemm)
-    monkeypatch.setattr(head_forward, "_tma", lambda x: False)
     row = torch.empty(n, device="meta")
     raw, target = torch.empty(n, vocab, device="meta"), row.long()
     map = LogitMap(1.0, None, 1.0)
-    softmax_rows.fold(raw, target, None, RowState(row, row, row, row), map)
+    softmax_rows.row_statistics(raw, target, map, [row] * 5)
     softmax_rows.gradient(raw, target, None, RowGradient(*(row,) * 5), map, raw)
-    hidden, weight = (torch.empty(x, 64, device="meta") for x in (n, vocab))
-    options = dict(entropy=True, shape="gemm")
-    head_forward.statistics(hidden, weight, target, None, map, None, **options)
-    for recorder in (fold, gradient, gemm):
+    for recorder in (whole, gradient):
         (grid,) = recorder.grids
         assert 1 <= grid[0] < 2**31 and all(x < 2**16 for x in grid[1:]), grid
     assert gradient.grids[0][0] > 65_535, "nothing was shown"

@@ -1,0 +1,164 @@
+"""The forward of a head by the Triton kernels, for rows [N]: four launches whatever N, D and V.
+
+    live_kernel          checks the targets and puts the rows that are not ignored first
+    (hidden[order])      copies their hidden states, where some are ignored
+    statistics_kernel    the product, and statistics of each row's blocks of 128 columns
+    finish_kernel        results of the rows and their active blocks
+
+The statistics take 8 bytes per row and block, 12 with an entropy. Rows whose statistics do not fit
+in memory_mib together go in chunks, two or three launches each: at 300 MiB and V = 151,936 that is
+beyond 33,000 rows, or 22,000 with an entropy. A shard of the
+vocabulary runs finish_kernel twice, before and after the ranks' statistics are merged.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from riskpo_kernels.core.matmul import plan_tiles, spans
+from riskpo_kernels.core.rows import LogitMap, RowState
+from riskpo_kernels.kernels.finish_rows import FROM_STATE, TO_STATE, WHOLE, finish
+from riskpo_kernels.kernels.head_forward import BlockStatistics, statistics
+from riskpo_kernels.kernels.live_rows import live_first
+from riskpo_kernels.lm_head import block_filter
+from riskpo_kernels.lm_head.block_filter import ActiveBlocks, n_blocks
+from riskpo_kernels.lm_head.tiles import Options
+from riskpo_kernels.lm_head.vocab_parallel import VocabShard
+
+OP = "linear_logprob"
+
+
+class Rows(NamedTuple):
+    """Results [N] of the forward; zeros where a row is ignored."""
+
+    logprob: torch.Tensor
+    entropy: torch.Tensor | None
+    lse: torch.Tensor
+    peak: torch.Tensor
+    log_sum: torch.Tensor
+    active: ActiveBlocks | None
+
+
+def triton_forward(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    map: LogitMap,
+    ignore_index: int | None,
+    shard: VocabShard | None,
+    o: Options,
+    dtype: torch.dtype,
+) -> Rows:
+    """hidden [N, D], weight [V, D], target [N], temperatures of `map` [N]; dtype: what the
+    products' operands are cast to, where they are not."""
+    n, vocab, device = target.shape[0], weight.shape[0], hidden.device
+    offset, total, widest = (0, vocab, vocab)
+    if shard is not None:
+        offset, total, widest = shard.offset, shard.total, shard.widest
+    logprob, lse, peak, log_sum = (torch.empty(n, device=device) for _ in range(4))
+    entropy = torch.empty(n, device=device) if o.return_entropy else None
+    active = _room(n, vocab, device) if o.tail_eps and vocab else None
+    rows = Rows(logprob, entropy, lse, peak, log_sum, active)
+    if n == 0:
+        return rows
+    target, weight = target.contiguous(), _plain(weight, dtype)
+    per_row = map.temperature if isinstance(map.temperature, torch.Tensor) else None
+    with torch.cuda.device_of(hidden):
+        order, live = live_first(OP, target, total, ignore_index, per_row)
+        size = _chunk(hidden, live, n_blocks(widest), order is not None, dtype, o)
+        out = BlockStatistics.new(min(size, live), n_blocks(vocab), o.return_entropy, device)
+        for r in list(spans(live, size)) or [slice(0, 0)]:
+            part, here = out.of(r.stop - r.start), r.stop > r.start
+            if vocab and here:
+                h = hidden[r] if order is None else hidden.index_select(0, order[r])
+                given = (_plain(h, dtype), weight, bias, target, order, map)
+                statistics(*given, part, first=r.start, offset=offset)
+            _finish(part, rows, target, order, map, r, live, offset, vocab, shard, o)
+    return rows
+
+
+def _finish(
+    part: BlockStatistics,
+    rows: Rows,
+    target: torch.Tensor,
+    order: torch.Tensor | None,
+    map: LogitMap,
+    r: slice,
+    live: int,
+    offset: int,
+    vocab: int,
+    shard: VocabShard | None,
+    o: Options,
+) -> None:
+    """Results of live rows r, and behind the last of them of the ignored ones."""
+    here, active = r.stop - r.start, rows.active
+    bits, dense, pairs = (None,) * 3 if active is None else active
+    results = dict(zip(("logprob", "entropy", "total", "peak", "log_sum"), rows[:5], strict=True))
+    results |= {"bits": bits, "pairs": pairs}
+    results["dense"] = None if dense is None else dense.view(torch.uint8)
+    ranks = 1 if shard is None else shard.ranks
+    share = block_filter.DENSE_SHARE["cuda" if target.is_cuda else "cpu"]
+
+    def launch(stage: int, state: torch.Tensor | None) -> None:
+        finish(
+            part,
+            target,
+            order,
+            map,
+            results,
+            rows=here,
+            ignored=target.shape[0] - live if r.stop == live else 0,
+            first=r.start,
+            offset=offset,
+            vocab=vocab,
+            eps=o.tail_eps,
+            cap=block_filter.CAP / ranks,
+            halvings=block_filter.HALVINGS,
+            dense_share=share,
+            state=state,
+            stage=stage,
+        )
+
+    if shard is None or not here:
+        launch(WHOLE, None)
+        return
+    state = torch.empty(4, here, device=target.device)
+    launch(TO_STATE, state)
+    m, s, z_t, u = state.unbind()
+    shard.merge(RowState(m, s, u if o.return_entropy else None, z_t))
+    launch(FROM_STATE, state)
+
+
+def _room(n: int, vocab: int, device: torch.device) -> ActiveBlocks:
+    def room(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    bits = room(-(-n_blocks(vocab) // 8), n, dtype=torch.uint8)
+    return ActiveBlocks(bits, room(n, dtype=torch.bool), room(n, dtype=torch.int32))
+
+
+def _plain(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x as the kernels read it: of one dtype, columns next to each other."""
+    x = x.to(dtype)
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _chunk(
+    hidden: torch.Tensor, live: int, blocks: int, copied: bool, dtype: torch.dtype, o: Options
+) -> int:
+    """Rows whose statistics, and copies of whose hidden states, fit in memory_mib."""
+    return plan_tiles(
+        OP,
+        live,
+        1,
+        hidden.shape[1],
+        memory_mib=o.memory_mib,
+        most_rows=max(live, 1),
+        most_cols=1,
+        tile_bytes=0,
+        edge_bytes=dtype.itemsize if copied else 0,
+        row_bytes=BlockStatistics.row_bytes(blocks, o.return_entropy),
+    ).rows

@@ -9,14 +9,13 @@ CISPO, SAPO, GMPO and IcePop in riskpo_kernels/policy_loss/formulas.py.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 
-from riskpo.config import TrainConfig
+from riskpo.config import TrainConfig, nearest
 from riskpo_kernels import RiskPOAdvantage, clipped_surrogate
 
 # of RiskPOAdvantage, those that the config has too; the seed is every algorithm's
@@ -251,10 +250,9 @@ STRATEGIES: dict[str, Strategy] = {
 def find_strategy(name: str) -> Strategy:
     """The row of that name; ValueError names the nearest one."""
     if name not in STRATEGIES:
-        near = difflib.get_close_matches(name, STRATEGIES, n=1, cutoff=0.4)
         raise ValueError(
             f"algorithm: got {name!r}; expected one of {', '.join(STRATEGIES)}. "
-            + (f"Did you mean {near[0]!r}?" if near else "Check the spelling.")
+            + nearest(name, STRATEGIES, "Check the spelling.")
         )
     return STRATEGIES[name]
 

@@ -15,13 +15,7 @@ from collections.abc import Sequence
 import tyro
 
 from riskpo import preflight
-from riskpo.config import (
-    TrainConfig,
-    read_toml,
-    resolve,
-    to_toml,
-    validate,
-)
+from riskpo.config import TrainConfig, nearest, read_toml, resolve, to_toml, validate
 from riskpo.errors import expected, one_line, refusals_in_one_line
 from riskpo.eval_config import VERIFIER_SECONDS, EvalConfig
 from riskpo.files import check_folder, check_out
@@ -75,10 +69,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(line_buffering=True)
     if not given or given[0] not in COMMANDS:
-        print(USAGE)
         if given and given[0] not in ("-h", "--help"):
-            print(f"riskpo: there is no command {given[0]!r}.", file=sys.stderr)
-        return 0 if given and given[0] in ("-h", "--help") else 2
+            hint = nearest(given[0], COMMANDS, "`riskpo --help` lists them.")
+            print(f"riskpo: there is no command {given[0]!r}. {hint}", file=sys.stderr)
+            return 2
+        print(USAGE)
+        return 0 if given else 2
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         module, name = COMMANDS[given[0]].split(":")

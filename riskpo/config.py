@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
@@ -273,13 +274,18 @@ def check_types(config: C) -> C:
     return _checked(type(config), dataclasses.asdict(config), "your settings")  # type: ignore[call-overload]
 
 
+def nearest(name: str, known: Iterable[str], otherwise: str) -> str:
+    """The hint beside a name that is not known."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
+    return f"Did you mean {near[0]!r}?" if near else otherwise
+
+
 def _merged(base: Any, given: dict[str, Any], path: str) -> dict[str, Any]:
     """The settings of `base` with the given ones; an unknown name is told the nearest one."""
     found = dataclasses.asdict(base)
     for key, value in given.items():
         if key not in found:
-            near = difflib.get_close_matches(key, found, n=1, cutoff=0.4)
-            hint = f"Did you mean {near[0]!r}?" if near else "See `riskpo train --help`."
+            hint = nearest(key, found, "See `riskpo train --help`.")
             reject(f"unknown key {key!r} in {path}", f"a field of {type(base).__name__}", hint)
         group = isinstance(found[key], dict) and isinstance(value, dict)
         found[key] = _merged(getattr(base, key), value, path) if group else value

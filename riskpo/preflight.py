@@ -5,14 +5,13 @@ Nothing here imports torch or transformers, so that a mistake costs a second, no
 
 from __future__ import annotations
 
-import difflib
 import os
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from riskpo.config import ColumnsConfig, is_embedded
+from riskpo.config import ColumnsConfig, is_embedded, nearest
 from riskpo.data.files import is_file, read_file
 from riskpo.files import METRICS
 from riskpo.model.gguf import is_gguf
@@ -36,10 +35,9 @@ SAMPLES = ("", "42", "The answer is 42.")  # responses that a reward of yours is
 def check_algorithm(name: str) -> None:
     """ValueError, with the nearest one, for a name that no algorithm has."""
     if name not in ALGORITHMS:
-        near = difflib.get_close_matches(name, ALGORITHMS, n=1, cutoff=0.4)
         raise ValueError(
             f"algorithm: got {name!r}; expected one of {', '.join(ALGORITHMS)}. "
-            + (f"Did you mean {near[0]!r}?" if near else "Check the spelling.")
+            + nearest(name, ALGORITHMS, "Check the spelling.")
         )
 
 

@@ -163,8 +163,9 @@ def load_data(config: RunConfig) -> tuple[list[Question], list[Question]]:
     if config.eval_data is None:
         return split_holdout(questions, config.eval_questions, config.seed)
     held_out = load_questions(config.eval_data, instruction=instruction, columns=config.columns)
-    _, chosen = split_holdout(held_out, min(config.eval_questions, len(held_out) - 1), config.seed)
-    return questions, chosen
+    if config.eval_questions < len(held_out):
+        _, held_out = split_holdout(held_out, config.eval_questions, config.seed)
+    return questions, held_out
 
 
 def load_on(

@@ -124,7 +124,7 @@ MISTAKES = [
     ("compare --algorithms grpo --out good.jsonl", "good.jsonl"),
     ("compare absent.toml --algorithms grpo", "config: got config='absent.toml'"),
     ("compare lost.toml --algorithms grpo", "there is no folder ./absent"),
-    ("trian", "no command 'trian'"),
+    ("trian", "no command 'trian'. Did you mean 'train'?"),
 ]
 
 

@@ -242,8 +242,8 @@ def split_holdout(
     """
     if not 0 <= count < len(questions):
         raise ValueError(
-            f"split_holdout: got count={count} of {len(questions)} questions; expected 0 to "
-            f"{len(questions) - 1}. Lower eval_questions or give eval_data."
+            f"held out: got {count} of {len(questions)} questions; expected 0 to "
+            f"{len(questions) - 1}: the rest is trained on. Lower eval_questions or give eval_data."
         )
     ranked = sorted(
         (q.id for q in questions), key=lambda i: hashlib.sha256(f"{seed}/{i}".encode()).digest()

@@ -12,9 +12,11 @@ import pyarrow.parquet
 import pytest
 from huggingface_hub import constants
 
+from riskpo.config import RunConfig
 from riskpo.data.prompts import gold_text, last_boxed
 from riskpo.data.questions import BOXED_INSTRUCTION, load_questions, split_holdout
 from riskpo.rewards.scorer import Scorer
+from riskpo.run import load_data
 from riskpo.types import Question
 
 VERL = {
@@ -177,8 +179,19 @@ def test_holdout_is_stable():
     assert {q.id for q in split_holdout(questions[::-1], 10, seed=0)[1]} == {q.id for q in held}
     assert split_holdout(questions, 10, seed=1)[1] != held
     assert split_holdout(questions, 0, seed=0) == (questions, [])
-    with pytest.raises(ValueError, match="count=50"):
+    with pytest.raises(ValueError, match="held out: got 50 of 50"):
         split_holdout(questions, 50, seed=0)
+
+
+@pytest.mark.parametrize("asked, held", [(0, 0), (2, 2), (3, 3), (200, 3)])
+def test_a_file_of_its_own_is_held_out_to_its_last_question(tmp_path, asked, held):
+    for name, rows in ("train", 5), ("held", 3):
+        lines = (f'{{"question": "{name} {i}", "answer": "{i}"}}' for i in range(rows))
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    files = {"data": str(tmp_path / "train.jsonl"), "eval_data": str(tmp_path / "held.jsonl")}
+    training, chosen = load_data(RunConfig(**files, eval_questions=asked))
+    assert (len(training), len(chosen)) == (5, held)
+    assert all("held" in q.prompt for q in chosen)
 
 
 @pytest.mark.parametrize("offline", [False, True])

@@ -23,6 +23,7 @@ from riskpo.config import RunConfig, TrainConfig
 from riskpo.model.lm_head import find_head
 from riskpo.model.load import Policy, end_tokens, load_policy, prepare
 from riskpo.model.positions import position_limit
+from riskpo.rollout.generate import response_noise
 from riskpo.rollout.sampler import prompt_tokens
 from riskpo.train import train
 from riskpo.trainer.parallel import ParallelModel
@@ -78,6 +79,14 @@ def test_random_numbers_are_a_function_of_stream_and_question():
     assert first.text != draw(policy, stream=(0, 2)).text
     alone = sample(policy, QUESTIONS[2:3], responses_per_question=5, **LIMITS)
     assert alone.text == first.text[10:15] and len(set(alone.text)) > 1
+
+
+def test_the_random_numbers_are_those_of_every_version():
+    """A run that is resumed, or repeated from its seed, draws what it drew."""
+    numbers = response_noise((0, 1, 2), Question("q7", "", ""), 2, 3)
+    golden = [[0.6093438670766873, 0.5308055752603865, 0.348631998200692]]
+    golden += [[0.6040411082926807, 0.9555642667966223, 0.5547488775942304]]
+    assert numbers.tolist() == golden
 
 
 @pytest.mark.parametrize("changes", [{"batch_sequences": 3}, {"static_cache": True}])

@@ -26,11 +26,12 @@ from riskpo_kernels.core.checks import (
     check_choice,
     check_constant,
     check_device,
+    check_head,
+    check_options,
     check_shape,
     constant,
     reject,
 )
-from riskpo_kernels.core.inputs import check_head, check_options
 from riskpo_kernels.core.matmul import no_autocast
 from riskpo_kernels.core.process_groups import name_of
 from riskpo_kernels.linear_logprob import linear_logprob

@@ -11,9 +11,9 @@
 Cost in units of N D V (one product = 2): forward 2; backward 6 (recompute, dH, dW) times the share
 of (row, vocabulary block) pairs that hold probability, of live rows only: an ignored row enters no
 product, a row without upstream gradient none in the backward. On a CPU the recompute (2 of the 6)
-is saved for the logits that were kept (core/rows.py), all of a small head's. The operator
+is saved for the logits that were kept (core/softmax.py), all of a small head's. The operator
 that PyTorch sees is in lm_head/operator.py, its loops in lm_head/tiles.py and
-lm_head/sparse_torch.py, the mathematics of a tile in lm_head/softmax.py, of dropping in
+lm_head/sparse_torch.py, the mathematics of a tile in core/softmax.py, of dropping in
 lm_head/block_filter.py, of shards in lm_head/vocab_parallel.py.
 """
 
@@ -25,10 +25,9 @@ import torch
 
 from riskpo_kernels import reference
 from riskpo_kernels.core.backends import BACKENDS
-from riskpo_kernels.core.checks import check_choice, constant
-from riskpo_kernels.core.inputs import check_head, check_options, live_rows
+from riskpo_kernels.core.checks import check_choice, check_head, check_options, constant, live_rows
 from riskpo_kernels.core.matmul import no_autocast
-from riskpo_kernels.core.process_groups import name_of
+from riskpo_kernels.core.process_groups import NO_GROUP, name_of
 from riskpo_kernels.lm_head.block_filter import DEFAULT_EPS
 from riskpo_kernels.lm_head.operator import head_operator
 from riskpo_kernels.lm_head.support import (
@@ -104,7 +103,7 @@ def linear_logprob(
         memory_mib: workspace in MiB beside results, gradients and, for 16-bit inputs, one float32
             accumulator: of the smaller of [N, D] and [V, D], or of [V, D] where rows of both ways,
             dense and sparse, meet. On a CPU every call holds up to a twentieth of it until its
-            backward, for logits (core/rows.py): lower it where many calls await one
+            backward, for logits (core/softmax.py): lower it where many calls await one
             backward.
         deterministic: results repeat bitwise run to run, and a row's results and dH have the same
             bits whatever rows are beside it (float16 on CUDA excepted, whose gradients are scaled
@@ -139,7 +138,7 @@ def linear_logprob(
     )
     check_choice(OP, "backend", backend, BACKENDS)
     check_choice(OP, "outside_support", outside_support, OUTSIDE)
-    group = name_of(OP, "vocab_group", vocab_group)
+    group = NO_GROUP if vocab_group is None else name_of(OP, "vocab_group", vocab_group)
     kept = None if support is None else check_support(support, rows, target, backend)
     if backend == "reference":
         if vocab_group is None:

@@ -21,11 +21,12 @@ from riskpo_kernels.core.checks import (
     check_choice,
     check_device,
     check_float,
+    check_options,
     check_shape,
     constant,
+    live_rows,
     reject,
 )
-from riskpo_kernels.core.inputs import check_options, live_rows
 from riskpo_kernels.core.matmul import no_autocast
 from riskpo_kernels.lm_head.logits_operator import OP, logits_operator
 from riskpo_kernels.reference import TokenLogProbs

@@ -61,7 +61,7 @@ def poisoned_memory(monkeypatch):
 @pytest.fixture
 def recomputed(monkeypatch):
     """The forward keeps no logits: small cases take the road of large ones."""
-    monkeypatch.setattr("riskpo_kernels.core.rows.SHARE", 10**12)
+    monkeypatch.setattr("riskpo_kernels.core.softmax.SHARE", 10**12)
 
 
 @pytest.fixture

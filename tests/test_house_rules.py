@@ -99,6 +99,11 @@ def test_arrows_point_down():
     assert not found, found
 
 
+def test_few_files_are_read_for_a_pass():
+    forward, backward = structure.executed_files()
+    assert len(forward) <= 8 and len(backward) <= 2, (forward, backward)
+
+
 def test_a_planted_upward_arrow_is_found():
     rooms = structure.room_graph(structure.module_graph())
     rooms["riskpo.rewards"] = rooms["riskpo.rewards"] | {"riskpo.trainer"}

@@ -1,12 +1,13 @@
-"""Errors at the door: every message says what came, what was expected and what to do."""
+"""What the arguments of an op may be. Every error says what came, what was expected, what to do."""
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
 
 def reject(op: str, came: str, expected: str, todo: str) -> NoReturn:
@@ -80,3 +81,156 @@ def constant(x: Any) -> Any:
     from torch.fx.experimental.symbolic_shapes import guard_scalar  # slow to import
 
     return guard_scalar(x)
+
+
+class LiveRows(NamedTuple):
+    """The rows that are not ignored: their index (None: all of them) and their targets [n]."""
+
+    keep: torch.Tensor | None
+    target: torch.Tensor
+
+
+def check_weight(op: str, weight: torch.Tensor, *, sharded_ok: bool) -> None:
+    """A whole head, not one rank's part of it."""
+    check_float(op, "weight", weight)
+    if hasattr(weight, "full_tensor"):
+        reject(
+            op,
+            "weight as a DTensor",
+            "this rank's plain tensor",
+            "Pass riskpo_kernels.full_weight(weight), which is weight.full_tensor() with the right "
+            "gradient, once per step; or call the op inside the module's forward, where FSDP has "
+            "gathered it; or pass weight.to_local() and vocab_group.",
+        )
+    if weight.numel() == 0 and not sharded_ok:
+        reject(
+            op,
+            f"an empty weight {list(weight.shape)}",
+            "the whole [V, D] head",
+            "A sharded parameter is empty outside its gather: use FSDP's forward, or "
+            "riskpo_kernels.gathered_weight (for ZeRO-3, deepspeed.zero.GatheredParameters), or "
+            "pass vocab_group for a vocabulary shard.",
+        )
+    if weight.dim() != 2:
+        reject(op, f"weight = {describe(weight)}", "[V, D]", "Pass the head's weight matrix.")
+
+
+def check_head(
+    op: str,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    sharded_ok: bool,
+) -> None:
+    """hidden [..., D], weight [V, D], target [...] or [..., K], bias [V]."""
+    check_float(op, "hidden", hidden)
+    check_weight(op, weight, sharded_ok=sharded_ok)
+    check_device(op, hidden=hidden, weight=weight, target=target, bias=bias)
+    if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
+        looks = hidden.dim() and hidden.shape[-1] == weight.shape[0]
+        todo = (
+            "These look like logits: use logits_logprob."
+            if looks
+            else "Pass the hidden states that the head multiplies."
+        )
+        came = f"hidden {list(hidden.shape)} with weight {list(weight.shape)}"
+        reject(op, came, f"hidden of width {weight.shape[1]}", todo)
+    several = target.dim() == hidden.dim() and target.shape[-1] > 0
+    one = target[..., 0] if several else target
+    check_shape(op, "target", one, tuple(hidden.shape[:-1]), "hidden without its last dimension")
+    pair = hidden.dtype, weight.dtype
+    if pair[0] != pair[1] and not (pair[0] in SIXTEEN_BIT and pair[1] == torch.float32):
+        reject(
+            op,
+            f"hidden {pair[0]} with weight {pair[1]}",
+            "equal dtypes, or 16-bit hidden with a float32 weight",
+            "Cast one of them.",
+        )
+    if bias is not None:
+        check_float(op, "bias", bias)
+        check_shape(op, "bias", bias, (weight.shape[0],), "one per row of weight")
+        if bias.dtype not in (weight.dtype, torch.float32):
+            reject(op, f"bias {bias.dtype}", f"{weight.dtype} or float32", "Cast the bias.")
+
+
+def check_options(
+    op: str,
+    rows: tuple[int, ...],
+    device: torch.device,
+    *,
+    temperature: float | torch.Tensor,
+    scale: float = 1.0,
+    softcap: float | None,
+    memory_mib: float = 1.0,
+    tail_eps: float | None = None,
+) -> None:
+    """The numbers that shape the logits."""
+    if isinstance(temperature, torch.Tensor):
+        check_float(op, "temperature", temperature)
+        check_shape(op, "temperature", temperature, rows, "one per target")
+        if temperature.device != device:
+            reject(op, f"temperature on {temperature.device}", f"{device}", "Move it.")
+        check_constant(op, temperature=temperature)
+    else:
+        check_positive(op, "temperature", temperature)
+    if not isinstance(scale, (int, float)) or scale != scale or scale in (0, float("inf")):
+        reject(op, f"scale={scale!r}", "a finite number other than 0", "Set scale accordingly.")
+    if softcap is not None:
+        check_positive(op, "softcap", softcap)
+    check_positive(op, "memory_mib", memory_mib)
+    if tail_eps is not None:
+        check_positive(op, "tail_eps", tail_eps, zero_ok=True)
+
+
+def live_rows(
+    op: str,
+    target: torch.Tensor,
+    vocab: int,
+    ignore_index: int | None,
+    temperature: float | torch.Tensor = 1.0,
+) -> LiveRows:
+    """Check flat targets [N] and find the rows to compute.
+
+    On a GPU this is the forward's one host synchronisation: the number of live rows is the shape
+    of the products, and the same transfer brings the verdict on the values. ignore_index=None
+    says that every row lives: nothing is looked at, and nothing is waited for.
+    """
+    if target.is_floating_point() or target.dtype == torch.bool or target.is_complex():
+        reject(op, f"target = {describe(target)}", "integer token ids", "Convert with .long().")
+    target = target.long()
+    if target.numel() == 0 or ignore_index is None:
+        return LiveRows(None, target)
+    live = target != ignore_index
+    bad = live & ((target < 0) | (target >= vocab))
+    low_high = target.masked_fill(~live, 0).aminmax()
+    numbers = [bad.sum(), live.sum(), low_high.min, low_high.max]
+    if isinstance(temperature, torch.Tensor):
+        numbers.append((live & ~(temperature.reshape(-1) > 0)).sum())
+    n_live = judge(op, torch.stack(numbers).tolist(), vocab, ignore_index)
+    if n_live == target.numel():
+        return LiveRows(None, target)
+    index = live.nonzero()[:, 0] if target.device.type == "cpu" else _nonzero(live, n_live)
+    return LiveRows(index, target[index])
+
+
+def judge(op: str, numbers: list[int], vocab: int, ignore_index: int) -> int:
+    """The live rows, where nothing is wrong with what was counted: targets outside the vocabulary,
+    live rows, their lowest and highest target, and perhaps temperatures not above 0."""
+    n_bad, n_live, low, high, *cold = numbers
+    if n_bad:
+        reject(
+            op,
+            f"{n_bad} targets outside the vocabulary (ids from {low} to {high})",
+            f"ids in [0, {vocab}) or ignore_index={ignore_index}",
+            "Mask padding with ignore_index.",
+        )
+    if cold and cold[0]:
+        reject(op, f"{cold[0]} temperatures not above 0", "all above 0", "Greedy rows have none.")
+    return n_live
+
+
+def _nonzero(live: torch.Tensor, n: int) -> torch.Tensor:
+    """nonzero of known size: no second synchronisation."""
+    return torch.nonzero_static(live, size=n)[:, 0]

@@ -17,10 +17,9 @@ from dataclasses import dataclass
 
 import torch
 
-from riskpo_kernels.core.checks import reject
+from riskpo_kernels.core.checks import SIXTEEN_BIT, reject
 
 MIN_ROWS, MIN_COLS = 16, 128
-SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ a program has one row.
     l_b = top_b - m + rest_b     m = max top_b     s = sum e^l_b     u = sum e^l_b (l_b - gap_b)
 
 are the row's statistics without the target's column; results and the choice of active blocks
-follow as in lm_head/softmax.py and lm_head/block_filter.py. Rows beyond R (ignored ones) get zeros.
+follow as in core/softmax.py and lm_head/block_filter.py. Rows beyond R (ignored ones) get zeros.
 
     tensor                                shape            dtype
     top, rest, gap, z_t                   [R, B], z_t [R]  fp32
@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from riskpo_kernels.core.rows import BLOCK, LogitMap
+from riskpo_kernels.core.softmax import BLOCK, LogitMap
 from riskpo_kernels.kernels import Configuration, signature_of
 from riskpo_kernels.kernels.head_forward import BlockStatistics
 from riskpo_kernels.kernels.tl_math import row_results

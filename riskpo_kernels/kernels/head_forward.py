@@ -36,7 +36,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from riskpo_kernels.core.matmul import executed
-from riskpo_kernels.core.rows import BLOCK, LogitMap
+from riskpo_kernels.core.softmax import BLOCK, LogitMap
 from riskpo_kernels.kernels import Configuration, signature_of
 from riskpo_kernels.kernels.tl_math import LN2, LOG2E, LOWEST, at_least, tanh
 

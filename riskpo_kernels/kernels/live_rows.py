@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from riskpo_kernels.core.inputs import judge
+from riskpo_kernels.core.checks import judge
 from riskpo_kernels.kernels import Configuration, signature_of
 
 BN, WARPS = 2048, 8

@@ -3,7 +3,7 @@
     x = (raw + bias) * scale        z = softcap tanh(x / softcap) / T        (without: z = x / T)
 
 statistics: with t the target and, over the other columns, m = max z, s = sum e^(z-m),
-u = sum e^(z-m) (z-m), one warp folds a row in base 2 and finishes it (lm_head/softmax.py).
+u = sum e^(z-m) (z-m), one warp folds a row in base 2 and finishes it (core/softmax.py).
 
 gradient: with log p = z - peak - log_sum and three numbers a row (rows.RowGradient), which
 scale / T is in,
@@ -30,9 +30,9 @@ import torch
 import triton
 import triton.language as tl
 
-from riskpo_kernels.core.rows import FLOOR as LOG_FLOOR
-from riskpo_kernels.core.rows import IGNORED as UNREAD
-from riskpo_kernels.core.rows import LogitMap, RowGradient
+from riskpo_kernels.core.softmax import FLOOR as LOG_FLOOR
+from riskpo_kernels.core.softmax import IGNORED as UNREAD
+from riskpo_kernels.core.softmax import LogitMap, RowGradient
 from riskpo_kernels.kernels import Configuration, signature_of
 from riskpo_kernels.kernels.tl_math import (
     LN2,
@@ -189,7 +189,7 @@ def row_statistics(
     raw: torch.Tensor, target: torch.Tensor, map: LogitMap, results: list[torch.Tensor | None]
 ) -> None:
     """logprob, entropy (or None), lse, peak and log_sum [R] of whole rows of logits [R, V], into
-    `results`: lm_head/softmax.py's statistics and finish. Rows whose target is IGNORED get 0."""
+    `results`: core/softmax.py's statistics and finish. Rows whose target is IGNORED get 0."""
     rows, vocab = raw.shape
     if rows == 0:
         return

@@ -25,7 +25,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from riskpo_kernels.core.rows import BLOCK, FLOOR
+from riskpo_kernels.core.softmax import BLOCK, FLOOR
 from riskpo_kernels.kernels import Configuration, signature_of
 from riskpo_kernels.kernels.tl_math import logits_gradient, logits_of
 

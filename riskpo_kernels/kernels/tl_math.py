@@ -41,7 +41,7 @@ def softplus(x):
 
 @triton.jit
 def logits_of(x, inner, outer, HAS_SOFTCAP: tl.constexpr):
-    # z and the softcap's slope, of core/rows.py's LogitMap.factors
+    # z and the softcap's slope, of core/softmax.py's LogitMap.factors
     slope = tl.full(x.shape, 1.0, tl.float32)
     if HAS_SOFTCAP:
         x = tanh(x * inner)
@@ -63,7 +63,7 @@ def logits_gradient(
 
 @triton.jit
 def row_results(m, d, s, u, z_t, ENTROPY: tl.constexpr):
-    # lm_head/softmax.py's finish, given d = m - z_t: logprob, entropy, peak, log_sum, 1 - p_target
+    # core/softmax.py's finish, given d = m - z_t: logprob, entropy, peak, log_sum, 1 - p_target
     log_s = tl.log(s)
     d = tl.where(s == 0, float("-inf"), d + log_s)
     over, under = softplus(d), softplus(-d)

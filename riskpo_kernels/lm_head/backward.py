@@ -4,7 +4,7 @@ At most one float32 buffer of a whole gradient is made, and none for a float32 w
 whichever is smaller, or of dW where dense and sparse rows meet. Rows that are many go through in
 pieces, whose dH is summed apart.
 
-One host synchronisation on a GPU, before anything else: lm_head/row_partition.py.
+One host synchronisation on a GPU, before anything else: lm_head/block_filter.py.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from riskpo_kernels.core.accumulator import Accumulator
 from riskpo_kernels.core.matmul import Products
-from riskpo_kernels.core.rows import RowGradient
-from riskpo_kernels.lm_head.block_filter import ActiveBlocks
-from riskpo_kernels.lm_head.row_partition import Ways, find_ways
+from riskpo_kernels.core.softmax import RowGradient
+from riskpo_kernels.lm_head.block_filter import ActiveBlocks, Ways, find_ways
 from riskpo_kernels.lm_head.sparse_torch import sparse_backward
 from riskpo_kernels.lm_head.tiles import (
+    Accumulator,
     Gradients,
     Head,
     Options,

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import torch
 
 from riskpo_kernels.core.process_groups import max_over, sum_over
-from riskpo_kernels.core.rows import BLOCK, FLOOR
+from riskpo_kernels.core.softmax import BLOCK, FLOOR, mapped
 from riskpo_kernels.lm_head.block_filter import n_blocks
-from riskpo_kernels.lm_head.softmax import mapped
 from riskpo_kernels.lm_head.tiles import Head, products_of
 
 

@@ -17,8 +17,7 @@ import torch
 
 from riskpo_kernels.core.matmul import executed, spans
 from riskpo_kernels.core.process_groups import group_called, sum_over
-from riskpo_kernels.core.rows import LogitMap
-from riskpo_kernels.lm_head.softmax import mapped
+from riskpo_kernels.core.softmax import LogitMap, mapped
 from riskpo_kernels.lm_head.tiles import Head, products_of
 
 CPU_PAIRS = 2**18  # numbers of a piece that stay in a CPU's cache

@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 
+from riskpo_kernels.core import softmax
 from riskpo_kernels.core.backends import choose
-from riskpo_kernels.core.inputs import live_rows
+from riskpo_kernels.core.checks import live_rows
 from riskpo_kernels.core.matmul import no_autocast, spans
 from riskpo_kernels.core.operators import register, schema_of
-from riskpo_kernels.core.rows import IGNORED, LogitMap, RowGradient, RowState, RowStats
-from riskpo_kernels.lm_head import softmax as softmax_rows
-from riskpo_kernels.lm_head.softmax import finish
+from riskpo_kernels.core.softmax import IGNORED, LogitMap, RowGradient, RowState, RowStats, finish
 
 OP = "logits_logprob"
 ROWS, COLS = 1024, 4096  # tile of the torch backend: 16 MiB of float32
@@ -64,7 +63,7 @@ def _torch_fold(
         part = state.of(live)
         for v in spans(z.shape[1], COLS):
             tile = _tile(z, live, v, state.m.dtype)
-            softmax_rows.fold(tile, target[live] - v.start, None, part, map.of(live))
+            softmax.fold(tile, target[live] - v.start, None, part, map.of(live))
         for whole, piece in zip(state, part, strict=True):
             if whole is not None and piece is not None:
                 whole[live] = piece
@@ -84,7 +83,7 @@ def _torch_gradient(
         for v in spans(z.shape[1], COLS):
             tile = _tile(z, rows, v, up.peak.dtype)
             t = target[rows] - v.start
-            softmax_rows.gradient(tile, t, None, at, map.of(rows), tile)
+            softmax.gradient(tile, t, None, at, map.of(rows), tile)
             out[rows, v] = tile.to(out.dtype)
         out[r].masked_fill_(~active[r, None], 0)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from riskpo_kernels.core.backends import choose
-from riskpo_kernels.core.inputs import live_rows
+from riskpo_kernels.core.checks import live_rows
 from riskpo_kernels.core.matmul import Products, exact_products
 from riskpo_kernels.core.operators import (
     gradients_fake,
@@ -23,11 +23,16 @@ from riskpo_kernels.core.operators import (
     schema_of,
 )
 from riskpo_kernels.core.process_groups import group_called, sum_over
-from riskpo_kernels.core.rows import KeptLogits, LogitMap, RowGradient, RowStats, kept_columns
+from riskpo_kernels.core.softmax import (
+    KeptLogits,
+    LogitMap,
+    RowGradient,
+    RowStats,
+    finish,
+    kept_columns,
+)
 from riskpo_kernels.lm_head.backward import backward_rows, ways_of
-from riskpo_kernels.lm_head.block_filter import ActiveBlocks
-from riskpo_kernels.lm_head.row_partition import Ways
-from riskpo_kernels.lm_head.softmax import finish
+from riskpo_kernels.lm_head.block_filter import ActiveBlocks, Ways
 from riskpo_kernels.lm_head.tiles import Head, Options, forward_rows
 from riskpo_kernels.lm_head.vocab_parallel import VocabShard
 

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 
 import torch
 
-from riskpo_kernels.core.rows import BLOCK, RowGradient
-from riskpo_kernels.lm_head import softmax as softmax_rows
+from riskpo_kernels.core import softmax
+from riskpo_kernels.core.softmax import BLOCK, RowGradient
 from riskpo_kernels.lm_head.block_filter import ActiveBlocks, block_groups
 from riskpo_kernels.lm_head.tiles import (
     WHOLE_TILE,
@@ -87,7 +87,7 @@ class _Strips:
         head.logits(products, r, v, h, w, raw)
         target, bias = head.targets(r, v, self.pad), head.bias_of(v, products.wide)
         map = head.map_of(r, self.pad)
-        softmax_rows.gradient(raw, target, bias, part, map, raw)
+        softmax.gradient(raw, target, bias, part, map, raw)
         dz = raw.to(products.dtype)
         if self.dh is not None and self.scattered is not None:
             if isinstance(r, slice):

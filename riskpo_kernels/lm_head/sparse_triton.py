@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from riskpo_kernels.core.matmul import executed, spans
-from riskpo_kernels.core.rows import BLOCK, RowGradient
+from riskpo_kernels.core.softmax import BLOCK, RowGradient
 from riskpo_kernels.kernels.head_forward import multiprocessors
 from riskpo_kernels.kernels.sparse_blocks import (
     BK,

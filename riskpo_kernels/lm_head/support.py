@@ -3,7 +3,7 @@
     z = softcap(scale * (h W^T + b)) / T over the kept ids      everything else as over all ids
 
 The same statistics, gradients and merge over ranks as for the whole vocabulary
-(lm_head/softmax.py), on the few columns of lm_head/gathered.py. A target outside its row's support
+(core/softmax.py), on the few columns of lm_head/gathered.py. A target outside its row's support
 has log-prob -inf there, a constant.
 """
 
@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 
-from riskpo_kernels.core.checks import check_device, check_shape, describe, reject
-from riskpo_kernels.core.inputs import live_rows
+from riskpo_kernels.core.checks import check_device, check_shape, describe, live_rows, reject
 from riskpo_kernels.core.matmul import exact_products
 from riskpo_kernels.core.operators import (
     gradients_fake,
@@ -23,7 +22,7 @@ from riskpo_kernels.core.operators import (
     register,
     schema_of,
 )
-from riskpo_kernels.core.rows import RowGradient, RowState, RowStats
+from riskpo_kernels.core.softmax import RowGradient, RowState, RowStats, finish, fold, gradient
 from riskpo_kernels.lm_head.gathered import (
     SAME,
     Lists,
@@ -39,7 +38,6 @@ from riskpo_kernels.lm_head.operator import (
     put_among,
     wide_of,
 )
-from riskpo_kernels.lm_head.softmax import finish, fold, gradient
 from riskpo_kernels.lm_head.tiles import Head, Options
 from riskpo_kernels.lm_head.vocab_parallel import VocabShard
 

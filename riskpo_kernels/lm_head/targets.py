@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from riskpo_kernels.core.inputs import live_rows
+from riskpo_kernels.core.checks import live_rows
 from riskpo_kernels.core.matmul import exact_products
 from riskpo_kernels.core.operators import (
     gradients_fake,

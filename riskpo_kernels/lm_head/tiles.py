@@ -13,12 +13,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from riskpo_kernels.core.accumulator import Accumulator
+from riskpo_kernels.core import softmax
 from riskpo_kernels.core.matmul import Plan, Products, plan_tiles, spans
-from riskpo_kernels.core.rows import BLOCK, KeptLogits, LogitMap, RowGradient, RowState
-from riskpo_kernels.lm_head import softmax as softmax_rows
+from riskpo_kernels.core.softmax import BLOCK, KeptLogits, LogitMap, RowGradient, RowState, finish
 from riskpo_kernels.lm_head.block_filter import CAP, ActiveBlocks, n_blocks, row_eps, select
-from riskpo_kernels.lm_head.softmax import finish
 from riskpo_kernels.lm_head.vocab_parallel import VocabShard
 
 # (rows, cols) of the largest tile. On CUDA wide tiles, so that dH and dW are touched rarely; the
@@ -121,6 +119,66 @@ class Head:
         return None if self.bias is None else self.bias[v].to(dtype)
 
 
+class Accumulator:
+    """The gradient of an [n, D] tensor, summed piece by piece.
+
+    A piece is opened, added to, and closed. With `whole` pieces may be opened again: the sums live
+    in a float32 buffer until `finish`. Without it a piece is rounded when it is closed. Where the
+    gradient itself is as wide as the sums, there is no buffer at all.
+    """
+
+    def __init__(
+        self,
+        like: torch.Tensor,
+        wide: torch.dtype,
+        *,
+        whole: bool,
+        index: torch.Tensor | None = None,
+        grad: torch.Tensor | None = None,
+    ):
+        """index: pieces count in rows of `index`, which says where they lie in the gradient.
+        grad: the gradient to write to, when several accumulators share it."""
+        if grad is None:
+            grad = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+        self.grad, self.index, self.wide = grad, index, wide
+        self.direct = grad.dtype == wide and index is None
+        self.unit: torch.Tensor | None = None  # multiplies the sums before they are rounded
+        self.buffer: torch.Tensor | None = None
+        if whole and not self.direct:
+            n = like.shape[0] if index is None else index.numel()
+            self.buffer = torch.zeros(n, like.shape[1], dtype=wide, device=like.device)
+
+    def open(self, s: slice) -> torch.Tensor:
+        """The sums of rows s, to be added to in place."""
+        if self.direct:
+            return self.grad[s]
+        if self.buffer is not None:
+            return self.buffer[s]
+        shape = (s.stop - s.start, self.grad.shape[1])
+        return torch.zeros(shape, dtype=self.wide, device=self.grad.device)
+
+    def close(self, s: slice, piece: torch.Tensor) -> None:
+        """Rows s are complete; nothing to do where the sums stay open until `finish`."""
+        if not self.direct and self.buffer is None:
+            self._round(s, piece)
+
+    def _round(self, s: slice, piece: torch.Tensor) -> None:
+        rounded = (piece if self.unit is None else piece * self.unit).to(self.grad.dtype)
+        if self.index is None:
+            self.grad[s] = rounded
+        else:
+            self.grad.index_copy_(0, self.index[s], rounded)
+
+    def finish(self, step: int) -> torch.Tensor:
+        """The gradient."""
+        if self.buffer is not None:
+            for s in spans(self.buffer.shape[0], step):
+                self._round(s, self.buffer[s])
+        elif self.direct and self.unit is not None:
+            self.grad *= self.unit
+        return self.grad
+
+
 @dataclass
 class Gradients:
     """Accumulators of dH, dW and dbias; None where no gradient is required."""
@@ -137,7 +195,7 @@ Fold = Callable[[torch.Tensor, slice, RowState, torch.Tensor | None], None]
 def gradient_of(backend: str) -> Callable[..., torch.Tensor]:
     """What turns a tile of logits into its gradient."""
     if backend == "torch":
-        return softmax_rows.gradient
+        return softmax.gradient
     from riskpo_kernels.kernels.softmax_rows import gradient  # needs Triton: only on demand
 
     return gradient
@@ -221,7 +279,7 @@ def _fold_tiles(head: Head, o: Options, products: Products, vocab: int) -> tuple
             here = None if blocks is None else blocks[:, v.start // BLOCK : n_blocks(v.stop)]
             target = head.targets(r, v, h.shape[0])
             bias = head.bias_of(v, products.wide)
-            softmax_rows.fold(raw, target, bias, part, map, here)
+            softmax.fold(raw, target, bias, part, map, here)
 
     return plan.rows, plan.rows if o.deterministic else 0, tiles
 

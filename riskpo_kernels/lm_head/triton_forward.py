@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from riskpo_kernels.core.matmul import plan_tiles, spans
-from riskpo_kernels.core.rows import LogitMap, RowState
+from riskpo_kernels.core.softmax import LogitMap, RowState
 from riskpo_kernels.kernels.finish_rows import FROM_STATE, TO_STATE, WHOLE, finish
 from riskpo_kernels.kernels.head_forward import BlockStatistics, statistics
 from riskpo_kernels.kernels.live_rows import live_first

@@ -1,7 +1,7 @@
 """A head whose vocabulary is spread over the ranks of a group: what crosses between them.
 
 Every rank holds the columns [offset, offset + V_r) and all rows. A row's softmax state over its
-own columns, (m, s, u, z_t) of lm_head/softmax.py, becomes the state over all of them by
+own columns, (m, s, u, z_t) of core/softmax.py, becomes the state over all of them by
 
     M   = max_r m_r                           e_r = exp(m_r - M)
     s   = sum_r s_r e_r                       u   = sum_r (u_r + s_r (m_r - M)) e_r
@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from riskpo_kernels.core.process_groups import agree, max_over, sum_over
-from riskpo_kernels.core.rows import RowState, relative_to
+from riskpo_kernels.core.softmax import RowState, relative_to
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from riskpo_kernels import linear_logprob, logits_logprob
-from riskpo_kernels.core.rows import LogitMap, RowStats
+from riskpo_kernels.core.softmax import LogitMap, RowStats
 from riskpo_kernels.lm_head import block_filter
 from tests.compare import assert_all_close_as_plain
 from tests.conftest import has_triton, skip_if_numpy_feels_a_rows_place

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from riskpo_kernels import linear_logprob, reference
-from riskpo_kernels.core.rows import LogitMap, RowStats
+from riskpo_kernels.core.softmax import LogitMap, RowStats
 from riskpo_kernels.lm_head import tiles as head_tiles
 from riskpo_kernels.lm_head.block_filter import BLOCK, n_blocks, row_eps
 from tests.compare import assert_all_close_as_plain, assert_close_as_plain

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from riskpo_kernels import linear_logprob
-from riskpo_kernels.core.rows import LogitMap, RowGradient
+from riskpo_kernels.core.softmax import LogitMap, RowGradient
 from riskpo_kernels.lm_head import block_filter as block_selection
 from tests.compare import errors
 from tests.conftest import has_triton
@@ -69,8 +69,8 @@ from riskpo_kernels.lm_head.triton_forward import triton_forward
 from riskpo_kernels.kernels.softmax_rows import row_statistics
 from riskpo_kernels.lm_head import sparse_triton as sparse_launch
 from riskpo_kernels.core.matmul import Products
-from riskpo_kernels.lm_head.row_partition import find_ways
-from riskpo_kernels.core.rows import LogitMap, RowGradient, RowState
+from riskpo_kernels.lm_head.block_filter import find_ways
+from riskpo_kernels.core.softmax import LogitMap, RowGradient, RowState
 
 class Driver:  # enough of a driver for the JIT to form its keys
     def get_current_device(self): return 0

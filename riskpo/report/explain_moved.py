@@ -2,40 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import NamedTuple
 
 from riskpo.algorithms import find_strategy
 from riskpo.report.explain_tracker import BELOW, levels, risk_settings, with_shares
 from riskpo.report.findings import FEWEST, SURE, Finding, Log, Record
 
-TOPIC = "Which counters moved"
 
-
-@dataclass(frozen=True)
-class Counter:
+class Counter(NamedTuple):
     """A number of a step; `worry` where a rise is a fault by itself."""
 
     label: str
-    of: Callable[[Record], float | None]
+    name: str
     unit: str = "{:.1%}"
     worry: bool = False
 
 
-def entry(name: str) -> Callable[[Record], float | None]:
-    return lambda r: r.get(name)
-
-
-def total(*names: str) -> Callable[[Record], float | None]:
-    return lambda r: sum(r[n] for n in names) if all(n in r for n in names) else None
-
-
-def verdict_share(name: str) -> Callable[[Record], float | None]:
-    def of(r: Record) -> float | None:
-        every = sum(n for k, n in r.items() if k.startswith("outcome_"))
-        return r[f"outcome_{name}"] / every if every and f"outcome_{name}" in r else None
-
-    return of
+def with_sums(r: Record) -> Record:
+    """The record with the shares of a step that it holds the parts of."""
+    every = sum(n for k, n in r.items() if k.startswith("outcome_"))
+    lost = {name: r.get(f"outcome_{name}") for name in ("timeout", "crash")}
+    found = {f"{k}_share": n / every for k, n in lost.items() if every and n is not None}
+    parts = ("all_wrong_fraction", "all_right_fraction")
+    if all(name in r for name in parts):
+        found["all_equal_fraction"] = sum(r[name] for name in parts)
+    return r | found
 
 
 def counters(log: Log) -> list[Counter]:
@@ -43,24 +36,15 @@ def counters(log: Log) -> list[Counter]:
     ratio = find_strategy(log.config.algorithm).loss.ratio
     unit = {"token": "tokens", "sequence": "responses"}[ratio]
     return [
-        Counter("all-equal groups", total("all_wrong_fraction", "all_right_fraction")),
-        Counter("all-equal bundles", entry("tied_bundle_fraction")),
-        Counter("responses with advantage 0", entry("zero_advantage_fraction")),
-        Counter(f"clipped {unit} ({ratio}-level ratios)", entry("clip_fraction")),
-        Counter("token entropy, nats", entry("sampled_entropy"), "{:.3f}"),
-        Counter("truncated responses", entry("truncated_fraction"), worry=True),
-        Counter("verifier timeouts", verdict_share("timeout"), worry=True),
-        Counter("verifier exceptions", verdict_share("crash"), worry=True),
-        Counter("effective sample size of the sampler's weights", entry("sampler_ess")),
-    ]
-
-
-def tracker_counters(log: Log) -> list[Counter]:
-    """A tracker that catches up, or falls behind, shows in the shares below its quantiles."""
-    settings = risk_settings(log)
-    return [
-        Counter(f"scores below {name} (level {level:.0%})", entry(BELOW + name))
-        for name, level in (levels(settings) if settings else {}).items()
+        Counter("all-equal groups", "all_equal_fraction"),
+        Counter("all-equal bundles", "tied_bundle_fraction"),
+        Counter("responses with advantage 0", "zero_advantage_fraction"),
+        Counter(f"clipped {unit} ({ratio}-level ratios)", "clip_fraction"),
+        Counter("token entropy, nats", "sampled_entropy", "{:.3f}"),
+        Counter("truncated responses", "truncated_fraction", worry=True),
+        Counter("verifier timeouts", "timeout_share", worry=True),
+        Counter("verifier exceptions", "crash_share", worry=True),
+        Counter("effective sample size of the sampler's weights", "sampler_ess"),
     ]
 
 
@@ -68,20 +52,24 @@ def moved(log: Log) -> Iterable[Finding]:
     """One sentence for each counter that moved, one for all that did not."""
     if log.fifth < FEWEST:
         least = 5 * FEWEST
-        text = f"Too short to tell from noise: {len(log.steps)} steps; {least} are enough."
-        yield Finding(TOPIC, text)
+        yield Finding(f"Too short to tell from noise: {len(log.steps)} steps; {least} are enough.")
         return
     yield Finding(
-        TOPIC,
         f"The first {log.fifth} steps against the last {log.fifth}. Noise is {SURE:g} times half "
         "of the 95 % interval of the difference of the two means, about three standard errors, "
-        "from the spread over the steps, which are taken as independent.",
+        "from the spread over the steps, which are taken as independent."
     )
+    # a tracker that catches up, or falls behind, shows in the shares below its quantiles
+    settings = risk_settings(log)
+    tracked = [
+        Counter(f"scores below {name} (level {level:.0%})", BELOW + name)
+        for name, level in (levels(settings) if settings else {}).items()
+    ]
     still = []
-    tracked = replace(log, steps=with_shares(log))
-    pairs = [(x, log) for x in counters(log)] + [(x, tracked) for x in tracker_counters(log)]
-    for counter, source in pairs:
-        change = source.change(counter.of)
+    whole = replace(log, steps=[with_sums(r) for r in log.steps])
+    below = replace(log, steps=with_shares(log))
+    for counter, source in [*((c, whole) for c in counters(log)), *((c, below) for c in tracked)]:
+        change = source.change(counter.name)
         if change is None:
             continue
         if not change.moved:
@@ -91,6 +79,6 @@ def moved(log: Log) -> Iterable[Finding]:
         times = abs(change.late - change.early) / change.noise if change.noise else float("inf")
         text = f"{counter.label[0].upper()}{counter.label[1:]}: {early} early, {late} late"
         text += f" ({times:.1f} times the noise)." if change.noise else " (each time the same)."
-        yield Finding(TOPIC, text, counter.worry and change.late > change.early)
+        yield Finding(text, counter.worry and change.late > change.early)
     if still:
-        yield Finding(TOPIC, f"Did not move: {', '.join(still)}.")
+        yield Finding(f"Did not move: {', '.join(still)}.")

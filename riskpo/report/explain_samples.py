@@ -15,7 +15,6 @@ CAPPED = 0.05  # share of the correction's weights that the cap changed
 
 
 def verdicts(log: Log) -> Iterable[Finding]:
-    topic = "Did the verifier answer"
     lost = {n: log.total(f"outcome_{n}") for n in ("timeout", "crash", "unparsable_gold")}
     every = sum(log.total(k) for k in {k for r in log.steps for k in r if k.startswith("outcome_")})
     if not every:
@@ -27,14 +26,13 @@ def verdicts(log: Log) -> Iterable[Finding]:
         if named
         else "no timeout, no crash, no unreadable gold."
     )
-    yield Finding(topic, text, share > LOST_VERDICTS)
+    yield Finding(text, share > LOST_VERDICTS)
     silent = log.total("outcome_no_answer") / every
     if silent > TRUNCATED:
-        yield Finding(topic, f"{silent:.0%} of the responses held no answer at all.", True)
+        yield Finding(f"{silent:.0%} of the responses held no answer at all.", True)
 
 
 def sampler(log: Log) -> Iterable[Finding]:
-    topic = "Are the samples sound"
     cut = log.late("truncated_fraction")
     if cut is not None:
         limit = log.config.max_response_tokens
@@ -44,17 +42,17 @@ def sampler(log: Log) -> Iterable[Finding]:
             more += f" {log.config.algorithm} takes up to 1 off the reward of a response in the "
             more += f"last {overlong:.0%} of that length, and 1 where it was cut."
         yield Finding(
-            topic,
             f"{cut:.1%} of the late responses were cut at max_response_tokens = {limit}.{more}",
             cut > TRUNCATED,
         )
-    yield from _mismatch(log, topic)
-    yield from _correction(log, topic)
+    ratios = [r["sampler_ratio_max"] for r in log.steps if "sampler_ratio_max" in r]
+    yield from _mismatch(log, ratios)
+    yield from _correction(log, ratios)
 
 
-def _mismatch(log: Log, topic: str) -> Iterable[Finding]:
+def _mismatch(log: Log, ratios: list[float]) -> Iterable[Finding]:
     """How far the sampler's log-probs are from the trainer's."""
-    kl, ratios = log.mean("sampler_kl"), _ratios(log)
+    kl = log.mean("sampler_kl")
     # With several updates the trainer's log-probs are those before the first, as the ratios' are; a
     # log without ratios may hold what the updates themselves changed.
     if kl is None or log.config.updates_per_step > 1 and not ratios:
@@ -62,7 +60,6 @@ def _mismatch(log: Log, topic: str) -> Iterable[Finding]:
     off = kl > MISMATCH_KL
     unit = "response" if log.config.sampler.level == "sequence" else "token"
     yield Finding(
-        topic,
         f"Sampler and trainer differ by a KL of {kl:.1e} nats per token"
         + (f", and by at most a factor of {max(ratios):.6g} in a {unit}" if ratios else "")
         + (": they are not the same policy." if off else ": rounding."),
@@ -70,18 +67,13 @@ def _mismatch(log: Log, topic: str) -> Iterable[Finding]:
     )
 
 
-def _ratios(log: Log) -> list[float]:
-    return [r["sampler_ratio_max"] for r in log.steps if "sampler_ratio_max" in r]
-
-
-def _correction(log: Log, topic: str) -> Iterable[Finding]:
+def _correction(log: Log, ratios: list[float]) -> Iterable[Finding]:
     """What the weights of TIS or MIS left of the sample."""
     settings = log.config.sampler
     ess = log.mean("sampler_ess")
     if ess is not None:
         few = ess < SMALL_SAMPLE
         yield Finding(
-            topic,
             f"The {settings.correction.upper()} weights leave {ess:.1%} of the sample (effective "
             "sample size)" + ("; the gradient rests on few of its terms." if few else "."),
             few,
@@ -92,10 +84,8 @@ def _correction(log: Log, topic: str) -> Iterable[Finding]:
         share = log.mean(name)
         if share is None:
             continue
-        largest = max(_ratios(log))
         yield Finding(
-            topic,
             f"{share:.1%} of the {unit} had a weight above sampler.cap = {settings.cap:g} (the "
-            f"largest {largest:.3g}) and were {fate}.",
+            f"largest {max(ratios):.3g}) and were {fate}.",
             share > CAPPED,
         )

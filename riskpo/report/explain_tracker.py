@@ -18,9 +18,9 @@ from riskpo.metrics.intervals import t_interval
 from riskpo.report.findings import FEWEST, SURE, Finding, Log, Record
 from riskpo_kernels import RiskPOAdvantage
 
-TOPIC = "Does the quantile tracker keep up"
 LAGGING = 0.1  # share of the scores on the wrong side of a tracked quantile
 BELOW = "share_below_"  # in front of a quantile's name, among the numbers of `with_shares`
+LOGGED = {"q_alpha": ALPHA, "q_beta": BETA}  # levels of every run's batch_q_*
 
 
 def risk_settings(log: Log) -> Any:
@@ -61,11 +61,10 @@ def tracker(log: Log) -> Iterable[Finding]:
         return
     if settings.quantiles == "bundle":
         text = f"{log.config.algorithm} only watches it: each bundle works with its own quantiles."
-        yield Finding(TOPIC, text)
+        yield Finding(text)
     gap = statistics.fmean(r["q_beta_tracked"] - r["q_alpha_tracked"] for r in late)
     if gap < settings.tracker_step:
         yield Finding(
-            TOPIC,
             f"The levels {settings.alpha:g} and {settings.beta:g} coincide: the late quantiles are "
             f"{gap:.2f} apart on average, less than a step of the tracker "
             f"({settings.tracker_step:g}). Most scores are nearly one number, and the advantage "
@@ -82,35 +81,27 @@ def tracker(log: Log) -> Iterable[Finding]:
         noise = SURE * (interval.high - interval.value)
         shares[name] = interval.value
         lags[name] = abs(interval.value - level) > max(LAGGING, noise)
-        yield Finding(TOPIC, _level(name, level, interval.value, lags[name], log), lags[name])
+        yield Finding(_level(name, level, interval.value, lags[name], log), lags[name])
     if len(lags) == 2 and any(lags.values()):
-        yield Finding(TOPIC, _together(shares, lags, settings), True)
-
-
-def _together(shares: dict[str, float], lags: dict[str, bool], settings: Any) -> str:
-    """What one or two lagging quantiles make of the middle."""
-    both = "Both lag" if all(lags.values()) else "The two differ in lag"
-    band = max(shares["q_beta"] - shares["q_alpha"], 0.0)
-    return (
-        f"{both}: {band:.0%} of the late scores lay between them, where the levels ask for "
-        f"{settings.beta - settings.alpha:.0%}. A lower learning rate gives the tracker, "
-        f"which moves at most {settings.tracker_step:g} score units a step, time to follow."
-    )
+        both = "Both lag" if all(lags.values()) else "The two differ in lag"
+        band = max(shares["q_beta"] - shares["q_alpha"], 0.0)
+        yield Finding(
+            f"{both}: {band:.0%} of the late scores lay between them, where the levels ask for "
+            f"{settings.beta - settings.alpha:.0%}. A lower learning rate gives the tracker, "
+            f"which moves at most {settings.tracker_step:g} score units a step, time to follow.",
+            True,
+        )
 
 
 def _level(name: str, level: float, share: float, lags: bool, log: Log) -> str:
     tracked = log.late(f"{name}_tracked")
     text = f"{name}: tracked {tracked:.2f}"
-    own = log.late(f"batch_{name}") if _as_measured(risk_settings(log), name) else None
+    # the quantiles that every run logs of its batches, where they are at this level and size
+    measured = level == LOGGED[name] and risk_settings(log).bundle_size == BUNDLE
+    own = log.late(f"batch_{name}") if measured else None
     text += "" if own is None else f", the late batches' own {own:.2f}"
     text += f"; {max(share, 0.0):.0%} of the late scores lay below it, its level is {level:.0%}"
     if not lags:
         return text + "."
     place, way = ("too low", "rising") if share < level else ("too high", "falling")
     return text + f": it lags, {place} and {way}."
-
-
-def _as_measured(settings: Any, name: str) -> bool:
-    """Whether the quantiles that every run logs of its batches are at this level and size."""
-    level = {"q_alpha": (settings.alpha, ALPHA), "q_beta": (settings.beta, BETA)}[name]
-    return level[0] == level[1] and settings.bundle_size == BUNDLE

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,11 +20,11 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Finding:
-    """One sentence; `notable` where something should be looked at."""
+    """One sentence; `notable` where something should be looked at. `explain` sets the topic."""
 
-    topic: str
     text: str
     notable: bool = False
+    topic: str = ""
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,10 @@ class Log:
     def late(self, name: str) -> float | None:
         return mean_of(self.steps[-self.fifth :], name)
 
-    def change(self, of: Callable[[Record], float | None]) -> Change | None:
-        """Early against late of a number made from a record; None where there are too few of it."""
+    def change(self, name: str) -> Change | None:
+        """Early against late; None where there are too few of either."""
         ends = self.steps[: self.fifth], self.steps[-self.fifth :]
-        early, late = ([x for x in map(of, records) if x is not None] for records in ends)
-        return change(early, late)
+        return change(*([r[name] for r in end if name in r] for end in ends))
 
     def mean(self, name: str) -> float | None:
         return mean_of(self.steps, name)

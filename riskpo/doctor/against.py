@@ -7,16 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from riskpo.doctor.libraries import LIBRARIES
-from riskpo.doctor.problem import (
-    Problem,
-    Results,
-    Yardstick,
-    largest_error,
-    make_problem,
-    ours,
-    plain,
-)
-from riskpo.doctor.tolerance import within
+from riskpo.doctor.problem import Problem, Results, Yardstick, make_problem, ours, plain
+from riskpo.doctor.tolerance import errors, within
 
 QUANTITIES = ("logprob", "entropy", "loss", "dhidden", "dweight")  # that libraries give
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -65,17 +57,13 @@ def compare(dtype: str, theirs: Results, problem: Problem) -> list[Row]:
     """One row for each quantity that `theirs` has."""
     mine = ours(problem, backend="auto").values
     yard = Yardstick.of(problem, plain(problem))
-    truth = yard.truth
-    return [
-        Row(
-            dtype,
-            quantity,
-            largest_error(got, mine[quantity]),
-            largest_error(got, truth[quantity]),
-            largest_error(mine[quantity], truth[quantity]),
-            largest_error(yard.honest[quantity], truth[quantity]),
-            float(yard.size.get(quantity, truth[quantity]).abs().max()),
-        )
-        for quantity, got in theirs.values.items()
-        if quantity in QUANTITIES
-    ]
+    found = []
+    for quantity in QUANTITIES:
+        if quantity not in theirs.values:
+            continue
+        got, own, truth = theirs.values[quantity], mine[quantity], yard.truth[quantity]
+        pairs = (got, own), (got, truth), (own, truth), (yard.honest[quantity], truth)
+        numbers = [errors(a, b)[1] for a, b in pairs]
+        numbers.append(float(yard.size.get(quantity, truth).abs().max()))
+        found.append(Row(dtype, quantity, *numbers))
+    return found

@@ -5,7 +5,6 @@ Call signatures were read in torch 2.13, trl 1.16, liger-kernel 0.8.5 and verl 0
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,14 +12,8 @@ import torch
 from torch.nn import functional
 
 from riskpo.doctor.packages import attribute
-from riskpo.doctor.problem import (
-    Problem,
-    Results,
-    clipped_mean,
-    leaves,
-    plain,
-    results,
-)
+from riskpo.doctor.problem import Problem, Results, clipped_mean, leaves, plain, results
+from riskpo.doctor.trl_path import trainer_loss
 from riskpo_kernels import linear_logprob
 
 # (hidden [..., D], weight [V, D], target [...], temperature) -> (logprob, entropy or None)
@@ -50,7 +43,10 @@ def riskpo_op(backend: str) -> LogProb:
 
 
 def plain_op(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor, temperature: float) -> Found:
-    logp = torch.log_softmax((h @ w.T).float() / temperature, -1)
+    """Logits in the input dtype, the rest in float32 at least."""
+    z = h @ w.T
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    logp = torch.log_softmax(z / temperature, -1)
     return logp.gather(-1, t[..., None])[..., 0], -(logp.exp() * logp).sum(-1)
 
 
@@ -162,17 +158,9 @@ def verl_loss(problem: Problem) -> Results:
     )
 
 
-def trl_loss(problem: Problem) -> Results:
-    """A real GRPOTrainer's _compute_loss on a model whose hidden states are the problem's."""
-    from riskpo.doctor.trl_path import trainer_loss
-
-    with tempfile.TemporaryDirectory() as folder:
-        return trainer_loss(problem, folder)
-
-
 LIBRARIES: dict[str, Callable[[Problem], Results]] = {
     "torch": lambda problem: with_op("torch", problem),
-    "trl": trl_loss,
+    "trl": trainer_loss,
     "liger": liger_loss,
     "verl": verl_loss,
     "plain": plain,

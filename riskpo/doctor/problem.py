@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from riskpo.doctor.term_sizes import head_sizes
-from riskpo.doctor.tolerance import Bound, bounds, errors, summed
+from riskpo.doctor.tolerance import Bound, bounds, summed
 from riskpo_kernels import linear_logprob, riskpo_loss
 
 LEAVES = ("hidden", "weight", "bias")
@@ -49,6 +49,20 @@ class Results(NamedTuple):
     note: str = ""
 
 
+def peaked(
+    g: torch.Generator, rows: tuple[int, ...], width: int, vocab: int, lean: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """hidden [rows, width], weight [vocab, width], target [rows]; about half of the targets likely.
+
+    float32 values that every 16-bit dtype holds, so that the truth is the same for all.
+    """
+    weight = torch.randn(vocab, width, generator=g)
+    target = torch.randint(vocab, rows, generator=g)
+    pull = torch.rand(*rows, 1, generator=g) * lean / width**0.5
+    hidden = torch.randn(*rows, width, generator=g) * 0.3 + pull * weight[target]
+    return hidden.bfloat16().float(), weight.bfloat16().float(), target
+
+
 def make_problem(
     *,
     batch: int = 6,
@@ -64,12 +78,7 @@ def make_problem(
     bound: float32 decides neither its digits nor a branch.
     """
     g = torch.Generator().manual_seed(seed)
-    weight = torch.randn(vocab, width, generator=g)
-    target = torch.randint(vocab, (batch, tokens), generator=g)
-    pull = torch.rand(batch, tokens, 1, generator=g) * lean / width**0.5
-    hidden = torch.randn(batch, tokens, width, generator=g) * 0.3 + pull * weight[target]
-    # float32 values that every 16-bit dtype holds, so that the truth is the same for all
-    hidden, weight = hidden.bfloat16().float(), weight.bfloat16().float()
+    hidden, weight, target = peaked(g, (batch, tokens), width, vocab, lean)
     lengths = torch.randint(max(tokens // 2, 1), tokens + 1, (batch,), generator=g)
     mask = torch.arange(tokens) < lengths[:, None]
     new = linear_logprob(hidden.double(), weight.double(), target, backend="reference").logprob
@@ -100,25 +109,22 @@ def with_bias(problem: Problem, seed: int = 0) -> Problem:
     return replace(problem, bias=bias, old_logprob=old)
 
 
+def fresh(x: torch.Tensor) -> torch.Tensor:
+    """A copy that wants a gradient."""
+    return x.detach().clone().requires_grad_()
+
+
 def leaves(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
-    """(hidden, weight), fresh copies that want a gradient."""
-    return (
-        problem.hidden.detach().clone().requires_grad_(),
-        problem.weight.detach().clone().requires_grad_(),
-    )
-
-
-def _bias(problem: Problem) -> torch.Tensor | None:
-    return None if problem.bias is None else problem.bias.detach().clone().requires_grad_()
+    """(hidden, weight), fresh."""
+    return fresh(problem.hidden), fresh(problem.weight)
 
 
 def ours(problem: Problem, *, backend: str, ratio: str = "token") -> Results:
     """Log-prob, entropy, clipped loss (0.2 / 0.2, mean over sequences), stats and gradients."""
-    (h, w), b = leaves(problem), _bias(problem)
-    detached = None if b is None else b.detach()
-    token = linear_logprob(
-        h.detach(), w.detach(), problem.target, bias=detached, return_entropy=True, backend=backend
-    )
+    (h, w), b = leaves(problem), None if problem.bias is None else fresh(problem.bias)
+    head = (problem.hidden, problem.weight, problem.target)
+    with torch.no_grad():
+        token = linear_logprob(*head, bias=problem.bias, return_entropy=True, backend=backend)
     loss, stats = riskpo_loss(
         h,
         w,
@@ -144,7 +150,7 @@ def plain(problem: Problem, *, logits32: bool = False) -> Results:
 
     logits32 multiplies in float32 as well, so that only the gradients are rounded.
     """
-    (h, w), b = leaves(problem), _bias(problem)
+    (h, w), b = leaves(problem), None if problem.bias is None else fresh(problem.bias)
     logits = h.float() @ w.float().T if logits32 else (h @ w.T).float()
     logits = logits if b is None else logits + b.float()
     logp = torch.log_softmax(logits, -1)
@@ -250,13 +256,3 @@ def _sizes(problem: Problem, logprob: torch.Tensor) -> dict[str, torch.Tensor]:
     dhidden = torch.zeros(problem.hidden.shape, dtype=torch.float64)
     dhidden[at] = sizes["dhidden"]
     return sizes | {"dhidden": dhidden}
-
-
-def relative_error(x: torch.Tensor, truth: torch.Tensor) -> float:
-    """Frobenius norm of the difference over that of the truth (absolute where that is 0)."""
-    return errors(x, truth)[0]
-
-
-def largest_error(x: torch.Tensor, truth: torch.Tensor) -> float:
-    """Largest absolute difference; NaN where x is not finite."""
-    return errors(x, truth)[1]

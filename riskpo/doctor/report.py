@@ -75,10 +75,8 @@ def installed(try_it: Callable[[], object]) -> bool:
     """False where a library's function is not to be had; other errors are for the matrix."""
     try:
         try_it()
-    except Missing:
-        return False
-    except Exception:
-        return True
+    except Exception as error:
+        return not isinstance(error, Missing)
     return True
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from riskpo.doctor.libraries import Found, LogProb, Op
+from riskpo.doctor.libraries import Found, LogProb, Op, plain_op
+from riskpo.doctor.problem import fresh, peaked
 from riskpo.doctor.term_sizes import head_sizes
 from riskpo.doctor.tolerance import bounds
 
@@ -35,13 +36,8 @@ def rows(
     n: int, d: int, v: int, dtype: torch.dtype = torch.float32, lean: float = 8.0, seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """hidden [n, d], weight [v, d], target [n]; half of the rows peaked at the target."""
-    g = torch.Generator().manual_seed(seed)
-    weight = torch.randn(v, d, generator=g)
-    target = torch.randint(v, (n,), generator=g)
-    pull = torch.rand(n, 1, generator=g) * lean / d**0.5
-    hidden = torch.randn(n, d, generator=g) * 0.3 + pull * weight[target]
-    # values that bfloat16 holds, so that every dtype has the same truth
-    return hidden.bfloat16().to(dtype), weight.bfloat16().to(dtype), target
+    hidden, weight, target = peaked(torch.Generator().manual_seed(seed), (n,), d, v, lean)
+    return hidden.to(dtype), weight.to(dtype), target
 
 
 def coefficients(n: int, seed: int = 1) -> torch.Tensor:
@@ -62,7 +58,7 @@ def gradients(
     temperature: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
     """(logprob, entropy, dhidden, dweight) of sum(c * logprob) + sum(e * entropy)."""
-    h, w = h.detach().clone().requires_grad_(), w.detach().clone().requires_grad_()
+    h, w = fresh(h), fresh(w)
     logprob, entropy = call(h, w, t, temperature)
     terms = [(c, logprob), (e, entropy)]
     total = sum((x * k.to(x.dtype)).sum() for k, x in terms if k is not None and x is not None)
@@ -73,9 +69,8 @@ def gradients(
 
 def exact_plain(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor, temperature: float) -> Found:
     """Plain PyTorch with float32 logits: the honest error of a dtype."""
-    wide = torch.float64 if h.dtype == torch.float64 else torch.float32
-    logp = torch.log_softmax((h.to(wide) @ w.to(wide).T) / temperature, -1)
-    return logp.gather(-1, t[..., None])[..., 0], -(logp.exp() * logp).sum(-1)
+    wide = torch.promote_types(h.dtype, torch.float32)
+    return plain_op(h.to(wide), w.to(wide), t, temperature)
 
 
 def against_plain(
@@ -97,13 +92,9 @@ def against_plain(
     sizes = head_sizes(flat, w, t.reshape(-1), temperature=temperature, upstream=up)
     seen, worst = Seen(None), -1.0
     for name, g, x, p in zip(NAMES, got, truth, honest, strict=True):
-        if (
-            g is None
-            or x is None
-            or p is None
-            or (name == "entropy" and e is None)
-            or (only and name not in only)
-        ):
+        if g is None or x is None or p is None or name == "entropy" and e is None:
+            continue
+        if only and name not in only:
             continue
         for metric, error, limit in bounds(g, x, p, size=sizes[name].reshape(x.shape)):
             share = math.inf if math.isnan(error) else error / (limit or 1e-300)

@@ -19,32 +19,15 @@ TRUTH = 2.0**-30  # of the floor: what float64 itself cannot hold
 class Rows(NamedTuple):
     """What the rows' softmax gives, [N, V] but where said; float64."""
 
-    z: torch.Tensor
-    off: torch.Tensor  # size of a logit before the softcap: of its products
-    bend: torch.Tensor  # tanh of the softcap, 0 without
     logp: torch.Tensor
     hit: torch.Tensor  # 1 at the target
     entropy: torch.Tensor  # [N, 1]
-    softcap: float | None
-
-    @property
-    def slope(self) -> torch.Tensor:
-        return 1 - self.bend**2
-
-    @property
-    def z_off(self) -> torch.Tensor:
-        """The size of a logit."""
-        return self.slope * self.off + self.z.abs()
-
-    @property
-    def spread(self) -> torch.Tensor:
-        """-d entropy / d z."""
-        return self.logp.exp() * (self.logp + self.entropy)
-
-    @property
-    def wide(self) -> torch.Tensor:
-        """[N, 1]: what float64's truth is off by, in floors of the rule."""
-        return TRUTH * (1 + self.z.abs().amax(-1, keepdim=True))
+    spread: torch.Tensor  # -d entropy / d z
+    off: torch.Tensor  # size of a logit before the softcap: of its products
+    z_off: torch.Tensor  # size of a logit
+    bend: torch.Tensor  # tanh of the softcap, 0 without
+    slope: torch.Tensor  # of the softcap
+    wide: torch.Tensor  # [N, 1]: what float64's truth is off by, in floors of the rule
 
 
 def head_sizes(
@@ -71,17 +54,19 @@ def head_sizes(
     z = bend * softcap if softcap else raw
     logp = torch.log_softmax(z, -1)
     hit = torch.nn.functional.one_hot(target.cpu(), len(w)).double()
-    rows = Rows(z, off, bend, logp, hit, -(logp.exp() * logp).sum(-1, keepdim=True), softcap)
-    p, z_off = logp.exp(), rows.z_off
+    p, slope = logp.exp(), 1 - bend**2
+    entropy, z_off = -(p * logp).sum(-1, keepdim=True), slope * off + z.abs()
+    spread, wide = p * (logp + entropy), TRUTH * (1 + z.abs().amax(-1, keepdim=True))
+    rows = Rows(logp, hit, entropy, spread, off, z_off, bend, slope, wide)
     exact = torch.where(hit > 0, logp, 0.0).sum(-1)
     # float32 holds a probability near 1 to one unit; that of the target the op keeps better
     unit = (p * (1 - hit)).sum(-1)
     sizes = {
         "logprob": exact.abs() + UNIT * ((hit - p).abs() * z_off).sum(-1),
-        "entropy": rows.entropy[:, 0] + UNIT * ((rows.spread.abs() * z_off).sum(-1) + unit),
+        "entropy": entropy[:, 0] + UNIT * ((spread.abs() * z_off).sum(-1) + unit),
         "lse": z.logsumexp(-1).abs() + UNIT * (p * z_off).sum(-1),
     }
-    sizes = {name: size + rows.wide[:, 0] for name, size in sizes.items()}
+    sizes = {name: size + wide[:, 0] for name, size in sizes.items()}
     if upstream is None:
         return sizes
     none = torch.zeros(len(h), dtype=h.dtype)
@@ -90,7 +75,7 @@ def head_sizes(
         for name in ("logprob", "entropy", "lse", "curvature")
     )
     moved = curvature.abs() * sizes["logprob"][:, None]
-    dz, dz_off = (x / temperature for x in _gradient(rows, c, g, e, moved))
+    dz, dz_off = (x / temperature for x in _gradient(rows, c, g, e, moved, softcap))
     return sizes | {
         "dhidden": (dz @ w).abs() + dz_off @ w.abs(),
         "dweight": (dz.T @ h).abs() + dz_off.T @ h.abs(),
@@ -99,7 +84,12 @@ def head_sizes(
 
 
 def _gradient(
-    rows: Rows, c: torch.Tensor, g: torch.Tensor, e: torch.Tensor, moved: torch.Tensor
+    rows: Rows,
+    c: torch.Tensor,
+    g: torch.Tensor,
+    e: torch.Tensor,
+    moved: torch.Tensor,
+    softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradient of the logits and the size of what it may be off by; moved: that of c."""
     p, hit, z_off, spread = rows.logp.exp(), rows.hit, rows.z_off, rows.spread
@@ -110,8 +100,7 @@ def _gradient(
     off = dz.abs() + (c.abs() + e.abs()) * p_off
     off += g.abs() * (p_off * bent + p * (spread.abs() * z_off).sum(-1, keepdim=True))
     off = UNIT * off + moved * (hit - p).abs() + (c.abs() + g.abs() + e.abs()) * rows.wide
-    bend, slope = rows.bend.abs(), rows.slope
-    if rows.softcap:  # the slope is off by a rounding of 1 and by what moves the bend
-        far = 1 + 2 * bend * slope * rows.off / rows.softcap
-        off = off * slope + UNIT * dz.abs() * far
-    return dz * slope, off
+    if softcap:  # the slope is off by a rounding of 1 and by what moves the bend
+        far = 1 + 2 * rows.bend.abs() * rows.slope * rows.off / softcap
+        off = off * rows.slope + UNIT * dz.abs() * far
+    return dz * rows.slope, off

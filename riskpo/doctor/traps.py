@@ -15,7 +15,6 @@ import torch
 
 from riskpo.doctor.libraries import Op, plain_op
 from riskpo.doctor.packages import first_line
-from riskpo.doctor.problem import relative_error
 from riskpo.doctor.seen import (
     Seen,
     against_plain,
@@ -26,6 +25,7 @@ from riskpo.doctor.seen import (
     rows,
 )
 from riskpo.doctor.tolerance import bounds as rule
+from riskpo.doctor.tolerance import errors
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ def certain_targets(op: Op) -> Seen:
     one = torch.ones(len(gaps))
     truth = gradients(exact_plain, logits.double(), torch.eye(v).double(), target, one)[2]
     got = gradients(op.call, logits, torch.eye(v), target, one)[2]
-    at = torch.arange(len(gaps))
-    error = float(((got[at, at].double() - truth[at, at]) / truth[at, at]).abs().max())
+    off = (got.double() - truth) / truth
+    error = float(off.diagonal().abs().max())
     # float32 holds a logit of 18 to 1e-6: one part in 1e5 of 1 - p is what the input allows
     return bounded(error, 1e-4)
 
@@ -101,7 +101,7 @@ def scaled_twice(op: Op) -> Seen:
     c = coefficients(33).to(logprob.dtype)
     (once,) = torch.autograd.grad((c * logprob).sum(), h, retain_graph=True)
     (again,) = torch.autograd.grad((1024 * c * logprob).sum(), h)
-    return bounded(relative_error(again.double(), 1024 * once.double()), 1e-5)
+    return bounded(errors(again, 1024 * once.double())[0], 1e-5)
 
 
 def many_tokens(op: Op) -> Seen:
@@ -163,8 +163,7 @@ def frozen_head(op: Op) -> Seen:
     h = h.requires_grad_()
     logprob, _ = op.call(h, w, t, 1.0)
     logprob.sum().backward()
-    ok = w.grad is None and h.grad is not None
-    return Seen(ok)
+    return Seen(w.grad is None and h.grad is not None)
 
 
 def empty_batch(op: Op) -> Seen:
@@ -181,15 +180,11 @@ def ignored_targets(op: Op) -> Seen:
     h = h.requires_grad_()
     logprob, _ = op.call(h, w, t, 1.0)
     (dh,) = torch.autograd.grad(logprob.sum(), h)
-    clean = torch.isfinite(logprob).all() and torch.isfinite(dh).all()
-    ok = bool(clean) and float(logprob[5].detach()) == 0 and not dh[5].any()
-    return Seen(ok)
+    clean = bool(torch.isfinite(logprob).all() and torch.isfinite(dh).all())
+    return Seen(clean and float(logprob[5].detach()) == 0 and not dh[5].any())
 
 
-def target_beyond(op: Op) -> Seen:
-    """Target = V must be refused."""
-    h, w, t = rows(33, 64, 515)
-    t[3] = 515
+def refused(op: Op, h: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> Seen:
     try:
         logprob, _ = op.call(h, w, t, 1.0)
     except Exception as error:  # a refusal of any kind is the right answer
@@ -197,14 +192,17 @@ def target_beyond(op: Op) -> Seen:
     return Seen(False, f"accepted, logprob {float(logprob[3]):.1f}")
 
 
+def target_beyond(op: Op) -> Seen:
+    """Target = V must be refused."""
+    h, w, t = rows(33, 64, 515)
+    t[3] = 515
+    return refused(op, h, w, t)
+
+
 def logits_for_hidden(op: Op) -> Seen:
     """[N, V] logits given as hidden states must be refused."""
     h, w, t = rows(33, 64, 515)
-    try:
-        op.call(h @ w.T, w, t, 1.0)
-    except Exception as error:  # as above
-        return Seen(True, type(error).__name__)
-    return Seen(False, "accepted")
+    return refused(op, h @ w.T, w, t)
 
 
 def inputs_unchanged(op: Op) -> Seen:
@@ -213,8 +211,7 @@ def inputs_unchanged(op: Op) -> Seen:
     before = [x.detach().clone() for x in (h, w, t)]
     logprob, _ = op.call(h, w, t, 1.0)
     logprob.sum().backward()
-    ok = all(torch.equal(a, b) for a, b in zip(before, (h, w, t), strict=True))
-    return Seen(ok)
+    return Seen(all(torch.equal(a, b) for a, b in zip(before, (h, w, t), strict=True)))
 
 
 def zero_coefficients(op: Op) -> Seen:
@@ -224,10 +221,9 @@ def zero_coefficients(op: Op) -> Seen:
     c[::2] = 0
     full = gradients(op.call, h, w, t, c)
     part = gradients(op.call, h[1::2], w, t[1::2], c[1::2])
-    error = relative_error(full[3].double(), part[3].double())
     if full[2][::2].any():
         return Seen(False, "a gradient on a row without upstream")
-    return bounded(error, 1e-5, " dweight")
+    return bounded(errors(full[3], part[3])[0], 1e-5, " dweight")
 
 
 def other_rows(op: Op) -> Seen:

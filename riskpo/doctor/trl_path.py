@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from typing import Any
 
 import torch
@@ -10,10 +11,11 @@ from riskpo.doctor.packages import attribute
 from riskpo.doctor.problem import Problem, Results, leaves, results
 
 
-def trainer_loss(problem: Problem, folder: str) -> Results:
-    """GRPOTrainer._compute_loss and the log-probs of its fused head; files go to `folder`."""
+def trainer_loss(problem: Problem) -> Results:
+    """GRPOTrainer._compute_loss on the problem's hidden states, and the log-probs of its head."""
     hidden, weight = leaves(problem)
-    trainer = build_trainer(problem, folder)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = build_trainer(problem, folder)
     model = trainer.model
     give_hidden_states(model, hidden, weight)
     B, T = problem.target.shape
@@ -40,7 +42,12 @@ def trainer_loss(problem: Problem, folder: str) -> Results:
 
 
 def build_trainer(problem: Problem, folder: str) -> Any:
-    """A GRPOTrainer of a one-layer Qwen2 with the problem's width and vocabulary, on the CPU."""
+    """A GRPOTrainer of a one-layer Qwen2 with the problem's width and vocabulary, on the CPU.
+
+    It asks for a tokenizer and never uses it.
+    """
+    from riskpo.demo import build_tokenizer
+
     dataset = attribute("datasets", "Dataset").from_list([{"prompt": "1"}] * 8)
     qwen2_config = attribute("transformers", "Qwen2Config")
     config = qwen2_config(
@@ -75,24 +82,10 @@ def build_trainer(problem: Problem, folder: str) -> Any:
         reward_funcs=lambda completions, **_: [0.0] * len(completions),
         args=arguments,
         train_dataset=dataset,
-        processing_class=digits(),
+        processing_class=build_tokenizer(),
     )
     trainer.current_gradient_accumulation_steps = 1
     return trainer
-
-
-def digits() -> Any:
-    """A tokenizer is asked for and never used: one of ten digits."""
-    tokenizers = attribute("tokenizers", "Tokenizer")
-    word_level = attribute("tokenizers.models", "WordLevel")
-    vocabulary = {"<b>": 0, "<e>": 1, "<p>": 2, "<u>": 3} | {str(i): 4 + i for i in range(10)}
-    return attribute("transformers", "PreTrainedTokenizerFast")(
-        tokenizer_object=tokenizers(word_level(vocabulary, unk_token="<u>")),
-        bos_token="<b>",
-        eos_token="<e>",
-        pad_token="<p>",
-        unk_token="<u>",
-    )
 
 
 def give_hidden_states(model: Any, hidden: torch.Tensor, weight: torch.Tensor) -> None:

@@ -83,15 +83,15 @@ def _readable(task: dict[str, Any]) -> Verdict:
 
 def program_of(response: str, task: dict[str, Any]) -> str | None:
     """The whole program to run: what the task puts before it, and what the response holds."""
-    block = last_block(response)
+    block, said = last_block(response), after_thinking(response)
     prompt, entries = task.get("prompt", ""), task.get("entries", [])
-    if block is None and _fences(response):
+    if block is None and "```" in said:
         return None
-    found = after_thinking(response) if block is None else block
+    found = said if block is None else block
     if prompt and not any(_defines(found, name) for name in entries):
         whole = f"{prompt}{found}"
-        return whole if block is not None or _parses(whole) else None
-    if block is None and not _is_program(found):
+        return whole if block is not None or _nodes(whole) else None
+    if block is None and not any(isinstance(node, _SUBSTANCE) for node in _nodes(found)):
         return None
     before = task.get("before", "")
     return f"{before}{prompt}\n{found}"
@@ -107,20 +107,12 @@ def last_block(response: str) -> str | None:
     return None
 
 
-def _fences(response: str) -> bool:
-    return "```" in after_thinking(response)
-
-
-def _parses(source: str) -> bool:
+def _nodes(source: str) -> list[ast.AST]:
+    """Its syntax tree, node by node; [] where it does not parse."""
     try:
-        ast.parse(source)
+        return list(ast.walk(ast.parse(source)))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return False
-    return True
-
-
-def _is_program(source: str) -> bool:
-    return _parses(source) and any(isinstance(n, _SUBSTANCE) for n in ast.walk(ast.parse(source)))
+        return []
 
 
 def _defines(source: str, name: str) -> bool:
@@ -142,9 +134,8 @@ def _run_each(program: str, tests: list[dict[str, str]], limits: Limits, level: 
         if done.limit:
             return failed(Outcome.WRONG, f"test {number}: endless output")
         if not done.ok:
-            return failed(
-                Outcome.WRONG, f"test {number}: status {done.status}, {done.errors[:120]}"
-            )
+            how = f"status {done.status}, {done.errors[:120]}"
+            return failed(Outcome.WRONG, f"test {number}: {how}")
         if not same_tokens(done.output.decode(errors="replace"), test["output"]):
             return failed(Outcome.WRONG, f"test {number}: printed {done.output[:60]!r}")
     return right(f"{len(tests)} tests")

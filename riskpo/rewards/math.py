@@ -123,13 +123,8 @@ def _another_case(gold: str, answer: str) -> bool:
     first, second = (set(_LETTER.findall(x)) for x in sides)
     if primes[0] != primes[1] or all(bases) and bases[0] != bases[1]:
         return True
-    return any(_other_case(x) in second - first for x in first - second)
-
-
-def _other_case(letter: str) -> str:
-    r"""m of M, and \omega of \Omega."""
-    first, rest = (letter[:2], letter[2:]) if letter[0] == "\\" else (letter, "")
-    return first.swapcase() + rest
+    others = {x[:2].swapcase() + x[2:] for x in first - second}  # m of M, and \omega of \Omega
+    return bool(others & (second - first))
 
 
 def _check_gold(gold: str) -> Verdict:
@@ -169,18 +164,15 @@ def parsed_gold(gold: str) -> tuple[Any, ...]:
 def parse_answer(found: str, marked: bool) -> list[Any]:
     """An extracted answer as math-verify's values."""
     text = sentence(found) if marked else found
-    if not text or len(text) > LONGEST_ANSWER or _depth(text) > _DEEPEST:
+    if not text or len(text) > LONGEST_ANSWER:
+        return []
+    if max(accumulate((c in "([{") - (c in ")]}") for c in text)) > _DEEPEST:
         return []
     if not marked:
         return _parse(numbers(found), _LATEX, _EXPR)
     if not _is_prose(text):
         return _parse_boxed(text)
     return _parse(f"answer: {numbers(text)}", _LATEX, _EXPR)
-
-
-def _depth(text: str) -> int:
-    """How deep the brackets of a text are nested; those that never close count too."""
-    return max(accumulate((c in "([{") - (c in ")]}") for c in text))
 
 
 def _parse_boxed(text: str) -> list[Any]:
@@ -215,15 +207,12 @@ def _both_signs(text: str) -> list[str]:
 
 def _junction(text: str) -> Any:
     """Inequalities with "or" or "and" between them as one set; None for anything else."""
-    pieces = _JUNCTION.split(text)
-    relations = [piece.strip(" ,~\\") for piece in pieces[:: _JUNCTION.groups + 1]]
+    relations = [piece.strip(" ,~\\") for piece in _JUNCTION.split(text)[:: _JUNCTION.groups + 1]]
     words = (next(filter(None, match.groups())) for match in _JUNCTION.finditer(text))
     joints = {"and" if word in ("and", "land", "wedge") else "or" for word in words}
-    if (
-        len(joints) != 1
-        or len(relations) > _MOST_RELATIONS
-        or not all(_RELATION.search(relation) for relation in relations)
-    ):
+    if len(joints) != 1 or len(relations) > _MOST_RELATIONS:
+        return None
+    if not all(_RELATION.search(relation) for relation in relations):
         return None
     values = [_expressions(_formula(relation)) for relation in relations]
     if not all(v and hasattr(v[0], "as_set") and len(v[0].free_symbols) == 1 for v in values):

@@ -20,6 +20,8 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from typing import Any
 
 from riskpo.rewards.verdict import OUT_OF_MEMORY, Outcome, Verdict, failed
@@ -50,18 +52,14 @@ class _Worker:
         with self._lock:
             if self._closed:
                 raise RuntimeError("VerifierPool: closed while it was working.")
-            self._process = self._popen()
-
-    def _popen(self) -> subprocess.Popen[bytes]:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        return subprocess.Popen(
-            # A console script does not look into the current folder, where a reward may well be.
-            [sys.executable, "-c", BOOT, json.dumps([*sys.path, os.getcwd()])],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-            start_new_session=True,  # so that what a verifier started dies with it
-        )
+            self._process = subprocess.Popen(
+                # A console script does not look into the current folder, where a reward may be.
+                [sys.executable, "-c", BOOT, json.dumps([*sys.path, os.getcwd()])],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+                start_new_session=True,  # so that what a verifier started dies with it
+            )
 
     def ready(self) -> None:
         """Wait for the imports; RuntimeError when the verifier cannot be imported."""
@@ -126,13 +124,11 @@ class _Worker:
         """
         if self._process is None or self._process.returncode is not None:
             return
-        try:
+        with suppress(ProcessLookupError):
             if hasattr(os, "killpg"):
                 os.killpg(self._process.pid, signal.SIGKILL)
             else:
                 self._process.kill()
-        except ProcessLookupError:
-            return
 
     def fate(self) -> str:
         """How the dead process ended, for the log."""
@@ -152,11 +148,9 @@ class _Worker:
         process.wait()
         self._process = None
         for pipe in (process.stdin, process.stdout):
-            try:
+            with suppress(OSError):  # unsent bytes of a dead worker
                 if pipe is not None:
                     pipe.close()
-            except OSError:  # unsent bytes of a dead worker
-                continue
 
     def close(self) -> None:
         """Stop for good: a feeding thread that is still at work starts no new process."""
@@ -181,12 +175,7 @@ class VerifierPool:
     """
 
     def __init__(
-        self,
-        verify: str,
-        *,
-        workers: int = 2,
-        seconds: float = 5.0,
-        memory_mib: int = 2048,
+        self, verify: str, *, workers: int = 2, seconds: float = 5.0, memory_mib: int = 2048
     ) -> None:
         if workers < 1 or seconds <= 0 or memory_mib < 1:
             raise ValueError(
@@ -242,28 +231,18 @@ class VerifierPool:
 
     def _drive(self, job: Callable[[_Worker], None]) -> None:
         """Run `job` on every worker, each in a thread, while this thread keeps the clock."""
-        errors: list[BaseException] = []
-
-        def guarded(worker: _Worker) -> None:
-            try:
-                job(worker)
-            except BaseException as error:  # handed to the caller below
-                errors.append(error)
-
-        threads = [threading.Thread(target=guarded, args=(w,), daemon=True) for w in self._workers]
-        for thread in threads:
-            thread.start()
+        threads = ThreadPoolExecutor(len(self._workers))
+        jobs = [threads.submit(job, worker) for worker in self._workers]
+        threads.shutdown(wait=False)  # when they are done
         try:
-            for thread in threads:
-                while thread.is_alive():
-                    thread.join(POLL_SECONDS)
-                    for worker in self._workers:
-                        worker.kill_if_late()
+            while wait(jobs, POLL_SECONDS).not_done:
+                for worker in self._workers:
+                    worker.kill_if_late()
         except BaseException:  # Ctrl-C: leave no process behind
             self.close()
             raise
-        if errors:
-            raise errors[0]
+        for done in jobs:
+            done.result()
 
     def close(self) -> None:
         """Kill and reap every worker; the pool cannot be used afterwards."""

@@ -69,6 +69,11 @@ BUILT_IN = {
 }
 MATH_KINDS = ("auto", "math", "math-unevaluated")  # which ask for a boxed answer
 
+
+def _kind(name: str) -> Kind:
+    return BUILT_IN.get(name) or Kind(name, lambda text, q, _: (text, plain(q)))
+
+
 log = logging.getLogger("riskpo")
 
 
@@ -154,7 +159,8 @@ class Scorer:
             if kind == "exact":
                 judged = [verify_exact(q.gold, q.gold if t is None else t) for t, q in pairs]
             else:
-                judged = self._pool(kind).run([self._arguments(kind, t, q) for t, q in pairs])
+                given = _kind(kind).arguments
+                judged = self._pool(kind).run([given(t, q, self.seconds) for t, q in pairs])
             found.update(zip(chosen, judged, strict=True))
         return [found[i] for i in range(len(rows))]
 
@@ -167,9 +173,8 @@ class Scorer:
                 continue
             name = crash_name(verdict.detail)
             if name not in self.crashes:
-                self.crashes[name] = (
-                    f"{verdict.detail} (response {text[:60]!r} to question {question.id!r})"
-                )
+                where = f"response {text[:60]!r} to question {question.id!r}"
+                self.crashes[name] = f"{verdict.detail} ({where})"
                 log.warning("reward %s crashed: %s", self.reward, self.crashes[name])
 
     def check_golds(self, questions: Sequence[Question]) -> list[tuple[Question, Verdict]]:
@@ -191,19 +196,13 @@ class Scorer:
         # Never what else a row may name: data do not choose a weaker sandbox.
         return "code" if question.meta.get("reward") == "code" else "math"
 
-    def _arguments(self, kind: str, text: str | None, question: Question) -> tuple[Any, ...]:
-        if kind in BUILT_IN:
-            return BUILT_IN[kind].arguments(text, question, self.seconds)
-        return (text, plain(question))
-
     def _pool(self, kind: str) -> VerifierPool:
         if kind not in self._pools:
-            built_in, seconds = BUILT_IN.get(kind), self.seconds
-            if built_in is not None and built_in.sandbox:
-                require(built_in.sandbox)
+            own, seconds = _kind(kind), self.seconds
+            if own.sandbox:
+                require(own.sandbox)
                 seconds += CODE_EXTRA_SECONDS
-            function = kind if built_in is None else built_in.function
-            self._pools[kind] = VerifierPool(function, seconds=seconds, **self._options)
+            self._pools[kind] = VerifierPool(own.function, seconds=seconds, **self._options)
         return self._pools[kind]
 
     def close(self) -> None:

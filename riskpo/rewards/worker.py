@@ -18,6 +18,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -100,10 +101,8 @@ def limit_memory(mebibytes: int) -> None:
         pages = 0
     wanted = pages * resource.getpagesize() + mebibytes * 2**20
     limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    try:
+    with suppress(ValueError, OSError):  # macOS refuses
         resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-    except (ValueError, OSError):  # macOS refuses
-        return
 
 
 def limit_cpu(seconds: float) -> None:

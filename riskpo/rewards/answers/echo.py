@@ -53,14 +53,12 @@ def _members(text: str) -> list[str]:
     """The numbers of a list; x = 5 and 1 + 4 = 5 count by what stands last."""
     for command in ("\\{", "\\}", "\\left", "\\right"):
         text = text.replace(command, " ")
-    found = [part for part in parts(_unwrapped(text)) if part] or [text]
+    inside = text.strip()
+    if inside[:1] in ("(", "[") and inside[-1:] in (")", "]"):
+        inside = inside[1:-1]
+    found = [part for part in parts(inside) if part] or [text]
     return [re.sub(r"^ *(?:\\pm|\\text *\{ *(?:and|or) *\}|and\b|or\b)", "", _SIDE.split(part)[-1])
             for piece in found for part in re.split(r"\b(?:and|or)\b", piece)]  # fmt: skip
-
-
-def _unwrapped(text: str) -> str:
-    text = text.strip()
-    return text[1:-1] if text[:1] in ("(", "[") and text[-1:] in (")", "]") else text
 
 
 def _written_out(text: str, whole: bool, far: bool) -> bool:

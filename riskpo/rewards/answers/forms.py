@@ -188,13 +188,9 @@ def _compare_colons(gold: str, answer: str, same: Same) -> bool | None:
     if g is None and a is None:
         return None
     if g is not None and a is not None:
-        return (
-            _same_clock(gold, answer)
-            or (_clock(gold) is None or _clock(answer) is None)
-            and (
-                len(g) == len(a) and all(_same_part(x, y, same) for x, y in zip(g, a, strict=True))
-            )
-        )
+        if _clock(gold) is not None and _clock(answer) is not None:
+            return _same_clock(gold, answer)
+        return len(g) == len(a) and all(_same_part(x, y, same) for x, y in zip(g, a, strict=True))
     hour = next(filter(None, map(_HOUR.match, map(without_text, (gold, answer)))), None)
     if hour:  # 3 PM is 3
         return number(hour[1]) == number(answer if g is not None else gold)
@@ -238,11 +234,8 @@ def _colon(text: str) -> list[str] | None:
         return None
     text = re.sub(r"\s*\b[ap]\.?\s*m\b\.?\s*$", "", text, flags=re.IGNORECASE)
     found = [part.strip() for part in _COLON.split(text)]
-    return found if len(found) > 1 and all(found) and not _prose(found) else None
-
-
-def _prose(found: list[str]) -> bool:
-    return any(re.search(r"[A-Za-z]{3,} [A-Za-z]{2,}", part) for part in found)
+    prose = any(re.search(r"[A-Za-z]{3,} [A-Za-z]{2,}", part) for part in found)
+    return found if len(found) > 1 and all(found) and not prose else None
 
 
 def _clock(text: str) -> tuple[int, int, int, str] | None:
@@ -283,18 +276,15 @@ def _numeral(text: str) -> tuple[str, str] | None:
         return None
     digits, name = match[2].lower(), (match[3] or match[4]).lower()
     base = int(name) if name.isdigit() else _BASES.index(name) + 2 if name in _BASES else 0
-    if not digits.replace(".", "").isdigit():
-        if base < 11 or len(digits) < 2 or not _valid(digits.replace(".", ""), base):
+    bare = digits.replace(".", "")
+    if not bare.isdigit():
+        if base < 11 or len(digits) < 2 or not all(int(c, 36) < base for c in bare):
             return None
     elif len(name) == 1 and name.isalpha():  # 49_m: of a base m, and of no other
         return match[1].strip() + _shorn(digits), name
     if not 2 <= base <= 36:
         return None
     return match[1].strip() + _shorn(digits), str(base)
-
-
-def _valid(digits: str, base: int) -> bool:
-    return all(int(c, 36) < base for c in digits)
 
 
 def _compare_numerals(gold: str, answer: str) -> bool | None:

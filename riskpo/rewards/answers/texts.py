@@ -27,11 +27,13 @@ _OPPOSITES = (
     "AD|CE BC|BCE", "ago later", "Monday Tuesday Wednesday Thursday Friday Saturday Sunday",
     "January February March April June July August September October November December",
 )  # fmt: skip
-_SIDES = tuple(
-    re.compile(rf"(?<![\\A-Za-z-])(?:{side})(?![A-Za-z])", re.IGNORECASE)
+_SIDES = [
+    [
+        re.compile(rf"(?<![\\A-Za-z-])(?:{side})(?![A-Za-z])", re.IGNORECASE)
+        for side in sides.split()
+    ]
     for sides in _OPPOSITES
-    for side in sides.split(" ")
-)
+]
 _NAMED = re.compile(r"\A\$?(\\?[A-Za-z]+(?:_\{?\w+\}?)?) *=([^=]+)\Z")
 _ARTICLE = re.compile(r"\A(?:an?|the) +(?=[A-Za-z]{2})", re.IGNORECASE)
 
@@ -83,19 +85,11 @@ def _tuple(members: Iterable[str]) -> str:
 
 def _opposed(gold: str, answer: str) -> bool:
     """Whether both say one or more of a line of _OPPOSITES, and none of them both do."""
-    said = [[bool(side.search(text)) for side in _SIDES] for text in (gold, answer)]
-    start = 0
-    for sides in _OPPOSITES:
-        end = start + len(sides.split(" "))
-        first, second = (set(_where(found[start:end])) for found in said)
+    for sides in _SIDES:
+        first, second = ({side for side in sides if side.search(text)} for text in (gold, answer))
         if first and second and not first & second:
             return True
-        start = end
     return False
-
-
-def _where(found: list[bool]) -> list[int]:
-    return [i for i, here in enumerate(found) if here]
 
 
 def _series(text: str) -> list[int] | None:

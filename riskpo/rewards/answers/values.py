@@ -155,7 +155,7 @@ def _same_formula(gold: Expr, answer: Expr) -> bool | None:
     percents = [isinstance(e, Mul) and len(e.args) == 2 and hundredth in e.args
                 for e in (gold, answer)]  # fmt: skip
     if any(percents):
-        gold, answer = (_without(e, hundredth) if p else e
+        gold, answer = (next((x for x in e.args if p and x != hundredth), e)
                         for e, p in zip((gold, answer), percents, strict=True))  # fmt: skip
         verdict = _same_formula(gold, answer)
         if verdict is not False or all(percents):
@@ -167,11 +167,6 @@ def _same_formula(gold: Expr, answer: Expr) -> bool | None:
     if gold.free_symbols or answer.free_symbols:
         return _same_at_points(gold, answer)
     return _same_number(gold, answer)
-
-
-def _without(product: Mul, factor: Expr) -> Expr:
-    first, second = product.args
-    return second if first == factor else first  # type: ignore[return-value]
 
 
 def _same_number(gold: Expr, answer: Expr) -> bool | None:

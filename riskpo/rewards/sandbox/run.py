@@ -23,7 +23,9 @@ import select
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -75,7 +77,7 @@ def run_program(
     ValueError for an unknown level; SandboxUnavailable when the sandbox cannot be built.
     """
     limits = limits or Limits()
-    with _Inputs(program=program, stdin=stdin, errors="") as files:
+    with _inputs(program=program, stdin=stdin, errors="") as files:
         child = Sandbox(
             "script",
             {"program": files["program"]},
@@ -90,11 +92,7 @@ def run_program(
 
 
 def run_tests(
-    program: str,
-    task: dict[str, object],
-    *,
-    limits: Limits | None = None,
-    level: str = "namespaces",
+    program: str, task: dict[str, object], *, limits: Limits | None = None, level: str = LEVELS[0]
 ) -> tuple[str, str]:
     """(outcome, detail) of tests that call a program; the two run in sandboxes of their own.
 
@@ -109,14 +107,10 @@ def run_tests(
     verdict_r, verdict_w = os.pipe()
     pipes = [ask_r, ask_w, reply_r, reply_w, verdict_w]
     try:
-        with _Inputs(program=program, tests=json.dumps(task)) as files:
+        with _inputs(program=program, tests=json.dumps(task)) as files:
             served = {"program": files["program"], "requests": ask_r, "replies": reply_w}
-            judged = {
-                "program": files["tests"],
-                "requests": ask_w,
-                "replies": reply_r,
-                "verdict": verdict_w,
-            }
+            judged = {"requests": ask_w, "replies": reply_r, "verdict": verdict_w}
+            judged["program"] = files["tests"]
             with (
                 Sandbox("serve", served, limits=limits, level=level) as candidate,
                 Sandbox("judge", judged, limits=patient, level=level) as judge,
@@ -142,7 +136,7 @@ def _verdict(text: bytes | None, candidate: Sandbox) -> tuple[str, str]:
         outcome, detail = str(reply["outcome"]), str(reply["detail"])
     except (ValueError, KeyError, TypeError):
         return "crash", f"the judge ended without a verdict: {text[:80]!r}"
-    if outcome == "wrong" and candidate.ended_by(CPU_STATUS):
+    if outcome == "wrong" and candidate.killed():
         return "timeout", f"killed, out of CPU time or memory; {detail}"
     return outcome, detail
 
@@ -166,16 +160,8 @@ class Sandbox:
     ) -> None:
         _check(level)
         self._status, status = os.pipe()
-        setup = {
-            **channels,
-            "role": role if ":" in role else f"{ROLES}:{role}",
-            "level": level,
-            "status": status,
-            "seconds": limits.seconds,
-            "memory_mib": limits.memory_mib,
-            "threads": limits.threads,
-            "scratch_mib": limits.scratch_mib,
-        }
+        role = role if ":" in role else f"{ROLES}:{role}"
+        setup = {**asdict(limits), **channels, "role": role, "level": level, "status": status}
         root = str(Path(__file__).resolve().parents[3])
         try:
             self.process = subprocess.Popen(
@@ -221,10 +207,10 @@ class Sandbox:
         text = os.pread(errors, ERROR_BYTES, 0).decode(errors="replace")
         return Finished(output, text, status, out_of_time)
 
-    def ended_by(self, statuses: tuple[int, ...]) -> bool:
-        """Whether the process is over, or is about to be, with one of these statuses."""
+    def killed(self) -> bool:
+        """Whether the process is over, or is about to be, for its use of CPU or memory."""
         try:
-            return self.process.wait(0.5) in statuses
+            return self.process.wait(0.5) in CPU_STATUS
         except subprocess.TimeoutExpired:
             return False
 
@@ -279,24 +265,17 @@ def _environment() -> dict[str, str]:
     return {**kept, "PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "HOME": "/tmp", "PATH": "/usr/bin"}
 
 
-class _Inputs:
-    """Texts as anonymous files in memory, by name, to hand to a process; a context manager."""
-
-    def __init__(self, **texts: str) -> None:
-        self._channels: dict[str, int] = {}
+@contextmanager
+def _inputs(**texts: str) -> Iterator[dict[str, int]]:
+    """Texts as anonymous files in memory, by name, to hand to a process."""
+    channels: dict[str, int] = {}
+    with ExitStack() as opened:
         for name, text in texts.items():
-            channel = os.memfd_create(name)
-            self._channels[name] = channel
-            with os.fdopen(os.dup(channel), "wb") as file:
-                file.write(text.encode(errors="surrogateescape"))
-            os.lseek(channel, 0, os.SEEK_SET)
-
-    def __enter__(self) -> dict[str, int]:
-        return self._channels
-
-    def __exit__(self, *_: object) -> None:
-        for channel in self._channels.values():
-            os.close(channel)
+            file = opened.enter_context(os.fdopen(os.memfd_create(name), "wb"))
+            file.write(text.encode(errors="surrogateescape"))
+            file.seek(0)
+            channels[name] = file.fileno()
+        yield channels
 
 
 def _read_until(channel: int, limit: int, deadline: float) -> bytes | None:

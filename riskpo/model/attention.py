@@ -27,13 +27,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import is_flash_attn_2_available
 
-FLASH, VARLEN, SEQUENCES, MASKED = (
-    "flash_attention_2",
-    "riskpo_varlen",
-    "riskpo_sequences",
-    "sdpa",
-)
-CHOICES = {"flash": FLASH, "varlen": VARLEN, "sequences": SEQUENCES, "masked": MASKED}
+FLASH, VARLEN, SEQUENCES = "flash_attention_2", "riskpo_varlen", "riskpo_sequences"
+CHOICES = {"flash": FLASH, "varlen": VARLEN, "sequences": SEQUENCES, "masked": "sdpa"}
 VARLEN_WIDTH = 256  # largest head that torch's kernel takes
 # torch 2.13 refuses fewer heads of keys than of queries unless it is told; 2.11 has no word for it
 # and hands them to the same kernel, which takes them.
@@ -63,7 +58,7 @@ def _hindrance(name: str, model: Any) -> str | None:
     if getattr(model.config, "vision_config", None) is not None:
         return "got a vision-language model, whose vision tower is not causal"
     config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ()) - {
+    kinds = {*(getattr(config, "layer_types", None) or ())} - {
         "full_attention",
         "sliding_attention",
     }
@@ -89,9 +84,8 @@ def _hindrance(name: str, model: Any) -> str | None:
 
 def head_width(config: Any) -> int:
     """Width of one attention head, as the family's config spells it."""
-    return int(
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
+    own = getattr(config, "head_dim", None)
+    return int(own or config.hidden_size // config.num_attention_heads)
 
 
 def packed_keywords(
@@ -104,13 +98,8 @@ def packed_keywords(
     if implementation == SEQUENCES:
         return {"sequence_lengths": list(lengths)}
     if implementation in (FLASH, VARLEN):
-        longest = max(lengths)
-        return {
-            "cu_seq_lens_q": cu_seqlens,
-            "cu_seq_lens_k": cu_seqlens,
-            "max_length_q": longest,
-            "max_length_k": longest,
-        }
+        given = {"cu_seq_lens": cu_seqlens, "max_length": max(lengths)}
+        return {f"{name}_{side}": x for name, x in given.items() for side in "qk"}
     return {}
 
 

@@ -48,12 +48,10 @@ STATE_MODULES = re.compile(
 # Attention that picks among blocks or chunks counted from the start of the row.
 REACH_MODULES = re.compile(r"Indexer|Compressor|LSH|ChunkedAttention|BlockSparse|SparseAttention")
 REACH_SETTINGS = (
-    "attention_chunk_size",
-    "index_topk",
-    "indexer_budget",
-    "lsh_attn_chunk_length",
+    "attention_chunk_size", "index_topk", "indexer_budget", "lsh_attn_chunk_length",
     "local_attn_chunk_length",
-)
+)  # fmt: skip
+LAYER_LISTS = ("layer_types", "layers_block_type", "block_types", "attention_layers")
 
 
 @dataclass(frozen=True)
@@ -115,25 +113,15 @@ def _implementation(model: Any) -> str:
     return str(decoder_of(model).config._attn_implementation)
 
 
-def keywords(
-    packing: Packing, implementation: str, cu_seqlens: torch.Tensor, lengths: Sequence[int]
-) -> dict[str, Any]:
-    """What the decoder hands down with a packed row, beside ids and positions."""
-    given = packed_keywords(implementation, cu_seqlens, lengths)
-    if not packing.own:
-        return given
-    place = torch.arange(len(lengths), dtype=torch.int32, device=cu_seqlens.device)
-    index = place.repeat_interleave(cu_seqlens.diff(), output_size=sum(lengths))
-    return given | packed_keywords(FLASH, cu_seqlens, lengths) | {"seq_idx": index[None]}
-
-
 def known_reach(model: Any) -> tuple[str | None, bool]:
     """(what may carry over from one packed sequence to the next, whether kernels can cut it).
 
     Read from the config and from the decoder's modules; (None, True): nothing is known.
     """
     decoder = decoder_of(model)
-    kinds = _layer_kinds(decoder.config) - APART
+    lists = (getattr(decoder.config, name, None) for name in LAYER_LISTS)
+    listed = (str(kind) for x in lists if isinstance(x, (list, tuple)) for kind in x)
+    kinds = set(listed) - APART
     names = {type(module).__name__ for module in decoder.modules()}
     reach = sorted(kind for kind in kinds if not STATES.search(kind))
     reach += sorted(name for name in names if REACH_MODULES.search(name))
@@ -154,15 +142,6 @@ def known_reach(model: Any) -> tuple[str | None, bool]:
     if states:
         return f"got {states[0]}, which carries a state along the tokens", True
     return None, True
-
-
-def _layer_kinds(config: Any) -> set[str]:
-    found: set[str] = set()
-    for name in ("layer_types", "layers_block_type", "block_types", "attention_layers"):
-        value = getattr(config, name, None)
-        if isinstance(value, (list, tuple)):
-            found |= {str(kind) for kind in value}
-    return found
 
 
 def _rope_types(value: Any) -> set[str]:
@@ -248,14 +227,13 @@ def packed_rows(
 
     An attention mask or a cache would undo the packing in silence.
     """
-    implementation = decoder.config._attn_implementation
-    hidden: torch.Tensor = decoder(
-        input_ids=row,
-        position_ids=position_ids,
-        attention_mask=None,
-        use_cache=False,
-        **keywords(packing, implementation, cu_seqlens, lengths),
-    ).last_hidden_state[0]
+    given = packed_keywords(decoder.config._attn_implementation, cu_seqlens, lengths)
+    if packing.own:
+        place = torch.arange(len(lengths), dtype=torch.int32, device=cu_seqlens.device)
+        index = place.repeat_interleave(cu_seqlens.diff(), output_size=sum(lengths))
+        given |= packed_keywords(FLASH, cu_seqlens, lengths) | {"seq_idx": index[None]}
+    given |= {"position_ids": position_ids, "attention_mask": None, "use_cache": False}
+    hidden: torch.Tensor = decoder(input_ids=row, **given).last_hidden_state[0]
     return hidden
 
 

@@ -50,10 +50,10 @@ def load_policy_for(
 
     ValueError when there are pictures and the model has no processor that reads them.
     """
-    if not any(q.images for q in questions):
-        return load_policy(name, dtype=dtype, device=device)
-    processor = load_processor(name, local=_is_local(name))
-    require_processor(questions, processor)
+    processor = None
+    if any(q.images for q in questions):
+        processor = load_processor(name, local=_is_local(name))
+        require_processor(questions, processor)
     return load_policy(name, dtype=dtype, device=device, processor=processor)
 
 
@@ -70,21 +70,15 @@ def load_policy(
     name = as_folder(name)
     local = _is_local(name)
     name = str(Path(name).resolve()) if Path(name).is_dir() else name
-    flash = best_device() == "cuda" and dtype == "bfloat16" and is_flash_attn_2_available()
-    flash = flash and processor is None
-    family = AutoModelForCausalLM if processor is None else AutoModelForImageTextToText
+    text = processor is None
+    family = AutoModelForCausalLM if text else AutoModelForImageTextToText
+    flash = text and best_device() == "cuda" and dtype == "bfloat16" and is_flash_attn_2_available()
+    given = {"dtype": getattr(torch, dtype), "local_files_only": local}
     try:
-        tokenizer = (
-            AutoTokenizer.from_pretrained(name, local_files_only=local)
-            if processor is None
-            else processor.tokenizer
-        )
-        model = family.from_pretrained(
-            name,
-            local_files_only=local,
-            dtype=getattr(torch, dtype),
-            attn_implementation="flash_attention_2" if flash else "sdpa",
-        )
+        read = AutoTokenizer.from_pretrained
+        tokenizer = read(name, local_files_only=local) if text else processor.tokenizer
+        attention = "flash_attention_2" if flash else "sdpa"
+        model = family.from_pretrained(name, attn_implementation=attention, **given)
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(

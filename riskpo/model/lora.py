@@ -15,8 +15,6 @@ import torch
 from riskpo.config import LoraConfig
 from riskpo.distributed import whole_tensor
 
-PACKAGE = "lora: peft is not installed. Install it with pip install 'riskpo[lora]'."
-
 
 def attach_lora(model: Any, config: LoraConfig, seed: int) -> None:
     """Freeze `model` and give the layers named by config.targets adapters, in place.
@@ -27,7 +25,9 @@ def attach_lora(model: Any, config: LoraConfig, seed: int) -> None:
     try:
         import peft
     except ImportError:
-        raise ValueError(PACKAGE) from None
+        raise ValueError(
+            "lora: peft is not installed. Install it with pip install 'riskpo[lora]'."
+        ) from None
     targets: Any = list(config.targets)
     if targets == ["all-linear"]:
         targets = "all-linear"  # peft leaves the output embedding out
@@ -85,12 +85,7 @@ def plain_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
         layer = model.get_submodule(owner)
         merged = whole_tensor(parameter)
         if last == "weight":
-            for adapter in layer.active_adapters:
-                merged = merged + delta(layer, adapter).to(merged.dtype)
+            for adapter in layer.active_adapters:  # scaling * B A, in the adapter's dtype
+                a, b = (whole_tensor(x[adapter].weight) for x in (layer.lora_A, layer.lora_B))
+                merged = merged + (layer.scaling[adapter] * (b @ a)).to(merged.dtype)
         yield f"{owner}.{last}", merged
-
-
-def delta(layer: Any, adapter: str) -> torch.Tensor:
-    """What an adapter adds to the weight of its layer: scaling * B A, in the adapter's dtype."""
-    a, b = (whole_tensor(x[adapter].weight) for x in (layer.lora_A, layer.lora_B))
-    return layer.scaling[adapter] * (b @ a)

@@ -39,7 +39,8 @@ class _Tiled(torch.autograd.Function):
         dy = upstream[0].reshape(-1, x.shape[-1])
         flat = x.detach().reshape(-1, x.shape[-1])
         dx = torch.empty_like(flat) if ctx.needs_input_grad[2] else None
-        sums: list[torch.Tensor] = []
+        wide = [torch.promote_types(p.dtype, torch.float32) for p in parameters]
+        sums = [torch.zeros_like(p, dtype=d) for p, d in zip(parameters, wide, strict=True)]
         for start in range(0, len(flat), ctx.rows):
             tile = flat[start : start + ctx.rows].requires_grad_(dx is not None)
             wanted = [tile] * (dx is not None) + parameters
@@ -48,18 +49,10 @@ class _Tiled(torch.autograd.Function):
             found = list(torch.autograd.grad(y, wanted, dy[start : start + ctx.rows]))
             if dx is not None:
                 dx[start : start + ctx.rows] = found.pop(0)
-            sums = _added(sums, found)
+            for total, g in zip(sums, found, strict=True):
+                total.add_(g)
         gradients = (g.to(p.dtype) for g, p in zip(sums, parameters, strict=True))
         return None, None, None if dx is None else dx.view(x.shape), *gradients
-
-
-def _added(sums: list[torch.Tensor], found: list[torch.Tensor]) -> list[torch.Tensor]:
-    """sums + found in float32 (float64), in place; no sums yet: `found` begins them."""
-    if not sums:
-        return [g.to(torch.promote_types(g.dtype, torch.float32)) for g in found]
-    for total, g in zip(sums, found, strict=True):
-        total.add_(g)
-    return sums
 
 
 def _forward(
@@ -102,8 +95,7 @@ def tile_mlps(model: Any, rows: int) -> None:
         )
     for mlp in mlps:
         _check(mlp, rows)
-        parameters = partial(_trainable, mlp)
-        mlp.forward = partial(tiled, mlp.forward, parameters, rows)
+        mlp.forward = partial(tiled, mlp.forward, partial(_trainable, mlp), rows)
 
 
 def _trainable(mlp: torch.nn.Module) -> list[torch.nn.Parameter]:

@@ -69,11 +69,9 @@ def question_inputs(processor: Any, question: Question) -> tuple[list[int], Inpu
 
 def for_model(inputs: Inputs, model: Any, *, count: int = 1) -> Inputs:
     """`inputs` for a batch of `count` equal prompts, on the model's device and in its dtype."""
-    found = {}
-    for name, value in inputs.items():
-        value = value.to(model.device, model.dtype if value.is_floating_point() else None)
-        found[name] = torch.cat([value] * count)
-    return found
+    kinds = {name: model.dtype if x.is_floating_point() else None for name, x in inputs.items()}
+    there = {name: x.to(model.device, kinds[name]) for name, x in inputs.items()}
+    return {name: torch.cat([x] * count) for name, x in there.items()}
 
 
 def vision_hidden_states(model: Any, input_ids: torch.Tensor, inputs: Inputs) -> torch.Tensor:

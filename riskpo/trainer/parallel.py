@@ -93,7 +93,9 @@ class ParallelModel:
         if self.outer is None or not self.sharded:
             yield
             return
-        parts: list[Any] = [m for m in self.outer.modules() if isinstance(m, _fsdp_module())]
+        from torch.distributed.fsdp import FSDPModule
+
+        parts: list[Any] = [m for m in self.outer.modules() if isinstance(m, FSDPModule)]
         for part in parts:
             part.set_reshard_after_forward(False, recurse=False)
             part.unshard()
@@ -150,9 +152,3 @@ def _shard(through: _Through) -> Any:
             fully_shard(module, mp_policy=policy)
     _share(through)
     return fully_shard(through, mp_policy=policy)
-
-
-def _fsdp_module() -> type:
-    from torch.distributed.fsdp import FSDPModule
-
-    return FSDPModule

@@ -57,14 +57,9 @@ def mbpp(row: Row) -> tuple[str, str]:
     tests = [*_listed(row, "test_list"), *_listed(row, "challenge_test_list")]
     text = _optional(row, "text") or _text(row, "prompt")
     code = _optional(row, "code")
-    gold = _calls(
-        _lines(
-            "\n".join(
-                [*_listed(row, "test_imports"), _optional(row, "test_setup_code") or "", *tests]
-            )
-        ),
-        reference=None if code is None else _lines(code),
-    )
+    source = [*_listed(row, "test_imports"), _optional(row, "test_setup_code") or "", *tests]
+    reference = None if code is None else _lines(code)
+    gold = _calls(_lines("\n".join(source)), reference=reference)
     return f"{text}\nIt has to pass tests such as:\n{tests[0]}\n{CODE_INSTRUCTION}", gold
 
 
@@ -94,9 +89,7 @@ def rllm(row: Row) -> tuple[str, str]:
         if reference is not None:
             reference = LEETCODE_IMPORTS + reference
         return problem, _calls(source, before=LEETCODE_IMPORTS, reference=reference)
-    pairs = [{"input": _pair_text(t, "input"), "output": _pair_text(t, "output")} for t in tests]
-    gold = json.dumps({"kind": "stdin", "tests": pairs, "reference": reference})
-    return f"{problem.strip()}\n\n{STDIN_INSTRUCTION} {CODE_INSTRUCTION}", gold
+    return _stdin(problem.strip(), tests, reference)
 
 
 def livecodebench(row: Row) -> tuple[str, str]:
@@ -109,14 +102,17 @@ def livecodebench(row: Row) -> tuple[str, str]:
         source = "\n".join(_assertion(name, test) for test in tests)
         prompt += f"\n\nComplete:\n```python\n{starter}\n```\n{CODE_INSTRUCTION}"
         return prompt, _calls(source, before=LEETCODE_IMPORTS)
-    pairs = [{"input": _pair_text(t, "input"), "output": _pair_text(t, "output")} for t in tests]
-    gold = json.dumps({"kind": "stdin", "tests": pairs, "reference": None})
-    return f"{prompt}\n\n{STDIN_INSTRUCTION} {CODE_INSTRUCTION}", gold
+    return _stdin(prompt, tests, None)
 
 
-def _pair_text(test: Row, name: str) -> str:
-    value = test[name]  # may be empty
-    return value if isinstance(value, str) else scalar_text(value, f"a test's {name}")
+def _stdin(problem: str, tests: list[Row], reference: str | None) -> tuple[str, str]:
+    def text(test: Row, name: str) -> str:
+        value = test[name]  # may be empty
+        return value if isinstance(value, str) else scalar_text(value, f"a test's {name}")
+
+    pairs = [{name: text(test, name) for name in ("input", "output")} for test in tests]
+    gold = json.dumps({"kind": "stdin", "tests": pairs, "reference": reference})
+    return f"{problem}\n\n{STDIN_INSTRUCTION} {CODE_INSTRUCTION}", gold
 
 
 def _assertion(name: str, test: Row) -> str:
@@ -144,14 +140,9 @@ def _cases(value: Any) -> list[Row]:
 
 def _calls(tests: str, **given: Any) -> str:
     """The gold of tests that call functions; its fields are those of riskpo/rewards/code.py."""
-    unset: dict[str, Any] = {
-        "helpers": "",
-        "entries": [],
-        "before": "",
-        "prompt": "",
-        "reference": None,
-    }
-    return json.dumps({"kind": "calls", "tests": tests} | unset | given)
+    texts: dict[str, Any] = dict.fromkeys(("helpers", "before", "prompt"), "")
+    unset = {**texts, "entries": [], "reference": None}
+    return json.dumps({"kind": "calls", "tests": tests, **unset, **given})
 
 
 def _first(solutions: Any) -> str | None:

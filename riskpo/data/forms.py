@@ -36,9 +36,8 @@ def _whole(prompt: str, gold: str) -> Callable[[Row], tuple[Prompt, str]]:
     """Rows with a prompt that needs nothing beside it."""
 
     def read(row: Row) -> tuple[Prompt, str]:
-        return prompt_of(row[prompt], f"column {prompt!r}"), gold_text(
-            row[gold], f"column {gold!r}"
-        )
+        text = gold_text(row[gold], f"column {gold!r}")
+        return prompt_of(row[prompt], f"column {prompt!r}"), text
 
     return read
 

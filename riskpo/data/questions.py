@@ -79,25 +79,21 @@ def load_questions(
 
     questions = unique_ids(merge_copies(read(), source))[:limit]
     if cut[True]:
-        _log.warning(
-            "%s: left out the assistant's last turn of %d rows: it is what is sampled",
-            source,
-            cut[True],
-        )
+        said = "%s: left out the assistant's last turn of %d rows: it is what is sampled"
+        _log.warning(said, source, cut[True])
     for name in filter(None, loose):
-        _log.warning(
-            "%s: %d rows have a tolerance in the column %r; the built-in rewards compare exactly",
-            source,
-            loose[name],
-            name,
-        )
+        said = "%s: %d rows have a tolerance in the column %r; the built-in rewards compare exactly"
+        _log.warning(said, source, loose[name], name)
     if not questions:
         raise ValueError(
             f"load_questions: {source} holds no question. Check the file or the split."
         )
-    if instruction:
-        questions = [_instructed(q, instruction) for q in questions]
-    return questions
+    if not instruction:
+        return questions
+    return [  # programming tasks say in their own prompt what is wanted
+        q if q.meta.get("reward") else replace(q, prompt=with_instruction(q.prompt, instruction))
+        for q in questions
+    ]
 
 
 def _tolerance(row: Row) -> str:
@@ -179,13 +175,6 @@ def _hash(prompt: Prompt, images: Sequence[bytes | str] = ()) -> str:
     return digest.hexdigest()[:16]
 
 
-def _instructed(question: Question, instruction: str) -> Question:
-    """Programming tasks say in their own prompt what is wanted."""
-    if question.meta.get("reward"):
-        return question
-    return replace(question, prompt=with_instruction(question.prompt, instruction))
-
-
 def _meta(row: Row, form: Form) -> dict[str, Any]:
     """The small fields that are left (level, subject, ...), and all of extra_info."""
     unread = {*form.fields, *form.beside, *image_columns(row)}
@@ -209,17 +198,11 @@ def merge_copies(questions: Iterable[Question], source: str) -> list[Question]:
     groups: dict[str, list[Question]] = {}
     for question in questions:
         groups.setdefault(_hash(question.prompt, question.images), []).append(question)
-    agreed = [
-        g
-        for g in groups.values()
-        if len({q.gold for q in g}) == 1 or g[0].meta.get("reward") == "code"
-    ]
+    code = {k for k, g in groups.items() if g[0].meta.get("reward") == "code"}
+    agreed = [g for k, g in groups.items() if k in code or len({q.gold for q in g}) == 1]
     if len(agreed) < len(groups):
-        _log.warning(
-            "%s: dropped %d problems whose copies have different answers",
-            source,
-            len(groups) - len(agreed),
-        )
+        said = "%s: dropped %d problems whose copies have different answers"
+        _log.warning(said, source, len(groups) - len(agreed))
     return [replace(g[0], meta={**g[0].meta, "copies": len(g)}) for g in agreed]
 
 

@@ -35,11 +35,8 @@ def shown(value: Any) -> str:
 
 def scalar_text(value: Any, column: str) -> str:
     """Text as it is, a finite number as its shortest text (27.0 as "27"); ValueError else."""
-    if (
-        missing(value)
-        or isinstance(value, bool)
-        or not isinstance(value, (str, int, float, Decimal))
-    ):
+    plain = isinstance(value, (str, int, float, Decimal)) and not isinstance(value, bool)
+    if missing(value) or not plain:
         came = "blank text" if isinstance(value, str) else shown(value)
         raise refuse(f"{came} in {column}", "text or a number", "Mend the row or drop it.")
     if isinstance(value, str):

@@ -24,6 +24,7 @@ from itertools import count as count_up
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from riskpo.types import Question
@@ -188,7 +189,10 @@ def warm_start(
     """
     device = next(model.parameters()).device
     rng = random.Random(seed)
-    weights = None if share is None else _stratum_weights(questions, share)
+    weights = None
+    if share is not None:  # each stratum has its share, however many questions it holds
+        size = Counter(q.meta["stratum"] for q in questions)
+        weights = [share[q.meta["stratum"]] / size[q.meta["stratum"]] for q in questions]
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
     reached = 0.0
     for step in range(1, WARM_START_MAX_STEPS + 1):
@@ -209,23 +213,15 @@ def warm_start(
     return step, reached
 
 
-def _stratum_weights(questions: Sequence[Question], share: dict[str, float]) -> list[float]:
-    """A weight per question, such that each stratum has its share however many it holds."""
-    size = Counter(q.meta["stratum"] for q in questions)
-    return [share[q.meta["stratum"]] / size[q.meta["stratum"]] for q in questions]
-
-
 def _supervised_batch(
     tokenizer: PreTrainedTokenizerFast, questions: Sequence[Question]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Right-padded tokens and labels [batch, length]; only the answer and its end are learned."""
-    prompts = [tokenizer(str(q.prompt))["input_ids"] for q in questions]
-    answers = [tokenizer(q.gold)["input_ids"] + [tokenizer.eos_token_id] for q in questions]
-    length = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
-    tokens = torch.full((len(questions), length), tokenizer.pad_token_id)
-    labels = torch.full((len(questions), length), -100)
-    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        end = len(prompt) + len(answer)
-        tokens[row, :end] = torch.tensor(prompt + answer)
-        labels[row, len(prompt) : end] = torch.tensor(answer)
-    return tokens, labels
+    tokens, labels = [], []
+    for q in questions:
+        prompt = tokenizer(str(q.prompt))["input_ids"]
+        answer = tokenizer(q.gold)["input_ids"] + [tokenizer.eos_token_id]
+        tokens.append(torch.tensor(prompt + answer))
+        labels.append(torch.tensor([-100] * len(prompt) + answer))
+    pad = tokenizer.pad_token_id
+    return pad_sequence(tokens, True, pad), pad_sequence(labels, True, -100)

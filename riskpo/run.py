@@ -123,7 +123,8 @@ def _start(
     head = parallel.look(find_head)
     if policy.processor:
         check_vision_head(policy, head, [*questions, *held_out])
-    scorer = build_scorer(config, ranks)
+    workers = max(1, min(MAX_WORKERS, (os.cpu_count() or 1) // ranks.local_size))
+    scorer = Scorer(config.reward, workers=workers, seconds=config.verifier_seconds)
     opened.callback(scorer.close)
     kept = ranks.first(lambda: usable(short, scorer, config, log.note))
     # Before the random states are restored, which an engine resets.
@@ -279,11 +280,6 @@ def build_optimizer(policy: Policy, config: RunConfig) -> Optimizer:
         max_grad_norm=config.max_grad_norm,
         state=config.memory.optimizer,
     )
-
-
-def build_scorer(config: RunConfig, ranks: Ranks) -> Scorer:
-    workers = max(1, min(MAX_WORKERS, (os.cpu_count() or 1) // ranks.local_size))
-    return Scorer(config.reward, workers=workers, seconds=config.verifier_seconds)
 
 
 def usable(

@@ -96,20 +96,17 @@ class Card:
 
 def find_card(text: str) -> Card:
     """A size in GB or a name of GPUS; ValueError lists them."""
-    size = text.upper().removesuffix("GB")
-    if text.upper() in GPUS:
-        gb, tflops = GPUS[text.upper()]
-        return Card(text.upper(), _usable(gb), tflops)
-    if size.isdigit() and int(size) > 0:
-        return Card(f"{size} GB", _usable(int(size)), BY_SIZE.get(int(size), 100))
-    raise ValueError(
-        f"plan: got --gpu {text!r}; expected a size in GB or one of {', '.join(GPUS)}. Give its "
-        "size."
-    )
-
-
-def _usable(gb: int) -> float:
-    return (gb * USABLE - RESERVE_GIB) * GIB
+    name, size = text.upper(), text.upper().removesuffix("GB")
+    if name in GPUS:
+        gb, tflops = GPUS[name]
+    elif size.isdigit() and int(size) > 0:
+        name, gb, tflops = f"{size} GB", int(size), BY_SIZE.get(int(size), 100)
+    else:
+        raise ValueError(
+            f"plan: got --gpu {text!r}; expected a size in GB or one of {', '.join(GPUS)}. Give "
+            "its size."
+        )
+    return Card(name, (gb * USABLE - RESERVE_GIB) * GIB, tflops)
 
 
 def plan_command(given: list[str]) -> None:

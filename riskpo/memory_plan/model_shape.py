@@ -10,37 +10,17 @@ from typing import Any
 from riskpo.model.gguf import as_folder, is_gguf
 
 # Published config.json values, for a machine without network or cache.
+FIELDS = (
+    "model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
+    "num_key_value_heads", "vocab_size", "tie_word_embeddings",
+)  # fmt: skip
+PUBLISHED = {
+    "Qwen2.5-1.5B": ("qwen2", 28, 1536, 8960, 12, 2, 151936, True),
+    "Qwen2.5-7B": ("qwen2", 28, 3584, 18944, 28, 4, 152064, False),
+    "Llama-3.1-8B": ("llama", 32, 4096, 14336, 32, 8, 128256, False),
+}
 KNOWN: dict[str, dict[str, Any]] = {
-    "Qwen2.5-1.5B": {
-        "model_type": "qwen2",
-        "num_hidden_layers": 28,
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-        "vocab_size": 151936,
-        "tie_word_embeddings": True,
-    },
-    "Qwen2.5-7B": {
-        "model_type": "qwen2",
-        "num_hidden_layers": 28,
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "vocab_size": 152064,
-        "tie_word_embeddings": False,
-    },
-    "Llama-3.1-8B": {
-        "model_type": "llama",
-        "num_hidden_layers": 32,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "tie_word_embeddings": False,
-    },
+    name: dict(zip(FIELDS, values, strict=True)) for name, values in PUBLISHED.items()
 }
 
 

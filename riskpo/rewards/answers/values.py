@@ -20,25 +20,7 @@ from typing import Any
 import sympy
 from latex2sympy2_extended.logic import And
 from math_verify import verify
-from sympy import (
-    Abs,
-    Add,
-    Basic,
-    Eq,
-    Expr,
-    FiniteSet,
-    Float,
-    Interval,
-    MatrixBase,
-    Mul,
-    Pow,
-    Rational,
-    Rel,
-    Symbol,
-    Tuple,
-    UnevaluatedExpr,
-    Union,
-)
+from sympy import Add, Basic, Eq, Expr, Float, Interval, Mul, Pow, Rational, Rel, Symbol, Tuple
 
 EMPTY = sympy.S.EmptySet
 BITS = 200_000  # of a fraction's numerator and denominator; beyond, digits decide
@@ -53,11 +35,7 @@ def equal(gold: Any, answer: Any) -> bool:
     if verdict is not None:
         return verdict
     found: bool = verify(
-        gold,
-        answer,
-        timeout_seconds=None,
-        raise_on_error=True,
-        allow_set_relation_comp=True,
+        gold, answer, timeout_seconds=None, raise_on_error=True, allow_set_relation_comp=True
     )
     return found
 
@@ -73,7 +51,7 @@ def same(gold: Any, answer: Any) -> bool | None:
     gold, answer = _unwrapped(gold, answer)
     if EMPTY in (gold, answer):
         return bool(gold == answer)
-    if isinstance(gold, MatrixBase) and isinstance(answer, MatrixBase):
+    if isinstance(gold, sympy.MatrixBase) and isinstance(answer, sympy.MatrixBase):
         return gold.shape == answer.shape and _each(gold.flat(), answer.flat())
     if isinstance(gold, Interval) and isinstance(answer, Interval):
         if (gold.left_open, gold.right_open) != (answer.left_open, answer.right_open):
@@ -81,7 +59,7 @@ def same(gold: Any, answer: Any) -> bool | None:
         return _each((gold.start, gold.end), (answer.start, answer.end))
     if isinstance(gold, Tuple) and isinstance(answer, Tuple):
         return len(gold) == len(answer) and _each(gold.args, answer.args)
-    for kind in (FiniteSet, Union):
+    for kind in (sympy.FiniteSet, sympy.Union):
         if isinstance(gold, kind) and isinstance(answer, kind) and len(gold.args) < 12:
             return _any_order(gold.args, answer.args)
     if isinstance(gold, Eq) and isinstance(answer, Eq) and isinstance(gold.lhs, Symbol):
@@ -114,7 +92,7 @@ def _unwrapped(gold: Any, answer: Any) -> tuple[Any, Any]:
     elif isinstance(gold, Eq) and isinstance(gold.lhs, Symbol) and isinstance(answer, Expr):
         gold = gold.rhs
     pairs = (Interval, Tuple)
-    if isinstance(gold, FiniteSet) and len(gold.args) == 1 and isinstance(answer, pairs):
+    if isinstance(gold, sympy.FiniteSet) and len(gold.args) == 1 and isinstance(answer, pairs):
         gold = gold.args[0]  # {(1, 2)} is (1, 2)
     return gold, answer
 
@@ -151,7 +129,7 @@ def _pairs(table: list[list[bool]]) -> bool:
 
 
 def _same_formula(gold: Expr, answer: Expr) -> bool | None:
-    hundredth = UnevaluatedExpr(Rational(1, 100))
+    hundredth = sympy.UnevaluatedExpr(Rational(1, 100))
     percents = [isinstance(e, Mul) and len(e.args) == 2 and hundredth in e.args
                 for e in (gold, answer)]  # fmt: skip
     if any(percents):
@@ -178,7 +156,7 @@ def _same_number(gold: Expr, answer: Expr) -> bool | None:
         x, y = _digits(gold, digits), _digits(answer, digits)
         if x is None or y is None:
             return verdict
-        verdict = bool(Abs(x - y) <= max(Abs(x), Abs(y)) * Rational(1, 10 ** (digits - 10)))
+        verdict = bool(abs(x - y) <= max(abs(x), abs(y)) * Rational(1, 10 ** (digits - 10)))
         if not verdict:
             return False
     return verdict
@@ -195,7 +173,7 @@ def _same_at_points(gold: Expr, answer: Expr) -> bool | None:
         x, y = (_digits(_exact(e).subs(point), DIGITS[1]) for e in (gold, answer))
         if x is None or y is None:
             return None
-        differ += bool(Abs(x - y) > max(Abs(x), Abs(y)) * Rational(1, 10 ** (DIGITS[1] - 20)))
+        differ += bool(abs(x - y) > max(abs(x), abs(y)) * Rational(1, 10 ** (DIGITS[1] - 20)))
     return False if differ else None
 
 
@@ -220,7 +198,9 @@ def fraction(value: Basic) -> Fraction | None:
         return Fraction(int(value.p), int(value.q))
     if isinstance(value, Float):
         return Fraction(str(value)) if value.is_finite else None
-    if not isinstance(value, (Add, Mul, Pow, UnevaluatedExpr, sympy.factorial, sympy.binomial)):
+    if not isinstance(
+        value, (Add, Mul, Pow, sympy.UnevaluatedExpr, sympy.factorial, sympy.binomial)
+    ):
         return None
     members = [fraction(argument) for argument in value.args]
     if None in members:
@@ -229,7 +209,7 @@ def fraction(value: Basic) -> Fraction | None:
 
 
 def _combined(value: Basic, members: list[Fraction]) -> Fraction | None:
-    if isinstance(value, UnevaluatedExpr):
+    if isinstance(value, sympy.UnevaluatedExpr):
         return members[0]
     if isinstance(value, (Add, Mul)):
         total = Fraction(isinstance(value, Mul))

@@ -28,14 +28,8 @@ SCRATCH = "/tmp"
 MACHINE_LIBRARIES = ("/lib", "/lib32", "/lib64", "/usr/lib", "/usr/lib32", "/usr/lib64")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 OTHER_ID = 2**30  # ids from here on belong to nobody, so that limits per user are not shared
-SEPARATE = (
-    kernel.CLONE_NEWNS
-    | kernel.CLONE_NEWPID
-    | kernel.CLONE_NEWNET
-    | kernel.CLONE_NEWIPC
-    | kernel.CLONE_NEWUTS
-    | kernel.CLONE_NEWCGROUP
-)
+SEPARATE = kernel.CLONE_NEWNS | kernel.CLONE_NEWPID | kernel.CLONE_NEWNET | kernel.CLONE_NEWIPC
+SEPARATE |= kernel.CLONE_NEWUTS | kernel.CLONE_NEWCGROUP
 
 
 def main() -> None:
@@ -92,7 +86,10 @@ def _as_first_process(setup: dict[str, Any], role: Any) -> None:
         signal.setitimer(signal.ITIMER_REAL, setup["seconds"] + GRACE_SECONDS)
         _build_root(setup["scratch_mib"])
         if os.geteuid() == 0:
-            _become_nobody()
+            nobody = OTHER_ID + secrets.randbits(28)
+            os.setgroups([])
+            os.setresgid(nobody, nobody, nobody)
+            os.setresuid(nobody, nobody, nobody)
         kernel.drop_capabilities()
         kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)  # a change of id forgets it
         kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
@@ -100,13 +97,6 @@ def _as_first_process(setup: dict[str, Any], role: Any) -> None:
         _report(setup["status"], f"{type(error).__name__}: {error}")
         os._exit(SETUP_FAILED)
     _in_child(lambda: _play(setup, role))
-
-
-def _become_nobody() -> None:
-    other = OTHER_ID + secrets.randbits(28)
-    os.setgroups([])
-    os.setresgid(other, other, other)
-    os.setresuid(other, other, other)
 
 
 def _build_root(scratch_mib: int) -> None:
@@ -127,13 +117,8 @@ def _build_root(scratch_mib: int) -> None:
         if os.path.isdir(packages):
             kernel.mount("tmpfs", packages, "tmpfs", flags | kernel.MS_RDONLY, "size=4k")
     os.mkdir(SCRATCH)
-    kernel.mount(
-        "tmpfs",
-        SCRATCH,
-        "tmpfs",
-        flags | kernel.MS_NOEXEC,
-        f"size={scratch_mib}m,nr_inodes=1024,mode=1777",
-    )
+    size = f"size={scratch_mib}m,nr_inodes=1024,mode=1777"
+    kernel.mount("tmpfs", SCRATCH, "tmpfs", flags | kernel.MS_NOEXEC, size)
     kernel.detach("/old")
     os.rmdir("/old")
     kernel.mount("none", "/", "", kernel.MS_REMOUNT | kernel.MS_BIND | kernel.MS_RDONLY | flags)

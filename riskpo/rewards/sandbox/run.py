@@ -38,6 +38,8 @@ BOOT = (
     "from riskpo.rewards.sandbox.child import main; main()"
 )
 ROLES = "riskpo.rewards.sandbox.roles"
+Streams = tuple[int, int, int]
+SHUT = (subprocess.DEVNULL,) * 3
 
 
 class SandboxUnavailable(RuntimeError):
@@ -78,16 +80,8 @@ def run_program(
     """
     limits = limits or Limits()
     with _inputs(program=program, stdin=stdin, errors="") as files:
-        child = Sandbox(
-            "script",
-            {"program": files["program"]},
-            limits=limits,
-            level=level,
-            stdin=files["stdin"],
-            stdout=subprocess.PIPE,
-            stderr=files["errors"],
-        )
-        with child:
+        streams = (files["stdin"], subprocess.PIPE, files["errors"])
+        with Sandbox("script", {"program": files["program"]}, limits, level, streams) as child:
             return child.collect(limits, files["errors"])
 
 
@@ -112,8 +106,8 @@ def run_tests(
             judged = {"requests": ask_w, "replies": reply_r, "verdict": verdict_w}
             judged["program"] = files["tests"]
             with (
-                Sandbox("serve", served, limits=limits, level=level) as candidate,
-                Sandbox("judge", judged, limits=patient, level=level) as judge,
+                Sandbox("serve", served, limits, level) as candidate,
+                Sandbox("judge", judged, patient, level) as judge,
             ):
                 candidate.ready()
                 judge.ready()
@@ -145,18 +139,16 @@ class Sandbox:
     """One isolated process that plays a role of riskpo/rewards/sandbox/roles.py; a context manager.
 
     channels   role's name for a file descriptor -> the descriptor, handed over as it is
+    streams    standard input, output and error, as subprocess.Popen takes them
     """
 
     def __init__(
         self,
         role: str,
         channels: dict[str, int],
-        *,
         limits: Limits,
-        level: str = "namespaces",
-        stdin: int = subprocess.DEVNULL,
-        stdout: int = subprocess.DEVNULL,
-        stderr: int = subprocess.DEVNULL,
+        level: str,
+        streams: Streams = SHUT,
     ) -> None:
         _check(level)
         self._status, status = os.pipe()
@@ -166,9 +158,9 @@ class Sandbox:
         try:
             self.process = subprocess.Popen(
                 [sys.executable, "-s", "-S", "-B", "-c", BOOT, root, json.dumps(setup)],
-                stdin=stdin,
-                stdout=stdout,
-                stderr=stderr,
+                stdin=streams[0],
+                stdout=streams[1],
+                stderr=streams[2],
                 pass_fds=(status, *channels.values()),
                 env=_environment(),
                 cwd="/",

@@ -65,6 +65,10 @@ def _number(name: str) -> int:
     return _NUMBERS[name][_column()]
 
 
+def _call(name: str, *arguments: object) -> None:
+    _checked(_libc.syscall(ctypes.c_long(_number(name)), *arguments), name)
+
+
 def unshare(flags: int) -> None:
     _checked(_libc.unshare(flags), "unshare")
 
@@ -80,25 +84,12 @@ def bind_readonly(source: str, target: str) -> None:
     """The same files at another place, recursively, without writing, set-uid or devices."""
     mount(source, target, "", MS_BIND | MS_REC)
     attributes = struct.pack("QQQQ", MS_RDONLY | MS_NOSUID | MS_NODEV, 0, 0, 0)
-    at_recursive = 0x8000
-    _checked(
-        _libc.syscall(
-            ctypes.c_long(_number("mount_setattr")),
-            -1,
-            target.encode(),
-            at_recursive,
-            attributes,
-            ctypes.c_size_t(len(attributes)),
-        ),
-        f"mount_setattr {target}",
-    )
+    size, recursive = ctypes.c_size_t(len(attributes)), 0x8000
+    _call("mount_setattr", -1, target.encode(), recursive, attributes, size)
 
 
 def pivot_root(new: str, old: str) -> None:
-    _checked(
-        _libc.syscall(ctypes.c_long(_number("pivot_root")), new.encode(), old.encode()),
-        "pivot_root",
-    )
+    _call("pivot_root", new.encode(), old.encode())
 
 
 def detach(target: str) -> None:

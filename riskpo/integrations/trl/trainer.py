@@ -26,20 +26,10 @@ from accelerate.utils import broadcast_object_list, gather_object  # noqa: E402
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR  # noqa: E402
 from trl import GRPOTrainer  # noqa: E402
 
-from riskpo.integrations.common import (  # noqa: E402
-    STATE_FILE,
-    check_settings,
-    draw_numbers,
-    write_state,
-)
+from riskpo.integrations.common import STATE_FILE, check_settings, draw_numbers, write_state  # noqa: E402
 from riskpo.integrations.trl.config import AGGREGATES, RiskPOConfig  # noqa: E402
 from riskpo.integrations.trl.head import use_riskpo_head  # noqa: E402
-from riskpo.integrations.trl.rows import (  # noqa: E402
-    answer_key,
-    prior_of,
-    question_ids,
-    question_key,
-)
+from riskpo.integrations.trl.rows import answer_key, prior_of, question_ids, question_key  # noqa: E402
 from riskpo_kernels import clipped_surrogate  # noqa: E402
 
 __all__ = ["STATE_FILE", "RiskPOConfig", "RiskPOTrainer", "use_riskpo_head"]

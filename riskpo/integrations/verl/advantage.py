@@ -148,44 +148,32 @@ class RiskPOCheckpoint(CheckpointCallback):
 
 
 def _settings(algorithm: Any) -> dict[str, Any]:
-    given = algorithm.get("riskpo", None) if algorithm is not None else None
-    if given is None:
-        return {}
+    given = (algorithm.get("riskpo", None) if algorithm is not None else None) or {}
     return dict(
         OmegaConf.to_container(given, resolve=True) if OmegaConf.is_config(given) else given
     )
 
 
 def _refuse(config: Any, advantage: CountedAdvantage) -> None:
-    questions, bundle = config.data.train_batch_size, advantage.advantage.settings.bundle_size
-    surplus = questions % bundle and advantage.advantage.settings.leftover == "error"
-    groups = config.algorithm.get("filter_groups", None)
-    refused = (
-        (
-            config.algorithm.use_kl_in_reward,
-            "algorithm.use_kl_in_reward=True",
-            "False: bundles add up verified rewards. Use actor.use_kl_loss",
-        ),
-        (
-            bool(groups and groups.get("enable", False)),
-            "algorithm.filter_groups.enable=True",
-            "False: questions without spread carry the tail's signal",
-        ),
-        (
-            advantage.advantage.settings.compares_responses
-            and config.actor_rollout_ref.rollout.n < 2,
-            f"actor_rollout_ref.rollout.n={config.actor_rollout_ref.rollout.n}",
-            "at least 2: compared with nothing, every advantage would be 0 for ever",
-        ),
-        (
-            questions < bundle or surplus,
-            f"data.train_batch_size={questions}",
-            f"a multiple of bundle_size={bundle}, or +algorithm.riskpo.leftover=drop",
-        ),
-    )
-    for bad, came, expected in refused:
-        if bad:
-            raise ValueError(f"{OP}: got {came}; expected {expected}.")
+    settings, answers = advantage.advantage.settings, config.actor_rollout_ref.rollout.n
+    questions, bundle = config.data.train_batch_size, settings.bundle_size
+    groups = config.algorithm.get("filter_groups", None) or {}
+    expected = {}
+    if config.algorithm.use_kl_in_reward:
+        todo = "False: bundles add up verified rewards. Use actor.use_kl_loss"
+        expected["algorithm.use_kl_in_reward=True"] = todo
+    if groups.get("enable", False):
+        todo = "False: questions without spread carry the tail's signal"
+        expected["algorithm.filter_groups.enable=True"] = todo
+    if settings.compares_responses and answers < 2:
+        todo = "at least 2: compared with nothing, every advantage would be 0 for ever"
+        expected[f"actor_rollout_ref.rollout.n={answers}"] = todo
+    if questions < bundle or questions % bundle and settings.leftover == "error":
+        todo = f"a multiple of bundle_size={bundle}, or +algorithm.riskpo.leftover=drop"
+        expected[f"data.train_batch_size={questions}"] = todo
+    if expected:
+        came, todo = next(iter(expected.items()))
+        raise ValueError(f"{OP}: got {came}; expected {todo}.")
 
 
 def _resumes_from(trainer: Any) -> str | None:

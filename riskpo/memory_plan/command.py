@@ -122,12 +122,8 @@ def plan_command(given: list[str]) -> None:
 
 def show(config: PlanConfig, cards: list[Card], shape: ModelShape, console: Console) -> None:
     """The two tables and the notes."""
-    work = Workload(
-        config.context,
-        2 if config.dtype == "bfloat16" else 4,
-        sequences=config.sequences,
-        prompt=config.prompt,
-    )
+    bytes_each = 2 if config.dtype == "bfloat16" else 4
+    work = Workload(config.context, bytes_each, config.sequences, prompt=config.prompt)
     settings = [
         (label, replace(memory, head_mib=config.head_mib), replace(work, plain_head=plain))
         for label, memory, plain in LADDER
@@ -161,14 +157,12 @@ def _reach(
     cards: list[Card],
 ) -> Table:
     """The longest contexts: a row for each setting, a column for each card and kind of sampling."""
-    sampled = list(dict.fromkeys((config.sequences, 1)))
-    columns = [(card, n) for card in cards for n in sampled]
+    columns = [(card, n) for card in cards for n in dict.fromkeys((config.sequences, 1))]
     table = _table("longest context, tokens", [f"{card.name}, {n} sampled" for card, n in columns])
     for label, memory, work in settings:
-        found = [
-            longest(shape, memory, replace(work, sequences=n), card.bytes) for card, n in columns
-        ]
-        table.add_row(label, *map(_tokens, found))
+        works = [(replace(work, sequences=n), card) for card, n in columns]
+        found = [longest(shape, memory, w, card.bytes) for w, card in works]
+        table.add_row(label, *("-" if not n else "any" if n >= ENOUGH else f"{n:,}" for n in found))
     return table
 
 
@@ -201,10 +195,6 @@ def _table(title: str, columns: list[str]) -> Table:
     for label in columns:
         table.add_column(label, justify="right")
     return table
-
-
-def _tokens(n: int) -> str:
-    return "-" if not n else "any" if n >= ENOUGH else f"{n:,}"
 
 
 def _time(seconds: float) -> str:

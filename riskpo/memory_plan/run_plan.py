@@ -19,10 +19,7 @@ TELLING_MIB = 500  # below it a process' own buffers are a large part of what is
 
 
 # what a container may use, and all of it where it is not limited (cgroup v2, v1)
-LIMITS = (
-    Path("/sys/fs/cgroup/memory.max"),
-    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-)
+LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 def memory_of_this_machine() -> float | None:

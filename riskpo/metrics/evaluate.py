@@ -139,12 +139,8 @@ def evaluate(
         values={name: v.tolist() for name, v in values.items()},
         settings=settings,
         texts={
-            q.id: {
-                "prompt": q.prompt,
-                "gold": q.gold,
-                "responses": list(texts[i * samples : (i + 1) * samples]),
-            }
-            for i, q in enumerate(questions)
+            q.id: {"prompt": q.prompt, "gold": q.gold, "responses": list(texts[i : i + samples])}
+            for i, q in zip(range(0, len(texts), samples), questions, strict=True)
         },
     )
 
@@ -166,14 +162,10 @@ def _majorities(
     votes: Sequence[str | None], right: torch.Tensor, ks: Sequence[int]
 ) -> dict[str, torch.Tensor]:
     """{"maj@k": [Q]} from Q * n votes, question-major, and right [Q, n]."""
-    samples = right.shape[1]
-    sizes = [
-        group_sizes(votes[i * samples : (i + 1) * samples], row)
-        for i, row in enumerate(right.tolist())
-    ]
-    return {
-        f"maj@{k}": torch.tensor([maj_at_k(*s, k) for s in sizes], dtype=torch.float64) for k in ks
-    }
+    n = right.shape[1]
+    sizes = [group_sizes(votes[i * n : i * n + n], row) for i, row in enumerate(right.tolist())]
+    found = {f"maj@{k}": [maj_at_k(*s, k) for s in sizes] for k in ks}
+    return {name: torch.tensor(each, dtype=torch.float64) for name, each in found.items()}
 
 
 def over_seeds(results: Sequence[EvalResult]) -> dict[str, tuple[Interval, Interval]]:
@@ -187,10 +179,8 @@ def over_seeds(results: Sequence[EvalResult]) -> dict[str, tuple[Interval, Inter
     for name in results[0].values:
         each = torch.tensor([r.values[name] for r in results], dtype=torch.float64)  # [seeds, Q]
         drawn = each.mean(0) if shared else each.flatten()
-        questions, seeds = (
-            _estimate(drawn, results[0].settings.seed),
-            t_interval(each.mean(1).tolist()),
-        )
+        questions = _estimate(drawn, results[0].settings.seed)
+        seeds = t_interval(each.mean(1).tolist())
         if seeds.n > 1 and seeds.low == seeds.high:  # seeds that agree at 0 or 1 are no certainty
             low, high = near_the_ends(seeds.value, seeds.low, seeds.high, drawn.tolist())
             seeds = replace(seeds, low=low, high=high)
@@ -202,12 +192,8 @@ def _estimate(per_question: torch.Tensor, seed: int) -> Interval:
     """Mean of [Q] float64 values; questions are redrawn with replacement for the interval."""
     count = len(per_question)
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.stack(
-        [
-            per_question[torch.randint(count, (count,), generator=generator)].mean()
-            for _ in range(RESAMPLES)
-        ]
-    )
+    draws = (torch.randint(count, (count,), generator=generator) for _ in range(RESAMPLES))
+    drawn = torch.stack([per_question[draw].mean() for draw in draws])
     tail = (1 - CONFIDENCE) / 2
     low, high = torch.quantile(drawn, torch.tensor([tail, 1 - tail], dtype=drawn.dtype)).tolist()
     mean = per_question.mean().item()

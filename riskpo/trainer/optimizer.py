@@ -117,9 +117,8 @@ class Optimizer:
 
     def state_dict(self) -> dict[str, Any]:
         """Moments, schedule, counter, and the master copies where there are any."""
-        copies = [
-            None if m is w else m.detach() for w, m in zip(self.weights, self.masters, strict=True)
-        ]
+        pairs = zip(self.weights, self.masters, strict=True)
+        copies = [None if m is w else m.detach() for w, m in pairs]
         return {
             "adamw": self.adamw.state_dict(),
             "schedule": self.schedule.state_dict(),

@@ -118,12 +118,7 @@ def warn_of_missing(rollouts: Rollouts, settings: SamplerConfig) -> None:
     if missing:
         rows = sum(bool(x.isnan().any()) for x in rollouts.logprob)
         cost = {"token": "these tokens have weight 0", "sequence": "these responses have weight 0"}
-        log.warning(
-            "the sampler gave no log-prob for %d tokens in %d of %d responses: %s",
-            missing,
-            rows,
-            len(rollouts),
-            "only the sampler's metrics leave them out"
-            if settings.correction == "none"
-            else cost[settings.level],
-        )
+        cost["none"] = "only the sampler's metrics leave them out"
+        kind = "none" if settings.correction == "none" else settings.level
+        said = "the sampler gave no log-prob for %d tokens in %d of %d responses: %s"
+        log.warning(said, missing, rows, len(rollouts), cost[kind])

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from riskpo.algorithms import LossOptions
-from riskpo.config import RunConfig
+from riskpo.config import RunConfig, SamplerConfig
 from riskpo.distributed import Ranks
 from riskpo.model.dropout import train_without_dropout
 from riskpo.model.lm_head import Head
@@ -84,7 +84,8 @@ def update(
     totals, first, steps = Totals(), None, []
     warn_of_missing(rollouts, config.sampler)
     if updates > 1 or config.sampler.correction != "none":
-        first = first_pass(parallel, head, rollouts, sum(cuts, []), config, totals)
+        old = recompute(parallel, head, rollouts, sum(cuts, []), config)
+        first = first_pass(old, rollouts, config.sampler, totals)
     for rows, parts in zip(batches, cuts, strict=True):
         # Gradients are averaged over the ranks, so that each divides by its part of the whole.
         share = denominator(rollouts, rows, loss.aggregate, loss.constant) / ranks.size
@@ -120,11 +121,7 @@ def update(
 
 
 def share_of(
-    rollouts: Rollouts,
-    rows: list[int],
-    budget: int,
-    ranks: Ranks,
-    live: list[bool] | None = None,
+    rollouts: Rollouts, rows: list[int], budget: int, ranks: Ranks, live: list[bool] | None = None
 ) -> list[list[int]]:
     """This rank's micro-batches of a mini-batch, balanced by length; [] is one without work.
 
@@ -205,20 +202,15 @@ def correction_of(batch: Packed, first: FirstPass | None, level: str) -> torch.T
 
 
 def first_pass(
-    parallel: ParallelModel,
-    head: Head,
-    rollouts: Rollouts,
-    parts: list[list[int]],
-    config: RunConfig,
-    totals: Totals,
+    old: dict[int, torch.Tensor], rollouts: Rollouts, settings: SamplerConfig, totals: Totals
 ) -> FirstPass:
-    """The trainer's log-probs of the rollouts in `parts`, compared with the sampler's."""
-    old, weights = recompute(parallel, head, rollouts, parts, config), {}
+    """The trainer's log-probs by row, compared with the sampler's."""
+    weights = {}
     for row, x in old.items():
         pair = x[rollouts.prompt_len[row] - 1 :], rollouts.logprob[row].to(x.device)
-        count_mismatch(totals, config.sampler, *pair)
-        if config.sampler.correction != "none":
-            weights[row] = correction_weight(config.sampler, *pair)
+        count_mismatch(totals, settings, *pair)
+        if settings.correction != "none":
+            weights[row] = correction_weight(settings, *pair)
     return FirstPass(old, weights)
 
 

@@ -61,11 +61,7 @@ def evaluate_once(config: EvalConfig, questions: Sequence[Question]) -> EvalResu
     say = partial(print, file=sys.stderr, flush=True)
     say(f"evaluation: {responses} responses of at most {length} tokens")
     with sampling_progress(
-        policy.model,
-        responses=responses,
-        sequences=config.sample_sequences,
-        tokens=length,
-        say=say,
+        policy.model, responses=responses, sequences=config.sample_sequences, tokens=length, say=say
     ):
         texts = sampler.sample(questions, config.samples, (config.seed,)).text
 

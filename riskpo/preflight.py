@@ -109,14 +109,10 @@ def try_reward(reward: str, question: Question | None, seconds: float) -> list[s
             "question), a question has .gold, .prompt, .id and .meta, and it returns one finite "
             "number. Mend it."
         )
+    said = [f"{v.outcome.value}: {v.detail}" if v in lost else f"{v.reward:g}" for v in verdicts]
     return [
-        f"reward {reward} of the response {text[:60]!r} to question {question.id!r}: "
-        + (
-            f"{verdict.outcome.value}: {verdict.detail}"
-            if verdict in lost
-            else f"{verdict.reward:g}"
-        )
-        for text, verdict in zip(texts[:2], verdicts, strict=False)
+        f"reward {reward} of the response {text[:60]!r} to question {question.id!r}: {what}"
+        for text, what in zip(texts[:2], said, strict=False)
     ]
 
 

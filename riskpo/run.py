@@ -283,10 +283,7 @@ def build_optimizer(policy: Policy, config: RunConfig) -> Optimizer:
 
 
 def usable(
-    questions: Sequence[Question],
-    scorer: Scorer,
-    config: RunConfig,
-    note: Callable[[str], None],
+    questions: Sequence[Question], scorer: Scorer, config: RunConfig, note: Callable[[str], None]
 ) -> list[Question]:
     """Training questions whose gold verifies against itself."""
     bad = scorer.check_golds(questions)

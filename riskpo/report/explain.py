@@ -112,7 +112,7 @@ def signal(log: Log) -> Iterable[Finding]:
     if sampled is not None and sampled > 1.01 * log.config.questions_per_step:
         yield Finding(
             f"Dynamic sampling drew {sampled:.0f} questions a step to learn from at most "
-            f"{log.config.questions_per_step}: compare at equal responses, not at equal steps.",
+            f"{log.config.questions_per_step}: compare at equal responses, not at equal steps."
         )
 
 

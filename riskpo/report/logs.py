@@ -157,9 +157,7 @@ def _trackers(config: TrainConfig) -> Accelerator | None:
     if not config.log_with:
         return None
     accelerator = Accelerator(log_with=list(config.log_with), project_dir=config.run_dir, cpu=True)
-    plain = {
-        name: value if isinstance(value, (int, float, str, bool)) else str(value)
-        for name, value in dataclasses.asdict(config).items()
-    }
+    settings = dataclasses.asdict(config).items()
+    plain = {k: x if isinstance(x, (int, float, str)) else str(x) for k, x in settings}
     accelerator.init_trackers("riskpo", config=plain)
     return accelerator

@@ -56,11 +56,8 @@ def chosen(
     """Rows of these steps, with this verdict, that have the text in any case of its letters."""
     for row in rows:
         everything = "\n".join(str(row[name]) for name in ("prompt", "response", "gold")).lower()
-        if (
-            (steps is None or row["step"] in steps)
-            and (verdict is None or row["verdict"] == verdict)
-            and (text is None or text.lower() in everything)
-        ):
+        asked = (steps is None or row["step"] in steps) and verdict in (None, row["verdict"])
+        if asked and (text is None or text.lower() in everything):
             yield row
 
 
@@ -76,9 +73,5 @@ def steps_of(text: str | None) -> range | None:
 def as_text(row: Row) -> str:
     cut = ", cut at the length limit" if row["truncated"] else ""
     head = f"step {row['step']}  {row['verdict']}  reward {row['reward']:g}{cut}"
-    return "\n".join(
-        [
-            f"{head}  ({row['question_id']})",
-            *(f"  {name:<9}{row[name]!r}" for name in ("prompt", "response", "gold")),
-        ]
-    )
+    texts = (f"  {name:<9}{row[name]!r}" for name in ("prompt", "response", "gold"))
+    return "\n".join([f"{head}  ({row['question_id']})", *texts])

@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,8 @@ def _start(
     priors_of(questions, config.columns.prior)
     log = open_log(config, overrides, checkpoint, step) if ranks.is_first else SilentLog()
     opened.callback(log.close)
-    policy = load_on(ranks, config, checkpoint, questions, held_out, log.note)
+    read = partial(load, config, checkpoint, questions, held_out, log.note)
+    policy = load_sharded(ranks, read) if ranks.size > 1 and config.memory.sharded else read()
     if policy.processor:
         check_vision_setup(config, ranks.size)
     # Tried on the first rank's whole weights, before they are spread.
@@ -169,24 +171,12 @@ def load_data(config: RunConfig) -> tuple[list[Question], list[Question]]:
     return questions, held_out
 
 
-def load_on(
-    ranks: Ranks,
-    config: RunConfig,
-    checkpoint: Path | None,
-    questions: Sequence[Question],
-    held_out: Sequence[Question],
-    note: Callable[[str], None],
-) -> Policy:
-    """Load the policy. One that will be sharded is loaded on the first rank's CPU alone.
-
-    The other ranks get its structure without data.
-    """
-    if ranks.size == 1 or not config.memory.sharded:
-        return load(config, checkpoint, questions, held_out, note)
+def load_sharded(ranks: Ranks, read: Callable[..., Policy]) -> Policy:
+    """The policy on the first rank's CPU alone; the other ranks get its structure without data."""
     loaded: list[Policy] = []
 
     def outline() -> bytes:
-        policy = load(config, checkpoint, questions, held_out, note, device="cpu")
+        policy = read(device="cpu")
         loaded.append(policy)
         return pickle.dumps(replace(policy, model=skeleton(policy.model)))
 

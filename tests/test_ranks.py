@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from riskpo.distributed import ALONE, Ranks, digest
 from riskpo.memory_plan.peak_meter import PeakMeter
 from riskpo.report.logs import read_records
 from riskpo.rollout.sampler import shared_judge
-from riskpo.run import build_optimizer, load_on
+from riskpo.run import build_optimizer, load, load_sharded
 from riskpo.train import train
 from riskpo.trainer.checkpoint import restore, save_checkpoint
 from riskpo.trainer.parallel import ParallelModel
@@ -100,7 +101,7 @@ def large(rank: int, folder: Path) -> dict[str, float]:
         found[name] = meter.increase() / 2**20
 
     with measured("load"):
-        policy = load_on(ranks, c, None, [], [], print)
+        policy = load_sharded(ranks, partial(load, c, None, [], [], print))
         parallel = ParallelModel(policy.model, ranks, sharded=True)
     found["weights"] = sum(p.numel() for p in policy.model.parameters()) * 2 / 2**20
     optimizer = build_optimizer(policy, c)

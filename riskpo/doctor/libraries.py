@@ -108,22 +108,12 @@ def liger_loss(problem: Problem) -> Results:
     loss_of = attribute("liger_kernel.chunked_loss", "LigerFusedLinearGRPOLoss")
     op = with_op("liger", problem).values
     h, w = leaves(problem)
-    loss, _ = loss_of(
-        beta=0.0,
-        compiled=False,
-        use_ref_model=False,
-        epsilon_low=0.2,
-        epsilon_high=0.2,
-        loss_type="grpo",
-        temperature=1.0,
-    )(
-        h,
-        w,
-        problem.target,
-        problem.mask.to(h.dtype),
-        problem.advantage,
-        old_per_token_logps=problem.old_logprob,
-    )
+    grpo = loss_of(
+        loss_type="grpo", beta=0.0, use_ref_model=False, epsilon_low=0.2, epsilon_high=0.2,
+        temperature=1.0, compiled=False,
+    )  # fmt: skip
+    given = (h, w, problem.target, problem.mask.to(h.dtype), problem.advantage)
+    loss, _ = grpo(*given, old_per_token_logps=problem.old_logprob)
     loss.backward()
     mine = results(problem, None, None, loss, h.grad, w.grad).values
     return Results({**op, **mine}, "log-prob: fused scaled CE; loss: LigerFusedLinearGRPOLoss")
@@ -134,14 +124,9 @@ def verl_loss(problem: Problem) -> Results:
     vanilla = attribute("verl.trainer.ppo.core_algos", "compute_policy_loss_vanilla")
     actor_config = attribute("verl.workers.config", "FSDPActorConfig")
     config = actor_config(
-        strategy="fsdp",
-        rollout_n=1,
-        ppo_micro_batch_size_per_gpu=1,
-        clip_ratio=0.2,
-        clip_ratio_low=0.2,
-        clip_ratio_high=0.2,
-        clip_ratio_c=1e9,
-    )
+        strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, clip_ratio=0.2,
+        clip_ratio_low=0.2, clip_ratio_high=0.2, clip_ratio_c=1e9,
+    )  # fmt: skip
     h, w = leaves(problem)
     logprob, entropy = verl_op(h, w, problem.target, 1.0)
     loss, _ = vanilla(

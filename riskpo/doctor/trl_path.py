@@ -49,34 +49,18 @@ def build_trainer(problem: Problem, folder: str) -> Any:
     from riskpo.demo import build_tokenizer
 
     dataset = attribute("datasets", "Dataset").from_list([{"prompt": "1"}] * 8)
-    qwen2_config = attribute("transformers", "Qwen2Config")
-    config = qwen2_config(
-        vocab_size=problem.weight.shape[0],
-        hidden_size=problem.weight.shape[1],
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        tie_word_embeddings=False,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-    )
+    vocab, width = problem.weight.shape
+    config = attribute("transformers", "Qwen2Config")(
+        vocab_size=vocab, hidden_size=width, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=1, num_key_value_heads=1, tie_word_embeddings=False,
+        bos_token_id=0, eos_token_id=1, pad_token_id=2,
+    )  # fmt: skip
     model = attribute("transformers", "Qwen2ForCausalLM")(config).to(problem.hidden.dtype)
     arguments = attribute("trl", "GRPOConfig")(
-        output_dir=folder,
-        use_cpu=True,
-        bf16=False,
-        report_to=[],
-        loss_type="grpo",
-        beta=0.0,
-        epsilon=0.2,
-        temperature=1.0,
-        per_device_train_batch_size=2,
-        num_generations=2,
-        max_completion_length=problem.target.shape[1],
-        disable_tqdm=True,
-    )
+        output_dir=folder, use_cpu=True, bf16=False, report_to=[], disable_tqdm=True,
+        loss_type="grpo", beta=0.0, epsilon=0.2, temperature=1.0, num_generations=2,
+        per_device_train_batch_size=2, max_completion_length=problem.target.shape[1],
+    )  # fmt: skip
     trainer = attribute("trl", "GRPOTrainer")(
         model=model,
         reward_funcs=lambda completions, **_: [0.0] * len(completions),

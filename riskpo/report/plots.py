@@ -60,12 +60,10 @@ def _held_out(axis: Any, records: list[dict[str, Any]]) -> None:
     """avg@k with its 95 % interval over questions."""
     name = next((k for r in records for k in r if k.startswith("avg@") and k[4:].isdigit()), None)
     if name is not None:
-        x = [r["step"] for r in records]
-        y = np.array([r[name] for r in records])
-        low = np.array([r[f"{name}_low"] for r in records])
-        high = np.array([r[f"{name}_high"] for r in records])
-        axis.fill_between(x, low, high, color=HELD_OUT, alpha=0.15, linewidth=0)
-        axis.plot(x, y, color=HELD_OUT, linewidth=2.0, marker="o", markersize=4)
+        table = pd.DataFrame(records)
+        ends = table[f"{name}_low"], table[f"{name}_high"]
+        axis.fill_between(table["step"], *ends, color=HELD_OUT, alpha=0.15, linewidth=0)
+        axis.plot(table["step"], table[name], color=HELD_OUT, lw=2.0, marker="o", markersize=4)
     dress(axis, f"held-out {name or 'accuracy'} (95 % interval)")
 
 

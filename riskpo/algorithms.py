@@ -9,116 +9,29 @@ CISPO, SAPO, GMPO and IcePop in riskpo_kernels/policy_loss/formulas.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from riskpo.config import TrainConfig, nearest
+from riskpo.group_advantages import (
+    Advantage,
+    CurveAdvantage,
+    GroupAdvantage,
+    check_responses,
+    harder_first,
+    minus_mean,
+    minus_others,
+    over_mean,
+    over_std,
+    risk_seeking,
+)
 from riskpo_kernels import RiskPOAdvantage, clipped_surrogate
 
 # of RiskPOAdvantage, those that the config has too; the seed is every algorithm's
 RISK_SETTINGS = vars(RiskPOAdvantage().settings).keys() & vars(TrainConfig()).keys() - {"seed"}
-GROUP_STD_EPS = 1e-6
-RS_BETA = 2.0
-EASY_DISCOUNT = 0.6
-
-
-class Advantage(Protocol):
-    """Rewards [R] and the question of each -> advantage [R], detached, and numbers to log.
-
-    prior [R], with difficulty="prior" only: see RiskPOAdvantage.
-    """
-
-    def __call__(
-        self,
-        rewards: torch.Tensor,
-        question_id: Sequence[str],
-        *,
-        step: int,
-        prior: Sequence[float] | None = None,
-    ) -> tuple[torch.Tensor, dict[str, float]]: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-def check_responses(what: str, responses: int) -> None:
-    """ValueError with one response per question, where the advantage is 0 whatever happens."""
-    if responses < 2:
-        raise ValueError(
-            f"config: got responses_per_question={responses} with {what}; expected at least 2: it "
-            "compares the responses to a question, and would be 0 for ever. Raise "
-            "responses_per_question."
-        )
-
-
-def over_std(r: torch.Tensor) -> torch.Tensor:
-    """GRPO (arXiv 2402.03300): minus the mean of the question's G, over their std (ddof 1)."""
-    return minus_mean(r) / ((r - r[:, :1]).std(1, keepdim=True) + GROUP_STD_EPS)
-
-
-def minus_mean(r: torch.Tensor) -> torch.Tensor:
-    """Dr. GRPO (2503.20783): minus the mean of the question's G."""
-    d = r - r[:, :1]  # equal rewards give exactly 0
-    return d - d.mean(1, keepdim=True)
-
-
-def minus_others(r: torch.Tensor) -> torch.Tensor:
-    """RLOO (2402.14740): minus the mean of the question's other responses."""
-    return minus_mean(r) * (r.shape[1] / (r.shape[1] - 1))
-
-
-def over_mean(r: torch.Tensor) -> torch.Tensor:
-    """MaxRL (2602.02710): minus the mean and over it; 0 where the mean is 0."""
-    mean = r.mean(1, keepdim=True)
-    return torch.where(mean > 0, minus_mean(r) / mean.clamp(min=1e-12), 0.0)
-
-
-def harder_first(r: torch.Tensor) -> torch.Tensor:
-    """RLOO with the weight 1 - .6 m, where m is the mean of the question's other responses.
-
-    Ours, the plain control of riskpo-matched: with rewards of 0 and 1 a question solved with
-    probability p has the weight 1 - .6 p, about that of matched bundles, but no bundle and no
-    quantile. Unbiased for that weight, since m does not depend on the response it weighs.
-    """
-    others = (r.sum(1, keepdim=True) - r) / (r.shape[1] - 1)
-    return minus_others(r) * (1 - EASY_DISCOUNT * others)
-
-
-def risk_seeking(r: torch.Tensor) -> torch.Tensor:
-    """RS-GRPO (2509.24261): (e^(beta r) over its mean, minus 1) / beta, with beta = 2."""
-    d = RS_BETA * (r - r.amax(1, keepdim=True))  # never overflows
-    e = d.exp()
-    return minus_mean(e) / (RS_BETA * e.mean(1, keepdim=True))
-
-
-class GroupAdvantage:
-    """A formula over the G rewards of each question, [Q, G] -> [Q, G], in float64."""
-
-    def __init__(self, formula: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        self.formula = formula
-
-    def __call__(
-        self,
-        rewards: torch.Tensor,
-        question_id: Sequence[str],
-        *,
-        step: int,
-        prior: Sequence[float] | None = None,
-    ) -> tuple[torch.Tensor, dict[str, float]]:
-        rewards_QG = by_question(rewards, question_id)
-        check_responses("the advantage of a group", rewards_QG.shape[1])
-        advantage = self.formula(rewards_QG.double()).to(rewards.dtype).flatten()
-        return advantage, {"zero_advantage_fraction": float((advantage == 0).float().mean())}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to restore: every step stands alone."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +80,11 @@ def risk(preset: str, **row: Any) -> Callable[[TrainConfig], Advantage]:
 
 def group(formula: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[TrainConfig], Advantage]:
     """A factory of GroupAdvantage."""
+    return of_groups(lambda: GroupAdvantage(formula))
+
+
+def of_groups(make: Callable[[], Advantage]) -> Callable[[TrainConfig], Advantage]:
+    """A factory of an advantage without bundles, which compares the responses to a question."""
 
     def build(config: TrainConfig) -> Advantage:
         useless = sorted(k for k in RISK_SETTINGS if getattr(config, k) is not None)
@@ -177,7 +95,7 @@ def group(formula: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[TrainCon
                 "algorithm."
             )
         check_responses(f"algorithm={config.algorithm!r}", config.responses_per_question)
-        return GroupAdvantage(formula)
+        return make()
 
     return build
 
@@ -230,6 +148,7 @@ STRATEGIES: dict[str, Strategy] = {
     "rloo": Strategy(group(minus_others), loss=TOKEN),
     "maxrl": Strategy(group(over_mean), loss=TOKEN),
     "rs-grpo": Strategy(group(risk_seeking), loss=TOKEN),
+    "curverl": Strategy(of_groups(CurveAdvantage), loss=TOKEN),
     "gspo": Strategy(group(over_std), loss=PAPER),
     "dapo": Strategy(group(over_std), keep=keep_mixed, loss=DAPO, overlong=0.2),
     "cispo": Strategy(
@@ -270,20 +189,6 @@ def loss_options(strategy: Strategy, config: TrainConfig) -> LossOptions:
     one, bounds = torch.zeros(1), torch.tensor([0, 1])
     clipped_surrogate(one, one, one, cu_seqlens=bounds, prompt_tokens=one + 1, **asdict(options))
     return options
-
-
-def by_question(x: torch.Tensor, question_id: Sequence[str]) -> torch.Tensor:
-    """[R] -> [Q, G]; the rows must be question-major, each question G times."""
-    responses = next((i for i, q in enumerate(question_id) if q != question_id[0]), len(x))
-    regular = len(x) % responses == 0 and all(
-        question_id[i] == question_id[i - i % responses] for i in range(len(x))
-    )
-    if not regular or len(set(question_id)) != len(x) // responses:
-        raise ValueError(
-            f"by_question: got {len(x)} rows of {len(set(question_id))} questions; expected "
-            "question-major rows with the same number of responses each. Sort them by question."
-        )
-    return x.view(-1, responses)
 
 
 def overlong_penalty(length: int, max_tokens: int, buffer_tokens: int) -> float:

@@ -26,8 +26,8 @@ ALGORITHMS = (
     "riskpo-paper", "riskpo-loo", "riskpo-batch", "riskpo-none", "riskpo-official-easy",
     "riskpo-official-hard", "riskpo-seeking", "riskpo-seeking-loo", "bundle-mean",
     "riskpo-conditional", "riskpo-matched", "difficulty-weighted", "grpo", "dr-grpo", "rloo",
-    "maxrl", "rs-grpo", "gspo", "dapo", "cispo", "icepop", "sapo", "gmpo", "off-policy-mask",
-    "prompt-mean",
+    "maxrl", "rs-grpo", "curverl", "gspo", "dapo", "cispo", "icepop", "sapo", "gmpo",
+    "off-policy-mask", "prompt-mean",
 )  # fmt: skip
 SAMPLES = ("", "42", "The answer is 42.")  # responses that a reward of yours is tried on
 

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
-from riskpo.algorithms import Advantage, find_strategy
+from riskpo.algorithms import find_strategy
 from riskpo.config import RunConfig, TrainConfig, is_embedded, resolve, to_toml, validate
 from riskpo.data.questions import BOXED_INSTRUCTION, load_questions, priors_of, split_holdout
 from riskpo.demo import build_model, build_tokenizer, find_task, task_questions, warm_start
 from riskpo.distributed import Ranks, best_device
 from riskpo.files import METRICS, SETTINGS
+from riskpo.group_advantages import Advantage
 from riskpo.memory_plan.run_plan import RunPlan, plan_run
 from riskpo.model.gguf import as_folder
 from riskpo.model.isolation import settle_attention

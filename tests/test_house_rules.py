@@ -43,6 +43,7 @@ LAYERS = (
     "riskpo.distributed",
     "riskpo.data",
     "riskpo.rewards",
+    "riskpo.group_advantages",
     "riskpo.algorithms",
     "riskpo.model",
     "riskpo.demo",

@@ -18,9 +18,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from riskpo.algorithms import GroupAdvantage, over_std
 from riskpo.config import MemoryConfig, SamplerConfig, TrainConfig, resolve
 from riskpo.distributed import ALONE, Ranks, digest
+from riskpo.group_advantages import GroupAdvantage, over_std
 from riskpo.memory_plan.peak_meter import PeakMeter
 from riskpo.report.logs import read_records
 from riskpo.rollout.sampler import shared_judge

@@ -14,7 +14,7 @@ from decimal import Decimal, getcontext
 
 import torch
 
-from riskpo.algorithms import GROUP_STD_EPS, GroupAdvantage, over_std
+from riskpo.group_advantages import GROUP_STD_EPS, GroupAdvantage, over_std
 from riskpo_kernels import clipped_surrogate, pass_at_k
 
 getcontext().prec = 50

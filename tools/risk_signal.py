@@ -8,7 +8,7 @@ times (r - p_q). Over many batches:
     weight            E g_q / (p_q (1 - p_q)): 1 is the gradient of the mean reward
 
 The quantiles of the bundled estimators are those of the score distribution, known beforehand.
-The bundled ones are riskpo_kernels.RiskPOAdvantage itself.
+The bundled ones are riskpo_kernels.RiskPOAdvantage itself, the others those of the trainer.
 """
 
 from __future__ import annotations
@@ -20,6 +20,16 @@ from pathlib import Path
 
 import torch
 
+from riskpo.group_advantages import (
+    Advantage,
+    CurveAdvantage,
+    GroupAdvantage,
+    harder_first,
+    minus_others,
+    over_mean,
+    over_std,
+    risk_seeking,
+)
 from riskpo_kernels import RiskPOAdvantage, bundle_scores
 
 Q, G, B = 200, 8, 5
@@ -54,22 +64,20 @@ def bundled(p: torch.Tensor, matched: bool, options: dict, g: torch.Generator) -
     return lambda r, step: advantage(r.flatten(), ids, step=step, **given)[0].double().view(Q, G)
 
 
-def by_group(formula: Callable[[torch.Tensor], torch.Tensor]) -> Estimator:
-    return lambda r, step: formula(r)
+def by_group(advantage: Advantage) -> Estimator:
+    ids = [str(i) for i in range(Q) for _ in range(G)]
+    return lambda r, step: advantage(r.flatten(), ids, step=step)[0].double().view(Q, G)
 
 
 def estimators(p: torch.Tensor, g: torch.Generator) -> dict[str, Estimator]:
-    def rloo(r: torch.Tensor) -> torch.Tensor:
-        return (r - r.mean(1, keepdim=True)) * G / (G - 1)
-
-    def grpo(r: torch.Tensor) -> torch.Tensor:
-        return (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-6)
-
-    def maxrl(r: torch.Tensor) -> torch.Tensor:
-        mean = r.mean(1, keepdim=True)
-        return torch.where(mean > 0, (r - mean) / mean.clamp(min=1e-12), 0.0)
-
-    found = {"RLOO": by_group(rloo), "GRPO": by_group(grpo), "MaxRL": by_group(maxrl)}
+    found = {
+        "RLOO": by_group(GroupAdvantage(minus_others)),
+        "GRPO": by_group(GroupAdvantage(over_std)),
+        "MaxRL": by_group(GroupAdvantage(over_mean)),
+        "RS-GRPO": by_group(GroupAdvantage(risk_seeking)),
+        "CurveRL": by_group(CurveAdvantage()),
+        "difficulty-weighted": by_group(GroupAdvantage(harder_first)),
+    }
     for name, options in OPTIONS.items():
         for matched in (False, True):
             label = f"{name}, {'matched' if matched else 'random'} bundles"
@@ -125,6 +133,7 @@ def draw(path: Path, p: torch.Tensor, result: dict[str, dict[str, list[float]]])
         "GRPO": ("#999933", "v"),
         "MaxRL": ("#cc79a7", "D"),
         "RLOO": ("#222222", "o"),
+        "difficulty-weighted": ("#56b4e9", "P"),
         "RiskPO as published, random bundles": ("#d55e00", "s"),
         "conditional, matched bundles": ("#0072b2", "^"),
     }

@@ -10,14 +10,19 @@
 # of the released script. Three things are not: 480 questions for its 512, so that bundles of five
 # and four updates come out even; the paper's sequence ratio and aggregation for its token-level
 # PPO; rewards in {0, 1} for {-1, 1}. The paper's clip bounds are not known; these are GSPO's.
+#
+# PRESET=matched runs docs/risk.md's bundles of like questions beside the paper's; difficulty is read
+# by no other preset.
 set -euo pipefail
+PRESET="${PRESET:-paper}"
 : "${DATA:?folder with train.parquet and test.parquet}"
 
 python3 -m verl.trainer.main_ppo \
     algorithm.adv_estimator=riskpo \
     actor_rollout_ref.actor.policy_loss.loss_mode=riskpo \
     trainer.checkpoint_callback_class=riskpo.integrations.verl.RiskPOCheckpoint \
-    +algorithm.riskpo.preset=paper \
+    +algorithm.riskpo.preset="$PRESET" \
+    +algorithm.riskpo.difficulty=cross-fit \
     +algorithm.riskpo.bundle_size=5 \
     reward.custom_reward_function.path=pkg://riskpo.integrations.verl.reward \
     reward.custom_reward_function.name=zero_one \
@@ -55,6 +60,6 @@ python3 -m verl.trainer.main_ppo \
     trainer.test_freq=5 \
     trainer.save_freq=10 \
     trainer.project_name=riskpo \
-    trainer.experiment_name=dapo_math_r1_distill \
+    trainer.experiment_name="dapo_math_r1_distill_$PRESET" \
     trainer.logger='["console","tensorboard"]' \
     "$@"

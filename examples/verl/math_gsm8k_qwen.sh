@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # RiskPO on MATH + GSM8K with Qwen2.5-1.5B-Instruct: the paper's easy run (arXiv 2510.00911) in verl,
-# on one node of four GPUs (Ray, FSDP2, vLLM). Never run here: no GPU was at hand.
+# on one node of eight GPUs (Ray, FSDP2, vLLM). Never run here: no GPU was at hand.
 #
 #   pip install riskpo "verl[vllm]==0.9.1"
 #   DATA=/data/easy examples/verl/math_gsm8k_qwen.sh [more overrides]
@@ -11,14 +11,19 @@
 # bundles of five and two updates come out even, the paper's sequence ratio and aggregation for its
 # token-level PPO, and beta 0.8 (the paper) for its 0.9. The paper's clip bounds are not known; these
 # are GSPO's.
+#
+# PRESET=matched runs docs/risk.md's bundles of like questions beside the paper's; difficulty is read
+# by no other preset.
 set -euo pipefail
+PRESET="${PRESET:-paper}"
 : "${DATA:?folder with gsm8k/ and math/}"
 
 python3 -m verl.trainer.main_ppo \
     algorithm.adv_estimator=riskpo \
     actor_rollout_ref.actor.policy_loss.loss_mode=riskpo \
     trainer.checkpoint_callback_class=riskpo.integrations.verl.RiskPOCheckpoint \
-    +algorithm.riskpo.preset=paper \
+    +algorithm.riskpo.preset="$PRESET" \
+    +algorithm.riskpo.difficulty=cross-fit \
     +algorithm.riskpo.bundle_size=5 \
     reward.custom_reward_function.path=pkg://riskpo.integrations.verl.reward \
     reward.custom_reward_function.name=zero_one \
@@ -49,13 +54,13 @@ python3 -m verl.trainer.main_ppo \
     actor_rollout_ref.rollout.tensor_model_parallel_size=1 \
     actor_rollout_ref.rollout.gpu_memory_utilization=0.6 \
     actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=True \
-    trainer.n_gpus_per_node="${GPUS:-4}" \
+    trainer.n_gpus_per_node="${GPUS:-8}" \
     trainer.nnodes="${NODES:-1}" \
     trainer.total_training_steps=200 \
     trainer.total_epochs=15 \
     trainer.test_freq=5 \
     trainer.save_freq=10 \
     trainer.project_name=riskpo \
-    trainer.experiment_name=math_gsm8k_qwen \
+    trainer.experiment_name="math_gsm8k_qwen_$PRESET" \
     trainer.logger='["console","tensorboard"]' \
     "$@"

@@ -29,10 +29,11 @@ class CountedAdvantage:
     ragged="error" refuses a batch whose questions have unequal numbers of answers; "drop" leaves
     the questions with fewer answers than the fullest out whole: advantage 0, not tracked, counted
     in the statistics as ragged_questions. Dropping changes the number of questions, so it wants
-    leftover="drop" beside it.
+    leftover="drop" beside it. names_stay: whether the host knows a question by the same name when
+    it comes again; difficulty="history" needs that.
     """
 
-    def __init__(self, op: str, settings: dict[str, Any]) -> None:
+    def __init__(self, op: str, settings: dict[str, Any], *, names_stay: bool) -> None:
         given = dict(settings)
         self.op = op
         self.ragged = given.pop("ragged", "error")
@@ -40,10 +41,16 @@ class CountedAdvantage:
             raise ValueError(f"{op}: got ragged={self.ragged!r}; expected 'error' or 'drop'.")
         self.preset = given.pop("preset", "paper")
         self.advantage = RiskPOAdvantage(self.preset, **given)
-        if self.advantage.settings.difficulty == "prior":
+        s = self.advantage.settings
+        if s.difficulty == "prior":
             raise ValueError(
                 f"{op}: got difficulty='prior'; expected 'history' or 'cross-fit': the host passes "
                 "no column of the data to an advantage. Choose one of them."
+            )
+        if s.bundling == "matched" and s.difficulty == "history" and not names_stay:
+            raise ValueError(
+                f"{op}: got difficulty='history' with matched bundles; expected 'cross-fit': the "
+                "host names a question anew each time, so that none would ever be known. Set it."
             )
         self.batches = 0
 

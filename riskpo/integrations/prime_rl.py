@@ -78,12 +78,13 @@ class BundleBuffer:
 
     questions: groups per batch, a multiple of bundle_size. settings: preset and the overrides of
     RiskPOAdvantage. Groups may arrive in any order; all of a batch must be answers of policies
-    recent enough for your staleness limit. state_dict / load_state_dict belong in the
+    recent enough for your staleness limit. difficulty="history" knows a question by the name that
+    `add` is given. state_dict / load_state_dict belong in the
     orchestrator's checkpoint; groups still waiting are not part of it and must be sampled again.
     """
 
     def __init__(self, questions: int, **settings: Any) -> None:
-        self._advantage = CountedAdvantage(OP, settings)
+        self._advantage = CountedAdvantage(OP, settings, names_stay=True)
         bundle = self._advantage.advantage.settings.bundle_size
         if questions < bundle or questions % bundle:
             raise ValueError(

@@ -37,7 +37,7 @@ class Estimator:
     def __init__(
         self, state_dir: str | os.PathLike[str], resume_batch: int = 0, **settings: Any
     ) -> None:
-        self._advantage = CountedAdvantage(OP, settings)
+        self._advantage = CountedAdvantage(OP, settings, names_stay=True)  # uid: row
         self._folder, self._process = Path(state_dir), os.getpid()
         if resume_batch:
             state = read_state(OP, self._folder / f"batch_{resume_batch}")

@@ -36,7 +36,7 @@ class RewardHook:
     """
 
     def __init__(self, **settings: Any) -> None:
-        self._advantage = CountedAdvantage(OP, settings)
+        self._advantage = CountedAdvantage(OP, settings, names_stay=False)  # group_index counts on
         self._started = False
 
     def __call__(self, args: Any, samples: list[Any]) -> tuple[list[float], list[float]]:

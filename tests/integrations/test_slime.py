@@ -99,6 +99,9 @@ def test_samples_without_reward_or_question_are_named(tmp_path):
         RewardHook(**SETTINGS)(arguments(tmp_path), samples)
 
 
-def test_a_prior_is_refused_before_the_first_batch():
+def test_sources_of_difficulty_that_the_host_cannot_give_are_refused_at_once():
     with pytest.raises(ValueError, match="difficulty='prior'; expected 'history' or 'cross-fit'"):
         RewardHook(preset="matched", difficulty="prior")
+    with pytest.raises(ValueError, match="'history' with matched bundles; expected 'cross-fit'"):
+        RewardHook(preset="matched")
+    RewardHook(preset="matched", difficulty="cross-fit")

@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
-from riskpo.algorithms import STRATEGIES, LossOptions, Strategy, group, loss_options, over_std
+from riskpo.algorithms import STRATEGIES, LossOptions, Strategy, group, loss_options
 from riskpo.config import TrainConfig
+from riskpo.group_advantages import over_std
 from riskpo_kernels import clipped_surrogate, reference, risk
 from riskpo_kernels.policy_loss import formulas
 from riskpo_kernels.policy_loss.formulas import KL, LOSSES, PolicyLoss, Term

@@ -17,9 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from riskpo.algorithms import GroupAdvantage, over_std
 from riskpo.compare.launch import compare_command
 from riskpo.config import MemoryConfig, SamplerConfig, TrainConfig
+from riskpo.group_advantages import GroupAdvantage, over_std
 from riskpo.run import start
 from riskpo.trainer.checkpoint import (
     latest_checkpoint,

@@ -51,7 +51,9 @@ class Run:
                     "resumed run forgets its tracked quantiles. Add that line, or "
                     "+algorithm.riskpo.checkpoint=false for a run that will not be resumed."
                 )
-            self.advantage, self.settings = CountedAdvantage(OP, given), settings
+            # verl's uid is drawn anew for every batch
+            self.advantage = CountedAdvantage(OP, given, names_stay=False)
+            self.settings = settings
         if settings != self.settings:
             raise ValueError(
                 f"{OP}: got algorithm.riskpo={settings}; expected {self.settings} as at the first "

@@ -1,0 +1,171 @@
+"""Advantages that compare the responses to one question: a formula each, no bundles.
+
+Q questions, G responses each, R = Q * G rollouts, question-major. Sources stand at the formulas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+
+GROUP_STD_EPS = 1e-6
+RS_BETA = 2.0
+EASY_DISCOUNT = 0.6
+CURVE_STEPS = 10
+
+
+class Advantage(Protocol):
+    """Rewards [R] and the question of each -> advantage [R], detached, and numbers to log.
+
+    prior [R], with difficulty="prior" only: see RiskPOAdvantage.
+    """
+
+    def __call__(
+        self,
+        rewards: torch.Tensor,
+        question_id: Sequence[str],
+        *,
+        step: int,
+        prior: Sequence[float] | None = None,
+    ) -> tuple[torch.Tensor, dict[str, float]]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def check_responses(what: str, responses: int) -> None:
+    """ValueError with one response per question, where the advantage is 0 whatever happens."""
+    if responses < 2:
+        raise ValueError(
+            f"config: got responses_per_question={responses} with {what}; expected at least 2: it "
+            "compares the responses to a question, and would be 0 for ever. Raise "
+            "responses_per_question."
+        )
+
+
+def over_std(r: torch.Tensor) -> torch.Tensor:
+    """GRPO (arXiv 2402.03300): minus the mean of the question's G, over their std (ddof 1)."""
+    return minus_mean(r) / ((r - r[:, :1]).std(1, keepdim=True) + GROUP_STD_EPS)
+
+
+def minus_mean(r: torch.Tensor) -> torch.Tensor:
+    """Dr. GRPO (2503.20783): minus the mean of the question's G."""
+    d = r - r[:, :1]  # equal rewards give exactly 0
+    return d - d.mean(1, keepdim=True)
+
+
+def minus_others(r: torch.Tensor) -> torch.Tensor:
+    """RLOO (2402.14740): minus the mean of the question's other responses."""
+    return minus_mean(r) * (r.shape[1] / (r.shape[1] - 1))
+
+
+def over_mean(r: torch.Tensor) -> torch.Tensor:
+    """MaxRL (2602.02710): minus the mean and over it; 0 where the mean is 0."""
+    mean = r.mean(1, keepdim=True)
+    return torch.where(mean > 0, minus_mean(r) / mean.clamp(min=1e-12), 0.0)
+
+
+def harder_first(r: torch.Tensor) -> torch.Tensor:
+    """RLOO with the weight 1 - .6 m, where m is the mean of the question's other responses.
+
+    Ours, the plain control of riskpo-matched: with rewards of 0 and 1 a question solved with
+    probability p has the weight 1 - .6 p, about that of matched bundles, but no bundle and no
+    quantile. Unbiased for that weight, since m does not depend on the response it weighs.
+    """
+    others = (r.sum(1, keepdim=True) - r) / (r.shape[1] - 1)
+    return minus_others(r) * (1 - EASY_DISCOUNT * others)
+
+
+def risk_seeking(r: torch.Tensor) -> torch.Tensor:
+    """RS-GRPO (2509.24261): (e^(beta r) over its mean, minus 1) / beta, with beta = 2."""
+    d = RS_BETA * (r - r.amax(1, keepdim=True))  # never overflows
+    e = d.exp()
+    return minus_mean(e) / (RS_BETA * e.mean(1, keepdim=True))
+
+
+class GroupAdvantage:
+    """A formula over the G rewards of each question, [Q, G] -> [Q, G], in float64."""
+
+    def __init__(self, formula: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.formula = formula
+
+    def __call__(
+        self,
+        rewards: torch.Tensor,
+        question_id: Sequence[str],
+        *,
+        step: int,
+        prior: Sequence[float] | None = None,
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        rewards_QG = by_question(rewards, question_id)
+        check_responses("the advantage of a group", rewards_QG.shape[1])
+        advantage = self.formula(rewards_QG.double()).to(rewards.dtype).flatten()
+        return advantage, {"zero_advantage_fraction": float((advantage == 0).float().mean())}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to restore: every step stands alone."""
+
+
+class CurveAdvantage:
+    """CurveRL (2605.24331): minus the mean, times f / F of the mean among those of earlier steps.
+
+    f is the share of the last 10 steps' questions with that mean reward, F that with at most it, in
+    G + 1 bins from 0 to 1; without an earlier step, among this one's. Questions whose rewards are
+    all 0 or all 1 neither count nor learn. Rewards lie in [0, 1], else ValueError. Two consequences
+    of the formula: the weight is not normalised, and 0 where no earlier question had such a mean.
+    """
+
+    def __init__(self) -> None:
+        self.window: list[list[float]] = []  # of each step, the means that count
+
+    def __call__(
+        self,
+        rewards: torch.Tensor,
+        question_id: Sequence[str],
+        *,
+        step: int,
+        prior: Sequence[float] | None = None,
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        r = by_question(rewards, question_id).double()
+        if not bool(((r >= 0) & (r <= 1)).all()):
+            raise ValueError(
+                f"curverl: got rewards from {float(r.min())} to {float(r.max())}; expected them in "
+                "[0, 1], of which a mean is a pass rate. Scale them or choose another algorithm."
+            )
+        mean, bins = r.mean(1), r.shape[1] + 1
+        counts = (mean > 0) & (mean < 1)
+        mine = mean[counts]
+        known = torch.tensor([x for one in self.window for x in one], dtype=mean.dtype)
+        reference = known if len(known) else mine.cpu()
+        share = torch.bincount((reference * bins).long(), minlength=bins) / max(len(reference), 1)
+        weight = torch.where(share > 0, share / share.cumsum(0), 0.0).to(mean)
+        chosen = torch.where(counts, weight[(mean * bins).long().clamp(max=bins - 1)], 0.0)
+        advantage = (minus_mean(r) * chosen[:, None]).to(rewards.dtype).flatten()
+        self.window = [*self.window, mine.tolist()][-CURVE_STEPS:]
+        return advantage, {"zero_advantage_fraction": float((advantage == 0).float().mean())}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"window": [list(one) for one in self.window]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.window = [list(one) for one in state["window"]]
+
+
+def by_question(x: torch.Tensor, question_id: Sequence[str]) -> torch.Tensor:
+    """[R] -> [Q, G]; the rows must be question-major, each question G times."""
+    responses = next((i for i, q in enumerate(question_id) if q != question_id[0]), len(x))
+    regular = len(x) % responses == 0 and all(
+        question_id[i] == question_id[i - i % responses] for i in range(len(x))
+    )
+    if not regular or len(set(question_id)) != len(x) // responses:
+        raise ValueError(
+            f"by_question: got {len(x)} rows of {len(set(question_id))} questions; expected "
+            "question-major rows with the same number of responses each. Sort them by question."
+        )
+    return x.view(-1, responses)

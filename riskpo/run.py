@@ -23,7 +23,6 @@ from riskpo.group_advantages import Advantage
 from riskpo.memory_plan.run_plan import RunPlan, plan_run
 from riskpo.model.gguf import as_folder
 from riskpo.model.isolation import settle_attention
-from riskpo.model.lm_head import Head, find_head
 from riskpo.model.load import Policy, load_policy_for, prepare
 from riskpo.model.lora import attach_lora, thaw_lora
 from riskpo.model.memory_switches import apply_switches
@@ -51,6 +50,7 @@ from riskpo.trainer.checkpoint import (
 from riskpo.trainer.optimizer import Optimizer
 from riskpo.trainer.parallel import ParallelModel, skeleton
 from riskpo.types import Question
+from riskpo_kernels.causal_lm import Head, find_head
 
 WARM_START_PROBE = 100  # training questions that are sampled to measure it
 MAX_WORKERS = 8  # verifier processes

@@ -1,6 +1,7 @@
 """Exact, memory-flat log-probs and risk-averse losses for RL post-training of language models."""
 
 from riskpo_kernels.advantage import RiskPOAdvantage
+from riskpo_kernels.causal_lm import add_fused_lm_head
 from riskpo_kernels.core.backends import backend_report
 from riskpo_kernels.fused import riskpo_loss, riskpo_loss_from_logits
 from riskpo_kernels.linear_divergence import linear_divergence, topk_divergence
@@ -28,6 +29,7 @@ __all__ = [
     "RiskPOAdvantage",
     "SurrogateLoss",
     "TokenLogProbs",
+    "add_fused_lm_head",
     "backend_report",
     "bundle_scores",
     "clipped_surrogate",

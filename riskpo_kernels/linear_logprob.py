@@ -29,6 +29,7 @@ from riskpo_kernels.core.checks import check_choice, check_head, check_options, 
 from riskpo_kernels.core.matmul import no_autocast
 from riskpo_kernels.core.process_groups import NO_GROUP, name_of
 from riskpo_kernels.lm_head.block_filter import DEFAULT_EPS
+from riskpo_kernels.lm_head.lora import Lora, check_lora, lora_operator
 from riskpo_kernels.lm_head.operator import head_operator
 from riskpo_kernels.lm_head.support import (
     OUTSIDE,
@@ -57,6 +58,7 @@ def linear_logprob(
     ignore_index: int | None = -100,
     support: Support | None = None,
     outside_support: str = "raise",
+    lora: Lora | None = None,
     tail_eps: float | None = None,
     vocab_group: Any = None,
     memory_mib: float = 300,
@@ -88,6 +90,11 @@ def linear_logprob(
             repeats bitwise run to run, not whatever rows are beside it.
         outside_support: "raise" for a target that its row does not keep, or "-inf": its log-prob,
             a constant. Count them with logprob.isneginf().sum().
+        lora: (A [r, D], B [V, r], factor), an adapter on the head as peft's LoRA has it (factor =
+            lora_alpha / r): the logits are those of weight + factor B A, which is never made.
+            Gradients to A, B and hidden; weight must be frozen. A and B have hidden's dtype, or
+            float32 beside 16 bits. A float32 [N, D + 3r] buffer holds dH until it is rounded.
+            Backends torch and reference.
         tail_eps: a block of 128 vocabulary columns with less softmax mass than this (less still
             for a near-certain row, or near a softcap) gets no gradient from the row; what a row
             loses is at most 32 tail_eps |upstream| in the 1-norm of its logits' gradient
@@ -139,6 +146,8 @@ def linear_logprob(
     check_choice(OP, "backend", backend, BACKENDS)
     check_choice(OP, "outside_support", outside_support, OUTSIDE)
     group = NO_GROUP if vocab_group is None else name_of(OP, "vocab_group", vocab_group)
+    if lora is not None:
+        check_lora(lora, hidden, weight, backend, several or support is not None)
     kept = None if support is None else check_support(support, rows, target, backend)
     if backend == "reference":
         if vocab_group is None:
@@ -155,12 +164,13 @@ def linear_logprob(
                 return_entropy=return_entropy,
                 ignore_index=ignore_index,
                 support=support,
+                lora=lora,
                 vocab_group=vocab_group,
             )
         if kept is not None and outside_support == "raise":
             check_inside(out.logprob)
         return out
-    leaves, row_temperature = (hidden, weight, bias), None
+    row_temperature = None
     if isinstance(temperature, torch.Tensor):
         row_temperature, temperature = temperature.reshape(-1), 1.0
     if tail_eps is None:
@@ -168,19 +178,32 @@ def linear_logprob(
     ids = target.flatten(0, -2) if several else target.reshape(-1)
     tensors = (hidden.reshape(-1, hidden.shape[-1]), weight, bias, ids, row_temperature)
     words = (ignore_index, group, scale, softcap, temperature, return_entropy)
+    raises, rest = outside_support == "raise", (memory_mib, tail_eps, deterministic)
     if kept is not None:
-        raises = outside_support == "raise"
         found = support_operator(*tensors, *kept, *words, memory_mib, deterministic, raises)
     else:
-        keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
+        found = _over_the_vocabulary(tensors, lora, several, words, backend, rest)
+    logprob, entropy, lse = found[0].view(target.shape), found[1], found[2].view(rows)
+    return TokenLogProbs(logprob, entropy.view(rows) if return_entropy else None, lse)
+
+
+def _over_the_vocabulary(
+    tensors: tuple[Any, ...],
+    lora: Lora | None,
+    several: bool,
+    words: tuple[Any, ...],
+    backend: str,
+    rest: tuple[Any, ...],
+) -> tuple[torch.Tensor, ...]:
+    """The operator that makes a pass over all columns. The last word: a backward may follow."""
+    leaves = (*tensors[:3], *(lora or ())[:2])
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
+    if lora is None:
         operator = targets_operator if several else head_operator
-        found = operator(*tensors, *words, backend, memory_mib, tail_eps, deterministic, keep)
-    logprob, entropy, lse, *_ = found
-    return TokenLogProbs(
-        logprob.view(target.shape),
-        entropy.view(rows) if return_entropy else None,
-        lse.view(rows),
-    )
+        return operator(*tensors, *words, backend, *rest, keep)
+    (a, b, factor), (hidden, weight, bias, *others) = lora, tensors
+    given = (hidden, a, b, bias, weight, *others, float(factor), *words)
+    return lora_operator(*given, "torch", *rest, keep)
 
 
 def _check_ids(

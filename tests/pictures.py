@@ -7,11 +7,11 @@ import json
 from PIL import Image
 
 from riskpo.config import RunConfig, TrainConfig
-from riskpo.model.lm_head import find_head
 from riskpo.model.packing import micro_batches
 from riskpo.trainer.parallel import ParallelModel
 from riskpo.trainer.update import recompute
 from riskpo.types import Question
+from riskpo_kernels.causal_lm import find_head
 from tests.toy import sample
 
 

@@ -26,6 +26,7 @@ LAYERS = (
     "riskpo_kernels.policy_loss",
     "riskpo_kernels.sharding",
     "riskpo_kernels.linear_logprob",
+    "riskpo_kernels.causal_lm",
     "riskpo_kernels.linear_divergence",
     "riskpo_kernels.logits_logprob",
     "riskpo_kernels.surrogate",
@@ -74,7 +75,12 @@ STEMS = (
     "risk",
     "advantage",
 )
-NO_REFERENCE = {"backend_report", "full_weight", "gathered_weight"}  # they compute nothing
+NO_REFERENCE = {
+    "add_fused_lm_head",
+    "backend_report",
+    "full_weight",
+    "gathered_weight",
+}  # they compute nothing
 
 
 def sources(folder):
@@ -165,7 +171,8 @@ def test_only_the_kernels_import_triton():
 
 
 def test_the_trainer_uses_public_names_only():
-    public = {f"riskpo_kernels.{name}" for name in riskpo_kernels.__all__} | {
+    rooms = (riskpo_kernels, riskpo_kernels.causal_lm)
+    public = {f"{room.__name__}.{name}" for room in rooms for name in room.__all__} | {
         "riskpo_kernels.__version__"
     }
     for path in sources("riskpo"):

@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 
 from riskpo.model.isolation import Packing, adopt_packing, settle_attention
-from riskpo.model.lm_head import find_head
+from riskpo_kernels.causal_lm import Head, add_fused_lm_head, find_head
 from tests.model_families import NOT_TINY, build, class_name, families, has_lengths
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "model-families.md"
@@ -32,8 +33,15 @@ Sequences of a micro-batch:
 
 The head:
 
-* **right**: log-probs from the head's weight are those of the model's own logits.
+* **right**: log-probs and entropies of `add_fused_lm_head(model)`, padded rows among them, are
+  those of the model's own logits.
 * **refused**: an error that gives the reason, before the first step.
+
+The loss that the same call gives for `labels`:
+
+* **same**: it is the loss of the model's own forward, without its logits.
+* **other**: the model's own is another one, since it does not shift the labels (BART's kin, XLM,
+  XLNet), or does not take them so. The call's is that of the next token.
 
 The trainer tries the real model at every start, so a model that is not listed is treated by what
 it does. On a GPU with flash-linear-attention, causal-conv1d or mamba-ssm installed, it first tries
@@ -45,8 +53,8 @@ Image-text models on rows of text alone (`tests/model/test_image_text_families.p
 5.23.0): of 97 types 40 are right packed and 20 one by one, 6 of them with a head that is refused.
 19 are refused, most since a tiny one does not run on a plain row; 18 could not be built tiny.
 
-| model type | class | sequences | head | why |
-|---|---|---|---|---|
+| model type | class | sequences | head | loss | why |
+|---|---|---|---|---|---|
 """
 
 
@@ -63,16 +71,17 @@ def settled(family: str) -> tuple[Any, Packing]:
     return model, packing
 
 
-def verdicts(family: str) -> tuple[str, str, str]:
-    """(packed | one by one | refused, right | refused: why, why) of a family."""
+def verdicts(family: str) -> tuple[str, str, str, str]:
+    """(packed | one by one | refused, right | refused: why, loss_verdict, why) of a family."""
     if family in NOT_TINY:
-        return "refused", "-", NOT_TINY[family]
+        return "refused", "-", "-", NOT_TINY[family]
     try:
         model, packing = settled(family)
+        fed, why = ("packed", "") if packing.reason is None else ("one by one", packing.reason)
     except ValueError as error:
-        return "refused", head_verdict(build(family)), str(error).partition(": ")[2].split("; ")[0]
-    head = head_verdict(model)
-    return ("packed", head, "") if packing.reason is None else ("one by one", head, packing.reason)
+        model, fed = build(family), "refused"
+        why = str(error).partition(": ")[2].split("; ")[0]
+    return fed, head_verdict(model), loss_verdict(model), why
 
 
 def head_verdict(model: Any) -> str:
@@ -82,6 +91,22 @@ def head_verdict(model: Any) -> str:
         reason = str(error).partition("; expected")[0].removeprefix("head: ")
         return "refused: " + reason.rpartition(f"{type(model).__name__} whose ")[2]
     return "right"
+
+
+@torch.no_grad()
+def loss_verdict(model: Any, head: Head | None = None) -> str:
+    """Whether the loss of the fused call is the model's own: same | other | - (no such call)."""
+    given = {"input_ids": torch.arange(2, 14)[None], "labels": torch.arange(2, 14)[None]}
+    try:
+        with add_fused_lm_head(model, head=head):
+            ours = model(**given, use_cache=False, fused_lm_head=True).loss
+    except ValueError:
+        return "-"
+    try:
+        own = model(**given, use_cache=False).loss
+    except ValueError:
+        return "other"
+    return "same" if abs(float(ours - own)) < 1e-4 * float(ours) else "other"
 
 
 def rows() -> dict[str, list[str]]:

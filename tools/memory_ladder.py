@@ -40,7 +40,6 @@ from riskpo.config import MemoryConfig, RunConfig
 from riskpo.memory_plan.budget import Workload, budget
 from riskpo.memory_plan.model_shape import shape_of
 from riskpo.memory_plan.peak_meter import PeakMeter
-from riskpo.model.lm_head import find_head
 from riskpo.model.memory_switches import apply_switches
 from riskpo.model.packing import IGNORE
 from riskpo.trainer.optimizer import Optimizer
@@ -48,6 +47,7 @@ from riskpo.trainer.parallel import ParallelModel
 from riskpo.trainer.update import update
 from riskpo.types import Rollouts
 from riskpo_kernels import SurrogateLoss, clipped_surrogate
+from riskpo_kernels.causal_lm import find_head
 from tools.ladder_page import device_of, write
 from tools.ladder_rows import CPU, DRY, EVERY, FUSED, GPU, LADDERS, Ladder, Row
 from tools.plain_transfers import PlainTransfers

@@ -26,13 +26,13 @@ from riskpo.config import LoraConfig, MemoryConfig, RunConfig
 from riskpo.memory_plan.budget import Workload, budget
 from riskpo.memory_plan.model_shape import shape_of_model
 from riskpo.memory_plan.peak_meter import PeakMeter
-from riskpo.model.lm_head import find_head
 from riskpo.model.lora import attach_lora
 from riskpo.model.memory_switches import apply_switches
 from riskpo.trainer.optimizer import Optimizer
 from riskpo.trainer.parallel import ParallelModel
 from riskpo.trainer.update import update
 from riskpo.types import Rollouts
+from riskpo_kernels.causal_lm import find_head
 from tools.plan_check import HEADER, fresh, line, train_on
 
 SHORT = 32  # tokens of the warm-up

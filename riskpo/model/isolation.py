@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from riskpo.model.attention import FLASH, choose, packed_keywords
-from riskpo.model.decoder import decoder_of
+from riskpo_kernels.causal_lm import decoder_of
 
 log = logging.getLogger("riskpo")
 

@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from riskpo.model.decoder import decoder_of
 from riskpo.model.isolation import packed_rows, packing_of, plain_row
 from riskpo.model.vision import Inputs, vision_hidden_states
 from riskpo.types import Rollouts
+from riskpo_kernels.causal_lm import decoder_of
 
 IGNORE = -100
 

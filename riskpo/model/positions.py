@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from riskpo.model.decoder import decoder_of
+from riskpo_kernels.causal_lm import decoder_of
 
 POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings", "positions_embed")
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from riskpo.model.decoder import decoder_of
+from riskpo_kernels.causal_lm import decoder_of
 
 
 class _Tiled(torch.autograd.Function):

@@ -19,8 +19,8 @@ from transformers import AutoProcessor
 
 from riskpo.config import TrainConfig
 from riskpo.data.images import processor_inputs
-from riskpo.model.head_probe import relative_gap
 from riskpo.types import Question
+from riskpo_kernels.causal_lm import relative_gap
 
 Inputs = dict[str, torch.Tensor]  # what the model reads beside a prompt's tokens
 

@@ -18,7 +18,6 @@ from riskpo.algorithms import LossOptions
 from riskpo.config import RunConfig, SamplerConfig
 from riskpo.distributed import Ranks
 from riskpo.model.dropout import train_without_dropout
-from riskpo.model.lm_head import Head
 from riskpo.model.packing import (
     IGNORE,
     Packed,
@@ -40,6 +39,7 @@ from riskpo.trainer.rollout_correction import (
 from riskpo.trainer.totals import Totals, loss_numbers, loss_sums
 from riskpo.types import Rollouts
 from riskpo_kernels import SurrogateLoss, linear_logprob, riskpo_loss
+from riskpo_kernels.causal_lm import Head
 
 log = logging.getLogger("riskpo")
 
@@ -170,7 +170,6 @@ def surrogate(
         torch.cat([first.old[row] for row in batch.rows]) if first and off_policy else None,
         advantage,
         cu_seqlens=batch.cu_seqlens,
-        bias=head.bias,
         temperature=config.temperature,
         return_entropy=True,
         memory_mib=config.memory.head_mib,
@@ -182,7 +181,7 @@ def surrogate(
         correction=correction_of(batch, first, config.sampler.level),
         advantage_per="sequence",
         correction_per=config.sampler.level,
-        **asdict(head.options),
+        **head.keywords,
         **asdict(loss),
     )
 
@@ -229,11 +228,10 @@ def recompute(
             hidden_states(model, batch),
             head.weight,
             batch.target,
-            bias=head.bias,
             temperature=config.temperature,
             memory_mib=config.memory.head_mib,
             backend=config.backend,
-            **asdict(head.options),
+            **head.keywords,
         ).logprob
 
     device = next(parallel.model.parameters()).device

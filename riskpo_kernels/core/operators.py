@@ -79,18 +79,20 @@ def schema_of(kernel: Callable[..., Any], options: type, results: int) -> str:
     return torch.library.infer_schema(prototype, mutates_args=())
 
 
-def gradients_through(operator: Callable[..., Any], sent: int) -> Callable[..., Any]:
+def gradients_through(
+    operator: Callable[..., Any], sent: int, inputs: int = 3
+) -> Callable[..., Any]:
     """The `backward` that calls operator(needs, *upstream, *saved, *options), of the first `sent`
-    results' upstream gradients, for those of the first three inputs. ctx.options as set by
+    results' upstream gradients, for those of the first `inputs`. ctx.options as set by
     setup_context, which leaves gradients that nobody sent None."""
 
     def gradients(ctx: Any, *upstream: Any) -> tuple[torch.Tensor | None, ...]:
-        needs, own = list(ctx.needs_input_grad[:3]), upstream[:sent]
+        needs, own = list(ctx.needs_input_grad[:inputs]), upstream[:sent]
         nothing = (None,) * len(ctx.needs_input_grad)
         if all(x is None for x in own) or not any(needs):
             return nothing
         found = operator(needs, *own, *ctx.saved_tensors, *ctx.options)
-        return *(x if n else None for x, n in zip(found, needs, strict=True)), *nothing[3:]
+        return *(x if n else None for x, n in zip(found, needs, strict=True)), *nothing[inputs:]
 
     return gradients
 
@@ -100,7 +102,7 @@ def gradients_fake(needs: list[bool], *args: Any, sent: int = 3) -> tuple[torch.
     hidden = args[sent]
     return tuple(
         hidden.new_empty(x.shape, dtype=x.dtype) if n and x is not None else hidden.new_empty(0)
-        for x, n in zip(args[sent : sent + 3], needs, strict=True)
+        for x, n in zip(args[sent : sent + len(needs)], needs, strict=True)
     )
 
 

@@ -52,14 +52,15 @@ def backward_rows(
     dw_pieces = rows_outer if dense is not None else free or head.n > head.vocab
     dw = None
     if needs[1]:
-        grad = head.weight.new_zeros(head.weight.shape, dtype=products.wide) if wide_dw else None
+        columns = head.weight.shape[1] if head.low_rank is None else head.low_rank.width
+        grad = head.weight.new_zeros(head.vocab, columns, dtype=products.wide) if wide_dw else None
         dw = Accumulator(head.weight, products.wide, whole=dw_pieces, grad=grad)
     db = torch.zeros(head.vocab, dtype=products.wide, device=head.hidden.device)
     into = Gradients(None, dw, db if needs[2] else None)
     dh = None
     if needs[0]:
         dtype = products.wide if wide_dh else head.hidden.dtype
-        dh = torch.zeros(head.hidden.shape, dtype=dtype, device=head.hidden.device)
+        dh = torch.zeros(len(head.hidden), head.width, dtype=dtype, device=head.hidden.device)
 
     if dense is not None:
         part, sent = (head.of(dense), up.of(dense)) if ways.sparse else (head, up)
@@ -104,7 +105,7 @@ def ways_of(head: Head, active: ActiveBlocks | None, sent: torch.Tensor, o: Opti
 
 def _piece(head: Head, products: Products, o: Options) -> int:
     """Rows whose float32 dH takes half of the workspace."""
-    return max(256, int(o.memory_mib * 2**19) // (head.hidden.shape[1] * products.wide.itemsize))
+    return max(256, int(o.memory_mib * 2**19) // (head.width * products.wide.itemsize))
 
 
 def _rows_of(

@@ -33,6 +33,7 @@ from riskpo_kernels.core.softmax import (
 )
 from riskpo_kernels.lm_head.backward import backward_rows, ways_of
 from riskpo_kernels.lm_head.block_filter import ActiveBlocks, Ways
+from riskpo_kernels.lm_head.low_rank import LowRank
 from riskpo_kernels.lm_head.tiles import Head, Options, forward_rows
 from riskpo_kernels.lm_head.vocab_parallel import VocabShard
 
@@ -91,6 +92,7 @@ def forward(
     ignore_index: int | None,
     group: str,
     *numbers: Any,
+    low_rank: LowRank | None = None,
 ) -> tuple[torch.Tensor, ...]:
     o = resolve(hidden, weight, numbers)
     shard = find_shard(group, hidden, weight, target, o)
@@ -98,9 +100,12 @@ def forward(
     bias = None if bias is None else bias.contiguous()
     map = map_of(o, row_temperature, wide_of(hidden, weight))
     kept = _kept(hidden, weight, group, o)
-    way = _triton_forward if o.backend == "triton" else _torch_forward
+    given = (hidden, weight, bias, target, map, ignore_index, vocab, shard, o, kept)
     with exact_products(hidden.device):
-        *rows, active = way(hidden, weight, bias, target, map, ignore_index, vocab, shard, o, kept)
+        if o.backend == "triton":
+            *rows, active = _triton_forward(*given)
+        else:
+            *rows, active = _torch_forward(*given, low_rank)
     rows = [hidden.new_empty(0, dtype=kept.dtype) if x is None else x for x in rows]
     first = torch.full((1 if group else 0,), offset, dtype=torch.int64, device=hidden.device)
     active = _no_blocks(hidden) if active is None else active
@@ -136,13 +141,14 @@ def _torch_forward(
     shard: VocabShard | None,
     o: Options,
     kept: torch.Tensor,
+    low_rank: LowRank | None,
 ) -> tuple[Any, ...]:
     """logprob, entropy, lse, peak, log_sum [N], and the active blocks (None: nothing is dropped)"""
     n, offset = target.shape[0], shard.offset if shard else 0
     keep, ids = live_rows(OP, target, vocab, ignore_index, map.temperature)
     map = map if keep is None else map.of(keep)
     kept = kept if keep is None else kept.zero_()  # an operator's results are never undefined
-    head = Head(hidden, weight, bias, keep, ids - offset, map, KeptLogits(kept))
+    head = Head(hidden, weight, bias, keep, ids - offset, map, KeptLogits(kept), low_rank)
     state, active = forward_rows(head, o, shard)
     logprob, entropy, peak, log_sum = finish(state)
     rows = (logprob, entropy, peak + log_sum, peak, log_sum)
@@ -210,6 +216,7 @@ def backward_sums(
     group: str,
     *numbers: Any,
     wide: bool = False,
+    low_rank: LowRank | None = None,
 ) -> tuple[torch.Tensor | None, ...]:
     """dH, dW, dbias; wide: as their float32 sums, dH of this rank's columns alone."""
     o, dtype = resolve(hidden, weight, numbers), logprob.dtype
@@ -218,7 +225,7 @@ def backward_sums(
     bias = None if bias is None else bias.contiguous()
     map, local = map_of(o, row_temperature, dtype), target.long()
     local = local - offset if group else local
-    head = Head(hidden, weight, bias, None, local, map, KeptLogits(kept))
+    head = Head(hidden, weight, bias, None, local, map, KeptLogits(kept), low_rank)
     stats = RowStats(logprob, entropy if o.return_entropy else None, peak, log_sum)
     up = RowGradient.new(stats, c, g, e, map)
     active = ActiveBlocks(bits, dense, pairs) if dense.numel() else None

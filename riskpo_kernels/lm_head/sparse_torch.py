@@ -36,7 +36,7 @@ class _Strips:
     def __init__(self, head: Head, up: RowGradient, o: Options, into: Gradients):
         self.head, self.up, self.into = head, up, into
         self.products = products_of(head)
-        width, wide = head.hidden.shape[1], self.products.wide
+        width, wide = head.width, self.products.wide
         # a row: its hidden state (twice while it is widened), its dH, its logits
         per_row = wide.itemsize * (3 * width + STRIP * BLOCK)
         most = max(BLOCK, int(o.memory_mib * 2**20) // per_row)
@@ -55,7 +55,7 @@ class _Strips:
 
     def hidden(self, rows: torch.Tensor | slice) -> torch.Tensor:
         head = self.head
-        if isinstance(rows, slice):
+        if isinstance(rows, slice) or head.low_rank is not None:
             return head.take(rows, self.products.dtype)
         out = self.gathered[: rows.numel() * head.hidden.shape[1]].view(rows.numel(), -1)
         at = rows if head.rows is None else head.rows[rows]
@@ -64,7 +64,7 @@ class _Strips:
     def add(self, v: slice, rows: torch.Tensor | None) -> None:
         """Columns v of the given rows, of all without."""
         products, into = self.products, self.into
-        w = self.head.weight[v].to(products.dtype)
+        w = self.head.columns(v, products.dtype)
         dw = None if into.dw is None else into.dw.open(v)
         if rows is None:
             pieces: Iterator[torch.Tensor | slice] = iter(
@@ -96,7 +96,7 @@ class _Strips:
                 piece = self.scattered[: h.numel()].view(h.shape)
                 self.dh.index_add_(0, r, products.into(piece, dz, w)[: r.numel()])
         if dw is not None:
-            products.add(dw, dz.T, h)
+            products.add(dw, dz.T, head.trained(h))
         if into.db is not None:
             into.db[v] += raw.sum(0)
 

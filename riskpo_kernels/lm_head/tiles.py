@@ -17,6 +17,7 @@ from riskpo_kernels.core import softmax
 from riskpo_kernels.core.matmul import Plan, Products, plan_tiles, spans
 from riskpo_kernels.core.softmax import BLOCK, KeptLogits, LogitMap, RowGradient, RowState, finish
 from riskpo_kernels.lm_head.block_filter import CAP, ActiveBlocks, n_blocks, row_eps, select
+from riskpo_kernels.lm_head.low_rank import LowRank
 from riskpo_kernels.lm_head.vocab_parallel import VocabShard
 
 # (rows, cols) of the largest tile. On CUDA wide tiles, so that dH and dW are touched rarely; the
@@ -60,7 +61,8 @@ class Options:
 
 @dataclass(frozen=True)
 class Head:
-    """hidden [N, D], weight [V, D], bias [V]; n of the rows, by index (None: all), with targets."""
+    """hidden [N, D], weight [V, D], bias [V]; n of the rows, by index (None: all), with targets.
+    low_rank: columns beside them; then no gradient is taken of the weight's own."""
 
     hidden: torch.Tensor
     weight: torch.Tensor
@@ -69,6 +71,7 @@ class Head:
     target: torch.Tensor
     map: LogitMap
     kept: KeptLogits | None = None  # the forward writes it, the backward reads it
+    low_rank: LowRank | None = None
 
     @property
     def n(self) -> int:
@@ -78,6 +81,18 @@ class Head:
     def vocab(self) -> int:
         return self.weight.shape[0]
 
+    @property
+    def width(self) -> int:
+        return self.hidden.shape[1] + (0 if self.low_rank is None else self.low_rank.width)
+
+    def columns(self, v: slice, dtype: torch.dtype) -> torch.Tensor:
+        w = self.weight[v].to(dtype)
+        return w if self.low_rank is None else torch.cat((w, self.low_rank.beside_weight(v)), 1)
+
+    def trained(self, h: torch.Tensor) -> torch.Tensor:
+        """What a gradient of logits is multiplied with to give that of the weight."""
+        return h if self.low_rank is None else h[:, self.hidden.shape[1] :]
+
     def of(self, keep: torch.Tensor) -> Head:
         """Some of the rows."""
         rows = keep if self.rows is None else self.rows[keep]
@@ -85,7 +100,8 @@ class Head:
 
     def take(self, s: slice | torch.Tensor, dtype: torch.dtype, pad: int = 0) -> torch.Tensor:
         """Hidden states of rows s, and rows of zeros up to `pad`."""
-        return padded(self.hidden[self.at(s)].to(dtype), pad)
+        h, low = self.hidden[self.at(s)].to(dtype), self.low_rank
+        return padded(h if low is None else torch.cat((h, low.beside_hidden(self.at(s))), 1), pad)
 
     def targets(self, s: slice | torch.Tensor, v: slice, pad: int = 0) -> torch.Tensor:
         """Targets of rows s, counted from the first of columns v."""
@@ -222,7 +238,7 @@ def plan_for(
         "linear_logprob",
         rows if o.deterministic else head.n,
         vocab,
-        head.hidden.shape[1],
+        head.width,
         memory_mib=o.memory_mib - (0 if head.kept is None else head.kept.raw.nbytes / 2**20),
         most_rows=rows,
         most_cols=cols,
@@ -273,7 +289,7 @@ def _fold_tiles(head: Head, o: Options, products: Products, vocab: int) -> tuple
         map = head.map_of(r, h.shape[0])
         for v in spans(head.vocab, plan.cols):
             raw = tile[: h.shape[0] * (v.stop - v.start)].view(h.shape[0], -1)
-            products.into(raw, h, head.weight[v].to(products.dtype).T)
+            products.into(raw, h, head.columns(v, products.dtype).T)
             if head.kept is not None:
                 head.kept.save(head.at(r), v, raw)
             here = None if blocks is None else blocks[:, v.start // BLOCK : n_blocks(v.stop)]
@@ -302,7 +318,7 @@ def dense_backward(
     small = torch.empty_like(tile, dtype=products.dtype) if products.mixed else tile
 
     def one_tile(r: slice, v: slice, dh: torch.Tensor | None, dw: torch.Tensor | None) -> None:
-        h, w = head.take(r, products.dtype, pad), head.weight[v].to(products.dtype)
+        h, w = head.take(r, products.dtype, pad), head.columns(v, products.dtype)
         raw, dz = (x[: h.shape[0] * w.shape[0]].view(h.shape[0], -1) for x in (tile, small))
         head.logits(products, r, v, h, w, raw)
         bias, part, map = head.bias_of(v, products.wide), rows_of(up, r, pad), head.map_of(r, pad)
@@ -316,7 +332,7 @@ def dense_backward(
         if dh is not None:
             products.add(dh, dz, w, apart=o.deterministic)
         if dw is not None:
-            products.add(dw, dz.T, h)
+            products.add(dw, dz.T, head.trained(h))
 
     rows, cols = (head.n, plan.rows, into.dh), (head.vocab, plan.cols, into.dw)
     outer, inner = (rows, cols) if rows_outer else (cols, rows)

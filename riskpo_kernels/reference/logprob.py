@@ -37,6 +37,7 @@ def linear_logprob(
     ignore_index: int | None = -100,
     support: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
     outside_support: str = "raise",
+    lora: tuple[torch.Tensor, torch.Tensor, float] | None = None,
     tail_eps: float | None = None,
     vocab_group: Any = None,
     memory_mib: float = 300,
@@ -47,6 +48,10 @@ def linear_logprob(
     least float32. tail_eps, memory_mib, deterministic and backend have nothing to act on here.
     target [..., K] gives logprob [..., K]; support keeps the ids of a row, outside_support is
     taken as "-inf"."""
+    if lora is not None:  # z of the merged head: W + factor B A
+        a, b, factor = lora
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        weight = weight.to(wide) + factor * b.to(wide) @ a.to(wide)
     if vocab_group is not None:
         weight = whole(weight, vocab_group)
         bias = None if bias is None else whole(bias, vocab_group)

@@ -19,6 +19,7 @@ from riskpo_kernels import (
 )
 from riskpo_kernels.core.operators import register
 from riskpo_kernels.lm_head.logits_operator import logits_operator
+from riskpo_kernels.lm_head.lora import lora_operator
 from riskpo_kernels.lm_head.operator import head_operator
 from riskpo_kernels.policy_loss.operator import surrogate_operator
 from tests.head_inputs import head
@@ -221,6 +222,9 @@ def test_head_operator_is_sound(eps, entropy):
     leaves = [x.requires_grad_() for x in (h, w, b)]
     numbers = (1.0, None, 0.7, entropy, "torch", 300.0, eps, False, True)
     torch.library.opcheck(head_operator, (*leaves, target, None, -100, "", *numbers))
+    low = [torch.randn(*shape, requires_grad=True) for shape in ((2, D), (V, 2))]
+    tensors = (leaves[0], *low, leaves[2], w.detach(), target, None)
+    torch.library.opcheck(lora_operator, (*tensors, 0.5, -100, "", *numbers))
 
 
 def test_logits_and_surrogate_operators_are_sound():

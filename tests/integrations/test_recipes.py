@@ -77,13 +77,14 @@ def softcapped():
     return transformers.Gemma2ForCausalLM(config)
 
 
-@pytest.mark.parametrize("number, temperature", [(0, 0.7), (1, 1.0)], ids=["plain", "softcap"])
-def test_a_hugging_face_model(number, temperature):
+@pytest.mark.parametrize("number", [0, 1, 2], ids=["plain", "one line", "head"])
+def test_a_hugging_face_model(number):
     model = softcapped() if number else tiny_policy().model
     inputs = padded(model.config.vocab_size)
     names = run("A Hugging Face model", number, model=model, **inputs)
-    logp, target = token_logp(model, inputs, temperature), inputs["input_ids"][:, 1:]
-    live = inputs["attention_mask"][:, 1:] != 0
+    logp, target = token_logp(model, inputs, (0.7, 0.7, 1.0)[number]), inputs["input_ids"][:, 1:]
+    live = inputs["labels" if number == 1 else "attention_mask"][:, 1:]
+    live = live != (-100 if number == 1 else 0)
     near(names["logprob"], logp.gather(-1, target[..., None])[..., 0] * live)
     near(names["entropy"], -(logp.exp() * logp).sum(-1) * live)
 
@@ -163,6 +164,25 @@ def test_logprobs_of_k_tokens():
     ids = logp.topk(4).indices.flip(-1)
     names = run("Log-probs of K tokens", model=model, token_ids=ids, **inputs)
     near(names["logprob"], logp.gather(-1, ids))
+
+
+def test_lora_on_the_head():
+    model, inputs = model_and_batch()
+    vocab, width = model.lm_head.weight.shape
+    low = {"lora_a": torch.randn(3, width), "lora_b": torch.randn(vocab, 3)}
+    low = {name: x.requires_grad_() for name, x in low.items()}
+    names = run("LoRA on the head", model=model, **low, **inputs)
+    got = [x.grad.clone() for x in low.values()]
+    with torch.no_grad():
+        hidden = model.model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+    merged = model.lm_head.weight.detach() + 2 * low["lora_b"] @ low["lora_a"]
+    logp = (hidden.last_hidden_state[:, :-1] @ merged.T).log_softmax(-1)
+    target = inputs["labels"][:, 1:]
+    expected = logp.gather(-1, target.clamp(min=0)[..., None])[..., 0] * (target != -100)
+    near(names["token"].logprob, expected)
+    for x, y in zip(got, torch.autograd.grad(expected.sum(), list(low.values())), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+    assert model.lm_head.weight.grad is None
 
 
 def test_z_loss():
@@ -266,17 +286,17 @@ def test_lightning(tmp_path):
 @pytest.mark.parametrize("number, label", [(0, "RiskPO"), (1, "GRPO")], ids=["trainer", "head"])
 def test_trl(tmp_path, monkeypatch, number, label):
     pytest.importorskip("trl", reason="trl is not installed: pip install 'riskpo[trl]'")
-    from riskpo.integrations.trl import head as trl_head
+    from riskpo_kernels.causal_lm import fused
     from tests.integrations import trl_toy
 
     calls = []
-    op = trl_head.linear_logprob
+    op = fused.linear_logprob
 
     def counted(*args, **kwargs):
         calls.append(1)
         return op(*args, **kwargs)
 
-    monkeypatch.setattr(trl_head, "linear_logprob", counted)
+    monkeypatch.setattr(fused, "linear_logprob", counted)
     given = ("num_generations", "per_device_train_batch_size")
     settings = {k: v for k, v in trl_toy.SETTINGS.items() if k not in given}
     policy = tiny_policy()
@@ -305,6 +325,7 @@ HERE = {
     "Training on what the sampler kept",
     "Log-probs of K tokens",
     "z-loss",
+    "LoRA on the head",
     "Your own loop, with accelerate",
     "Lightning",
     "TRL",
@@ -319,4 +340,4 @@ def test_a_block_without_a_test_of_its_own_runs_by_itself(heading):
 
 def test_the_headings_tested_here_are_on_the_page():
     assert HERE <= set(BLOCKS) and all(BLOCKS[heading] for heading in HERE)
-    assert [len(BLOCKS[h]) for h in ("A Hugging Face model", "TRL")] == [2, 2]
+    assert [len(BLOCKS[h]) for h in ("A Hugging Face model", "TRL")] == [3, 2]

@@ -15,9 +15,8 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from riskpo.integrations.trl import head as trl_head
 from riskpo.integrations.trl.rows import answer_key
-from riskpo.model.lm_head import find_head
+from riskpo_kernels import add_fused_lm_head
 from tests.integrations.test_trl_loss import batch, old_logprob
 from tests.integrations.trl_toy import trainer
 from tests.toy import tiny_policy
@@ -92,7 +91,7 @@ def gradient(folder: Path, rank: int, loss_type: str) -> list[float]:
 def log_prob_gradients(units: str, rows_of: list[int]) -> dict[str, list[float]]:
     """Of the mean over `rows_of` ranks' rows; FSDP2 shards the model, or its head apart, or not."""
     model = tiny_policy().model
-    trl_head._patch(model, find_head(model), {"temperature": 1.0}, float32=False)
+    add_fused_lm_head(model)
     if units == "head":
         fully_shard(model.lm_head)
     if units != "none":

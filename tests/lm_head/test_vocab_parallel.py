@@ -107,6 +107,32 @@ def few_columns(rank, sizes):
             assert_all_close_as_plain(got, truth, plain)
 
 
+def adapted(op, h, w, b, target, down, up, group=None):
+    """Results and gradients of a head with LoRA on it; dweight is that of B."""
+    down = down.clone().requires_grad_()
+
+    def head(h, up, target, **options):
+        return op(h, w, target, lora=(down, up, 0.5), vocab_group=group, **options)
+
+    return run(head, h, up, b, target) | {"dA": down.grad}
+
+
+def adapters(rank, sizes):
+    """A on every rank, B spread like the head."""
+    mine, group = columns_of(rank, sizes), dist.group.WORLD
+    for dtype in (torch.float64, torch.bfloat16):
+        h, w, b, target = inputs(dtype)
+        target[[3, 20]] = -100
+        down, up = torch.randn(4, D).to(dtype), torch.randn(len(w), 4).to(dtype)
+        exact = (x.double() for x in (h, w, b))
+        truth = adapted(reference.linear_logprob, *exact, target, down.double(), up.double())
+        plain = adapted(reference.linear_logprob, h, w, b, target, down, up)
+        got = adapted(linear_logprob, h, w[mine], b[mine], target, down, up[mine], group)
+        for part in ("dweight", "dbias"):
+            got[part] = whole(got[part], group)
+        assert_all_close_as_plain(got, truth, plain)
+
+
 def divergences(rank, sizes):
     """Both heads spread over the ranks, alike."""
     columns = columns_of(rank, sizes)
@@ -231,6 +257,7 @@ def every_case(rank, sizes):
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from error
     few_columns(rank, sizes)
+    adapters(rank, sizes)
     divergences(rank, sizes)
     collectives_are_few_and_alike(rank, sizes)
     the_loss_goes_through(rank, sizes)

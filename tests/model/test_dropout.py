@@ -10,14 +10,13 @@ import torch
 from riskpo.algorithms import LossOptions
 from riskpo.config import RunConfig
 from riskpo.demo import build_questions
-from riskpo.model.decoder import decoder_of
 from riskpo.model.dropout import train_without_dropout
 from riskpo.model.isolation import plain_row
-from riskpo.model.lm_head import find_head
 from riskpo.trainer.optimizer import Optimizer
 from riskpo.trainer.parallel import ParallelModel
 from riskpo.trainer.rollout_correction import SAMPLER_KL_LIMIT
 from riskpo.trainer.update import update
+from riskpo_kernels.causal_lm import decoder_of, find_head
 from tests.model_families import build, tiny_config
 from tests.toy import sample, tiny_policy
 

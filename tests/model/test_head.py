@@ -5,16 +5,13 @@ Every family goes through test_model_families.py.
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from riskpo.model.decoder import decoder_of
-from riskpo.model.lm_head import find_head
-from riskpo_kernels import linear_logprob
+from riskpo_kernels import add_fused_lm_head, linear_logprob
+from riskpo_kernels.causal_lm import Head, decoder_of, find_head
 from tests.model_families import build
 
 # Numbers that act on logits, where they are 1 or absent by default.
@@ -38,9 +35,7 @@ def compare(model, head) -> None:
     """Log-probs, entropies and gradients through the head are those of the model's own logits."""
     target = IDS[0].flip(0) % len(head.weight)
     hidden = decoder_of(model)(input_ids=IDS, use_cache=False).last_hidden_state[0]
-    made = linear_logprob(
-        hidden, head.weight, target, bias=head.bias, return_entropy=True, **asdict(head.options)
-    )
+    made = linear_logprob(hidden, head.weight, target, return_entropy=True, **head.keywords)
     got = results(model, made.logprob, made.entropy)
     logp = model(input_ids=IDS, use_cache=False).logits[0].float().log_softmax(-1)
     entropy = -(logp.exp() * logp).sum(-1)
@@ -73,16 +68,31 @@ def test_every_number_that_acts_on_logits_is_found(family):
     check_log_probs(build(family, **SETTINGS[family]))
 
 
+def padded_rows() -> dict[str, torch.Tensor]:
+    """Two rows, the second padded, as a call with labels takes them."""
+    ids, attention = IDS.repeat(2, 1), torch.ones(2, IDS.shape[1], dtype=torch.long)
+    ids[1], attention[1, -3:] = ids[1].flip(0), 0
+    labels = ids.masked_fill(attention == 0, -100)
+    labels[0, :2] = -100
+    return {"input_ids": ids, "attention_mask": attention, "labels": labels, "use_cache": False}
+
+
 @torch.no_grad()
-def check_log_probs(model) -> None:
-    head = find_head(model)
+def check_log_probs(model) -> Head:
+    """What the fused call gives is what the model's own logits give. Makes its head larger."""
+    head, given = find_head(model), padded_rows()
     enlarge(head)
-    logits = model(input_ids=IDS, use_cache=False).logits[0].double()
-    hidden = decoder_of(model)(input_ids=IDS, use_cache=False).last_hidden_state[0]
-    target = torch.arange(12)
-    got = linear_logprob(hidden, head.weight, target, bias=head.bias, **asdict(head.options))
-    expected = logits.log_softmax(-1).gather(-1, target[:, None])[:, 0]
-    assert (got.logprob - expected).abs().max() < 1e-5 * logits.abs().max()
+    with add_fused_lm_head(model, head=head):
+        got = model(**given, fused_lm_head=True)
+    target = given.pop("labels")[:, 1:]
+    logits = model(**given).logits[:, :-1].double()
+    logp, mask = logits.log_softmax(-1), target != -100
+    expected = logp.gather(-1, target.clamp(min=0)[..., None])[..., 0] * mask
+    entropy = -(logp.exp() * logp).nan_to_num().sum(-1) * mask
+    assert torch.equal(got.label_mask, mask)
+    for x, y in ((got.log_probs, expected), (got.entropy, entropy)):
+        assert (x - y).abs().max() < 1e-5 * logits.abs().max()
+    return head
 
 
 def test_the_padding_of_a_vocabulary_has_no_logits():

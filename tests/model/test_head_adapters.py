@@ -7,7 +7,7 @@ import torch
 
 peft = pytest.importorskip("peft", reason="peft is not installed: pip install 'riskpo[lora]'")
 
-from riskpo.model.lm_head import find_head  # noqa: E402
+from riskpo_kernels.causal_lm import find_head  # noqa: E402
 from tests.model.test_head import compare  # noqa: E402
 from tests.model_families import build  # noqa: E402
 
@@ -60,6 +60,12 @@ RIGHT = {
     ),
     "LoRA of the embedding": (False, lambda: lora(target_modules=["q_proj", "embed_tokens"])),
     "LoRA of a tied embedding": (True, lambda: lora(target_modules=["q_proj", "embed_tokens"])),
+    "LoRA": (False, lambda: lora(target_modules=["q_proj", "lm_head"])),
+    "rsLoRA": (False, lambda: lora(target_modules=["lm_head"], use_rslora=True)),
+    "LoRA that a tied head shares": (
+        True,
+        lambda: lora(target_modules=["embed_tokens"], ensure_weight_tying=True),
+    ),
     "layer norms": (False, lambda: peft.LNTuningConfig(target_modules=["norm"])),
 }
 
@@ -77,8 +83,7 @@ def test_values_and_gradients_are_the_models_own(name, moved):
 
 
 REFUSED = {
-    "LoRA": lambda: lora(target_modules=["q_proj", "lm_head"]),
-    "rsLoRA": lambda: lora(target_modules=["lm_head"], use_rslora=True),
+    "LoRA with dropout": lambda: lora(target_modules=["lm_head"], lora_dropout=0.1),
     "DoRA": lambda: lora(target_modules=["lm_head"], use_dora=True),
     "LoRA with a bias": lambda: lora(target_modules=["lm_head"], lora_bias=True),
     "LoRA of a parameter": lambda: lora(target_parameters=["lm_head.weight"]),
@@ -103,12 +108,6 @@ def test_adapters_of_products_on_the_head_are_refused_by_name(name, moved):
         find_head(wrapped)
 
 
-def test_an_adapter_that_a_tied_head_shares_is_refused():
-    config = lora(target_modules=["embed_tokens"], ensure_weight_tying=True)
-    with pytest.raises(ValueError, match="head: got the adapter peft.*on .*lm_head of a Llama"):
-        find_head(wrap(llama(tied=True), config))
-
-
 @pytest.mark.parametrize(
     "config",
     [
@@ -123,23 +122,42 @@ def test_virtual_tokens_are_refused(config):
         find_head(wrap(llama(), config()))
 
 
-@pytest.mark.parametrize("kind", ["modules_to_save", "trainable_token_indices"])
+ON_HEAD = {
+    "modules_to_save": ["lm_head"],
+    "trainable_token_indices": {"lm_head": TOKENS},
+    "target_modules": ["lm_head"],
+}
+
+
+@pytest.mark.parametrize("kind", ON_HEAD)
 def test_the_active_adapter_is_taken_and_none_where_they_are_off(kind):
-    on_head = {kind: ["lm_head"] if kind == "modules_to_save" else {"lm_head": TOKENS}}
+    on_head = {kind: ON_HEAD[kind]}
     wrapped = wrap(llama(), lora(**on_head))
     wrapped.add_adapter("other", lora(**on_head))
     model, head = wrapped.get_base_model(), find_head(wrapped)
     wrapped.set_adapter("other")
     move(wrapped, seed=7)
-    seen = [head.weight.detach().clone()]
+    seen = [made(head)]
     compare(model, head)
     wrapped.set_adapter("default")
-    seen.append(head.weight.detach().clone())
+    seen.append(made(head))
     compare(model, head)
+    if kind == "target_modules":
+        wrapped.base_model.set_adapter(["default", "other"])
+        compare(model, head)
     with wrapped.disable_adapter():
-        seen.append(head.weight.detach().clone())
+        seen.append(made(head))
     assert all((a - b).abs().max() > 0.1 for a, b in zip(seen, seen[1:], strict=False))
     assert torch.equal(seen[2], llama().lm_head.weight)
+
+
+@torch.no_grad()
+def made(head):
+    """The weight that acts."""
+    if head.lora is None:
+        return head.weight.clone()
+    a, b, factor = head.lora
+    return head.weight + factor * b @ a
 
 
 def test_adapters_of_transformers_without_a_wrapper():
@@ -149,8 +167,8 @@ def test_adapters_of_transformers_without_a_wrapper():
     compare(model, find_head(model))
     model = llama()
     model.add_adapter(lora(target_modules=["lm_head"]))
-    with pytest.raises(ValueError, match="head: got the adapter peft.*on lm_head"):
-        find_head(model)
+    move(model)
+    compare(model, find_head(model))
 
 
 def test_a_bias_beside_trained_tokens_is_what_peft_makes_of_it():

@@ -8,7 +8,7 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from riskpo.model.isolation import settle_attention
-from riskpo.model.lm_head import find_head
+from riskpo_kernels.causal_lm import find_head
 from tests.model.test_head import check_log_probs
 from tests.model.test_model_families import both, value_gap
 from tests.model_families import CHANGES, SIZES, merge, redraw, shrunk

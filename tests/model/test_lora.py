@@ -14,7 +14,6 @@ pytest.importorskip("peft", reason="peft is not installed: pip install 'riskpo[l
 from riskpo.algorithms import LossOptions  # noqa: E402
 from riskpo.cli import main  # noqa: E402
 from riskpo.config import LoraConfig, RunConfig, TrainConfig  # noqa: E402
-from riskpo.model.lm_head import find_head  # noqa: E402
 from riskpo.model.load import load_policy  # noqa: E402
 from riskpo.model.lora import attach_lora, plain_weights  # noqa: E402
 from riskpo.model.packing import pack  # noqa: E402
@@ -22,6 +21,7 @@ from riskpo.report.logs import read_records  # noqa: E402
 from riskpo.train import train  # noqa: E402
 from riskpo.trainer.checkpoint import latest_checkpoint  # noqa: E402
 from riskpo.trainer.update import surrogate  # noqa: E402
+from riskpo_kernels.causal_lm import find_head  # noqa: E402
 from tests.toy import random_rollouts, save_arithmetic, tiny_policy  # noqa: E402
 
 IDS = torch.arange(2, 12)[None]

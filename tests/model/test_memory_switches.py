@@ -13,12 +13,12 @@ import torch
 from riskpo.algorithms import LossOptions
 from riskpo.config import MemoryConfig, RunConfig, TrainConfig, validate
 from riskpo.model.activation_offload import CpuCheckpoints
-from riskpo.model.lm_head import find_head
 from riskpo.model.memory_switches import apply_switches, park_checkpoints
 from riskpo.model.tiled_mlp import tile_mlps, tiled
 from riskpo.trainer.optimizer import Optimizer
 from riskpo.trainer.parallel import ParallelModel
 from riskpo.trainer.update import update
+from riskpo_kernels.causal_lm import find_head
 from tests.toy import random_rollouts, tiny_policy
 from tools.plain_transfers import PlainTransfers
 

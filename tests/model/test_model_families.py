@@ -13,7 +13,6 @@ import torch
 import transformers
 
 from riskpo.model import isolation
-from riskpo.model.decoder import decoder_of
 from riskpo.model.dropout import train_without_dropout
 from riskpo.model.isolation import (
     Packing,
@@ -21,13 +20,13 @@ from riskpo.model.isolation import (
     plain_row,
     settle_attention,
 )
-from riskpo.model.lm_head import find_head
 from riskpo.model.packing import hidden_states, pack
+from riskpo_kernels.causal_lm import decoder_of, find_head
 from tests.model.test_head import check_log_probs
 from tests.model_families import NOT_TINY, VOCAB, build, class_name, families
 from tests.toy import random_rollouts
 from tools.family_page import PAGE as PAGE_FILE
-from tools.family_page import head_verdict, rows, settled
+from tools.family_page import head_verdict, loss_verdict, rows, settled
 
 CPU = torch.device("cpu")
 PAGE = rows()
@@ -41,7 +40,7 @@ SOME = range(0, 6, 2)
 def test_the_page_lists_every_family():
     """A family that transformers adds is noticed here; python -m tools.family_page writes it."""
     assert {name: row[1] for name, row in PAGE.items()} == {n: class_name(n) for n in families()}
-    assert all(PAGE[n][2:5] == ["refused", "-", why] for n, why in NOT_TINY.items())
+    assert all(PAGE[n][2:6] == ["refused", "-", "-", why] for n, why in NOT_TINY.items())
     tried = [row for name, row in PAGE.items() if name not in NOT_TINY]
     assert {row[2] for row in tried} == {"packed", "one by one", "refused"}
     assert {row[3].partition(": ")[0] for row in tried} == {"right", "refused"}
@@ -122,7 +121,8 @@ def test_its_head_is_right_or_refused_by_name(case):
     listed = PAGE[family][3] if OF_THIS_VERSION else head_verdict(model)
     verdict, _, reason = listed.partition(": ")
     if verdict == "right":
-        check_log_probs(model)
+        head = check_log_probs(model)
+        assert not OF_THIS_VERSION or loss_verdict(model, head) == PAGE[family][4]
         return
     with pytest.raises(ValueError, match="^head: ") as refused:
         find_head(model)

@@ -19,13 +19,13 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from riskpo.config import LoraConfig, MemoryConfig
 from riskpo.eval import evaluate_model
 from riskpo.eval_config import EvalConfig
-from riskpo.model.lm_head import Head, find_head
 from riskpo.model.load import load_policy_for
 from riskpo.model.packing import hidden_states, pack
 from riskpo.model.vision import check_vision_head, question_inputs
 from riskpo.train import train
 from riskpo.trainer.checkpoint import latest_checkpoint
 from riskpo.types import Rollouts
+from riskpo_kernels.causal_lm import Head, find_head
 from tests.pictures import PAIR, RED, draw, png, recomputed, settings
 from tests.toy import save_byte_model
 

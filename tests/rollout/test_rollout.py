@@ -20,7 +20,6 @@ from transformers import (
 )
 
 from riskpo.config import RunConfig, TrainConfig
-from riskpo.model.lm_head import find_head
 from riskpo.model.load import Policy, end_tokens, load_policy, prepare
 from riskpo.model.positions import position_limit
 from riskpo.rollout.generate import response_noise
@@ -29,6 +28,7 @@ from riskpo.train import train
 from riskpo.trainer.parallel import ParallelModel
 from riskpo.trainer.update import recompute
 from riskpo.types import Question
+from riskpo_kernels.causal_lm import find_head
 from tests.toy import sample, save_arithmetic, save_byte_model, tiny_policy
 
 # Prompts of different lengths, so that there is padding on the left.

@@ -9,7 +9,6 @@ import torch
 
 from riskpo.algorithms import LossOptions
 from riskpo.config import RunConfig, SamplerConfig
-from riskpo.model.lm_head import find_head
 from riskpo.model.packing import micro_batches
 from riskpo.trainer.optimizer import Optimizer
 from riskpo.trainer.parallel import ParallelModel
@@ -20,6 +19,7 @@ from riskpo.trainer.rollout_correction import (
 )
 from riskpo.trainer.totals import Totals
 from riskpo.trainer.update import recompute, update
+from riskpo_kernels.causal_lm import find_head
 from tests.toy import random_rollouts, tiny_policy
 
 

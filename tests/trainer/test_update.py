@@ -19,11 +19,11 @@ from transformers import (
 
 from riskpo.algorithms import LossOptions
 from riskpo.config import RunConfig
-from riskpo.model.lm_head import find_head
 from riskpo.model.packing import denominator, hidden_states, micro_batches, mini_batches, pack
 from riskpo.trainer.optimizer import Optimizer
 from riskpo.trainer.parallel import ParallelModel
 from riskpo.trainer.update import recompute, update
+from riskpo_kernels.causal_lm import find_head
 from tests.toy import random_rollouts, tiny_policy
 
 CPU = torch.device("cpu")

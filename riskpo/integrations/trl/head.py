@@ -7,24 +7,15 @@ head computed differently. Generation and every other forward are the model's ow
 
 from __future__ import annotations
 
-import functools
 import logging
-import types
-from contextlib import nullcontext
-from dataclasses import asdict, replace
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import GRPOTrainer
-from trl.trainer.utils import FusedCausalLMOutput
 
-from riskpo.model.decoder import decoder_of, unwrapped
-from riskpo.model.lm_head import Head, find_head
-from riskpo_kernels import full_weight, linear_logprob
+from riskpo_kernels.causal_lm import Head, add_fused_lm_head, find_head, unwrapped
 
-IGNORE = -100
 OP = "use_riskpo_head"
 log = logging.getLogger("riskpo")
 
@@ -47,28 +38,27 @@ def use_riskpo_head(
     The keywords are those of linear_logprob. bfloat16 heads drop blocks of the vocabulary below
     2^-14 from the gradient by default; tail_eps=0 is exact.
 
-    ValueError for what this path does not compute: an adapter of products on the head (LoRA;
-    modules_to_save and trainable tokens are computed), virtual tokens, a mixture of experts
+    ValueError for what this path does not compute: an adapter of products on the head other than
+    LoRA (TRL refuses that one; modules_to_save and trainable tokens are computed), virtual tokens,
+    a mixture of experts
     with its auxiliary loss, images, DeepSpeed ZeRO-3, a head the formula does not describe.
     """
     _refuse(trainer)
-    float32: bool = trainer.args.cast_lm_head_to_fp32  # type: ignore[attr-defined]
     head = _head(trainer.model)
     model = unwrapped(trainer.model)
     settings = {
         "temperature": trainer.temperature,
+        "cast_lm_head_to_fp32": trainer.args.cast_lm_head_to_fp32,  # type: ignore[attr-defined]
         "backend": backend,
         "memory_mib": memory_mib,
         "tail_eps": tail_eps,
         "deterministic": deterministic,
+        "head": head,
     }
-    _patch(model, head, settings, float32)
+    add_fused_lm_head(model, **settings)
     if trainer.ref_model is not None:  # built from the policy's own checkpoint: the same formula
-        reference = trainer.accelerator.unwrap_model(trainer.ref_model)
-        _patch(
-            reference, replace(head, module=reference.get_output_embeddings()), settings, float32
-        )
-    log.info("%s: %s with %s, %s", OP, type(model).__name__, settings, head.options)
+        add_fused_lm_head(trainer.accelerator.unwrap_model(trainer.ref_model), **settings)
+    log.info("%s: %s with %s", OP, type(model).__name__, settings)
 
 
 def _refuse(trainer: GRPOTrainer) -> None:
@@ -103,71 +93,6 @@ def _head(model: Any) -> Head:
         raise ValueError(f"{OP}: {error}")
     options, rows = next(formula for formula, _ in told if formula is not None)
     return Head(module, options, rows)
-
-
-def _patch(model: Any, head: Head, settings: dict[str, Any], float32: bool) -> None:
-    host_forward = model.forward
-
-    # generate() reads the signature of forward through __wrapped__
-    @functools.wraps(type(model).forward)
-    def forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
-        if not fused_lm_head:
-            return host_forward(*args, **kwargs)
-        return _score(self, args, kwargs, head, settings, float32)
-
-    model.forward = types.MethodType(forward, model)
-
-
-def _score(
-    model: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    head: Head,
-    settings: dict[str, Any],
-    float32: bool,
-) -> FusedCausalLMOutput:
-    """log_probs and entropy [B, T - 1] of labels [B, T], 0 where the label is -100."""
-    labels = kwargs.pop("labels")
-    for name in ("shift_labels", "num_items_in_batch", "output_router_logits"):
-        if kwargs.pop(name, None) is not None:
-            todo = "Only GRPOTrainer's own loss takes this path."
-            _reject(f"{name} with fused_lm_head=True", "labels alone", todo)
-    hidden = decoder_of(model)(*args, **kwargs, use_cache=False).last_hidden_state
-    # The labels move, not the hidden states: a slice of those would be a copy.
-    target = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
-    # a head that FSDP2 shards as a module of its own; one gather per forward
-    bias, weight = None if head.bias is None else full_weight(head.bias), full_weight(head.weight)
-    hidden, weight = _as_computed(hidden.to(weight.device), weight, float32)
-    device = hidden.device.type
-    with torch.autocast(device, enabled=False) if float32 else nullcontext():
-        token = linear_logprob(
-            hidden,
-            weight,
-            target.to(hidden.device),
-            bias=None if bias is None else bias.to(weight.dtype),
-            return_entropy=True,
-            ignore_index=IGNORE,
-            **asdict(head.options),
-            **settings,
-        )
-    assert token.entropy is not None  # asked for
-    mask = target[:, :-1] != IGNORE
-    # copies of [B, T - 1]: FSDP cannot hook a view
-    logprob, entropy = (x[:, :-1].contiguous() for x in (token.logprob, token.entropy))
-    return FusedCausalLMOutput(log_probs=logprob, entropy=entropy, label_mask=mask)
-
-
-def _as_computed(
-    hidden: torch.Tensor, weight: torch.Tensor, float32: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both in the dtype in which the model's own head would multiply them."""
-    device = hidden.device.type
-    if float32:
-        return hidden.float(), weight.float()
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        return hidden.to(dtype), weight.to(dtype)
-    return hidden, weight
 
 
 def _reject(came: str, expected: str, todo: str) -> None:

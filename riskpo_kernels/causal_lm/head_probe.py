@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from riskpo.model.decoder import decoder_of
+from riskpo_kernels.causal_lm.decoder import decoder_of
 
 # Largest |h W^T| of a row of the probe. 0 shows a bias, the small ones a scale, the large ones a
 # softcap of any size.
@@ -43,6 +43,9 @@ def raw_logits(head: Any, hidden: torch.Tensor) -> torch.Tensor:
     weight, bias = head.weight, head.bias
     hidden = hidden.to(weight.device).float()
     raw = torch.cat([hidden @ part.float().T for part in weight.split(VOCAB_CHUNK)], dim=-1)
+    if head.lora is not None:
+        a, b, factor = head.lora
+        raw += factor * (hidden @ a.float().T) @ b.float().T
     return raw if bias is None else raw + bias.float()
 
 
@@ -189,7 +192,7 @@ def _all_tracked(model: Any, decoder: Any) -> Iterator[None]:
 
 def _refuse_strange_leaves(model: Any, head: Any, logits: torch.Tensor) -> None:
     """ValueError unless the logits depend on what the head's weight and bias are made of."""
-    theirs, ours = leaves(logits), leaves(head.weight, head.bias)
+    theirs, ours = leaves(logits), leaves(head.weight, head.bias, *(head.lora or ())[:2])
     names = {id(x): name for name, x in (*model.named_buffers(), *model.named_parameters())}
     for found, known, what in (
         (theirs, ours, "depend on {} beside the head's weight and bias"),

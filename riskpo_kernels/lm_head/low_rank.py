@@ -1,0 +1,82 @@
+"""A product of low rank beside the head: columns that hidden states and head get, tile by tile.
+
+    raw = h W^T + u B^T      u = factor h A^T, float32 or wider
+
+One product gives both terms: of [h, u] with [W, B]. Where operands are 16 bits wide, what their
+rounding would lose has columns of its own, so that u B^T is right to about 2^-16 of itself:
+
+    u B^T = u1 B1^T + u2 B1^T + u1 B2^T      u1 = round(u), u2 = round(u - u1), B alike
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from riskpo_kernels.core.matmul import spans
+
+ROWS = 4096  # of hidden states that are widened at a time
+
+
+def halves(x: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
+    """x as one part where the products' dtype holds it, else two whose sum is x, nearly."""
+    first = x.to(dtype)
+    if torch.promote_types(x.dtype, dtype) == dtype:
+        return [first]
+    return [first, (x - first.to(x.dtype)).to(dtype)]
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """u [N, r] of all rows of hidden, b [V, r] of all columns; dtype of the products' operands."""
+
+    u: torch.Tensor
+    b: torch.Tensor
+    dtype: torch.dtype
+
+    @staticmethod
+    def new(
+        hidden: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        factor: float,
+        dtype: torch.dtype,
+        wide: torch.dtype,
+    ) -> LowRank:
+        down = a.to(wide).T * factor
+        u = [hidden[s].to(wide) @ down for s in spans(hidden.shape[0], ROWS)]
+        return LowRank(torch.cat(u) if u else hidden.new_empty(0, len(a), dtype=wide), b, dtype)
+
+    @property
+    def _pairs(self) -> list[tuple[int, int]]:
+        """Which halves of u and of B are multiplied."""
+        both = [
+            range(1 if torch.promote_types(x.dtype, self.dtype) == self.dtype else 2)
+            for x in (self.u, self.b)
+        ]
+        return [(i, j) for i in both[0] for j in both[1] if i + j < 2]
+
+    @property
+    def width(self) -> int:
+        return len(self._pairs) * self.u.shape[1]
+
+    def beside_hidden(self, rows: slice | torch.Tensor) -> torch.Tensor:
+        """[R, width]"""
+        parts = halves(self.u[rows], self.dtype)
+        return torch.cat([parts[i] for i, _ in self._pairs], 1)
+
+    def beside_weight(self, columns: slice) -> torch.Tensor:
+        """[C, width]"""
+        parts = halves(self.b[columns], self.dtype)
+        return torch.cat([parts[j] for _, j in self._pairs], 1)
+
+    def of_u(self, sums: torch.Tensor) -> torch.Tensor:
+        """The gradient [N, r] of u in that of beside_hidden: of its first half, which is whole."""
+        parts = sums.split(self.u.shape[1], 1)
+        return torch.stack([parts[k] for k, (i, _) in enumerate(self._pairs) if i == 0]).sum(0)
+
+    def of_b(self, sums: torch.Tensor) -> torch.Tensor:
+        """The gradient [V, r] of B in that of beside_weight."""
+        parts = sums.split(self.u.shape[1], 1)
+        return torch.stack([parts[k] for k, (_, j) in enumerate(self._pairs) if j == 0]).sum(0)

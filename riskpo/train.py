@@ -34,6 +34,8 @@ def train(config: TrainConfig) -> Path:
         if run.step == 0:
             show_first(run)
             evaluate_and_log(run)
+        elif run.step >= run.config.steps:
+            run.log.note(f"all {run.step} steps are done; a larger --steps goes on from here")
         for step in range(run.step + 1, run.config.steps + 1):
             train_step(run, step)
             if due(step, run.config.eval_every_steps, run.config.steps):

@@ -188,7 +188,10 @@ def test_a_finished_run_adds_nothing(tmp_path, cold_start, capsys):
     before = (tmp_path / "metrics.jsonl").read_bytes()
     train(config)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
-    assert "resuming from" in capsys.readouterr().out
+    assert "all 1 steps are done; a larger --steps goes on" in capsys.readouterr().out
+    train(replace(config, steps=2))
+    rows = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert [row["step"] for row in rows if "reward_mean" in row] == [1, 2]
 
 
 def test_one_line_fits_the_terminal():

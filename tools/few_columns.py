@@ -1,9 +1,10 @@
-"""Support, several targets and reverse KL on a real head, beside [N, V] logits.
+"""Log-probs, support, several targets and reverse KL on a real head, beside [N, V] logits.
 
-    python -m tools.few_columns MODEL_FOLDER [--rows 512]
+    MALLOC_MMAP_THRESHOLD_=65536 python -m tools.few_columns MODEL_FOLDER [--rows 512]
 
-Rows are hidden states of the model on this repository's README; float32, temperature .6, one
-thread. Printed: CPU seconds of forward + backward, the median of three, and their quotient.
+float32, one thread. Log-probs are those of the model's own answers at temperature 1;
+for the others rows are hidden states on this repository's README, temperature .6. Printed: CPU
+seconds of forward + backward, the median of three, the peak beside inputs and gradients, quotient.
 """
 
 from __future__ import annotations
@@ -17,6 +18,11 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from riskpo.memory_plan.peak_meter import PeakMeter
+from riskpo.model.load import load_policy
+from riskpo.rollout.generate import GenerateSampler
+from riskpo.rollout.sampler import SamplingLimits
+from riskpo.types import Question
 from riskpo_kernels import linear_divergence, linear_logprob
 
 KEPT, TARGETS, T = 50, 8, 0.6
@@ -29,6 +35,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     print("loading the model ...", flush=True)
+    answers(options.model, options.rows)
     h, w, target = rows_of(options.model, options.rows)
     with torch.no_grad():
         likely = torch.cat([target[:, None], (h @ w.T).topk(KEPT).indices], 1)
@@ -63,6 +70,36 @@ def main() -> None:
     show("reverse KL, tail_eps=2^-14", reverse_kl, "two [N, V] log-softmaxes", two_softmaxes, h, w)
 
 
+def answers(folder: str, rows: int) -> None:
+    """Log-probs of the first tokens of every answer that the model sampled."""
+    policy = load_policy(folder)
+    asked = [f"What is {a} + {b}? Explain." for a in range(3, 11) for b in (5, 17)]
+    sampler = GenerateSampler(policy, SamplingLimits(64, 48))
+    drawn = sampler.sample([Question(x, x, "") for x in asked], 2, (0, 1))
+    hidden, target = [], []
+    for tokens, start in zip(drawn.tokens, drawn.prompt_len, strict=True):
+        with torch.no_grad():
+            states = policy.model.base_model(tokens[None]).last_hidden_state[0, start - 1 : -1]
+        hidden.append(states[: rows // len(drawn)])
+        target.append(tokens[start:][: rows // len(drawn)])
+    h, ids = torch.cat(hidden).requires_grad_(), torch.cat(target)
+    w = policy.model.get_output_embeddings().weight.detach().clone().requires_grad_()
+
+    def plain() -> torch.Tensor:
+        return (h @ w.T).log_softmax(-1).gather(1, ids[:, None])[:, 0]
+
+    def fused(eps: float) -> Callable[[], torch.Tensor]:
+        return lambda: linear_logprob(h, w, ids, tail_eps=eps).logprob
+
+    with torch.no_grad():
+        logprob = (h @ w.T).log_softmax(-1)
+    entropy = -(logprob.exp() * logprob).sum(-1).mean()
+    print(f"{len(h)} rows of answers, mean entropy {entropy:.2f}", flush=True)
+    del logprob
+    show("log-probs, exact", fused(0.0), "[N, V]", plain, h, w)
+    show("log-probs, tail_eps=2^-14", fused(2.0**-14), "[N, V]", plain, h, w)
+
+
 def rows_of(folder: str, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Hidden states [N, D], the head [V, D] and the next tokens [N]; the first two want grad."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -82,13 +119,20 @@ def show(
     other: Callable[[], torch.Tensor],
     *leaves: torch.Tensor,
 ) -> None:
-    ours, theirs = (seconds(f, *leaves) for f in (run, other))
-    print(f"{name} {ours:.2f} s, {other_name} {theirs:.2f} s: {ours / theirs:.2f}", flush=True)
+    (ours, mine), (theirs, held) = (cost(f, *leaves) for f in (run, other))
+    print(
+        f"{name} {ours:.2f} s ({mine:.0f} MiB), {other_name} {theirs:.2f} s ({held:.0f} MiB): "
+        f"{ours / theirs:.2f}",
+        flush=True,
+    )
 
 
-def seconds(run: Callable[[], torch.Tensor], *leaves: torch.Tensor) -> float:
-    """CPU seconds of run and its backward, upstream gradients not uniform."""
+def cost(run: Callable[[], torch.Tensor], *leaves: torch.Tensor) -> tuple[float, float]:
+    """CPU seconds and MiB of run and its backward, upstream gradients not uniform."""
     taken = []
+    for x in leaves:
+        x.grad = None
+    meter = PeakMeter(torch.device("cpu"))
     for _ in range(4):
         for x in leaves:
             x.grad = None
@@ -96,7 +140,9 @@ def seconds(run: Callable[[], torch.Tensor], *leaves: torch.Tensor) -> float:
         out = run()
         out.backward(torch.linspace(0.5, 1.5, out.numel()).view_as(out))
         taken.append(time.process_time() - began)
-    return statistics.median(taken[1:])  # the first warms up
+        if len(taken) == 1:
+            peak = (meter.increase() or 0) - sum(x.nbytes for x in leaves)
+    return statistics.median(taken[1:]), peak / 2**20  # the first warms up
 
 
 if __name__ == "__main__":

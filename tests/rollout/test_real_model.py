@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
 from riskpo.model.load import load_policy
+from riskpo.rollout.generate import response_noise
 from riskpo.rollout.sampler import prompt_tokens
 from riskpo.types import Question
 from tests.toy import sample
@@ -60,16 +62,34 @@ def close(ours, theirs, atol=2e-4):
         torch.testing.assert_close(a, b, rtol=0, atol=atol)
 
 
-def test_log_probs_are_those_of_a_plain_forward_without_padding(policy, drawn):
-    lengths = [len(prompt_tokens(policy.tokenizer, q.prompt)) for q in QUESTIONS]
-    assert len(set(lengths)) == len(QUESTIONS)
-    plain = []
-    for tokens, start in zip(drawn.tokens, drawn.prompt_len, strict=True):
+def by_hand(policy, question, row, temperature):
+    """One response and its log-probs: no batch, padding or cache, and in float64 after the logits.
+
+    A token is the first one to which the probabilities add up beyond the uniform number.
+    """
+    asked, answer, logprobs = prompt_tokens(policy.tokenizer, question.prompt), [], []
+    end = policy.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for u in response_noise(LIMITS["stream"], question, 3, LIMITS["max_response_tokens"])[row]:
         with torch.no_grad():
-            z = policy.model(input_ids=tokens[None]).logits[0, start - 1 : -1]
-        plain.append(z.log_softmax(-1).gather(1, tokens[start:, None])[:, 0])
-    close(drawn.logprob, plain)
-    assert torch.cat(plain).std() > 0.5
+            z = policy.model(input_ids=torch.tensor([asked + answer]), use_cache=False).logits
+        logprob = (z[0, -1].double() / temperature).log_softmax(-1)
+        answer.append(int((logprob.exp().cumsum(0) <= u).sum()))
+        logprobs.append(float(logprob[answer[-1]]))
+        if answer[-1] == end:
+            break
+    return asked + answer, torch.tensor(logprobs)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_responses_are_those_of_a_loop_over_forward_one_row_at_a_time(policy, temperature):
+    drawn = draw(policy, temperature=temperature)
+    assert len(set(drawn.prompt_len)) == len(QUESTIONS)  # there is padding
+    for i in range(1, len(drawn), 3):
+        tokens, logprob = by_hand(policy, QUESTIONS[i // 3], i % 3, temperature)
+        assert drawn.tokens[i].tolist() == tokens
+        close([drawn.logprob[i]], [logprob])
+    assert torch.cat(drawn.logprob).std() > 0.4  # the softmax is not flat
 
 
 def test_padding_and_batches_change_nothing(policy, drawn):
@@ -97,14 +117,16 @@ def test_a_response_ends_at_the_first_end_token_which_is_the_pad_token_too(polic
 def test_nothing_of_generation_config_reaches_the_draw_but_its_end_tokens(
     real_model, tmp_path, drawn
 ):
-    """Its end token, a new line here, is one beside the tokenizer's."""
-    bent = load_policy(with_generation_config(real_model, tmp_path, **LEAKS, eos_token_id=198))
-    assert bent.tokenizer.decode([198]) == "\n"
+    """Its end token, here the commonest one within responses, is one beside the tokenizer's."""
+    within = zip(drawn.tokens, drawn.prompt_len, strict=True)
+    counts = Counter(t for tokens, start in within for t in tokens[start + 1 : -1].tolist())
+    end = counts.most_common(1)[0][0]
+    bent = load_policy(with_generation_config(real_model, tmp_path, **LEAKS, eos_token_id=end))
     others = draw(bent)
     ended = 0
     for ours, theirs, start in zip(others.tokens, drawn.tokens, drawn.prompt_len, strict=True):
         response = theirs[start:].tolist()
-        length = response.index(198) + 1 if 198 in response else len(response)
+        length = response.index(end) + 1 if end in response else len(response)
         assert ours[start:].tolist() == response[:length]
         ended += length < len(response)
     assert ended

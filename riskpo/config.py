@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import tomli_w
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AllowInfNan, TypeAdapter, ValidationError
 
 if sys.version_info >= (3, 11):
@@ -58,6 +58,10 @@ class SamplerConfig:
     sequences: Count = 512  # responses that are sampled at once
     static_cache: bool = False  # of generate: a fixed size, which CUDA decoding is compiled for
     gpu_share: Number = 0.4  # of GPU memory, for vllm while it is awake
+    # Which words may be drawn; the policy that is trained is the one over these alone.
+    top_k: CountOr0 = 0  # the likeliest so many; 0: all
+    top_p: Annotated[float, Gt(0), Le(1)] = 1.0  # the likeliest that hold this much probability
+    min_p: Annotated[float, Ge(0), Lt(1)] = 0.0  # those above this share of the likeliest one's
     correction: Literal["none", "tis", "mis"] = "none"  # tis truncates weights, mis masks them
     level: Literal["token", "sequence"] = "token"  # of the weights
     cap: Number = 2.0  # of trainer / sampler probability
@@ -206,6 +210,15 @@ def validate(config: TrainConfig) -> None:
     for name, wanted in needs_files.items():
         if wanted and c.model is None:
             reject(f"{name} with the embedded model", "a model on disk or a hub", "Set model.")
+    narrowed = c.sampler.top_k or c.sampler.top_p < 1 or c.sampler.min_p
+    for name, other in (("sampler.engine", c.sampler.engine), ("backend", c.backend)):
+        if narrowed and other in ("vllm", "triton"):
+            reject(
+                f"sampler.top_k, top_p or min_p with {name}={other!r}",
+                "sampler.engine='generate' and backend auto or torch, which keep the words that "
+                "each token was drawn from and train the policy over these",
+                "Change one of them.",
+            )
     check_columns(c.columns)
     if (c.difficulty == "prior") != (c.columns.prior is not None):
         reject(

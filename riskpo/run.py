@@ -239,7 +239,8 @@ def warmed_up(
 
 
 def limits_of(config: RunConfig) -> SamplingLimits:
-    return SamplingLimits(config.max_prompt_tokens, config.max_response_tokens, config.temperature)
+    lengths, kept = (config.max_prompt_tokens, config.max_response_tokens), config.sampler
+    return SamplingLimits(*lengths, config.temperature, kept.top_k, kept.top_p, kept.min_p)
 
 
 def build_sampler(policy: Policy, config: RunConfig, parallel: ParallelModel) -> Sampler:

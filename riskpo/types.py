@@ -36,6 +36,9 @@ class Question:
     images: tuple[bytes | str, ...] = ()
 
 
+Support = tuple["torch.Tensor", "torch.Tensor"]  # ids, and how many of them each token has
+
+
 @dataclass
 class Rollouts:
     """R sampled responses, question-major: rows i * G .. i * G + G - 1 answer question i.
@@ -44,6 +47,8 @@ class Rollouts:
     prompt_len  list of R ints
     logprob     list of R float32 tensors, one entry per response token, as the sampler saw them;
                 NaN where it did not say
+    support     list of R pairs (ids, counts [response tokens]), int64: the words that each token
+                was drawn from, one token's after the other's; empty where all words may be
     text        list of R decoded responses
     truncated   list of R bools: the length limit was hit before an end-of-sequence token
     inputs      by question id, what a vision-language model reads beside the prompt's tokens, a
@@ -55,6 +60,7 @@ class Rollouts:
     logprob: list[torch.Tensor] = field(default_factory=list)
     text: list[str] = field(default_factory=list)
     truncated: list[bool] = field(default_factory=list)
+    support: list[Support] = field(default_factory=list)
     question_id: list[str] = field(default_factory=list)
     inputs: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
 
@@ -66,7 +72,7 @@ class Rollouts:
         chosen = range(len(other)) if rows is None else rows
         for column in fields(self):
             values = getattr(other, column.name)
-            if isinstance(values, list):
+            if isinstance(values, list) and values:
                 getattr(self, column.name).extend(values[row] for row in chosen)
         names = {other.question_id[row] for row in chosen}
         self.inputs |= {name: x for name, x in other.inputs.items() if name in names}

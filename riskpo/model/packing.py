@@ -21,7 +21,7 @@ import torch
 
 from riskpo.model.isolation import packed_rows, packing_of, plain_row
 from riskpo.model.vision import Inputs, vision_hidden_states
-from riskpo.types import Rollouts
+from riskpo.types import Rollouts, Support
 from riskpo_kernels.causal_lm import decoder_of
 
 IGNORE = -100
@@ -39,6 +39,7 @@ class Packed:
     cu_seqlens: torch.Tensor  # [S + 1] int32
     lengths: list[int]  # [S] the same on the CPU
     prompt_tokens: torch.Tensor  # [S] response tokens of all the rollouts of the same question
+    support: Support | None = None  # (ids, offsets [T + 1]) of the words each target was drawn from
     beside: Inputs = field(default_factory=dict)  # of a prompt with pictures; S is then 1
 
 
@@ -85,8 +86,20 @@ def pack(rollouts: Rollouts, rows: Sequence[int], device: torch.device) -> Packe
         torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device),
         lengths,
         torch.tensor([of_question[rollouts.question_id[row]] for row in rows], device=device),
+        packed_support(rollouts, rows, device),
         rollouts.inputs.get(rollouts.question_id[rows[0]], {}),
     )
+
+
+def packed_support(rollouts: Rollouts, rows: Sequence[int], device: torch.device) -> Support | None:
+    """linear_logprob's support of the packed targets; a prompt's have none."""
+    if not rollouts.support:
+        return None
+    counts = [torch.zeros(1, dtype=torch.int64)]
+    for row in rows:
+        counts += [counts[0].new_zeros(rollouts.prompt_len[row] - 1), rollouts.support[row][1]]
+    ids = torch.cat([rollouts.support[row][0] for row in rows])
+    return ids.to(device), torch.cat(counts).cumsum(0).to(device)
 
 
 def hidden_states(model: Any, batch: Packed) -> torch.Tensor:

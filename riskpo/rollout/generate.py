@@ -17,7 +17,7 @@ from riskpo.rollout.sampler import (
     prompts_within,
     stream_seed,
 )
-from riskpo.types import Question, Rollouts, Stream
+from riskpo.types import Question, Rollouts, Stream, Support
 
 
 class _Draw(LogitsProcessor):
@@ -26,16 +26,23 @@ class _Draw(LogitsProcessor):
     Row i's t-th token is where its cumulative probability passes uniform[i, t] (inverse transform
     sampling): a function of that number and of the policy, whoever else is in the batch. generate
     is left with one possible token, which its argmax finds. Temperature 0 takes the likeliest token
-    and notes its log-prob at 1.
+    and notes its log-prob at 1. Where limits narrow the words, the softmax is over those they keep,
+    which are noted too.
     """
 
-    def __init__(self, temperature: float, uniform: torch.Tensor) -> None:
-        self.temperature = temperature
+    def __init__(self, limits: SamplingLimits, uniform: torch.Tensor) -> None:
+        self.limits, self.temperature = limits, limits.temperature
+        self.kept: list[tuple[torch.Tensor, torch.Tensor]] = []  # (row, id) [P, 2], of each [rows]
         self.uniform = uniform  # [rows, max_response_tokens] float64, in [0, 1)
         self.columns: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        logprob = torch.log_softmax(scores.float() / (self.temperature or 1.0), dim=-1)
+        z = scores.float() / (self.temperature or 1.0)
+        if self.limits.narrows:
+            keep = self.limits.keep(z)
+            self.kept.append((keep.nonzero().cpu(), keep.sum(1).cpu()))
+            z = z.masked_fill(~keep, -torch.inf)
+        logprob = torch.log_softmax(z, dim=-1)
         # In float64: a running sum in float32 need not grow, and would favour rare tokens.
         below = logprob.double().exp().cumsum(-1)
         total = below[:, -1:]
@@ -47,6 +54,18 @@ class _Draw(LogitsProcessor):
         self.columns.append(logprob.gather(1, chosen)[:, 0])
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
 
+    def supports(self) -> Iterator[Support | None]:
+        """Of each row in turn, all of its tokens'."""
+        if not self.kept:
+            yield from [None] * len(self.uniform)
+            return
+        pairs, counts = (
+            torch.cat([x for x, _ in self.kept]),
+            torch.stack([n for _, n in self.kept], 1),
+        )
+        ids = pairs[pairs[:, 0].sort(stable=True).indices, 1]
+        yield from zip(ids.split(counts.sum(1).tolist()), counts, strict=True)
+
 
 def response_noise(stream: Stream, question: Question, responses: int, length: int) -> torch.Tensor:
     """[responses, length] float64 in [0, 1): the random numbers of one question's responses."""
@@ -56,9 +75,10 @@ def response_noise(stream: Stream, question: Question, responses: int, length: i
 
 @dataclass(frozen=True)
 class GenerateSampler:
-    """Plain sampling from the whole distribution, so that the log-probs are those of the policy.
+    """Plain sampling, so that the log-probs are those of the policy over the words it may draw.
 
-    No top_p, top_k or penalties, whatever the model's own generation_config asks for. A question's
+    No penalties, and no top_p, top_k or min_p but those of `limits`, whatever the model's own
+    generation_config asks for. A question's
     random numbers are a function of `stream` (say seed, step, attempt) and its id, not of the batch
     it is sampled in: cutting the batch otherwise, or over several processes, changes logits by
     rounding and so, very rarely, a token.
@@ -83,7 +103,7 @@ class GenerateSampler:
         group = responses if policy.processor else len(rows)
         with self.whole():
             for part in _batches(len(rows), self.sequences, group):
-                draw = _Draw(self.limits.temperature, uniform[part].to(policy.device))
+                draw = _Draw(self.limits, uniform[part].to(policy.device))
                 self._sample_batch(rows[part], draw, done)
         return done
 
@@ -107,9 +127,11 @@ class GenerateSampler:
             synced_gpus=False,  # the processes of a run never wait for each other in here
             **for_model(beside, policy.model, count=len(rows)),
         )
-        columns = zip(output[:, width:].tolist(), torch.stack(draw.columns, 1).cpu(), strict=True)
-        for (question, prompt), (response, logprob) in zip(rows, columns, strict=True):
-            append_response(done, policy.tokenizer, question, prompt, response, logprob, ends)
+        drawn = torch.stack(draw.columns, 1).cpu()
+        columns = zip(output[:, width:].tolist(), drawn, draw.supports(), strict=True)
+        for (question, prompt), column in zip(rows, columns, strict=True):
+            response, logprob, kept = column
+            append_response(done, policy.tokenizer, question, prompt, response, logprob, ends, kept)
 
     def rest(self) -> None:
         """Nothing to give back: these are the weights that are trained."""

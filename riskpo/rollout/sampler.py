@@ -20,7 +20,7 @@ from riskpo.model.load import Policy
 from riskpo.model.positions import check_positions
 from riskpo.model.vision import Inputs, question_inputs
 from riskpo.rewards.verdict import Judge, Verdict
-from riskpo.types import Question, Rollouts, Stream
+from riskpo.types import Question, Rollouts, Stream, Support
 
 
 class Sampler(Protocol):
@@ -40,6 +40,24 @@ class SamplingLimits:
     max_prompt_tokens: int
     max_response_tokens: int
     temperature: float = 1.0
+    top_k: int = 0  # 0: all words may be drawn
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    @property
+    def narrows(self) -> bool:
+        """Whether some words are never drawn."""
+        return bool(self.top_k) or self.top_p < 1 or self.min_p > 0
+
+    def keep(self, z: torch.Tensor) -> torch.Tensor:
+        """Which words of logits [B, V] may be drawn, bool: top_k, of these top_p, then min_p, as
+        transformers' generate orders them. The likeliest one always may."""
+        ordered, ids = z.sort(-1, descending=True)
+        if self.top_k:
+            ordered[:, self.top_k :] = -torch.inf
+        p = ordered.softmax(-1)
+        kept = (p.cumsum(-1) - p < self.top_p) & (p >= self.min_p * p[:, :1]) & (p > 0)
+        return torch.zeros_like(kept).scatter_(1, ids, kept)
 
 
 @dataclass(frozen=True)
@@ -132,6 +150,7 @@ def append_response(
     response: list[int],
     logprob: torch.Tensor,
     ends: list[int],
+    support: Support | None = None,
 ) -> None:
     """One response, cut after its first end token; without one it counts as truncated."""
     end = next((i for i, token in enumerate(response) if token in ends), None)
@@ -139,6 +158,10 @@ def append_response(
     done.tokens.append(torch.tensor(prompt + tokens))
     done.prompt_len.append(len(prompt))
     done.logprob.append(logprob[: len(tokens)].clone())
+    if support is not None:
+        ids, counts = support
+        counts = counts[: len(tokens)].clone()
+        done.support.append((ids[: int(counts.sum())].clone(), counts))
     done.text.append(tokenizer.decode(tokens, skip_special_tokens=True))
     done.truncated.append(end is None)
     done.question_id.append(question.id)

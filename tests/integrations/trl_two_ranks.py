@@ -66,7 +66,7 @@ def arranged(folder: Path, rank: int, order: list[int]) -> list[float]:
     rewards = torch.tensor([0.0, 1, 2, 3, 1, 1, 4, 0, 2, 2.5, 2, 1.5])
     mine = order[6 * rank : 6 * rank + 6]
     moved = fresh._advantages(
-        rewards[order], [f"question {i // 4}" for i in mine], [answer_key([i]) for i in mine]
+        rewards[order], [f"question {i // 4}" for i in mine], [answer_key([i]) for i in mine], None
     )
     result = torch.empty(12)
     result[order] = moved

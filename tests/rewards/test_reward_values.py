@@ -11,6 +11,7 @@ from riskpo.rewards.scorer import Scorer, stop_if_all_crashed
 from riskpo.rewards.verdict import crash_name
 from riskpo.rewards.worker import to_verdict
 from riskpo.rollout.generate import _Draw
+from riskpo.rollout.sampler import SamplingLimits
 from riskpo.types import Question
 from tests.verifiers import odd_values
 
@@ -50,7 +51,7 @@ def test_crashes_are_counted_by_name_told_once_and_all_of_them_stop(caplog):
 
 def test_temperature_zero_takes_the_likeliest_token():
     scores = torch.tensor([[0.0, 2.0, 1.0], [3.0, 0.0, 3.5]])
-    draw = _Draw(0.0, torch.tensor([[0.999], [0.0]], dtype=torch.float64))
+    draw = _Draw(SamplingLimits(1, 1, 0.0), torch.tensor([[0.999], [0.0]], dtype=torch.float64))
     assert draw(torch.zeros(2, 1), scores).argmax(-1).tolist() == [1, 2]
     expected = scores.log_softmax(-1)[[0, 1], [1, 2]]
     assert torch.equal(draw.columns[0], expected)

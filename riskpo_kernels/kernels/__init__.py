@@ -21,7 +21,7 @@ class Configuration(NamedTuple):
     archs: tuple[int, ...] = ()
 
 
-FLOAT_SCALARS = ("inner", "outer", "eps", "cap", "most", "softcap", "temperature")
+FLOAT_SCALARS = ("inner", "outer", "eps", "cap", "dense_above", "softcap", "temperature")
 
 
 def signature_of(

@@ -93,7 +93,7 @@ def finish_kernel(
     stride_blocks,
     eps,
     cap,
-    most,
+    dense_above,
     softcap,
     temperature,
     ENTROPY: tl.constexpr,
@@ -160,7 +160,7 @@ def finish_kernel(
             flags = tl.where(keep, 1, 0)
             count = tl.sum(flags, 1)
             tl.store(p_pairs + i, count, mask=m_r)
-            tl.store(p_dense + i, (count > most).to(tl.uint8), mask=m_r)
+            tl.store(p_dense + i, (count > dense_above).to(tl.uint8), mask=m_r)
             bit = tl.reshape(flags, (BR, NB // 8, 8)) << tl.arange(0, 8)[None, None, :]
             packed = tl.sum(bit, 2)  # [BR, NB / 8]
             o_8 = tl.arange(0, NB // 8)
@@ -219,7 +219,7 @@ def finish(
         stride_blocks=out.top.stride(0),
         eps=eps,
         cap=cap,
-        most=dense_share * blocks,
+        dense_above=dense_share * blocks,
         softcap=map.softcap or 1.0,
         temperature=1.0 if per_row is not None else map.temperature,
         ENTROPY=results["entropy"] is not None,

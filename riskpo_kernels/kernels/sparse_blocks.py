@@ -164,7 +164,7 @@ def sparse_configuration(
 ) -> Configuration:
     """A launch of one of the products: of `types` beside those that all of them share."""
     shared = {"p_hidden": dtype, "p_weight": dtype, "p_dz": dtype, "p_rows": "i32"}
-    places = ("index", "starts", "tiles", "tile_block", "target", "job_block", "job_tile")
+    places = ("index", "starts", "tiles", "tile_block", "target", "job_block", "first_job")
     shared |= {f"p_{x}": "i64" for x in (*places, "first_part", "order", "first_pair")}
     flags = flags | ({"BLOCK": BLOCK} if "BLOCK" in kernel.arg_names else {})
     signature, constexprs = signature_of(kernel, shared | types, given, flags)

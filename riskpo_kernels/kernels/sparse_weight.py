@@ -5,13 +5,14 @@
 
 A job is up to `most` tiles of one block; a program takes BD columns of a job. A few blocks hold
 many more pairs than the others, and their programs would go on alone when the rest is done. So they
-are several jobs, the first ones, whose sums fold_kernel adds in order: dW is the same twice.
+are several jobs, whose sums fold_kernel adds in order: dW is the same twice. How many jobs there
+are only the device knows: programs beyond the last one have nothing to do.
 
     tensor       shape            dtype
-    job_block    [J]              int64, block of each job, long ones first
-    job_tile     [J]              int64, its first tile in the block
-    parts        [P, 128, D]      fp32 sums of the first P jobs; part_sums [P, 128] of dbias
-    first_part   [S + 1]          int64, where the parts of each divided block begin
+    job_block    [J]              int64, block of each job; B beyond the last job
+    first_job    [B + 1]          int64, where the jobs of each block begin
+    first_part   [B + 1]          int64, where the parts of each divided block do; others have none
+    parts        [P, 128, D]      fp32 sums of the divided blocks' jobs; part_sums [P, 128] of dbias
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def put(
         tl.store(p_db + o_v, db + tl.load(p_db + o_v, mask=m_db, other=0.0), mask=m_db)
 
 
-@triton.jit(do_not_specialize=["first_block", "most", "n_parts"])
+@triton.jit(do_not_specialize=["first_block", "n_blocks", "most"])
 def dw_kernel(
     p_hidden,
     p_index,
@@ -69,7 +70,8 @@ def dw_kernel(
     p_dz,
     p_sums,
     p_job_block,
-    p_job_tile,
+    p_first_job,
+    p_first_part,
     p_parts,
     p_part_sums,
     p_dw,
@@ -78,8 +80,8 @@ def dw_kernel(
     D,
     V,
     first_block,
+    n_blocks,
     most,
-    n_parts,
     stride_h,
     stride_dw,
     HAS_DB: tl.constexpr,
@@ -91,7 +93,12 @@ def dw_kernel(
 ):
     i_j = tl.program_id(0).to(tl.int64)
     i_d = tl.program_id(1)
-    i_b, skipped = tl.load(p_job_block + i_j), tl.load(p_job_tile + i_j)
+    i_b = tl.load(p_job_block + i_j)
+    if i_b >= n_blocks:
+        return
+    i_p = i_j - tl.load(p_first_job + i_b)  # which of the block's jobs
+    first_part, last_part = tl.load(p_first_part + i_b), tl.load(p_first_part + i_b + 1)
+    skipped = i_p * most
     o_d, o_b = i_d * BD + tl.arange(0, BD), tl.arange(0, BLOCK)  # [BD], [BLOCK]
     o_v = (first_block + i_b) * BLOCK + o_b
     m_d, m_v = o_d < D, o_v < V
@@ -117,8 +124,8 @@ def dw_kernel(
         if HAS_DB:
             db += tl.load(p_sums + (tile + i // BM) * BLOCK + tl.arange(0, BLOCK))
 
-    if i_j < n_parts:
-        o_part = i_j * BLOCK + o_b
+    if last_part > first_part:
+        o_part = (first_part + i_p) * BLOCK + o_b
         tl.store(p_parts + o_part[:, None] * D + o_d[None, :], dw, mask=m_d[None, :])
         if HAS_DB:
             tl.store(p_part_sums + o_part, db, mask=(i_d == 0) & m_v)
@@ -130,7 +137,6 @@ def dw_kernel(
 def fold_kernel(
     p_parts,
     p_part_sums,
-    p_job_block,
     p_first_part,
     p_dw,
     p_db,
@@ -145,12 +151,14 @@ def fold_kernel(
     BLOCK: tl.constexpr,
     BD: tl.constexpr,
 ):
-    i_s = tl.program_id(0).to(tl.int64)
+    i_b = tl.program_id(0).to(tl.int64)
     i_d = tl.program_id(1)
+    first, last = tl.load(p_first_part + i_b), tl.load(p_first_part + i_b + 1)
+    if first == last:
+        return
     o_d = i_d * BD + tl.arange(0, BD)  # [BD]
-    first, last = tl.load(p_first_part + i_s), tl.load(p_first_part + i_s + 1)
     o_b = tl.arange(0, BLOCK)
-    o_v = (first_block + tl.load(p_job_block + first)) * BLOCK + o_b  # [BLOCK]
+    o_v = (first_block + i_b) * BLOCK + o_b  # [BLOCK]
     m_d = o_d < D
 
     dw = tl.full((BLOCK, BD), 0.0, tl.float32)

@@ -1,12 +1,11 @@
 """Lists active pairs block by block and launches the three products of kernels/sparse_blocks.py.
 
-As many blocks at a time as fit in memory_mib: their lists, and dz of all their pairs.
+As many blocks at a time as fit in memory_mib: their lists, and dz of all their pairs. The host
+knows how many pairs each block has; the lists are made on the device.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -82,13 +81,11 @@ def _one_group(
 ) -> None:
     device, dtype = head.hidden.device, head.hidden.dtype
     here, bm = counts[blocks], tile_rows(head.map.softcap is not None)
-    tiles_each = [-(-n // bm) for n in here]
-    n_blocks, n_tiles = len(here), sum(tiles_each)
-    starts, tiles = (torch.tensor([0, *itertools.accumulate(x)]) for x in (here, tiles_each))
-    tile_block = torch.repeat_interleave(torch.arange(n_blocks), torch.tensor(tiles_each))
-    starts, tiles, tile_block = (
-        x.to(device, non_blocking=True) for x in (starts, tiles, tile_block)
-    )
+    n_tiles = sum(-(-n // bm) for n in here)
+    each = torch.tensor(here).to(device, non_blocking=True)
+    tiles_each = (each + bm - 1) // bm
+    starts, tiles = begins(each), begins(tiles_each)
+    tile_block = torch.repeat_interleave(tiles_each, output_size=n_tiles)
     rows = active.pair_rows(blocks, sum(here))
     dz = torch.empty(n_tiles, bm, BLOCK, dtype=dtype, device=device)
     sums = None  # of the columns of each tile, before dz is rounded
@@ -213,7 +210,7 @@ def _launch_dw(
     into: Gradients,
     dz: torch.Tensor,
     sums: torch.Tensor | None,
-    tiles_each: list[int],
+    tiles_each: torch.Tensor,
     room: int,
     lists: dict[str, torch.Tensor],
     sizes: dict[str, int],
@@ -229,28 +226,26 @@ def _launch_dw(
     else:
         add, unit, out = False, dw.unit, dw.grad
     columns = -(-sizes["D"] // BD_W)
-    most_parts = room // (BLOCK * 4 * sizes["D"])
-    most = longest_job(tiles_each, columns, multiprocessors(dz.device), most_parts)
-    jobs, first_part = jobs_of(tiles_each, most)
-
-    def sent(x: Iterable[int]) -> torch.Tensor:
-        return torch.tensor(x).to(dz.device, non_blocking=True)
-
-    job_block, job_tile = (sent(x) for x in zip(*jobs, strict=True))
-    parts = torch.empty(first_part[-1] * BLOCK, sizes["D"], dtype=torch.float32, device=dz.device)
+    n_tiles, n_blocks = dz.shape[0], tiles_each.numel()
+    fitting = room // (BLOCK * 4 * sizes["D"])
+    most = longest_job(n_tiles, n_blocks, columns, multiprocessors(dz.device), fitting)
+    n_parts = most_parts(n_tiles, n_blocks, most)
+    job_block, first_job, first_part = jobs_of(tiles_each, n_tiles, most)
+    parts = torch.empty(n_parts * BLOCK, sizes["D"], dtype=torch.float32, device=dz.device)
     part_sums = None if into.db is None else parts.new_empty(parts.shape[0])
-    both: dict[str, Any] = dict(p_parts=parts, p_part_sums=part_sums, p_job_block=job_block)
+    both: dict[str, Any] = dict(p_parts=parts, p_part_sums=part_sums, p_first_part=first_part)
     both |= dict(p_dw=out, p_db=into.db, p_unit=unit, stride_dw=out.stride(0), BLOCK=BLOCK, BD=BD_W)
     both |= dict(HAS_DB=into.db is not None, HAS_UNIT=unit is not None, ADD=add, **sizes)
     executed(dz.numel(), sizes["D"])
-    dw_kernel[(len(jobs), columns)](
+    dw_kernel[(job_block.numel(), columns)](
         p_hidden=head.hidden,
         p_index=head.rows,
         p_dz=dz,
         p_sums=sums,
-        p_job_tile=job_tile,
+        p_job_block=job_block,
+        p_first_job=first_job,
+        n_blocks=n_blocks,
         most=most,
-        n_parts=first_part[-1],
         stride_h=head.hidden.stride(0),
         BM=dz.shape[1],
         num_warps=WARPS,
@@ -259,26 +254,37 @@ def _launch_dw(
         **lists,
         **both,
     )
-    if first_part[-1]:
-        fold_kernel[(len(first_part) - 1, columns)](
-            p_first_part=sent(first_part), num_warps=WARPS, **both
-        )
+    if n_parts:
+        fold_kernel[(n_blocks, columns)](num_warps=WARPS, **both)
 
 
-def longest_job(tiles: list[int], columns: int, multiprocessors: int, parts: int) -> int:
+def begins(each: torch.Tensor) -> torch.Tensor:
+    """Where each of consecutive runs begins, and where the last one ends."""
+    return torch.nn.functional.pad(each.cumsum(0), (1, 0))
+
+
+def most_parts(n_tiles: int, n_blocks: int, most: int) -> int:
+    """No more parts than this there are, however n_tiles are spread over the blocks: at most n of
+    them have more than `most` tiles, and each ends with a part that is not full."""
+    n = min(n_blocks, n_tiles // (most + 1))
+    return (n_tiles + n * (most - 1)) // most if n else 0
+
+
+def longest_job(n_tiles: int, n_blocks: int, columns: int, multiprocessors: int, parts: int) -> int:
     """The most tiles of a block that are one job of dW: no job goes on for long when the others are
     done, and no more parts than given are left to be added up."""
-    most = max(FEWEST_TILES, sum(tiles) * columns // (EVEN * multiprocessors))
-    while sum(-(-n // most) for n in tiles if n > most) > parts:
+    most = max(FEWEST_TILES, n_tiles * columns // (EVEN * multiprocessors))
+    while most_parts(n_tiles, n_blocks, most) > parts:
         most *= 2
     return most
 
 
-def jobs_of(tiles: list[int], most: int) -> tuple[list[tuple[int, int]], list[int]]:
-    """(block, its first tile) of each job: the parts of divided blocks, then whole blocks, long
-    ones first. And where the parts of each divided block begin, their number last."""
-    divided = [b for b, n in enumerate(tiles) if n > most]
-    whole = sorted((b for b, n in enumerate(tiles) if 0 < n <= most), key=lambda b: -tiles[b])
-    parts = [(b, first) for b in divided for first in range(0, tiles[b], most)]
-    first_part = itertools.accumulate((-(-tiles[b] // most) for b in divided), initial=0)
-    return [*parts, *((b, 0) for b in whole)], list(first_part)
+def jobs_of(
+    tiles_each: torch.Tensor, n_tiles: int, most: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """job_block, first_job and first_part of kernels/sparse_weight.py; as many jobs as there can
+    be."""
+    each = (tiles_each + most - 1) // most
+    first_job, first_part = begins(each), begins(each.masked_fill(each < 2, 0))
+    jobs = torch.arange(each.numel() + n_tiles // most, device=each.device)
+    return torch.searchsorted(first_job, jobs, right=True) - 1, first_job, first_part

@@ -28,9 +28,12 @@ def finest(monkeypatch):
 
     class Counting:
         def __getitem__(self, grid):
-            return lambda **given: (
-                parts.append(given["p_first_part"][-1].item()) or real[grid](**given)
-            )
+            def launch(**given):
+                parts.append(given["p_first_part"][-1].item())
+                assert given["p_parts"].shape[0] >= 128 * parts[-1]
+                real[grid](**given)
+
+            return launch
 
     monkeypatch.setattr(sparse_launch, "fold_kernel", Counting())
     return parts
@@ -164,18 +167,26 @@ def test_dh_in_the_order_of_blocks(memory_mib, options, device, launches):
 
 
 @pytest.mark.parametrize("parts", [0, 1, 5, 40, 10**6])
-def test_longest_job(parts):
-    """No job is longer than it may be, unless there is no room for the parts."""
-    from riskpo_kernels.lm_head.sparse_triton import FEWEST_TILES, jobs_of, longest_job
+def test_jobs(parts):
+    """Every tile is in one job, none longer than it may be; there is room for the parts."""
+    from riskpo_kernels.lm_head.sparse_triton import jobs_of, longest_job, most_parts
 
-    tiles, columns, multiprocessors = [1] * 1000 + [500, 17, 130], 24, 132
-    most = longest_job(tiles, columns, multiprocessors, parts)
-    assert sum(-(-n // most) for n in tiles if n > most) <= parts
-    jobs, first_part = jobs_of(tiles, most)
-    taken = [(b, i) for b, first in jobs for i in range(first, min(first + most, tiles[b]))]
-    assert sorted(taken) == [(b, i) for b, n in enumerate(tiles) for i in range(n)], "all, once"
-    assert len({b for b, _ in jobs[: first_part[-1]]}) == len(first_part) - 1
-    if parts == 10**6:
-        assert most == sum(tiles) * columns // (8 * multiprocessors) > FEWEST_TILES
-    assert longest_job([64], columns, multiprocessors, parts) >= (16 if parts >= 4 else 64)
-    assert longest_job([64] * 1200, columns, multiprocessors, 10**6) > 64, "nothing is uneven"
+    for tiles in ([3, 700, 0, 64, 0, 0, 65, 1, 400, 0], [64], [1] * 30, [64] * 300, [17] * 9):
+        total, each = sum(tiles), torch.tensor(tiles)
+        most = longest_job(total, len(tiles), 24, 132, parts)
+        job_block, first_job, first_part = (x.tolist() for x in jobs_of(each, total, most))
+        covered, divided = [0] * len(tiles), set()
+        for job, block in enumerate(job_block):
+            if block == len(tiles):  # beyond the last job
+                assert job >= first_job[-1]
+                continue
+            n = min(most, tiles[block] - (job - first_job[block]) * most)
+            covered[block] += n
+            assert 0 < n <= most
+            divided |= {block} if n < tiles[block] else set()
+        assert covered == tiles and len(job_block) >= first_job[-1]
+        found = {b for b in range(len(tiles)) if first_part[b + 1] > first_part[b]}
+        assert found == divided
+        assert first_part[-1] <= most_parts(total, len(tiles), most) <= parts
+    assert longest_job(64, 1, 24, 132, parts) >= (16 if parts >= 4 else 64)
+    assert longest_job(64 * 1200, 1200, 24, 132, 10**6) > 64, "nothing is uneven"

@@ -48,7 +48,12 @@ def test_the_defaults_are_the_papers_and_the_command_line_sets_them():
         ({"riskpo_bundel_size": 5}, "riskpo_bundel_size"),
         ({"riskpo_form": "paperr"}, "form='paperr'"),
         ({"riskpo_scale": "bundle-std"}, "scale='bundle-std'"),
-        ({"loss_type": "cispo"}, "loss_type='cispo'; expected one of"),
+        ({"loss_type": "vespo"}, "loss_type='vespo'; expected one of"),
+        ({"loss_type": "cispo"}, "importance_sampling_level='sequence'.*'token' with cispo"),
+        (
+            {"loss_type": "sapo", "importance_sampling_level": "token", "delta": 3.0},
+            "delta=3.0; expected .*None .with cispo and sapo",
+        ),
         ({"loss_type": "bnpo"}, "loss_type='bnpo'"),
         ({"scale_rewards": "group"}, "scale_rewards='group'; expected 'none'"),
         ({"multi_objective_aggregation": "normalize_then_sum"}, "multi_objective_aggregation"),

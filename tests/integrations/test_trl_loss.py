@@ -103,6 +103,27 @@ def test_one_micro_batch_is_native_grpo(tmp_path, options, riskpo_head):
     )
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss_type": "cispo", "epsilon_high": 1.3},
+        {"loss_type": "sapo", "sapo_temperature_neg": 2.0},
+    ],
+    ids=lambda o: o["loss_type"],
+)
+def test_the_newer_losses_are_native_too(tmp_path, options):
+    options = {**PLAIN, **TOKEN, **options}
+    theirs, ours = native(tmp_path, **options), trainer(tmp_path, **options)
+    inputs = batch(theirs.model.config.vocab_size)
+    inputs["old_per_token_logps"] = old_logprob(theirs, inputs)
+    expected, expected_gradient = loss_and_gradient(theirs, inputs)
+    loss, gradient = loss_and_gradient(ours, inputs)
+    assert loss == pytest.approx(expected, rel=ROUNDING)
+    assert distance(gradient, expected_gradient) < ROUNDING
+    ours.args.epsilon_high, ours.args.sapo_temperature_neg = 1.1, 1.0  # each acts on some tokens
+    assert loss_and_gradient(ours, inputs)[0] != pytest.approx(expected, rel=1e-3)
+
+
 @pytest.mark.parametrize("shape", [(B, 1), (B, C)], ids=["sequence", "token"])
 @pytest.mark.parametrize("ratio", [TOKEN, SEQUENCE], ids=["token-ratio", "sequence-ratio"])
 def test_sampler_mismatch_weights_are_native(tmp_path, monkeypatch, shape, ratio):

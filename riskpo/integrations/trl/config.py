@@ -11,7 +11,14 @@ from riskpo_kernels import RiskPOAdvantage
 
 OP = "RiskPOConfig"
 # loss_type of TRL -> aggregate of riskpo_kernels.clipped_surrogate
-AGGREGATES = {"grpo": "sequence-mean", "dapo": "token-mean", "dr_grpo": "sequence-sum-norm"}
+AGGREGATES = {
+    "grpo": "sequence-mean",
+    "dapo": "token-mean",
+    "dr_grpo": "sequence-sum-norm",
+    "cispo": "token-mean",
+    "sapo": "sequence-mean",
+}
+OF_TOKENS = ("cispo", "sapo")  # losses of token ratios, without delta's second clip
 
 
 def _override(text: str) -> Any:
@@ -89,6 +96,16 @@ class RiskPOConfig(GRPOConfig):
         _refuse(self)
         _check_bundles(self)
 
+    def surrogate(self) -> dict[str, Any]:
+        """clipped_surrogate's loss and settings that loss_type and its bounds name in TRL."""
+        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        if self.loss_type == "cispo":  # TRL's epsilon_high is the largest ratio itself
+            return {"loss": "cispo", "loss_options": {"clip_low": 1.0, "clip_high": high - 1}}
+        if self.loss_type == "sapo":
+            tau = {"tau_pos": self.sapo_temperature_pos, "tau_neg": self.sapo_temperature_neg}
+            return {"loss": "sapo", "loss_options": tau}
+        return {"clip_low": self.epsilon, "clip_high": high, "dual_clip": self.delta}
+
     def advantage(self) -> RiskPOAdvantage:
         """A new RiskPOAdvantage with these settings; ValueError as it raises."""
         given = {n: getattr(self, f"riskpo_{n}", None) for n in vars(RiskPOAdvantage().settings)}
@@ -103,8 +120,9 @@ def _refuse(c: RiskPOConfig) -> None:
         ("loss_type", c.loss_type not in AGGREGATES, f"one of {list(AGGREGATES)}"),
         (
             "importance_sampling_level",
-            c.importance_sampling_level not in ("sequence", "token"),
-            "'sequence' or 'token'",
+            c.importance_sampling_level not in ("sequence", "token")
+            or (c.loss_type in OF_TOKENS and c.importance_sampling_level != "token"),
+            "'sequence' or 'token', and 'token' with cispo or sapo",
         ),
         ("scale_rewards", c.scale_rewards != "none", "'none'; riskpo_scale divides the advantage"),
         (
@@ -112,7 +130,11 @@ def _refuse(c: RiskPOConfig) -> None:
             c.multi_objective_aggregation != "sum_then_normalize",
             "'sum_then_normalize', as bundles sum rewards that nothing has normalised",
         ),
-        ("delta", c.delta is not None and c.delta <= delta_floor, f"above {delta_floor}, or None"),
+        (
+            "delta",
+            c.delta is not None and (c.delta <= delta_floor or c.loss_type in OF_TOKENS),
+            f"above {delta_floor}, or None (with cispo and sapo always)",
+        ),
         ("use_bias_correction_kl", c.beta != 0 and c.use_bias_correction_kl, "False"),
         ("top_entropy_quantile", c.top_entropy_quantile < 1, "1.0"),
         ("use_adaptive_entropy", c.use_adaptive_entropy, "False; entropy_coef is available"),

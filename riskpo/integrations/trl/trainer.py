@@ -179,9 +179,6 @@ class RiskPOTrainer(GRPOTrainer):
             inputs["advantages"],
             mask=mask,
             ratio=self.importance_sampling_level,
-            clip_low=self.epsilon_low,
-            clip_high=self.epsilon_high,
-            dual_clip=self.args.delta,
             correction=_per_sequence(inputs.get("importance_sampling_ratio"), mask),
             ref_logprob=inputs.get("ref_per_token_logps"),
             kl_coef=self.beta,
@@ -189,6 +186,7 @@ class RiskPOTrainer(GRPOTrainer):
             aggregate=AGGREGATES[self.loss_type],
             denominator=self._denominator(inputs),
             backend=self.args.riskpo_backend,
+            **self.args.surrogate(),
         )
         self._log_loss(stats, mask)
         self._log_missing(inputs.get("sampling_per_token_logps"), mask)
@@ -217,7 +215,7 @@ class RiskPOTrainer(GRPOTrainer):
     def _denominator(self, inputs: dict[str, Any]) -> float | torch.Tensor:
         """This rank's share of the terms of one optimiser step; DDP takes the mean over ranks."""
         sequences = len(inputs["completion_ids"]) * self._accumulation()
-        if self.loss_type == "grpo":
+        if self.loss_type in ("grpo", "sapo"):
             return sequences
         if self.loss_type == "dr_grpo":
             return sequences * self.max_completion_length

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,6 +11,8 @@ from riskpo.data.code import humaneval, livecodebench, mbpp, rllm
 from riskpo.data.prompts import BESIDE, asked, check_choice, last_boxed, prompt_of
 from riskpo.data.values import Row, gold_text, mapping, missing, scalar_text
 from riskpo.types import Prompt
+
+THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")  # 1,234,567, but neither 3,5 nor 10,20
 
 
 class Form(NamedTuple):
@@ -50,7 +53,7 @@ def _after_hashes(row: Row, column: str = "answer") -> str:
     """GSM8K's gold; without "####" the answer is the gold itself."""
     answer = gold_text(row[column], f"column {column!r}")
     if "####" in answer:
-        answer = answer.rpartition("####")[2].strip().replace(",", "")
+        answer = THOUSANDS.sub("", answer.rpartition("####")[2].strip())
         answer = gold_text(answer, f"column {column!r} after ####")
     return answer
 

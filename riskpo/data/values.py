@@ -50,8 +50,8 @@ def scalar_text(value: Any, column: str) -> str:
     if isinstance(value, (float, Decimal)):
         if not math.isfinite(value):
             raise refuse(f"{value} in {column}", "a finite number", "Mend the row or drop it.")
-        if value == int(value):
-            return str(int(value))
+        if value == int(value):  # the digits that were written: 1e23 is none in binary
+            return str(int(Decimal(str(value))))
         return str(value) if isinstance(value, float) else format(value.normalize(), "f")
     return str(value)
 

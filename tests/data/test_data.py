@@ -37,6 +37,9 @@ def load(tmp_path, *rows, **options):
     "row, prompt, gold, identity",
     [
         ({"question": "q", "answer": "so 2*3\n#### 1,234"}, "q", "1234", None),
+        ({"question": "q", "answer": "so\n#### $1,234,567.89"}, "q", "$1234567.89", None),
+        ({"question": "q", "answer": "so\n#### 3,5"}, "q", "3,5", None),
+        ({"question": "q", "answer": "so\n#### 10,20,1234"}, "q", "10,20,1234", None),
         ({"question": "q", "answer": "B"}, "q", "B", None),
         (VERL, VERL["prompt"], "34", "math_dapo/7"),
         ({"problem": "q", "answer": "\\frac12", "unique_id": "t/8"}, "q", "\\frac12", "t/8"),
@@ -162,6 +165,7 @@ def test_json_and_parquet_files(tmp_path):
 
 
 def test_gold_text_and_last_boxed():
+    assert gold_text(1e23) == "1" + 23 * "0" and gold_text(-0.0) == "0"
     assert [gold_text(x) for x in (27.0, 2.5, 7, "023", ["1", 2.0])] == [
         "27",
         "2.5",

@@ -28,6 +28,7 @@ from riskpo_kernels.core.checks import (
     check_device,
     check_head,
     check_options,
+    check_positive,
     check_shape,
     constant,
     reject,
@@ -97,8 +98,9 @@ def linear_divergence(
     rows = tuple(hidden.shape[:-1])
     student = (hidden, weight, bias, scale, softcap)
     teacher = (teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap)
-    for side in (student, teacher):
-        _check_side(side, rows, vocab_group is not None, temperature, memory_mib, tail_eps)
+    names = ", ".join(f"teacher_{x}" for x in ("hidden", "weight", "bias", "scale", "softcap"))
+    for op, side in ((OP, student), (f"{OP}, one of {names}", teacher)):
+        _check_side(op, side, rows, vocab_group is not None, temperature, memory_mib, tail_eps)
     words = weight.shape[0], teacher_weight.shape[0]
     if words[0] != words[1]:
         todo = "Cut both heads to the words they share, in one order."
@@ -244,6 +246,7 @@ def _divergence(log_p: torch.Tensor, log_q: torch.Tensor, kind: str, beta: float
 
 
 def _check_side(
+    op: str,
     side: tuple[Any, ...],
     rows: tuple[int, ...],
     sharded: bool,
@@ -254,9 +257,9 @@ def _check_side(
     """A head and its hidden states, of the student or the teacher."""
     hidden, weight, bias, scale, softcap = side
     target = torch.zeros(rows, dtype=torch.int64, device=hidden.device)
-    check_head(OP, hidden, weight, target, bias, sharded_ok=sharded)
+    check_head(op, hidden, weight, target, bias, sharded_ok=sharded)
     check_options(
-        OP,
+        op,
         rows,
         hidden.device,
         temperature=temperature,
@@ -269,6 +272,7 @@ def _check_side(
 
 def _check_kind(op: str, kind: str, beta: float) -> None:
     check_choice(op, "kind", kind, KINDS)
+    check_positive(op, "beta", beta, zero_ok=True)
     if kind == "jsd" and not 0 < beta < 1:
         todo = "At 0 it is forward_kl, at 1 reverse_kl (up to their factor): ask for these."
         reject(op, f"beta={beta!r}", "a number between 0 and 1", todo)

@@ -25,7 +25,15 @@ import torch
 
 from riskpo_kernels import reference
 from riskpo_kernels.core.backends import BACKENDS
-from riskpo_kernels.core.checks import check_choice, check_head, check_options, constant, live_rows
+from riskpo_kernels.core.checks import (
+    check_choice,
+    check_flags,
+    check_head,
+    check_ignore_index,
+    check_options,
+    constant,
+    live_rows,
+)
 from riskpo_kernels.core.matmul import no_autocast
 from riskpo_kernels.core.process_groups import NO_GROUP, name_of
 from riskpo_kernels.lm_head.block_filter import DEFAULT_EPS
@@ -145,6 +153,8 @@ def linear_logprob(
     )
     check_choice(OP, "backend", backend, BACKENDS)
     check_choice(OP, "outside_support", outside_support, OUTSIDE)
+    check_flags(OP, return_entropy=return_entropy, deterministic=deterministic)
+    check_ignore_index(OP, ignore_index)
     group = NO_GROUP if vocab_group is None else name_of(OP, "vocab_group", vocab_group)
     if lora is not None:
         check_lora(lora, hidden, weight, backend, several or support is not None)

@@ -20,7 +20,9 @@ from riskpo_kernels.core.backends import BACKENDS
 from riskpo_kernels.core.checks import (
     check_choice,
     check_device,
+    check_flags,
     check_float,
+    check_ignore_index,
     check_options,
     check_shape,
     constant,
@@ -75,6 +77,7 @@ def logits_logprob(
         reject(OP, f"logits {list(logits.shape)}", "[..., V] with V > 0", "Pass whole rows.")
     check_shape(OP, "target", target, tuple(logits.shape[:-1]), "logits without its last dimension")
     check_options(OP, tuple(target.shape), logits.device, temperature=temperature, softcap=softcap)
+    check_flags(OP, return_entropy=return_entropy, inplace_backward=inplace_backward)
     if inplace_backward and logits.is_leaf and logits.requires_grad:
         reject(
             OP,
@@ -91,6 +94,7 @@ def logits_logprob(
             "Leave inplace_backward off, or clone the logits.",
         )
     check_choice(OP, "backend", backend, BACKENDS)
+    check_ignore_index(OP, ignore_index)
     flat = target.reshape(-1)
     if backend == "reference":
         live_rows(OP, flat, logits.shape[-1], ignore_index, temperature)

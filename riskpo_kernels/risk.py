@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from riskpo_kernels.core.checks import check_positive, describe, reject
+from riskpo_kernels.core.checks import check_flags, check_positive, describe, reject
 from riskpo_kernels.core.risk_checks import (
     as_permutation,
     as_quantile,
@@ -106,6 +106,7 @@ def mvar_advantage(
     alpha >= 1e-3), negative omega, w_mix or eps, or quantiles of another shape.
     """
     op = "mvar_advantage"
+    check_flags(op, natural=natural)
     check_risk(op, form=form, alpha=alpha, beta=beta, omega=omega, w_mix=w_mix, eps=eps)
     r = widened(op, "scores", scores).detach()
     if form == "mean":

@@ -181,6 +181,8 @@ def clipped_surrogate(
     """
     sequences = check_layout(OP, logprob, cu_seqlens, mask)
     bounds = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip}
+    if loss_options is not None and not isinstance(loss_options, Mapping):
+        reject(OP, f"loss_options={loss_options!r}", "a mapping of names to numbers", "")
     settings = {name: x for name, x in bounds.items() if x is not None} | dict(loss_options or {})
     total = denominator if isinstance(denominator, torch.Tensor) else None
     options = Options(

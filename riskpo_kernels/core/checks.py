@@ -37,7 +37,10 @@ def check_constant(op: str, **tensors: torch.Tensor | None) -> None:
 
 
 def check_device(op: str, **tensors: torch.Tensor | None) -> None:
-    """All tensors that are given live on one device."""
+    """What is given are tensors, all on one device."""
+    for name, x in tensors.items():
+        if x is not None and not isinstance(x, torch.Tensor):
+            reject(op, f"{name} = {describe(x)}", "a tensor", f"Convert {name} first.")
     devices = {name: x.device for name, x in tensors.items() if x is not None}
     if len(set(devices.values())) > 1:
         came = ", ".join(f"{name} on {device}" for name, device in devices.items())
@@ -45,7 +48,9 @@ def check_device(op: str, **tensors: torch.Tensor | None) -> None:
 
 
 def check_shape(op: str, name: str, x: torch.Tensor, shape: tuple[int, ...], why: str) -> None:
-    """`x` has exactly `shape`; `why` names the tensor that fixes it."""
+    """`x` is a tensor of exactly `shape`; `why` names the tensor that fixes it."""
+    if not isinstance(x, torch.Tensor):
+        reject(op, f"{name} = {describe(x)}", "a tensor", f"Convert {name} first.")
     if tuple(x.shape) != tuple(shape):
         reject(
             op,
@@ -59,6 +64,19 @@ def check_choice(op: str, name: str, value: object, choices: tuple[object, ...])
     """`value` is one of a few words."""
     if value not in choices:
         reject(op, f"{name}={value!r}", f"one of {list(choices)}", "Check the spelling.")
+
+
+def check_flags(op: str, **flags: object) -> None:
+    """Each is True or False: of another value Python would make one of them in silence."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            reject(op, f"{name}={value!r}", "True or False", f"Set {name} accordingly.")
+
+
+def check_ignore_index(op: str, value: object) -> None:
+    """None or a token id."""
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+        reject(op, f"ignore_index={value!r}", "an int or None", "-100 is usual.")
 
 
 def check_positive(op: str, name: str, value: float, *, zero_ok: bool = False) -> None:

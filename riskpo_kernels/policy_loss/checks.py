@@ -125,9 +125,10 @@ def check_options(op: str, o: Options, denominator: torch.Tensor | None) -> None
     check_positive(op, "kl_coef", o.kl_coef, zero_ok=True)
     for name, value in (
         ("entropy_coef", o.entropy_coef),
-        ("off_policy_mask_threshold", o.off_policy_mask_threshold or 0.0),
+        ("off_policy_mask_threshold", o.off_policy_mask_threshold),
     ):
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
+        fits = isinstance(value, (int, float)) and math.isfinite(value)
+        if value is not None and not fits:
             reject(op, f"{name}={value!r}", "a finite number", f"Set {name}.")
     if o.constant is not None:
         check_positive(op, "constant", o.constant)

@@ -10,6 +10,7 @@ import inspect
 import zlib
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from types import GenericAlias
 from typing import Any, NoReturn
 
@@ -19,6 +20,9 @@ NAMESPACE = "riskpo_kernels"
 REFUSAL = (
     NAMESPACE + "::{}: got a backward through its gradient; expected at most one, for the op is "
     "differentiable once. Use backend='reference', which PyTorch differentiates again."
+)
+SOURCES = zlib.crc32(
+    b"".join(file.read_bytes() for file in sorted(Path(__file__).parents[1].rglob("*.py")))
 )
 _library = torch.library.Library(NAMESPACE, "DEF")
 
@@ -34,8 +38,9 @@ def register(
 ) -> Callable[..., Any]:
     """Define `riskpo_kernels::name_HASH` and return the function that calls it.
 
-    HASH is of the schema. A graph that Inductor cached on disk calls its operators by name; after
-    an upgrade it would call one of other arguments with those it was compiled for.
+    HASH is of the schema and of this package's sources. A graph that Inductor cached on disk calls
+    its operators by name; after an upgrade it would call one of other arguments, or expect results
+    of other shapes. Under a name of its own nothing of the old code is found.
 
     Args:
         schema: "(Tensor x, float s) -> Tensor" as PyTorch writes it, from schema_of; no argument is
@@ -45,7 +50,7 @@ def register(
         setup_context, backward: as in torch.library.register_autograd. A backward through the
             gradients that `backward` returns raises.
     """
-    own = f"{name}_{zlib.crc32(schema.encode()):08x}"
+    own = f"{name}_{zlib.crc32(schema.encode(), SOURCES):08x}"
     _library.define(own + schema)
     _library.impl(own, kernel, "CompositeExplicitAutograd")
     qualified = f"{NAMESPACE}::{own}"

@@ -17,6 +17,7 @@ from riskpo_kernels import (
     rvar,
     sequence_logprob,
 )
+from riskpo_kernels.core import operators
 from riskpo_kernels.core.operators import register
 from riskpo_kernels.lm_head.logits_operator import logits_operator
 from riskpo_kernels.lm_head.lora import lora_operator
@@ -203,7 +204,7 @@ def test_wrong_values_are_still_refused():
         compiled(h, w, target + V)
 
 
-def test_an_operator_of_another_schema_has_another_name():
+def test_an_operator_of_another_schema_or_source_has_another_name(monkeypatch):
     """A graph cached for the old one finds no operator, instead of calling this one."""
 
     def kernel(*x):
@@ -213,6 +214,8 @@ def test_an_operator_of_another_schema_has_another_name():
     old, new = (register("probe", schema, kernel, fake=kernel) for schema in schemas)
     assert old.name() != new.name() and old.name().startswith("riskpo_kernels::probe_")
     assert torch.equal(new(torch.ones(2), 3.0), torch.ones(2))
+    monkeypatch.setattr(operators, "SOURCES", operators.SOURCES + 1)
+    assert register("probe", schemas[0], kernel, fake=kernel).name() != old.name()
 
 
 @pytest.mark.parametrize("eps", [0.0, 1e-3])

@@ -97,6 +97,24 @@ def test_with_token_ratios_and_grpo_it_is_vanilla(mode, weighted):
     assert theirs[2]["actor/pg_clipfrac"] > 0 and theirs[2]["actor/pg_clipfrac_lower"] > 0
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("name", ["cispo", "sapo"])
+def test_the_newer_losses_are_verls(name, weighted):
+    given = inputs(spread=1.5)
+    given["advantages"] = grpo(given)
+    if weighted:
+        given["rollout_is_weights"] = torch.rand(B, T) * given["response_mask"]
+    made = config(0.2, 0.3, dp_size=2, batch_num_tokens=77, global_batch_size=16)
+    object.__setattr__(made, "tau_neg", 2.0)
+    options = {"loss_agg_mode": "seq-mean-token-mean", "config": made}
+    ours, theirs = (gradient(n, given, **options) for n in (f"riskpo_{name}", name))
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(ours[1], theirs[1], rtol=1e-5, atol=1e-7)
+    other = config(0.9, 3.0, dp_size=2, batch_num_tokens=77, global_batch_size=16)
+    loss = gradient(f"riskpo_{name}", given, loss_agg_mode=MODES[2], config=other)[0]
+    assert not torch.allclose(loss, ours[0], rtol=1e-3)  # the settings act
+
+
 @pytest.mark.parametrize("name", ["riskpo", "riskpo_token"])
 @pytest.mark.parametrize("mode", MODES)
 def test_uneven_micro_batches_on_two_ranks_give_the_whole_batch(name, mode):

@@ -1,4 +1,5 @@
-"""verl's policy losses `riskpo` (sequence ratio) and `riskpo_token` (token ratio).
+"""verl's policy losses: `riskpo` of a sequence ratio, `riskpo_token`, `riskpo_cispo` and
+`riskpo_sapo` of token ratios.
 
 verl gives one micro-batch of one rank and, in config.global_batch_info, the size of the whole
 mini-batch. FSDP and Megatron take the mean of the ranks' gradients, so each rank divides by its
@@ -78,6 +79,54 @@ def riskpo_token_policy_loss(
     )  # fmt: skip
 
 
+@register_policy_loss("riskpo_cispo")
+def riskpo_cispo_policy_loss(
+    old_log_prob: torch.Tensor,
+    log_prob: torch.Tensor,
+    advantages: torch.Tensor,
+    response_mask: torch.Tensor,
+    loss_agg_mode: str = "token-mean",
+    config: Any = None,
+    rollout_is_weights: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """CISPO (arXiv 2506.13585): the ratio is a weight held to verl's bounds; verl's `cispo`."""
+    check_per_token(OP, "advantages", advantages, response_mask)
+    each = torch.where(response_mask != 0, advantages, 0.0)
+    return _surrogate(
+        "token", old_log_prob, log_prob, each, response_mask, loss_agg_mode, config,
+        rollout_is_weights, loss="cispo",
+    )  # fmt: skip
+
+
+@register_policy_loss("riskpo_sapo")
+def riskpo_sapo_policy_loss(
+    old_log_prob: torch.Tensor,
+    log_prob: torch.Tensor,
+    advantages: torch.Tensor,
+    response_mask: torch.Tensor,
+    loss_agg_mode: str = "seq-mean-token-mean",
+    config: Any = None,
+    rollout_is_weights: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """SAPO (arXiv 2511.20347) with config.tau_pos and tau_neg; verl's `sapo`, in any mode."""
+    check_per_token(OP, "advantages", advantages, response_mask)
+    each = torch.where(response_mask != 0, advantages, 0.0)
+    return _surrogate(
+        "token", old_log_prob, log_prob, each, response_mask, loss_agg_mode, config,
+        rollout_is_weights, loss="sapo",
+    )  # fmt: skip
+
+
+def _bounds(loss: str, config: Any) -> dict[str, Any]:
+    """clipped_surrogate's settings of a loss, by verl's names."""
+    if loss == "sapo":
+        return {"loss_options": {"tau_pos": config.tau_pos, "tau_neg": config.tau_neg}}
+    low, high = config.clip_ratio_low, config.clip_ratio_high
+    low, high = (config.clip_ratio if x is None else x for x in (low, high))
+    bounds = {"clip_low": low, "clip_high": high}
+    return bounds | ({"dual_clip": config.get("clip_ratio_c", 3.0)} if loss == "clip" else {})
+
+
 def _surrogate(
     ratio: str,
     old_log_prob: torch.Tensor,
@@ -87,20 +136,19 @@ def _surrogate(
     mode: str,
     config: Any,
     weights: torch.Tensor | None,
+    loss: str = "clip",
 ) -> tuple[torch.Tensor, dict[str, float]]:
     if mode not in AGGREGATES:
         raise ValueError(f"{OP}: got loss_agg_mode={mode!r}; expected one of {list(AGGREGATES)}.")
-    low, high = config.clip_ratio_low, config.clip_ratio_high
     weights, missing = known_weights(OP, weights, mask)
-    loss, stats = clipped_surrogate(
+    value, stats = clipped_surrogate(
         log_prob,
         old_log_prob.detach(),
         advantage.detach(),
         mask=mask,
         ratio=ratio,
-        clip_low=config.clip_ratio if low is None else low,
-        clip_high=config.clip_ratio if high is None else high,
-        dual_clip=config.get("clip_ratio_c", 3.0),
+        loss=loss,
+        **_bounds(loss, config),
         correction=weights,
         aggregate=AGGREGATES[mode],
         constant=1.0 if mode == "seq-mean-token-sum-norm" else None,
@@ -117,7 +165,7 @@ def _surrogate(
         "actor/riskpo_zero_coefficient_fraction": stats["zero_coefficient_fraction"],
     }
     values = torch.stack([value.float() for value in metrics.values()]).tolist()
-    return loss, dict(zip(metrics, values, strict=True))
+    return value, dict(zip(metrics, values, strict=True))
 
 
 def _share(mode: str, mask: torch.Tensor, info: dict[str, Any]) -> float | torch.Tensor:

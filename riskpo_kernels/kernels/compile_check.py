@@ -2,11 +2,12 @@
 
 For sm_80, sm_90 and sm_100, without a GPU. Fails on a register spill, on shared memory over the
 limit, on an unreadable compiler log, and (16-bit inputs) on a tl.dot that does not use the tensor
-cores as sm_90 and sm_100 have them, or a kernel named for TMA without a bulk copy. Widths and
-strides are taken as multiples of 16, as models have them: others are right but slower, and the
-sparse products spill up to 480 bytes. Prints one line per kernel and architecture, `--verbose` one
-per configuration: most registers and spills, shared memory, and how many matrix (HMMA, HGMMA,
-UTCHMMA) and bulk-copy (UTMALDG) instructions there are.
+cores as sm_90 and sm_100 have them, a kernel named for TMA without a bulk copy, or (sm_90) a
+forward whose step multiplies anything but its tile, once. Widths and strides are taken as multiples
+of 16, as models have them: others are right but slower, and the sparse products spill up to 480
+bytes. Prints one line per kernel and architecture, `--verbose` one per configuration: most
+registers and spills, shared memory, and how many matrix (HMMA, HGMMA, UTCHMMA) and bulk-copy
+(UTMALDG) instructions there are.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import math
 import multiprocessing
 import os
 import re
@@ -39,6 +41,7 @@ LOG = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 REGISTERS = re.compile(r"Used (\d+) registers")
 MATRIX = {90: "HGMMA", 100: "UTCHMMA"}  # what a 16-bit tl.dot should become, else HMMA
 BULK_COPY = "UTMALDG"
+HGMMA = re.compile(r"\bHGMMA\.(\d+x\d+x\d+)")
 
 
 class Compiled(NamedTuple):
@@ -105,10 +108,20 @@ def compile_one(job: tuple[str, int, int]) -> Compiled:
     sixteen_bit = "bf16" in name or "fp16" in name
     if "dot" in name and sixteen_bit and not matrix:
         fault = f"no {instruction} in the machine code"
+    tile = [constexprs.get(key, 0) for key in ("BM", "BN", "BK")]
+    if arch == 90 and name.startswith("forward") and sixteen_bit:
+        done = multiply_adds(code) * warps // 4  # of every group of 4 warps
+        if done != math.prod(tile):
+            fault = f"{done} multiply-adds a step, of a tile of {math.prod(tile)}"
     if "tma" in name and not copies:
         fault = f"no {BULK_COPY} in the machine code"
     measures = (int(registers[1]), spilled, kernel.metadata.shared, matrix, copies)
     return Compiled(name, arch, *measures, fault)
+
+
+def multiply_adds(code: str) -> int:
+    """Of the HGMMA instructions in SASS, each executed once by a group of 4 warps."""
+    return sum(math.prod(map(int, sizes.split("x"))) for sizes in HGMMA.findall(code))
 
 
 def machine_code(kernel) -> str:

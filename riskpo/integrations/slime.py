@@ -58,20 +58,17 @@ class RewardHook:
             [int(sample.index) for sample in samples],
         )
         if args.save:
-            rollout = self._advantage.batches - 1
-            write_state(
-                _folder(args.save, rollout), self._advantage.state_dict() | {"stats": stats}
-            )
+            state = self._advantage.state_dict() | {"stats": stats}
+            write_state(_folder(args.save, self._advantage.batches - 1), state)
         return raw, advantages.tolist()
 
     def _start(self, args: Any) -> None:
-        if args.advantage_estimator not in ESTIMATORS or getattr(
-            args, "normalize_advantages", False
-        ):
+        normalised = getattr(args, "normalize_advantages", False)
+        if args.advantage_estimator not in ESTIMATORS or normalised:
             raise ValueError(
                 f"{OP}: got advantage_estimator={args.advantage_estimator!r}, normalize_advantages="
-                f"{getattr(args, 'normalize_advantages', False)}; expected one of {ESTIMATORS} "
-                "without normalisation, which would rescale RiskPO's advantages."
+                f"{normalised}; expected one of {ESTIMATORS} without normalisation, which would "
+                "rescale RiskPO's advantages."
             )
         first = first_rollout(args)
         if first > 0:

@@ -115,7 +115,10 @@ def budget(shape: ModelShape, memory: MemoryConfig, work: Workload) -> Budget:
     if away:
         host["masters, moments, gradients"] = 16.0 * P
     if memory.offload_checkpoints and not work.on_host:
-        host["checkpoints"] = shape.layers * _power_of_two(T * shape.hidden * b)
+        # torch's caching host allocator rounds pinned memory up to a power of two
+        host["checkpoints"] = shape.layers * float(
+            1 << max(T * shape.hidden * b - 1, 0).bit_length()
+        )
     return Budget(fixed, {**waiting_too, **kept, **stage}, step, prompts, sampling, host, other)
 
 
@@ -262,11 +265,6 @@ def _keys_and_values(shape: ModelShape, work: Workload) -> float:
 
 def _is_tiled(memory: MemoryConfig, work: Workload) -> bool:
     return 0 < memory.mlp_tile_tokens < work.tokens
-
-
-def _power_of_two(size: float) -> float:
-    """As torch's caching host allocator rounds pinned memory."""
-    return float(1 << max(int(size) - 1, 0).bit_length())
 
 
 def longest(shape: ModelShape, memory: MemoryConfig, work: Workload, capacity: float) -> int:

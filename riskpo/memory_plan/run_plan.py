@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from riskpo.config import RunConfig
@@ -22,12 +22,9 @@ TELLING_MIB = 500  # below it a process' own buffers are a large part of what is
 LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
-def memory_of_this_machine() -> float | None:
-    """Bytes of its main memory, or of the part that a container may use; None: it does not tell."""
-    try:
-        found = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    except (AttributeError, OSError, ValueError):
-        return None
+def memory_of_this_machine() -> float:
+    """Bytes of its main memory, or of the part that a container may use."""
+    found = float(psutil.virtual_memory().total)
     for limit in LIMITS:
         if limit.is_file() and (text := limit.read_text(encoding="utf-8").strip()).isdigit():
             found = min(found, float(text))
@@ -40,7 +37,7 @@ class RunPlan:
 
     meter: PeakMeter
     predicted: Budget | None  # None: the plan does not know this kind of model
-    capacity: float | None  # bytes of the device; None: this machine does not tell
+    capacity: float  # bytes of the device
     prompt: int  # tokens of the data's longest prompt
     response: int  # tokens of a response at most
 
@@ -61,7 +58,7 @@ class RunPlan:
                 f"memory plan, lengths: the longest prompt of the data has {self.prompt} tokens, "
                 f"a response at most {self.response}",
             ]
-        if self.capacity is not None and b.peak > self.capacity:
+        if b.peak > self.capacity:
             found.append(
                 f"warning: {gib(b.peak)} GiB will hardly fit in {gib(self.capacity)}; "
                 "`riskpo plan --model ...` shows what each switch buys"

@@ -176,20 +176,15 @@ def restore(checkpoint: Path, *, optimizer: Any, advantage: Any) -> None:
     """Load everything but the weights, which from_pretrained has read, and the random states."""
     path = checkpoint / "trainer.pt"  # mapped, so that each process reads its shards alone
     state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-    optimizer.load_state_dict(laid_out(state["optimizer"], optimizer))
+    saved, masters = state["optimizer"], optimizer.masters
+    saved["adamw"]["state"] = {
+        i: {name: like_shard(x, masters[i]) for name, x in moments.items()}
+        for i, moments in saved["adamw"]["state"].items()
+    }
+    saved["masters"] = [like_shard(x, m) for x, m in zip(saved["masters"], masters, strict=True)]
+    optimizer.load_state_dict(saved)
     advantage.load_state_dict(state["advantage"])
     _set_random_states(state["random"])
-
-
-def laid_out(state: dict[str, Any], optimizer: Any) -> dict[str, Any]:
-    """The saved optimiser state, each tensor on the device, and in the shard, of its weight."""
-    adamw = dict(state["adamw"])
-    adamw["state"] = {
-        i: {name: like_shard(x, optimizer.masters[i]) for name, x in moments.items()}
-        for i, moments in adamw["state"].items()
-    }
-    copies = [like_shard(x, m) for x, m in zip(state["masters"], optimizer.masters, strict=True)]
-    return state | {"adamw": adamw, "masters": copies}
 
 
 def truncate_log(path: Path, step: int) -> None:

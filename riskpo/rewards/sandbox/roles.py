@@ -199,7 +199,9 @@ def _tried(task: dict[str, Any], wire: Wire) -> tuple[str, str]:
         exec(compile(task["helpers"], "helpers.py", "exec", optimize=0), scope)
         code = compile(task["tests"], "tests.py", "exec", optimize=0)
         for name in free_names(task["tests"]) - (set(scope) - set(task["entries"])):
-            scope[name] = _stands_for(name, wire)
+            # asking the program for `math` would let it answer for math.isclose
+            library = name in sys.stdlib_module_names
+            scope[name] = importlib.import_module(name) if library else Remote(wire, (name,))
     except Exception as error:
         return "unparsable_gold", f"tests: {type(error).__name__}: {error}"
     if not asserts(task["tests"]):
@@ -215,14 +217,6 @@ def _tried(task: dict[str, Any], wire: Wire) -> tuple[str, str]:
     if wire.calls == 0:
         return "unparsable_gold", "the tests never called the program"
     return "right", f"{wire.calls} calls"
-
-
-def _stands_for(name: str, wire: Wire) -> Any:
-    """A module of the standard library where the tests name one without importing it: asking the
-    program for `math` would let it answer for math.isclose."""
-    if name in sys.stdlib_module_names:
-        return importlib.import_module(name)
-    return Remote(wire, (name,))
 
 
 def asserts(source: str) -> bool:

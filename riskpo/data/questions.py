@@ -51,18 +51,15 @@ def load_questions(
 ) -> list[Question]:
     """All questions of a data set, each problem once, in the order of their first row.
 
-    source       a .jsonl, .json, .csv or .parquet file, also with .gz after it, or a hub name
-                 "owner/name[:config]"
+    source       a file or the name of a hub data set, as above
     split        of a hub data set; a file is its own split
     limit        keep the first `limit` questions
     instruction  sentence added to every prompt that does not yet say how to mark the answer, for
                  example BOXED_INSTRUCTION
     columns      names of the columns with question and gold, where no form knows them
 
-    ValueError, with file and row, for a missing file, unknown fields, a row that cannot be read, a
-    value that is neither text nor number where one of them is due, or a prompt with a place for a
-    picture that the row does not have; ConnectionError, within seconds, when the hub cannot be
-    reached.
+    ValueError, with file and row, for a missing file, unknown fields, a row that cannot be read, or
+    a picture that is missing; ConnectionError, within seconds, when the hub cannot be reached.
     """
     rows: Iterable[tuple[str, Row]]
     if is_file(source):

@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from typing import NamedTuple
 
@@ -102,13 +102,10 @@ def interpreted() -> Iterator[Check]:
             "from riskpo.doctor.machine import numerics; "
             f"c = numerics('triton', '{dtype}', 'cpu'); print(c.text); raise SystemExit(not c.ok)"
         )
-        yield in_process(
-            [sys.executable, "-c", code],
-            300,
-            f"interpreter, triton {dtype} on cpu",
-            lambda last: f"interpreter, {last}",
-            {"TRITON_INTERPRET": "1"},
-        )
+        command = [sys.executable, "-c", code]
+        environment = {**os.environ, "TRITON_INTERPRET": "1"}
+        what = f"interpreter, triton {dtype} on cpu"
+        yield in_process(command, 300, what, "interpreter, {}", environment)
 
 
 def compiled() -> Check:
@@ -119,34 +116,25 @@ def compiled() -> Check:
     if torch.cuda.is_available():
         arch = "".join(map(str, torch.cuda.get_device_capability()))
     command = [sys.executable, "-m", "riskpo_kernels.kernels.compile_check", "--quick"]
-    return in_process(
-        [*command, "--arch", arch],
-        600,
-        f"compile check, sm_{arch}",
-        lambda last: f"{last.strip()}, sm_{arch}, one of each kernel",
-    )
+    line = f"{{}}, sm_{arch}, one of each kernel"
+    return in_process([*command, "--arch", arch], 600, f"compile check, sm_{arch}", line)
 
 
 def in_process(
     command: list[str],
     seconds: int,
     what: str,
-    line: Callable[[str], str],
+    line: str,
     environment: Mapping[str, str] | None = None,
 ) -> Check:
-    """A check in a process of its own: line(its last line of output), or that it took too long."""
+    """A check in a process of its own: its last line within `line`, or that it took too long."""
     try:
         done = subprocess.run(
-            command,
-            env={**os.environ, **(environment or {})},
-            capture_output=True,
-            text=True,
-            timeout=seconds,
-            check=False,
+            command, env=environment, capture_output=True, text=True, timeout=seconds, check=False
         )
     except subprocess.TimeoutExpired:
         late = f"{what}: not finished within {seconds} s, so nothing is known of its numbers"
         return Check(None, late, "Run doctor again while the machine has less to do.")
     last = (done.stdout.strip() or done.stderr.strip() or "no output").splitlines()[-1]
     ok = done.returncode == 0
-    return Check(ok, line(last), "" if ok else REMEDY["triton"])
+    return Check(ok, line.format(last.strip()), "" if ok else REMEDY["triton"])

@@ -92,8 +92,7 @@ def verify_exact(gold: str, answer: str) -> Verdict:
 class Scorer:
     """Rewards for the training loop and for evaluation; a context manager.
 
-    reward      "auto", "math", "code", "code-limits-only", "exact", "package.module:function" or
-                "file.py:function"
+    reward      one of the kinds above
     workers, seconds, memory_mib   see VerifierPool; the processes start when first needed. For
                 code, seconds is the time of a program over all its tests, without the sandbox's own
 

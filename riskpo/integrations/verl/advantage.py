@@ -2,9 +2,7 @@
 
 verl calls the estimator on its driver process with the whole batch, after rows were reordered for
 balance and padding rows appended, and tells it neither step nor folder. The callback lives in the
-same process and knows both:
-
-    trainer.checkpoint_callback_class=riskpo.integrations.verl.RiskPOCheckpoint
+same process and knows both.
 """
 
 from __future__ import annotations

@@ -134,19 +134,16 @@ def messages_with_images(question: Question) -> list[dict[str, Any]]:
             f"data: question {question.id!r} of {question.source!r} has {places} places {PLACE} "
             f"for {len(question.images)} pictures; expected as many. Mend its prompt."
         )
-    pictures = [_opened(image, question) for image in question.images]
+    pictures = iter([_opened(image, question) for image in question.images])
     done = []
     for message in messages:
         first = [] if places or message["role"] != "user" else pictures
-        pieces = message["content"].split(PLACE)
         parts: list[dict[str, Any]] = [{"type": "image", "image": p} for p in first]
-        for i, piece in enumerate(pieces):
+        for i, piece in enumerate(message["content"].split(PLACE)):
             if i:
-                parts.append({"type": "image", "image": pictures.pop(0)})
+                parts.append({"type": "image", "image": next(pictures)})
             if piece.strip():
                 parts.append({"type": "text", "text": piece})
-        if first:
-            pictures = []
         done.append({"role": message["role"], "content": parts})
     return done
 

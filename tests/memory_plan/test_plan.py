@@ -231,7 +231,7 @@ def test_a_run_s_plan_and_its_outcome():
     plan.capacity = 1.0
     assert "hardly fit" in plan.lines()[1]
     large = replace(config, max_response_tokens=100_000)
-    plan = replace(plan_run(large, tiny_policy().model, 16), capacity=None)
+    plan = replace(plan_run(large, tiny_policy().model, 16), capacity=float("inf"))
     first, second, third = plan.lines()
     assert "GiB on cpu: updating" in first and "largest: " in second
     assert "the longest prompt of the data has 16 tokens, a response at most 100000" in third

@@ -152,7 +152,7 @@ def draw(path: Path, p: torch.Tensor, result: dict[str, dict[str, list[float]]])
     axis.set_yticks([0.25, 0.5, 1, 2, 4, 8], ["0.25", "0.5", "1", "2", "4", "8"])
     axis.minorticks_off()
     axis.grid(color="#e3e7ea")
-    axis.legend(frameon=False)
+    axis.legend(loc="upper right", fontsize="small", frameon=False)
     figure.savefig(path)
 
 

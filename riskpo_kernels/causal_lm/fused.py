@@ -19,7 +19,8 @@ import torch
 from riskpo_kernels.causal_lm.decoder import decoder_of, unwrapped
 from riskpo_kernels.causal_lm.head import Head, find_head
 from riskpo_kernels.causal_lm.head_weight import refuse_wrapped_head
-from riskpo_kernels.core.checks import reject
+from riskpo_kernels.core.backends import BACKENDS
+from riskpo_kernels.core.checks import check_choice, check_flags, check_positive, reject
 from riskpo_kernels.linear_logprob import linear_logprob
 from riskpo_kernels.reference import TokenLogProbs
 from riskpo_kernels.sharding import full_weight
@@ -112,8 +113,8 @@ def add_fused_lm_head(
     Raises:
         ValueError: a head whose logits are not softcap(scale * (h W^T + bias)) of the decoder's
             output, found by trying it on the model; another adapter than LoRA on the head; virtual
-            tokens; a field that
-            is not computed. In the call: neither kind of labels, router losses, logits_to_keep.
+            tokens; a field that is not computed; a value that an option cannot have. In the call:
+            neither kind of labels, router losses, logits_to_keep.
     """
     if not hasattr(model, "get_output_embeddings") and not hasattr(model, "_orig_mod"):
         todo = "Call it before DDP wraps the model, or give it model.module."
@@ -121,6 +122,12 @@ def add_fused_lm_head(
     for name in outputs:
         if name not in OUTPUTS:
             reject(OP, f"outputs with {name!r}", " and ".join(OUTPUTS), "Keep TRL's head for it.")
+    check_positive(OP, "temperature", temperature)
+    check_positive(OP, "memory_mib", memory_mib)
+    check_choice(OP, "backend", backend, BACKENDS)
+    check_flags(OP, cast_lm_head_to_fp32=cast_lm_head_to_fp32, deterministic=deterministic)
+    if tail_eps is not None:
+        check_positive(OP, "tail_eps", tail_eps, zero_ok=True)
     model = unwrapped(model)
     settings = {
         "temperature": temperature,

@@ -235,6 +235,24 @@ def test_calls_that_would_mean_something_else_are_refused(case):
         by_call(model, **given)
 
 
+OPTIONS = {
+    "temperature": 0.0,
+    "cast_lm_head_to_fp32": "yes",
+    "backend": "cuda",
+    "memory_mib": 0,
+    "tail_eps": -1e-4,
+    "deterministic": None,
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_are_checked_before_the_first_call(name):
+    model = build("llama")
+    with pytest.raises(ValueError, match=f"add_fused_lm_head: got {name}={OPTIONS[name]!r}"):
+        add_fused_lm_head(model, **{name: OPTIONS[name]})
+    assert "forward" not in vars(model)
+
+
 def test_models_and_fields_that_are_not_computed_are_refused():
     model = build("llama")
     with pytest.raises(ValueError, match="outputs with 'is_top1'; expected log_probs and entropy"):

@@ -10,7 +10,7 @@ from riskpo_kernels import (
     riskpo_loss,
     riskpo_loss_from_logits,
 )
-from tests.compare import assert_all_close_as_plain
+from tests.compare import FACTOR, assert_all_close_as_plain
 from tests.conftest import has_triton
 from tests.head_inputs import head, split_columns
 
@@ -70,7 +70,9 @@ def test_matches_the_references_composed(backend, ratio, device):
     args = (h, w, target, old, advantage)
     got, seen = run(riskpo_loss, both, *args, backend=backend, memory_mib=0.1, **options, **ref)
     assert 0.05 < stats["clip_fraction"] < 0.95, "the batch exercises one branch only"
-    assert_all_close_as_plain(got, truth, plain)
+    # one row of 40 decides by its large coefficient, and there plain is right to 4e-8 by luck
+    factor = 8 if backend == "triton" else FACTOR
+    assert_all_close_as_plain(got, truth, plain, factor=factor)
     assert seen.keys() == stats.keys()
     for name, value in stats.items():  # single numbers: luck decides which rounding is better
         assert seen[name].double().item() == pytest.approx(value.item(), rel=1e-5, abs=1e-7), name
@@ -79,7 +81,7 @@ def test_matches_the_references_composed(backend, ratio, device):
         return (x @ y.T,)
 
     got, _ = run(riskpo_loss_from_logits, as_logits, *args, backend=backend, **options, **ref)
-    assert_all_close_as_plain(got, truth, plain)
+    assert_all_close_as_plain(got, truth, plain, factor=factor)
 
 
 def test_padded_equals_packed(device):

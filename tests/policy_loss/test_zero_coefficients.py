@@ -86,6 +86,18 @@ def batch_of_fates(ratio, length, vocab, width, device):
     return h, w, target, given, sent
 
 
+def products_of_forward(n, vocab, width, backend, device):
+    """Multiply-adds of the forward; the kernel's tiles are computed whole."""
+    if backend == "triton":
+        from riskpo_kernels.kernels.head_forward import FORWARDS, forward_on
+
+        on_gpu = device.type == "cuda"
+        capability = torch.cuda.get_device_capability(device) if on_gpu else (9, 0)
+        tile = FORWARDS[forward_on(capability, capability >= (9, 0))]
+        n, vocab = -(-n // tile.rows) * tile.rows, -(-vocab // tile.columns) * tile.columns
+    return n * vocab * width
+
+
 def products_of_rows(n, vocab, width, way, backend):
     """Multiply-adds of the backward of n rows; the kernels' tiles hold 128 pairs of a block."""
     if way == "sparse" and backend == "triton":
@@ -118,9 +130,10 @@ def test_clipped_and_rejected_rows_enter_no_product(monkeypatch, ratio, way, bac
         assert_close_as_plain(name, got[i], truth[i], plain[i], factor=5)
     assert torch.equal((truth[0] != 0).any(1), sent), "the inputs are not what they are meant to be"
     assert torch.equal((got[0] != 0).any(1), sent)
-    live = (len(FATES) - 1) * length
+    live, ran = (len(FATES) - 1) * length, backend
     if device.type == "cuda" and way == "sparse":
         backend = "torch"  # whose loop takes float32 there
     backward = products_of_rows(int(sent.sum()), vocab, width, way, backend)
-    assert got[2] - live * vocab * width == backward
+    forward = products_of_forward(live, vocab, width, ran, device)
+    assert got[2] - forward == backward
     assert backward < products_of_rows(live, vocab, width, way, backend), "nothing would show"

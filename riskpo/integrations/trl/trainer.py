@@ -130,7 +130,7 @@ class RiskPOTrainer(GRPOTrainer):
         rewards: torch.Tensor,
         questions: list[str],
         answers: list[str],
-        prior: list[float] | None,
+        prior: list[float] | None = None,
     ) -> torch.Tensor:
         """Advantages [N] of all ranks' rows from gathered rewards [N]; moves the tracker."""
         rows = gather_object(list(zip(questions, answers, strict=True)))

@@ -125,7 +125,8 @@ def denominator(
     if aggregate == "token-mean":
         return float(sum(len(rollouts.logprob[row]) for row in rows))
     if aggregate == "sequence-sum-norm":
-        assert constant is not None  # `loss_options` of riskpo/algorithms.py gives it one
+        if constant is None:
+            raise ValueError("denominator: got constant=None; expected a number of tokens. Set it.")
         return len(rows) * constant
     if aggregate == "prompt-mean":
         return float(len({rollouts.question_id[row] for row in rows}))

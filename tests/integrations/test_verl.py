@@ -78,9 +78,11 @@ def test_verl_loads_the_plugin_by_itself_and_says_so(tmp_path):
     assert done.stderr.count("estimator riskpo, policy losses riskpo, riskpo_token") == 1
 
 
-def test_the_self_check_notices_a_taken_name(monkeypatch):
+@pytest.mark.parametrize("name", ["riskpo", "riskpo_token", "riskpo_cispo", "riskpo_sapo"])
+def test_the_self_check_notices_a_taken_name(name, monkeypatch):
     host.check_registered()
-    monkeypatch.setitem(core.POLICY_LOSS_REGISTRY, "riskpo", lambda: None)
+    assert name in host.banner()
+    monkeypatch.setitem(core.POLICY_LOSS_REGISTRY, name, lambda: None)
     with pytest.raises(RuntimeError, match="VERL_USE_EXTERNAL_PLUGINS"):
         host.check_registered()
 

@@ -19,7 +19,7 @@ from transformers import (
 
 from riskpo.algorithms import LossOptions
 from riskpo.config import RunConfig
-from riskpo.model.packing import hidden_states, micro_batches, mini_batches, pack
+from riskpo.model.packing import denominator, hidden_states, micro_batches, mini_batches, pack
 from riskpo.trainer.optimizer import Optimizer
 from riskpo.trainer.parallel import ParallelModel
 from riskpo.trainer.update import recompute, update
@@ -223,6 +223,11 @@ def test_mini_batches_are_whole_questions():
     assert sorted(sum(parts, [])) == list(range(20))
     assert [len(p) for p in parts] == [8, 12]
     assert len(mini_batches(rollouts, 9)) == 5
+
+
+def test_sum_norm_needs_its_constant():
+    with pytest.raises(ValueError, match="constant"):
+        denominator(random_rollouts(14), [0], "sequence-sum-norm", None)
 
 
 SMALL = {

@@ -23,7 +23,12 @@ try:
     from verl.trainer.ppo.core_algos import get_adv_estimator_fn, get_policy_loss_fn
 
     from riskpo.integrations.verl.advantage import CALLBACK, RiskPOCheckpoint, riskpo_advantage
-    from riskpo.integrations.verl.loss import riskpo_policy_loss, riskpo_token_policy_loss
+    from riskpo.integrations.verl.loss import (
+        riskpo_cispo_policy_loss,
+        riskpo_policy_loss,
+        riskpo_sapo_policy_loss,
+        riskpo_token_policy_loss,
+    )
 except Exception as error:
     print(f"riskpo is NOT registered with verl: {error}", file=sys.stderr, flush=True)
     raise
@@ -39,12 +44,19 @@ __all__ = [
 ]
 
 
+LOSSES = {
+    "riskpo": riskpo_policy_loss,
+    "riskpo_token": riskpo_token_policy_loss,
+    "riskpo_cispo": riskpo_cispo_policy_loss,
+    "riskpo_sapo": riskpo_sapo_policy_loss,
+}
+
+
 def check_registered() -> None:
     """RuntimeError unless verl's registries hold this module's functions under their names."""
     for found, ours in (
         (get_adv_estimator_fn("riskpo"), riskpo_advantage),
-        (get_policy_loss_fn("riskpo"), riskpo_policy_loss),
-        (get_policy_loss_fn("riskpo_token"), riskpo_token_policy_loss),
+        *((get_policy_loss_fn(name), loss) for name, loss in LOSSES.items()),
     ):
         if found is not ours:
             raise RuntimeError(
@@ -57,7 +69,7 @@ def banner() -> str:
     """One line: versions, names, and the line that keeps the state."""
     return (
         f"riskpo {__version__} in verl {version('verl')} (tested: 0.9.1): estimator riskpo, policy "
-        f"losses riskpo, riskpo_token; {CALLBACK}"
+        f"losses {', '.join(LOSSES)}; {CALLBACK}"
     )
 
 

@@ -112,7 +112,7 @@ class GroupAdvantage:
         """Nothing to restore: every step stands alone."""
 
 
-class CurveAdvantage:
+class CurveAdvantage(GroupAdvantage):
     """CurveRL (2605.24331): minus the mean, times f / F of the mean among those of earlier steps.
 
     f is the share of the last 10 steps' questions with that mean reward, F that with at most it, in
@@ -122,17 +122,10 @@ class CurveAdvantage:
     """
 
     def __init__(self) -> None:
+        super().__init__(self.weighted)
         self.window: list[list[float]] = []  # of each step, the means that count
 
-    def __call__(
-        self,
-        rewards: torch.Tensor,
-        question_id: Sequence[str],
-        *,
-        step: int,
-        prior: Sequence[float] | None = None,
-    ) -> tuple[torch.Tensor, dict[str, float]]:
-        r = by_question(rewards, question_id).double()
+    def weighted(self, r: torch.Tensor) -> torch.Tensor:
         if not bool(((r >= 0) & (r <= 1)).all()):
             raise ValueError(
                 f"curverl: got rewards from {float(r.min())} to {float(r.max())}; expected them in "
@@ -146,9 +139,8 @@ class CurveAdvantage:
         share = torch.bincount((reference * bins).long(), minlength=bins) / max(len(reference), 1)
         weight = torch.where(share > 0, share / share.cumsum(0), 0.0).to(mean)
         chosen = torch.where(counts, weight[(mean * bins).long().clamp(max=bins - 1)], 0.0)
-        advantage = (minus_mean(r) * chosen[:, None]).to(rewards.dtype).flatten()
         self.window = [*self.window, mine.tolist()][-CURVE_STEPS:]
-        return advantage, {"zero_advantage_fraction": float((advantage == 0).float().mean())}
+        return minus_mean(r) * chosen[:, None]
 
     def state_dict(self) -> dict[str, Any]:
         return {"window": [list(one) for one in self.window]}

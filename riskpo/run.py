@@ -18,7 +18,7 @@ from riskpo.config import RunConfig, TrainConfig, is_embedded, resolve, to_toml,
 from riskpo.data.questions import BOXED_INSTRUCTION, load_questions, priors_of, split_holdout
 from riskpo.demo import build_model, build_tokenizer, find_task, task_questions, warm_start
 from riskpo.distributed import Ranks, best_device
-from riskpo.files import METRICS, SETTINGS
+from riskpo.files import SETTINGS
 from riskpo.group_advantages import Advantage
 from riskpo.memory_plan.run_plan import RunPlan, plan_run
 from riskpo.model.gguf import as_folder
@@ -44,8 +44,6 @@ from riskpo.trainer.checkpoint import (
     owned,
     read_about,
     restore,
-    set_aside,
-    truncate_log,
 )
 from riskpo.trainer.optimizer import Optimizer
 from riskpo.trainer.parallel import ParallelModel, skeleton
@@ -316,12 +314,7 @@ def fitting(
 def open_log(
     config: RunConfig, overrides: dict[str, Any], checkpoint: Path | None, step: int
 ) -> RunLog:
-    """Open the log, cut back to `step`, and write the settings beside it."""
-    metrics = Path(config.run_dir) / METRICS
-    if checkpoint is None:
-        set_aside(metrics)
-    else:
-        truncate_log(metrics, step)
+    """Open the log, and write the settings beside it."""
     log = RunLog(config, first_step=step)
     path = Path(config.run_dir) / SETTINGS
     path.write_text(to_toml(config), encoding="utf-8")

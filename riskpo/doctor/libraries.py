@@ -94,28 +94,24 @@ def ops() -> dict[str, Op]:
 def with_op(name: str, problem: Problem) -> Results:
     """A library's log-prob and entropy, with GRPO's loss in plain PyTorch on top."""
     op = ops()[name]
-    h, w = leaves(problem)
+    h, w, _ = leaves(problem)
     logprob, entropy = op.call(h, w, problem.target, 1.0)
-    loss = clipped_mean(logprob.float(), problem)
-    loss.backward()
-    return results(
-        problem, logprob, entropy, loss, h.grad, w.grad, f"{op.name}; loss in plain PyTorch"
-    )
+    loss, note = clipped_mean(logprob.float(), problem), f"{op.name}; loss in plain PyTorch"
+    return results(problem, (h, w), loss, note, logprob=logprob, entropy=entropy)
 
 
 def liger_loss(problem: Problem) -> Results:
     """Liger's fused head and loss in one, beside its log-prob function."""
     loss_of = attribute("liger_kernel.chunked_loss", "LigerFusedLinearGRPOLoss")
     op = with_op("liger", problem).values
-    h, w = leaves(problem)
+    h, w, _ = leaves(problem)
     grpo = loss_of(
         loss_type="grpo", beta=0.0, use_ref_model=False, epsilon_low=0.2, epsilon_high=0.2,
         temperature=1.0, compiled=False,
     )  # fmt: skip
     given = (h, w, problem.target, problem.mask.to(h.dtype), problem.advantage)
     loss, _ = grpo(*given, old_per_token_logps=problem.old_logprob)
-    loss.backward()
-    mine = results(problem, None, None, loss, h.grad, w.grad).values
+    mine = results(problem, (h, w), loss).values
     return Results({**op, **mine}, "log-prob: fused scaled CE; loss: LigerFusedLinearGRPOLoss")
 
 
@@ -127,7 +123,7 @@ def verl_loss(problem: Problem) -> Results:
         strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, clip_ratio=0.2,
         clip_ratio_low=0.2, clip_ratio_high=0.2, clip_ratio_c=1e9,
     )  # fmt: skip
-    h, w = leaves(problem)
+    h, w, _ = leaves(problem)
     logprob, entropy = verl_op(h, w, problem.target, 1.0)
     loss, _ = vanilla(
         old_log_prob=problem.old_logprob,
@@ -137,10 +133,8 @@ def verl_loss(problem: Problem) -> Results:
         loss_agg_mode="seq-mean-token-mean",
         config=config,
     )
-    loss.backward()
-    return results(
-        problem, logprob, entropy, loss, h.grad, w.grad, "FusedLinearForPPO; vanilla policy loss"
-    )
+    note = "FusedLinearForPPO; vanilla policy loss"
+    return results(problem, (h, w), loss, note, logprob=logprob, entropy=entropy)
 
 
 LIBRARIES: dict[str, Callable[[Problem], Results]] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
@@ -114,14 +114,15 @@ def fresh(x: torch.Tensor) -> torch.Tensor:
     return x.detach().clone().requires_grad_()
 
 
-def leaves(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
-    """(hidden, weight), fresh."""
-    return fresh(problem.hidden), fresh(problem.weight)
+def leaves(problem: Problem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(hidden, weight, bias), fresh."""
+    bias = None if problem.bias is None else fresh(problem.bias)
+    return fresh(problem.hidden), fresh(problem.weight), bias
 
 
 def ours(problem: Problem, *, backend: str, ratio: str = "token") -> Results:
     """Log-prob, entropy, clipped loss (0.2 / 0.2, mean over sequences), stats and gradients."""
-    (h, w), b = leaves(problem), None if problem.bias is None else fresh(problem.bias)
+    h, w, b = leaves(problem)
     head = (problem.hidden, problem.weight, problem.target)
     with torch.no_grad():
         token = linear_logprob(*head, bias=problem.bias, return_entropy=True, backend=backend)
@@ -138,11 +139,9 @@ def ours(problem: Problem, *, backend: str, ratio: str = "token") -> Results:
         clip_high=0.2,
         backend=backend,
     )
-    loss.backward()
-    found = results(problem, token.logprob, token.entropy, loss, h.grad, w.grad)
-    more = {"lse": token.lse[problem.mask], "dbias": None if b is None else b.grad}
-    more |= {name: stats[name] for name in ("ratio_mean", "clip_fraction")}
-    return Results(found.values | {k: x.detach() for k, x in more.items() if x is not None})
+    found = results(problem, (h, w, b), loss, **token._asdict())
+    more = {name: stats[name].detach() for name in ("ratio_mean", "clip_fraction")}
+    return Results(found.values | more)
 
 
 def plain(problem: Problem, *, logits32: bool = False) -> Results:
@@ -150,20 +149,16 @@ def plain(problem: Problem, *, logits32: bool = False) -> Results:
 
     logits32 multiplies in float32 as well, so that only the gradients are rounded.
     """
-    (h, w), b = leaves(problem), None if problem.bias is None else fresh(problem.bias)
+    h, w, b = leaves(problem)
     logits = h.float() @ w.float().T if logits32 else (h @ w.T).float()
     logits = logits if b is None else logits + b.float()
     logp = torch.log_softmax(logits, -1)
     entropy = -(logp.exp() * logp).sum(-1)
     logprob = logp.gather(-1, problem.target[..., None])[..., 0]
-    loss = clipped_mean(logprob, problem)
-    loss.backward()
-    note = "logits in the input dtype"
-    found = results(problem, logprob, entropy, loss, h.grad, w.grad, note)
-    more = {"lse": logits.detach().logsumexp(-1)[problem.mask]}
-    more |= {} if b is None or b.grad is None else {"dbias": b.grad}
-    more |= {k: x.sum() for k, x in sums(found.values["logprob"], problem).items() if k != "loss"}
-    return Results(found.values | more, note)
+    loss, lse = clipped_mean(logprob, problem), logits.logsumexp(-1)
+    found = results(problem, (h, w, b), loss, logprob=logprob, entropy=entropy, lse=lse)
+    totals = {k: x.sum() for k, x in sums(found.values["logprob"], problem).items()}
+    return Results(totals | found.values, "logits in the input dtype")
 
 
 def clipped_mean(logprob: torch.Tensor, problem: Problem) -> torch.Tensor:
@@ -194,22 +189,19 @@ def sums(logprob: torch.Tensor, problem: Problem) -> dict[str, torch.Tensor]:
 
 def results(
     problem: Problem,
-    logprob: torch.Tensor | None,
-    entropy: torch.Tensor | None,
-    loss: torch.Tensor | None,
-    dhidden: torch.Tensor | None,
-    dweight: torch.Tensor | None,
+    wanted: Sequence[torch.Tensor | None],
+    loss: torch.Tensor,
     note: str = "",
+    **per_token: torch.Tensor | None,
 ) -> Results:
-    """Named results with log-prob and entropy on the response's tokens only; None is left out."""
-    named = {
-        "logprob": None if logprob is None else logprob[problem.mask],
-        "entropy": None if entropy is None else entropy[problem.mask],
-        "loss": loss,
-        "dhidden": dhidden,
-        "dweight": dweight,
-    }
-    return Results({k: v.detach() for k, v in named.items() if v is not None}, note)
+    """The loss, its gradients by `wanted` (hidden, weight, bias), and what each token gave [B, T],
+    on the response's tokens only. None is left out."""
+    loss.backward()
+    found = {k: x[problem.mask] for k, x in per_token.items() if x is not None} | {"loss": loss}
+    for name, x in zip(LEAVES, wanted, strict=False):
+        if x is not None and x.grad is not None:
+            found[f"d{name}"] = x.grad
+    return Results({k: x.detach() for k, x in found.items()}, note)
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,7 @@ class Bound(NamedTuple):
 
     @property
     def holds(self) -> bool:
-        """False for NaN as well."""
-        return self.error <= self.limit
+        return self.error <= self.limit  # False for NaN
 
 
 class Sum(NamedTuple):
@@ -100,9 +99,9 @@ def bounds(
     """
     if not got.shape == truth.shape == plain.shape:
         raise ValueError(f"shapes differ: {got.shape}, truth {truth.shape}, plain {plain.shape}")
-    size = _wide(truth if size is None else size).abs()
     if got.numel() == 0:
         return Bound("relative norm", 0.0, 0.0), Bound("largest absolute", 0.0, 0.0)
+    size = _wide(truth if size is None else size).abs()
     floor = 1e-12 if got.dtype == plain.dtype == torch.float64 else FLOOR
     if got.dtype in SIXTEEN and tensor_core(got):
         floor = torch.finfo(got.dtype).eps / 2

@@ -13,7 +13,7 @@ from riskpo.doctor.problem import Problem, Results, leaves, results
 
 def trainer_loss(problem: Problem) -> Results:
     """GRPOTrainer._compute_loss on the problem's hidden states, and the log-probs of its head."""
-    hidden, weight = leaves(problem)
+    hidden, weight, _ = leaves(problem)
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(problem, folder)
     model = trainer.model
@@ -35,10 +35,8 @@ def trainer_loss(problem: Problem) -> Results:
             model, ids, attention, T, compute_entropy=True
         )
     loss = trainer._compute_loss(model, inputs)
-    loss.backward()
-    return results(
-        problem, logprob, entropy, loss, hidden.grad, weight.grad, "GRPOTrainer._compute_loss"
-    )
+    note = "GRPOTrainer._compute_loss"
+    return results(problem, (hidden, weight), loss, note, logprob=logprob, entropy=entropy)
 
 
 def build_trainer(problem: Problem, folder: str) -> Any:

@@ -28,18 +28,20 @@ class RunLog:
 
     Every record has "kind" ("step" or "eval") and "step". Names that end in _s are wall-clock
     seconds: the only ones that may differ between two runs of the same command on one machine.
-    Texts go to run_dir/rollouts.jsonl, see `texts`.
+    Texts go to run_dir/rollouts.jsonl, see `texts`. A run that resumes after first_step cuts both
+    files back to it; a new one, with first_step=0, sets old ones aside.
     """
 
     def __init__(self, config: TrainConfig, *, first_step: int) -> None:
         self.path = Path(config.run_dir) / METRICS
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("a", encoding="utf-8")
         texts = self.path.with_name(TEXTS)
-        if first_step:
-            truncate_log(texts, first_step)
-        else:
-            set_aside(texts)
+        for path in (self.path, texts):
+            if first_step:
+                truncate_log(path, first_step)
+            else:
+                set_aside(path)
+        self._file = self.path.open("a", encoding="utf-8")
         self._texts = texts.open("a", encoding="utf-8")
         self._notes = self.path.with_name(NOTES).open("a" if first_step else "w", encoding="utf-8")
         self._warned = False

@@ -41,12 +41,12 @@ class RiskPOAdvantage:
       form, alpha, beta, omega, w_mix, eps   as in `mvar_advantage`
       bundle_size   B
       quantiles     "tracked": those of the previous steps (QuantileTracker with tracker_step), at
-                    the first step this batch's; "bundle": each bundle's own over its G papers,
+                    the first step this batch's; "bundle": each bundle's own over its G draws,
                     linearly interpolated; "mix": the average of the two
       baseline      "natural": the form's constant (0 at and above q_beta; form mean: the bundle's
                     mean); "none"; "leave-one-out": "none" minus the mean over the bundle's other
-                    papers; "batch": "none" minus the mean over all papers. With conditional credit
-                    read responses for papers, and the question's for the bundle's
+                    draws; "batch": "none" minus the mean over all draws. With conditional credit
+                    the others are the question's other responses
       scale         "none"; "bundle-std": over (std of the bundle's G scores + eps), n - 1, 1 when
                     they tie; "batch-std": over (max(std of all scores, std_floor) + eps)
       credit        "uniform" | "score" | "std" | "sum-mean": see riskpo_kernels.advantages.credit;
@@ -56,14 +56,14 @@ class RiskPOAdvantage:
                     (history_rate; kept in state_dict), "prior" or "cross-fit" (each half of the
                     responses in bundles chosen by the other), see
                     riskpo_kernels.advantages.difficulty
-      pairing       "permuted": bundles and papers drawn from (seed, step, question id) alone;
-                    "index": bundles in order of first appearance and j-th response to paper j, as
+      pairing       "permuted": bundles and draws chosen by (seed, step, question id) alone;
+                    "index": bundles in order of first appearance and j-th response to draw j, as
                     the official code does, so these do depend on the order of the rows
       leftover      Q not divisible by B: "error", or "drop" the surplus (advantage 0, not tracked,
                     counted in stats, warned about once)
 
     ValueError on an unknown name or value, or on scale="bundle-std" with an advantage that does not
-    vanish where a bundle's papers tie (tracked quantiles): it would be divided by zero.
+    vanish where a bundle's draws tie (tracked quantiles): it would be divided by zero.
     """
 
     def __init__(self, preset: str = "paper", **overrides: Any) -> None:
@@ -282,7 +282,7 @@ def _quantiles(
 def baselined(
     scores: torch.Tensor, q: tuple[torch.Tensor, torch.Tensor], s: RiskPOSettings
 ) -> torch.Tensor:
-    """Advantage of the papers [K, G] in score units, after the baseline."""
+    """Advantage of the draws [K, G] in score units, after the baseline."""
     a = mvar_advantage(
         scores,
         *q,
@@ -306,7 +306,7 @@ def centred(a: torch.Tensor) -> torch.Tensor:
 
 
 def scaled(a: torch.Tensor, scores: torch.Tensor, s: RiskPOSettings) -> torch.Tensor:
-    """Advantage of the papers [K, G] over the spread of the scores."""
+    """Advantage of the draws [K, G] over the spread of the scores."""
     if s.scale == "none":
         return a
     if s.scale == "batch-std":

@@ -70,17 +70,17 @@ def linear_divergence(
 
     Args:
         hidden, weight, bias: the student's, as in linear_logprob; these get gradients.
-        teacher_hidden: [..., E], teacher_weight: [V, E], teacher_bias: [V], constants; of another
-            width or dtype, or the student's own head (pass weight.detach()). Row v is the same
-            word on both sides: for padded vocabularies pass the rows both have.
+        teacher_hidden: [..., E], teacher_weight: [V, E], teacher_bias: [V], constants. Width and
+            dtype may differ from the student's; for the student's own head pass weight.detach().
+            Row v is the same word on both sides: of padded vocabularies pass the rows both have.
         kind: "forward_kl" = KL(teacher || student), "reverse_kl" = KL(student || teacher), "jsd".
         beta: of jsd, the teacher's share of the mixture, between 0 and 1 without them (GKD).
         temperature: of both sides, above 0, a float or one per row; the result is not multiplied
             by its square.
         mask: [...] bool; False gives 0 and no gradient, and the row is never read.
         scale, softcap, teacher_scale, teacher_softcap: what shapes the logits of either side.
-        tail_eps: blocks of 128 columns get no gradient where a row's drop, and drops hold at most
-            32 tail_eps |upstream| in the 1-norm of the row's gradient of its logits
+        tail_eps: blocks of 128 columns that matter little to a row get no gradient from it. A row
+            loses at most 32 tail_eps |upstream| in the 1-norm of its logits' gradient
             (lm_head/divergence.py). 0 is exact. Default: 2^-14 for bf16, 2^-18 for fp16, else 0.
         vocab_group: as in linear_logprob; both heads are this rank's same columns.
         memory_mib: workspace in MiB beside results, gradients and one float32 [N, D].
@@ -169,9 +169,9 @@ def topk_divergence(
 ) -> torch.Tensor:
     """Divergence [...] over a teacher's K tokens and one bucket that holds all others.
 
-    What a teacher that is a server can send, its K log-probs, without what truncation costs: the
-    bucket keeps both sides distributions, so that the result is a divergence, at most the whole
-    one, and never below 0. The bucket's probability is 1 minus the others', at least 2^-24.
+    For a teacher that can only send K log-probs, such as a server. With the bucket both sides stay
+    distributions, so the result is a divergence: never below 0, and at most the one over the whole
+    vocabulary. The bucket's probability is 1 minus the others', at least 2^-24.
 
     Args:
         token_ids, teacher_logprob: [..., K], K different ids a row and the teacher's log-probs of

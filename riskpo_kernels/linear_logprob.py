@@ -9,12 +9,13 @@
     dH, dW, dbias          as their inputs  accumulated in fp32, rounded once
 
 Cost in units of N D V (one product = 2): forward 2; backward 6 (recompute, dH, dW) times the share
-of (row, vocabulary block) pairs that hold probability, of live rows only: an ignored row enters no
-product, a row without upstream gradient none in the backward. On a CPU the recompute (2 of the 6)
-is saved for the logits that were kept (core/softmax.py), all of a small head's. The operator
-that PyTorch sees is in lm_head/operator.py, its loops in lm_head/tiles.py and
-lm_head/sparse_torch.py, the mathematics of a tile in core/softmax.py, of dropping in
-lm_head/block_filter.py, of shards in lm_head/vocab_parallel.py.
+of (row, vocabulary block) pairs that hold probability. An ignored row enters no product, a row
+without upstream gradient none in the backward. On a CPU the forward keeps some logits, all of a
+small head's, which saves their recompute (core/softmax.py).
+
+To read on: the operator that PyTorch sees is in lm_head/operator.py, its loops are in
+lm_head/tiles.py and lm_head/sparse_torch.py. The mathematics of a tile is in core/softmax.py, that
+of dropping in lm_head/block_filter.py, that of shards in lm_head/vocab_parallel.py.
 """
 
 from __future__ import annotations
@@ -76,60 +77,58 @@ def linear_logprob(
     """Log-prob of each target (and entropy) from hidden states, within memory_mib of workspace.
 
     Args:
-        hidden: [..., D], any strides. Width first: `hidden @ weight.T` are the logits.
+        hidden: [..., D], any strides; hidden @ weight.T are the logits.
         weight: [V, D] head, of hidden's dtype; 16-bit hidden with a float32 weight computes in
             float32. A frozen weight costs no dW work.
-        target: [...] integer ids, already shifted; `ignore_index` rows give 0 for every result and
-            zero gradient, and their hidden states are never read. [..., K] asks for the log-probs
-            of K ids a row from the same pass; an ignored id among others gives 0.
-        ignore_index: None where no row is to be ignored: then the forward does not wait for the
-            device and a CUDA graph can hold it. It does not look at the ids either: one outside
-            the vocabulary gives log-prob -inf.
+        target: [...] integer ids, already shifted. [..., K] asks for the log-probs of K ids a row
+            from the same pass.
+        ignore_index: the id of rows that do not count. They give 0 for every result and zero
+            gradient, and their hidden states are never read; of K ids, an ignored one gives 0.
+            None: all rows count, the forward does not wait for the device (a CUDA graph can hold
+            it), and ids are not checked: one outside the vocabulary gives log-prob -inf.
         bias: [V], weight's dtype or float32.
         temperature: above 0, a float or one per row [...]; constant.
         scale, softcap: logits are softcap(scale * (h W^T + bias)) / temperature.
         return_entropy: also the entropy of that softmax.
-        support: the ids that a sampler's top-k, top-p or min-p kept of each row: softmax,
-            entropy and lse are over these alone, and only their rows of the head are read: no pass
-            over the vocabulary, exact whatever tail_eps. (token_ids [P], offsets [N + 1]) as in
-            vLLM's SamplingMask, rows of target in order, or ids [..., K] padded with -1. Any
-            order, no id twice in a row. Gathers up to memory_mib at a time. Backends torch and
-            reference; the host waits for the device twice a pass. With deterministic=True it
-            repeats bitwise run to run, not whatever rows are beside it.
+        support: the ids that a sampler's top-k, top-p or min-p kept of each row. Softmax, entropy
+            and lse are over these alone, and only their rows of the head are read. Either
+            (token_ids [P], offsets [N + 1]) as in vLLM's SamplingMask, rows of target in order, or
+            ids [..., K] padded with -1; in any order, no id twice in a row. Exact whatever tail_eps
+            is. Backends torch and reference; the host waits for the device twice a pass. With
+            deterministic=True results repeat bitwise run to run, but depend on the rows beside.
         outside_support: "raise" for a target that its row does not keep, or "-inf": its log-prob,
             a constant. Count them with logprob.isneginf().sum().
         lora: (A [r, D], B [V, r], factor), an adapter on the head as peft's LoRA has it (factor =
             lora_alpha / r): the logits are those of weight + factor B A, which is never made.
-            Gradients to A, B and hidden; weight must be frozen. A and B have hidden's dtype, or
+            Gradients go to A, B and hidden; weight must be frozen. A and B have hidden's dtype, or
             float32 beside 16 bits. A float32 [N, D + 3r] buffer holds dH until it is rounded.
             Backends torch and reference.
-        tail_eps: a block of 128 vocabulary columns with less softmax mass than this (less still
-            for a near-certain row, or near a softcap) gets no gradient from the row; what a row
-            loses is at most 32 tail_eps |upstream| in the 1-norm of its logits' gradient
-            (lm_head/block_filter.py). Rows of the head below the threshold for every token get a
-            zero gradient: under Adam rows that are never a target move less (half as far in a
-            short run). 0 is exact. Default: 2^-14 for bf16, 2^-18 for fp16, 0 for fp32 and fp64.
-        vocab_group: a process group whose ranks hold the columns of the head in rank order: weight
-            (and bias) are this rank's, perhaps none; target holds ids of the whole vocabulary;
+        tail_eps: a block of 128 vocabulary columns whose softmax mass in a row is below this (below
+            less for a near-certain row, or near a softcap) gets no gradient from that row. A row
+            loses at most 32 tail_eps |upstream| in the 1-norm of its logits' gradient
+            (lm_head/block_filter.py). 0 is exact. Default: 2^-14 for bf16, 2^-18 for fp16, 0 for
+            fp32 and fp64. A row of the head that is below the threshold for every token gets a zero
+            gradient, so under Adam rows that are never a target move less (half as far in a short
+            run).
+        vocab_group: a process group whose ranks hold the columns of the head in rank order. weight
+            and bias are this rank's, perhaps empty. target holds ids of the whole vocabulary;
             hidden, target and every option are the same on all ranks. Every rank must compute the
             same loss from the results. dH is summed over the group; dW and dbias cover only this
-            rank's shard. The collectives, and why tail_eps means the same:
-            lm_head/vocab_parallel.py.
+            rank's shard (lm_head/vocab_parallel.py).
         memory_mib: workspace in MiB beside results, gradients and, for 16-bit inputs, one float32
-            accumulator: of the smaller of [N, D] and [V, D], or of [V, D] where rows of both ways,
-            dense and sparse, meet. On a CPU every call holds up to a twentieth of it until its
-            backward, for logits (core/softmax.py): lower it where many calls await one
-            backward.
+            accumulator (of the smaller of [N, D] and [V, D], or of [V, D] where a batch has dense
+            and sparse rows). On a CPU every call holds up to a twentieth of it for logits until its
+            backward: lower it where many calls wait for one backward.
         deterministic: results repeat bitwise run to run, and a row's results and dH have the same
-            bits whatever rows are beside it (float16 on CUDA excepted, whose gradients are scaled
-            by the largest upstream one). Slower: products of 128 rows, some of them padding.
+            bits whatever rows are beside it (not for float16 on CUDA, whose gradients are scaled by
+            the largest upstream one). Slower: products of 128 rows, some of them padding.
         backend: "auto", "triton", "torch" or "reference"; see backend_report().
 
     Returns:
-        TokenLogProbs(logprob, entropy, lse), each [...] (logprob as target), in nats, float32
-        (float64 for float64 inputs). All three are differentiable once, for any upstream
-        gradients: lse for a z-loss, or, as hidden @ weight[k] - lse, for another token's log-prob.
-        entropy is None unless asked for. logprob <= 0 and entropy >= 0 hold exactly.
+        TokenLogProbs(logprob, entropy, lse), in nats, float32 (float64 for float64 inputs); each
+        [...], logprob in target's shape; entropy is None unless asked for. All three are
+        differentiable once, for any upstream gradients. lse serves a z-loss, or as hidden @
+        weight[k] - lse another token's log-prob. logprob <= 0 and entropy >= 0 hold exactly.
 
     Raises:
         ValueError: wrong shapes, dtypes, devices or values, an empty or sharded weight, a backend

@@ -50,10 +50,10 @@ def logits_logprob(
     Args:
         logits: [..., V], bf16, fp16, fp32 (fp64 in torch and reference). Slices such as
             logits[:, :-1] are read where they are.
-        target: [...] integer ids, already shifted; `ignore_index` rows give 0 for every result and
-            zero gradient, and their logits are never read.
-        ignore_index: None where no row is to be ignored: then the forward does not wait for the
-            device and a CUDA graph can hold it. It does not look at the ids either: one outside
+        target: [...] integer ids, already shifted.
+        ignore_index: the id of rows that do not count. They give 0 for every result and zero
+            gradient, and their logits are never read. None: all rows count, the forward does not
+            wait for the device (a CUDA graph can hold it), and ids are not checked: one outside
             the vocabulary gives log-prob -inf.
         temperature: above 0, a float or one per target; constant.
         softcap: logits become softcap * tanh(logits / softcap) before the temperature.

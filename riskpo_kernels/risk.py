@@ -151,9 +151,9 @@ def official_monitor(
 def bundle_scores(
     rewards: torch.Tensor, bundle_size: int, *, permutation: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Scores of the papers: rewards [Q, G] -> [K, G], K = Q / bundle_size, in reward units.
+    """Scores of the draws: rewards [Q, G] -> [K, G], K = Q / bundle_size, in reward units.
 
-    Consecutive questions form a bundle; paper j of a bundle sums rewards[i, permutation[i, j]] over
+    Consecutive questions form a bundle; draw j of a bundle sums rewards[i, permutation[i, j]] over
     its questions i (arXiv 2510.00911, bundling; without a permutation the j-th response, as in the
     official code). permutation is int [Q, G], each row a permutation of 0..G-1.
     ValueError when bundle_size does not divide Q or a row of permutation is none.

@@ -1,7 +1,7 @@
 """A head whose rows are spread over data-parallel ranks (FSDP2, ZeRO-3), whole for the ops.
 
-The ops multiply with the whole head, many tiles of it in both passes, so it is gathered once,
-before the call, not once a tile. docs/sharding.md says which of the two functions a loop needs.
+The ops multiply with many tiles of the head in both passes, so the head is gathered once, before
+the call. docs/sharding.md says which of the two functions a loop needs.
 """
 
 from __future__ import annotations

@@ -94,18 +94,18 @@ def clipped_surrogate(
     """A policy loss to minimise: surrogate + kl_coef * KL - entropy_coef * entropy.
 
     Differentiable, once, in logprob and entropy. Every other tensor is a constant, and one that
-    requires grad is refused: on-policy code passes old_logprob=logprob.detach(). A masked token
-    never counts and its values (NaN, inf) are never read into a result. Nor is what has coefficient
-    0: ref_logprob with kl_coef=0, entropy with entropy_coef=0, the ratio of a token (of a sequence)
-    whose advantage or correction is 0, and of these two the other. What is used and NaN makes the
-    loss NaN.
+    requires grad is refused: on-policy code passes old_logprob=logprob.detach().
+
+    A masked token never counts, and its values (NaN, inf) reach no result. Neither does what has
+    coefficient 0: ref_logprob with kl_coef=0; entropy with entropy_coef=0; the ratio of a token (of
+    a sequence) whose advantage or correction is 0. A NaN that is used makes the loss NaN.
 
     logprob, old_logprob    [N] flat, or [B, T] padded with a mask; nats, any float dtype. Computed
                             in float32 (float64 for float64); gradients come in the input's dtype.
     advantage               [S] (padded: [B]) per sequence, or per token for ratio="token";
                             floating, without grad.
-    advantage_per,          "sequence" or "token": needed where flat tokens have S == N and not
-    correction_per          every sequence is one token, for there the shape does not tell.
+    advantage_per,          "sequence" or "token". Needed where the shape does not tell: flat tokens
+    correction_per          with S == N, some sequences longer than one token.
     cu_seqlens              int32 or int64 [S + 1] from 0 to N, non-decreasing; flat tokens only.
                             Its check is the only wait for the device (sequence_group: a few more).
     mask                    shape of logprob, bool, int or float; nonzero counts.
@@ -122,7 +122,8 @@ def clipped_surrogate(
                             for "gmpo" the log-ratio to [-low, high].
     dual_clip               of "clip", c > 1: where the advantage is negative the surrogate is at
                             most -c * advantage (arXiv 1912.09729).
-    loss_options            settings of the loss by name, these three or others: {"tau_neg": 1.05}.
+    loss_options            settings of the loss by name, such as {"tau_neg": 1.05}; also the three
+                            above.
     ratio                   "sequence": exp of the mean log-ratio over the sequence's counted
                             tokens, clamped to +-10 (arXiv 2510.00911 sec. 4; GSPO, arXiv
                             2507.18071); needs sequences. Every token then has its sequence's term.
@@ -137,11 +138,10 @@ def clipped_surrogate(
     ref_logprob, kl_coef    KL to the reference policy from u = ref_logprob - logprob, clamped to
     kl                      +-20: "k1" -u, "k2" u^2 / 2, "k3" exp(u) - 1 - u (J. Schulman,
                             "Approximating KL divergence"), "k3+" the value of k3 with the gradient
-                            of k2, "k3-unbiased" the token's ratio times k3. The gradient is that of
-                            the value but for "k3+": in expectation over the policy's own samples
-                            that of k1 is 0, and those of k2, k3+ and k3-unbiased, not that of k3,
-                            are the gradient of KL(policy, reference); k3-unbiased also over the old
-                            policy's.
+                            of k2, "k3-unbiased" the token's ratio times k3. In expectation over the
+                            policy's own samples the gradients of k2, k3+ and k3-unbiased are that
+                            of KL(policy, reference); k1's is 0, and k3's is another. k3-unbiased
+                            holds over the old policy's samples too.
     entropy, entropy_coef   shape of logprob, nats; without gradient where entropy_coef is 0.
     aggregate, denominator  the sum over counted tokens of weight * (surrogate + KL - entropy
                             terms) over the denominator, by default (the number of sequences S

@@ -19,14 +19,14 @@ def batch_stats(
     advantage: torch.Tensor,
     s: RiskPOSettings,
 ) -> dict[str, float]:
-    """Numbers of one step; `scores` are the K * G papers' and rewards and advantages all N.
+    """Numbers of one step; `scores` are the K * G draws' and rewards and advantages all N.
 
     q_alpha, q_beta                        quantiles in use, mean over bundles
     q_alpha_tracked, q_beta_tracked        those of the tracker before this step
     rvar_lower, mvar                       RVaR_{0:alpha} and MVaR of the scores
     monitor_rvar, _cvar, _mvar             `official_monitor` at the tracked quantiles
     reward_mean, bundle_score_mean, bundle_score_std
-    tied_bundle_fraction                   bundles whose papers all have one score
+    tied_bundle_fraction                   bundles whose draws all have one score
     all_equal_question_fraction            questions whose rewards are all alike
     zero_advantage_fraction, advantage_mean, _min, _max
     bundles, and beside these dropped_questions and tracker_moved (1 or 0)

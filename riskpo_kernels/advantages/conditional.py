@@ -1,6 +1,6 @@
 """Conditional credit: what a response earns, averaged over all pairings of its bundle.
 
-A response with reward r sits in a paper of score S + r. S sums one response of each of the other
+A response with reward r sits in a draw of score S + r. S sums one response of each of the other
 B - 1 questions of its bundle. RiskPO (arXiv 2510.00911) credits A(S + r) of the pairing it drew.
 The conditional expectation
 

@@ -1,11 +1,11 @@
-"""How a paper's advantage is handed to the responses in it.
+"""How a draw's advantage is handed to the responses in it.
 
-K bundles, B questions in each, G papers = responses per question:
+K bundles, B questions in each, G draws = responses per question:
 
-    a  [K, G]      advantage of the papers           r  [K, B, G]   reward of question i in paper j
+    a  [K, G]      advantage of the draws            r  [K, B, G]   reward of question i in draw j
     returns [K, B, G], float64
 
-"uniform" is the paper's (arXiv 2510.00911: every response carries its paper's advantage); the other
+"uniform" is the paper's (arXiv 2510.00911: every response carries its draw's advantage); the other
 three are modes of the official code (RTkenny/RiskPO) and have no published description.
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 
 SMALLEST_STD = 1e-3  # official code: below it a question counts as all alike and is not divided
-SMALLEST_TOTAL = 1e-6  # official code: below it the paper's advantage is split evenly
+SMALLEST_TOTAL = 1e-6  # official code: below it the draw's advantage is split evenly
 
 Credit = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
 

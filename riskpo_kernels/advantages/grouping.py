@@ -1,7 +1,7 @@
-"""From flat rows to papers: which row is the j-th paper's answer to a question.
+"""From flat rows to draws of bundles: rows[i, j] is the response to question i in draw j.
 
 Rows are known by (question, draw), never by where they stand. Result: rows [Q, G] int64, bundles
-in consecutive questions, papers in columns; rows[i, j] indexes the caller's flat batch.
+in consecutive questions, draws in columns; its entries index the caller's flat batch.
 """
 
 from __future__ import annotations
@@ -86,10 +86,10 @@ def bundle_order(
 def pair_rows(
     groups: Mapping[str, list[int]], order: Sequence[str], *, pairing: str, seed: int, step: int
 ) -> torch.Tensor:
-    """Rows [Q', G] of the questions in `order`, a paper in each column of a bundle.
+    """Rows [Q', G] of the questions in `order`, a draw in each column of a bundle.
 
-    "permuted": each question's draws permuted independently, a function of (seed, step, question)
-    alone. "index": j-th draw to paper j.
+    "permuted": each question's responses permuted independently, a function of (seed, step,
+    question) alone. "index": j-th response to draw j.
     """
     table = []
     for name in order:

@@ -39,7 +39,7 @@ class RiskPOSettings:
 
     @property
     def compares_responses(self) -> bool:
-        """Whether a paper is only compared with the others of its bundle: one alone gets 0."""
+        """Whether a draw is only compared with the others of its bundle: one alone gets 0."""
         if self.form == "mean":
             return self.baseline in ("natural", "leave-one-out")
         return self.quantiles == "bundle" or self.baseline == "leave-one-out"
@@ -119,7 +119,7 @@ def _check_conditional(s: RiskPOSettings) -> None:
 
 
 def _check_scale(s: RiskPOSettings) -> None:
-    """A bundle whose papers tie has std 0: dividing by it is safe only where the advantage is 0."""
+    """A bundle whose draws tie has std 0: dividing by it is safe only where the advantage is 0."""
     if s.scale != "bundle-std":
         return
     if s.form == "mean":
@@ -132,7 +132,7 @@ def _check_scale(s: RiskPOSettings) -> None:
             OP,
             f"scale='bundle-std' with form={s.form!r}, quantiles={s.quantiles!r}, "
             f"baseline={s.baseline!r}",
-            "an advantage that is zero where all papers of a bundle tie (there std is zero too)",
+            "an advantage that is zero where all draws of a bundle tie (there std is zero too)",
             "Use scale='batch-std' (it has a floor) or 'none', quantiles='bundle', or "
             "baseline='leave-one-out'.",
         )

@@ -1,4 +1,4 @@
-"""RiskPOAdvantage of arXiv 2510.00911, one bundle, one paper, one response at a time, in float64.
+"""RiskPOAdvantage of arXiv 2510.00911, one bundle, one draw, one response at a time, in float64.
 
 Same names and signatures as riskpo_kernels.advantage; only the seeded order is shared with it.
 Assumes valid arguments (of the refusals only the leftover rule matters to the result).
@@ -90,10 +90,10 @@ class RiskPOAdvantage:
         if kept < len(rows) and o["leftover"] == "error":
             raise ValueError("reference.RiskPOAdvantage: bundle_size does not divide the questions")
         more: dict[str, float] = {}
-        papers, scores = [], []  # by bundling, by bundle, by paper
+        drawn, scores = [], []  # by bundling, by bundle, by draw
         for bundles, own in bundlings:
-            papers.append([pair(bundle, own, o, step) for bundle in bundles])
-            scores.append([[sum(r[i] for i in p) for p in bundle] for bundle in papers[-1]])
+            drawn.append([pair(bundle, own, o, step) for bundle in bundles])
+            scores.append([[sum(r[i] for i in p) for p in bundle] for bundle in drawn[-1]])
         joined: list[list[float]] = [sum(parts, []) for parts in zip(*scores, strict=True)]
         pooled = [score for bundle in joined for score in bundle]
 
@@ -101,16 +101,16 @@ class RiskPOAdvantage:
             self.used = self.quantiles_before(pooled)
         q = [quantiles_of(bundle, self.used, o) for bundle in joined]
         if o["credit"] == "conditional":
-            found, more = conditional(r, bundlings, lambda x: paper_advantages(x, *q[0], o), o)
+            found, more = conditional(r, bundlings, lambda x: draw_advantages(x, *q[0], o), o)
             shares = dict(zip(found, scale([list(found.values())], joined, o)[0], strict=True))
             advantage = [shares.get(row, 0.0) for row in range(len(r))]
         else:
-            a = [paper_advantages(bundle, *q_k, o) for bundle, q_k in zip(joined, q, strict=True)]
+            a = [draw_advantages(bundle, *q_k, o) for bundle, q_k in zip(joined, q, strict=True)]
             a = scale(baseline(a, o), joined, o)
             advantage = [0.0] * len(r)
-            for k, bundle in enumerate(papers[0]):
-                for j, paper in enumerate(bundle):
-                    for row, x in zip(paper, credit(a[k][j], paper, r, rows, o), strict=True):
+            for k, bundle in enumerate(drawn[0]):
+                for j, one in enumerate(bundle):
+                    for row, x in zip(one, credit(a[k][j], one, r, rows, o), strict=True):
                         advantage[row] = x
         moved = step > self.last_step
         if moved:
@@ -198,7 +198,7 @@ def form_bundles(
 
 
 def pair(bundle: list[str], rows: Rows, o: dict[str, Any], step: int) -> list[list[int]]:
-    """Papers of one bundle: paper j holds row xi_i(j) of each of its questions i."""
+    """Draws of one bundle: draw j holds row xi_i(j) of each of its questions i."""
     draws = len(rows[bundle[0]])
     xi = {name: list(range(draws)) for name in bundle}
     halved = o["bundling"] == "matched" and o["difficulty"] == "cross-fit"  # permuted before
@@ -219,10 +219,10 @@ def quantiles_of(
     return (tracked[0] + own[0]) / 2, (tracked[1] + own[1]) / 2
 
 
-def paper_advantages(
+def draw_advantages(
     bundle: list[float], q_alpha: float, q_beta: float, o: dict[str, Any]
 ) -> list[float]:
-    """A(R) of one bundle's papers, with the form's own constant only under baseline natural."""
+    """A(R) of one bundle's draws, with the form's own constant only under baseline natural."""
     options = {name: o[name] for name in ("form", "alpha", "beta", "omega", "w_mix", "eps")}
     r = torch.tensor(bundle, dtype=torch.float64)
     natural = o["baseline"] == "natural"
@@ -230,7 +230,7 @@ def paper_advantages(
 
 
 def baseline(a: list[list[float]], o: dict[str, Any]) -> list[list[float]]:
-    """Subtract the mean of the other papers of the bundle, or of all papers."""
+    """Subtract the mean of the other draws of the bundle, or of all draws."""
     if o["baseline"] == "leave-one-out":
         return [[x - mean(k[:j] + k[j + 1 :]) for j, x in enumerate(k)] for k in a]
     if o["baseline"] == "batch":
@@ -253,23 +253,23 @@ def scale(a: list[list[float]], scores: list[list[float]], o: dict[str, Any]) ->
 
 
 def credit(
-    a: float, paper: list[int], r: list[float], rows: Rows, o: dict[str, Any]
+    a: float, drawn: list[int], r: list[float], rows: Rows, o: dict[str, Any]
 ) -> list[float]:
-    """What each response of one paper gets of the paper's advantage."""
-    group_of = {row: group for group in rows.values() for row in group if row in paper}
-    rewards = {row: [r[other] for other in group_of[row]] for row in paper}
+    """What each response of one draw gets of the draw's advantage."""
+    group_of = {row: group for group in rows.values() for row in group if row in drawn}
+    rewards = {row: [r[other] for other in group_of[row]] for row in drawn}
     if o["credit"] == "score":
-        return [0.5 * a if r[row] > 0 else 1.5 * a for row in paper]
+        return [0.5 * a if r[row] > 0 else 1.5 * a for row in drawn]
     if o["credit"] == "std":
-        sigmas = [sample_std(rewards[row]) for row in paper]
+        sigmas = [sample_std(rewards[row]) for row in drawn]
         return [a / ((sigma if sigma > 1e-3 else 1.0) + o["eps"]) for sigma in sigmas]
     if o["credit"] == "sum-mean":
-        ratios = [r[row] - mean(rewards[row]) for row in paper]
+        ratios = [r[row] - mean(rewards[row]) for row in drawn]
         total = sum(ratios)
         if abs(total) <= 1e-6:
-            return [a / len(paper)] * len(paper)
+            return [a / len(drawn)] * len(drawn)
         return [a * ratio / total for ratio in ratios]
-    return [a] * len(paper)
+    return [a] * len(drawn)
 
 
 def statistics(

@@ -1,4 +1,4 @@
-"""Conditional credit by brute force: every way to choose the other responses of a paper."""
+"""Conditional credit by brute force: every way to choose the other responses of a draw."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Advantages = Callable[[list[float]], list[float]]
 def conditional(
     r: list[float], bundlings: list[Bundling], advantages: Advantages, o: dict[str, Any]
 ) -> tuple[dict[int, float], dict[str, float]]:
-    """Each bundled row's advantage: A averaged over each way to choose the others of its paper."""
+    """Each bundled row's advantage: A averaged over each way to choose the others of its draw."""
     used = sorted({i for bundles, rows in bundlings for b in bundles for n in b for i in rows[n]})
     low, high = min(r[i] for i in used), max(r[i] for i in used)
     step = high - low or 1.0

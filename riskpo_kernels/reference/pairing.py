@@ -1,4 +1,4 @@
-"""Which questions share a bundle, and which of their responses share a paper: a pure function of
+"""Which questions share a bundle, and which of their responses share a draw: a pure function of
 (seed, step, question). Independent of row order, process, platform and every global generator.
 
 The one definition that the op and the reference both use: a random order has no formula to check.
@@ -22,7 +22,7 @@ def question_order(questions: list[str], *, seed: int, step: int) -> list[str]:
 
 
 def draw_permutation(question: str, draws: int, *, seed: int, step: int) -> list[int]:
-    """xi of one question: a uniform permutation of 0..draws-1; xi[j] is the draw in paper j."""
+    """xi of one question: a uniform permutation of 0..draws-1; xi[j] is its response in draw j."""
     keys = _keys("draws", seed, step, question, draws)
     return sorted(range(draws), key=lambda j: (keys[j], j))
 

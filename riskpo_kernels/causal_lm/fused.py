@@ -1,8 +1,8 @@
-"""One line in: a causal LM of transformers whose forward gives log-probs and entropy, not logits.
+"""A causal LM of transformers whose forward gives log-probs and entropy instead of logits.
 
-TRL's seam, in its names: `model(..., labels=labels, fused_lm_head=True)`. The call passes through
-DDP, FSDP2, peft and torch.compile like any forward, and only inside it is the head computed
-otherwise: the decoder's last hidden states go to linear_logprob. Every other call is the model's.
+The call is TRL's: `model(..., labels=labels, fused_lm_head=True)`. It passes through DDP, FSDP2,
+peft and torch.compile like any forward. Inside it the decoder's last hidden states go to
+linear_logprob; every other call is the model's own.
 """
 
 from __future__ import annotations
@@ -87,9 +87,9 @@ def add_fused_lm_head(
 ) -> FusedLMHead:
     """Let `model(..., labels=labels, fused_lm_head=True)` give log-probs without logits.
 
-    The names, their order and what the call returns are those of TRL's function; other calls,
-    generation among them, stay the model's own. Call it before or after wrapping in peft or
-    torch.compile, before DDP and FSDP2.
+    Arguments, call and results are those of TRL's function of this name. Other calls, generation
+    among them, stay the model's own. Call it before DDP and FSDP2 wrap the model, and before or
+    after peft and torch.compile do.
 
     Args:
         model: a causal LM of transformers, perhaps inside peft's or torch.compile's wrapper.
@@ -105,10 +105,10 @@ def add_fused_lm_head(
     Returns:
         A handle: `handle.remove()`, or `with add_fused_lm_head(model):`, undoes it.
 
-        The call takes labels [B, T], shifted inside, or shift_labels [B, T], and perhaps
-        num_items_in_batch. It returns `loss`, the mean negative log-likelihood, `log_probs` and
+        The call takes labels [B, T], which it shifts, or shift_labels [B, T], and optionally
+        num_items_in_batch. It returns `loss`, the mean negative log-likelihood; `log_probs` and
         `entropy`, float32 [B, T - 1] ([B, T] of shift_labels), 0 where the label is -100, each
-        with its gradient, and `label_mask`.
+        with its gradient; and `label_mask`.
 
     Raises:
         ValueError: a head whose logits are not softcap(scale * (h W^T + bias)) of the decoder's

@@ -11,7 +11,8 @@ Pairs are listed block by block; a tile is up to BM pairs of one block b, the ro
     tensor          shape          dtype
     hidden, weight  [N, D], [V, D] bf16, fp16 (fp32 in the interpreter: on a GPU it would spill)
     rows            [P]            int32, pairs sorted by block; starts [B + 1] where blocks begin
-    dz              [T, BM, 128]   dtype of hidden; T tiles
+    tile_block      [T]            int64, block of each tile; B beyond the last tile
+    dz              [T, BM, 128]   dtype of hidden
 
 Cost: 6 x 128 D FLOPs per pair, beside 2 V D per row for the forward; dz takes 256 bytes a pair in
 16 bits. riskpo_kernels/lm_head/sparse_triton.py makes the lists and launches.
@@ -46,7 +47,7 @@ def register_limit(rows: int) -> int | None:
     return 168 if rows < BM else None
 
 
-@triton.jit(do_not_specialize=["first_block"])
+@triton.jit(do_not_specialize=["first_block", "n_blocks"])
 def dz_kernel(
     p_hidden,
     p_weight,
@@ -68,6 +69,7 @@ def dz_kernel(
     D,
     V,
     first_block,
+    n_blocks,
     stride_h,
     stride_w,
     inner,
@@ -83,6 +85,8 @@ def dz_kernel(
 ):
     i_t = tl.program_id(0).to(tl.int64)
     i_b = tl.load(p_tile_block + i_t)  # counted from first_block
+    if i_b >= n_blocks:
+        return
     first = tl.load(p_starts + i_b) + (i_t - tl.load(p_tiles + i_b)) * BM
     o_p = first + tl.arange(0, BM)
     m_p = o_p < tl.load(p_starts + i_b + 1)

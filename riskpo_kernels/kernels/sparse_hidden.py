@@ -25,7 +25,7 @@ from riskpo_kernels.kernels.sparse_blocks import BM, register_limit, sparse_conf
 BD, GATHER_WARPS = 128, 1  # columns per program; a program of gather_kernel has one row
 
 
-@triton.jit(do_not_specialize=["first_block"])
+@triton.jit(do_not_specialize=["first_block", "n_blocks"])
 def dh_kernel(
     p_weight,
     p_rows,
@@ -37,6 +37,7 @@ def dh_kernel(
     D,
     V,
     first_block,
+    n_blocks,
     stride_w,
     stride_dh,
     ATOMIC: tl.constexpr,
@@ -49,6 +50,8 @@ def dh_kernel(
     i_t = tl.program_id(0).to(tl.int64)
     o_d = tl.program_id(1) * BD + tl.arange(0, BD)  # [BD]
     i_b = tl.load(p_tile_block + i_t)
+    if i_b >= n_blocks:
+        return
     o_p = tl.load(p_starts + i_b) + (i_t - tl.load(p_tiles + i_b)) * BM + tl.arange(0, BM)
     m_p = o_p < tl.load(p_starts + i_b + 1)
     o_v = (first_block + i_b) * BLOCK + tl.arange(0, BLOCK)

@@ -4,18 +4,23 @@ At most one float32 buffer of a whole gradient is made, and none for a float32 w
 whichever is smaller, or of dW where dense and sparse rows meet. Rows that are many go through in
 pieces, whose dH is summed apart.
 
-One host synchronisation on a GPU, before anything else: lm_head/block_filter.py.
+One host synchronisation on a GPU, before anything else: lm_head/block_filter.py. None while a CUDA
+graph is captured: then sizes are those of the worst case, and the way is one for all rows. With the
+Triton kernels and a tail_eps it is the sparse one, whose groups of blocks have room for every row
+in every block: N V / 128 pairs of 276 bytes, 3 / 8 memory_mib at a time; else the dense one, with a
+copy of hidden beside memory_mib.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
 from riskpo_kernels.core.matmul import Products
 from riskpo_kernels.core.softmax import RowGradient
-from riskpo_kernels.lm_head.block_filter import ActiveBlocks, Ways, find_ways
+from riskpo_kernels.lm_head.block_filter import ActiveBlocks, Ways, find_ways, unasked_ways
 from riskpo_kernels.lm_head.sparse_torch import sparse_backward
 from riskpo_kernels.lm_head.tiles import (
     Accumulator,
@@ -98,9 +103,39 @@ def _sparse(head: Head, o: Options) -> Callable[..., None]:
     return sparse_launch.sparse_backward
 
 
-def ways_of(head: Head, active: ActiveBlocks | None, sent: torch.Tensor, o: Options) -> Ways:
-    """The way of each row, given which have a coefficient (bool [n])."""
-    return find_ways(sent, active, head.vocab, _piece(head, products_of(head), o))
+def arranged(
+    head: Head, up: RowGradient, active: ActiveBlocks | None, sent: torch.Tensor, o: Options
+) -> tuple[Head, RowGradient, ActiveBlocks | None, Ways]:
+    """What the backward goes over, and each row's way, given which have a coefficient (bool [n]).
+    Rows without one are left out, or (in a CUDA graph, which asks nothing) have no part in it."""
+    piece = _piece(head, products_of(head), o)
+    if not is_captured(head.hidden.device):
+        ways = find_ways(sent, active, head.vocab, piece)
+        if ways.keep is not None:
+            head, up = head.of(ways.keep), up.of(ways.keep)
+            active = None if active is None else active.of(ways.keep)
+        return head, up, active, ways
+    if active is None or o.backend == "torch":
+        head, active = _cleared(head, ~sent), None
+        up = up._replace(
+            peak=up.peak.masked_fill(~sent, 0.0), log_sum=up.log_sum.masked_fill(~sent, 0.0)
+        )
+    else:
+        active = active.among(sent)
+    return head, up, active, unasked_ways(head.n, active is None, piece, sent.device)
+
+
+def _cleared(head: Head, rows: torch.Tensor) -> Head:
+    """With zeros for the hidden states of some of all rows (bool [N]), whatever they hold."""
+    low = head.low_rank
+    if low is not None:
+        low = replace(low, u=low.u.masked_fill(rows[:, None], 0.0))
+    return replace(head, hidden=head.hidden.masked_fill(rows[:, None], 0.0), low_rank=low)
+
+
+def is_captured(device: torch.device) -> bool:
+    """Whether a CUDA graph records what is launched there: the host may not wait for it."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _piece(head: Head, products: Products, o: Options) -> int:

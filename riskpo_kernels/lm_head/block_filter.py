@@ -127,12 +127,16 @@ class ActiveBlocks(NamedTuple):
         share = (count if by_row else count.float().mean()) / b
         self.dense[rows] = share > DENSE_SHARE["cuda" if keep.is_cuda else "cpu"]
 
-    def of(self, rows: torch.Tensor) -> ActiveBlocks:
+    def of(self, rows: slice | torch.Tensor) -> ActiveBlocks:
         return ActiveBlocks(self.bits[:, rows], self.dense[rows], self.pairs[rows])
 
-    def counts(self, vocab: int, among: torch.Tensor, rows: slice) -> torch.Tensor:
-        """Rows in which each block is active, of `rows` and `among` (bool [n]), int64 [B]."""
-        bits = self.bits[:, rows] * among[rows]
+    def among(self, rows: torch.Tensor) -> ActiveBlocks:
+        """No block of the other rows (bool [n]) is active."""
+        return self._replace(bits=self.bits * rows)
+
+    def counts(self, vocab: int) -> torch.Tensor:
+        """Rows in which each block is active, int64 [B]."""
+        bits = self.bits
         shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
         each = [((bits >> s) & 1).sum(1, dtype=torch.int64) for s in shifts]
         return torch.stack(each, 1).reshape(-1)[: n_blocks(vocab)]
@@ -163,10 +167,10 @@ def block_groups(
 
 class Sparse(NamedTuple):
     """Rows (index among the kept ones) whose active pairs are computed, and how many pairs each
-    vocabulary block has."""
+    vocabulary block has; None where the host does not know."""
 
     rows: torch.Tensor
-    counts: list[int]
+    counts: list[int] | None
 
 
 class Ways(NamedTuple):
@@ -182,8 +186,17 @@ class Ways(NamedTuple):
         if len(self.sparse) < 2:
             return self
         rows = torch.cat([piece.rows for piece in self.sparse])
-        counts = [sum(each) for each in zip(*(p.counts for p in self.sparse), strict=True)]
+        known = [piece.counts for piece in self.sparse if piece.counts is not None]
+        counts = [sum(each) for each in zip(*known, strict=True)] if known else None
         return self._replace(sparse=[Sparse(rows, counts)])
+
+
+def unasked_ways(n: int, dense: bool, piece: int, device: torch.device) -> Ways:
+    """All n rows go one way; nothing is learned from the device."""
+    rows = torch.arange(n, device=device)
+    if dense:
+        return Ways(None, rows if n else None, [])
+    return Ways(None, None, [Sparse(part, None) for part in rows.split(piece)] if n else [])
 
 
 def find_ways(sent: torch.Tensor, active: ActiveBlocks | None, vocab: int, piece: int) -> Ways:
@@ -195,7 +208,7 @@ def find_ways(sent: torch.Tensor, active: ActiveBlocks | None, vocab: int, piece
     if active is not None:
         thin = sent & ~active.dense
         for s in parts:
-            numbers += [thin[s].sum()[None], active.counts(vocab, thin, s)]
+            numbers += [thin[s].sum()[None], active.of(s).among(thin[s]).counts(vocab)]
     n_sent, *rest = torch.cat(numbers).tolist()
     keep = None if n_sent == n else torch.nonzero_static(sent, size=n_sent)[:, 0]
     if active is None:

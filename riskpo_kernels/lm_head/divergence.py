@@ -275,8 +275,7 @@ def _visits(
         for v in spans(vocab, cols):
             yield v, everyone
         return
-    whole = slice(0, sent.numel())
-    for block, count in enumerate(active.counts(vocab, sent, whole).tolist()):
+    for block, count in enumerate(active.among(sent).counts(vocab).tolist()):
         if count:
             flags = (active.bits[block // 8] >> (block % 8)) & 1
             at = torch.nonzero_static(flags.bool() & sent, size=count)[:, 0]

@@ -31,7 +31,7 @@ from riskpo_kernels.core.softmax import (
     finish,
     kept_columns,
 )
-from riskpo_kernels.lm_head.backward import backward_rows, ways_of
+from riskpo_kernels.lm_head.backward import arranged, backward_rows
 from riskpo_kernels.lm_head.block_filter import ActiveBlocks, Ways
 from riskpo_kernels.lm_head.low_rank import LowRank
 from riskpo_kernels.lm_head.tiles import Head, Options, forward_rows
@@ -232,10 +232,7 @@ def backward_sums(
     sent = up.live()  # the other rows enter no product
     if ignore_index is not None:
         sent &= target != ignore_index
-    ways = ways_of(head, active, sent, o)
-    if ways.keep is not None:
-        head, up = head.of(ways.keep), up.of(ways.keep)
-        active = None if active is None else active.of(ways.keep)
+    head, up, active, ways = arranged(head, up, active, sent, o)
     with exact_products(hidden.device):
         if group and not wide:
             return _shard_backward(head, up, active, ways, needs, o, group)

@@ -1,7 +1,9 @@
 """Lists active pairs block by block and launches the three products of kernels/sparse_blocks.py.
 
-As many blocks at a time as fit in memory_mib: their lists, and dz of all their pairs. The host
-knows how many pairs each block has; the lists are made on the device.
+As many blocks at a time as fit in memory_mib: their lists, and dz of all their pairs. The lists are
+made on the device. The host knows how many pairs each block has, or (while a CUDA graph is
+captured) takes the worst case, every row in every block: then there are more groups of blocks, and
+programs beyond the last tile or job return.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from riskpo_kernels.kernels.sparse_blocks import (
 from riskpo_kernels.kernels.sparse_hidden import BD, GATHER_WARPS, dh_kernel, gather_kernel
 from riskpo_kernels.kernels.sparse_weight import BD as BD_W
 from riskpo_kernels.kernels.sparse_weight import REGISTERS, dw_kernel, fold_kernel
-from riskpo_kernels.lm_head.block_filter import ActiveBlocks, block_groups
+from riskpo_kernels.lm_head.block_filter import ActiveBlocks, block_groups, n_blocks
 from riskpo_kernels.lm_head.tiles import Gradients, Head, Options, products_of
 
 # A job of dW is an eighth of a multiprocessor's share at most, but 16 tiles, beside which its sums
@@ -37,13 +39,17 @@ def sparse_backward(
     head: Head,
     up: RowGradient,
     active: ActiveBlocks,
-    counts: list[int],
+    counts: list[int] | None,
     o: Options,
     into: Gradients,
 ) -> None:
     """Add the active pairs of the rows to the gradients; same contract as
-    riskpo_kernels.lm_head.sparse_torch.sparse_backward."""
+    riskpo_kernels.lm_head.sparse_torch.sparse_backward. counts None: nobody has asked."""
     products = products_of(head)
+    if counts is None:
+        most, each = [head.n] * n_blocks(head.vocab), active.counts(head.vocab)
+    else:
+        most, each = counts, torch.tensor(counts).to(head.hidden.device, non_blocking=True)
     head = _plain(head, products.dtype)
     # a half may hold a float32 piece of dH, an eighth the parts of dH, and after them of dW
     budget = int(o.memory_mib * 3 * 2**17)
@@ -52,9 +58,9 @@ def sparse_backward(
     if o.deterministic:
         pair_bytes += 4 * BD + 40  # its part of dH, and the same lists in another order
     with torch.cuda.device_of(head.hidden):
-        for blocks in block_groups(counts, head.n, bm, pair_bytes, budget):
-            if sum(counts[blocks]):
-                _one_group(head, up, active, counts, blocks, o, into)
+        for blocks in block_groups(most, head.n, bm, pair_bytes, budget):
+            if sum(most[blocks]):
+                _one_group(head, up, active, most, each, blocks, o, into)
 
 
 def _plain(head: Head, dtype: torch.dtype) -> Head:
@@ -74,24 +80,25 @@ def _one_group(
     head: Head,
     up: RowGradient,
     active: ActiveBlocks,
-    counts: list[int],
+    most: list[int],
+    each: torch.Tensor,
     blocks: slice,
     o: Options,
     into: Gradients,
 ) -> None:
+    """most: room for the pairs of each block; each: how many it has."""
     device, dtype = head.hidden.device, head.hidden.dtype
-    here, bm = counts[blocks], tile_rows(head.map.softcap is not None)
-    n_tiles = sum(-(-n // bm) for n in here)
-    each = torch.tensor(here).to(device, non_blocking=True)
-    tiles_each = (each + bm - 1) // bm
-    starts, tiles = begins(each), begins(tiles_each)
-    tile_block = torch.repeat_interleave(tiles_each, output_size=n_tiles)
-    rows = active.pair_rows(blocks, sum(here))
+    bm = tile_rows(head.map.softcap is not None)
+    n_tiles = sum(-(-n // bm) for n in most[blocks])
+    tiles_each = (each[blocks] + bm - 1) // bm
+    starts, tiles = begins(each[blocks]), begins(tiles_each)
+    tile_block = runs(tiles, n_tiles)
+    rows = active.pair_rows(blocks, sum(most[blocks]))
     dz = torch.empty(n_tiles, bm, BLOCK, dtype=dtype, device=device)
     sums = None  # of the columns of each tile, before dz is rounded
     if into.db is not None:
         sums = torch.empty(n_tiles, BLOCK, dtype=torch.float32, device=device)
-    lists = dict(p_rows=rows, p_starts=starts, p_tiles=tiles)
+    lists = dict(p_rows=rows, p_starts=starts, p_tiles=tiles, n_blocks=tiles_each.numel())
     sizes = dict(D=head.hidden.shape[1], V=head.vocab, first_block=blocks.start)
     room = int(o.memory_mib * 2**17)
     _launch_dz(head, up, dz, sums, tile_block, lists, sizes)
@@ -108,7 +115,7 @@ def _launch_dz(
     dz: torch.Tensor,
     sums: torch.Tensor | None,
     tile_block: torch.Tensor,
-    lists: dict[str, torch.Tensor],
+    lists: dict[str, Any],
     sizes: dict[str, int],
 ) -> None:
     executed(dz.numel(), sizes["D"])
@@ -154,7 +161,7 @@ def _launch_dh(
     dz: torch.Tensor,
     tile_block: torch.Tensor,
     in_order: int | None,
-    lists: dict[str, torch.Tensor],
+    lists: dict[str, Any],
     sizes: dict[str, int],
 ) -> None:
     """Add to dH [n, D]: by atomics, or in the order of a row's blocks with in_order bytes of room
@@ -212,7 +219,7 @@ def _launch_dw(
     sums: torch.Tensor | None,
     tiles_each: torch.Tensor,
     room: int,
-    lists: dict[str, torch.Tensor],
+    lists: dict[str, Any],
     sizes: dict[str, int],
 ) -> None:
     """dW (and dbias) of the group's blocks, written, or added to the sums where rows come in
@@ -226,10 +233,10 @@ def _launch_dw(
     else:
         add, unit, out = False, dw.unit, dw.grad
     columns = -(-sizes["D"] // BD_W)
-    n_tiles, n_blocks = dz.shape[0], tiles_each.numel()
+    n_tiles, here = dz.shape[0], tiles_each.numel()
     fitting = room // (BLOCK * 4 * sizes["D"])
-    most = longest_job(n_tiles, n_blocks, columns, multiprocessors(dz.device), fitting)
-    n_parts = most_parts(n_tiles, n_blocks, most)
+    most = longest_job(n_tiles, here, columns, multiprocessors(dz.device), fitting)
+    n_parts = most_parts(n_tiles, here, most)
     job_block, first_job, first_part = jobs_of(tiles_each, n_tiles, most)
     parts = torch.empty(n_parts * BLOCK, sizes["D"], dtype=torch.float32, device=dz.device)
     part_sums = None if into.db is None else parts.new_empty(parts.shape[0])
@@ -244,7 +251,6 @@ def _launch_dw(
         p_sums=sums,
         p_job_block=job_block,
         p_first_job=first_job,
-        n_blocks=n_blocks,
         most=most,
         stride_h=head.hidden.stride(0),
         BM=dz.shape[1],
@@ -255,12 +261,19 @@ def _launch_dw(
         **both,
     )
     if n_parts:
-        fold_kernel[(n_blocks, columns)](num_warps=WARPS, **both)
+        fold_kernel[(here, columns)](num_warps=WARPS, **both)
 
 
 def begins(each: torch.Tensor) -> torch.Tensor:
     """Where each of consecutive runs begins, and where the last one ends."""
     return torch.nn.functional.pad(each.cumsum(0), (1, 0))
+
+
+def runs(begin: torch.Tensor, n: int) -> torch.Tensor:
+    """Which of the runs that begin and end there [B + 1] each of 0 .. n - 1 lies in; B: behind the
+    last one."""
+    at = torch.arange(n, device=begin.device)
+    return torch.searchsorted(begin, at, right=True) - 1
 
 
 def most_parts(n_tiles: int, n_blocks: int, most: int) -> int:
@@ -286,5 +299,4 @@ def jobs_of(
     be."""
     each = (tiles_each + most - 1) // most
     first_job, first_part = begins(each), begins(each.masked_fill(each < 2, 0))
-    jobs = torch.arange(each.numel() + n_tiles // most, device=each.device)
-    return torch.searchsorted(first_job, jobs, right=True) - 1, first_job, first_part
+    return runs(first_job, each.numel() + n_tiles // most), first_job, first_part

@@ -1,15 +1,18 @@
 """ignore_index=None: no row is ignored, and the forward neither waits for the device nor makes a
-tensor whose size depends on values; so a CUDA graph can hold it (trap 43)."""
+tensor whose size depends on values; so a CUDA graph can hold it (trap 43), and its backward."""
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from riskpo_kernels import linear_logprob, logits_logprob, reference, riskpo_loss
+from riskpo_kernels.lm_head import backward as head_backward
 from riskpo_kernels.lm_head import logits_operator as logits_op
 from riskpo_kernels.lm_head import operator as head_op
+from tests.compare import errors
 from tests.conftest import has_triton
 from tests.head_inputs import head
+from tests.lm_head.test_sparse_blocks import peaked
 
 BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.skipif(not has_triton(), reason=""))]
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique")
@@ -22,6 +25,7 @@ class NoWait(TorchDispatchMode):
         forwards = {
             head_op.head_operator: head_op.forward,
             logits_op.logits_operator: logits_op._forward,
+            head_op._backward_operator: head_op._backward,
         }
         for own, forward in forwards.items():
             if func is own:  # opaque: what it calls is what matters
@@ -57,6 +61,55 @@ def test_logits_logprob_without_a_wait(backend, device):
     want = logits_logprob(z, target, return_entropy=True, backend=backend)
     assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
     assert torch.equal(z, h @ w.T + b), "the logits were written to"
+
+
+def refused(*_, **__):
+    raise AssertionError("the host and the device exchange numbers")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "options",
+    [{"tail_eps": 2.0**-14}, {"tail_eps": 2.0**-14, "deterministic": True}, {"tail_eps": 0.0}],
+    ids=str,
+)
+def test_backward_in_a_graph_asks_nothing(backend, options, device, monkeypatch, recomputed):
+    """With the sizes of the worst case, in several groups of blocks and pieces of rows; rows that
+    were sent nothing are not read. The gradients are those of the call that asks."""
+    h, w, target = (x.to(device) for x in peaked(60, 1500, 16))
+    h[::9] = 0.01  # flat: the dense way, if anyone asked
+    c = torch.linspace(-1, 1, 60, device=device) * (torch.arange(60, device=device) % 3 > 0)
+    h[3::9] = torch.nan  # nothing is sent to these
+    bias = torch.linspace(-1, 1, 1500, device=device)
+    monkeypatch.setattr(head_backward, "_piece", lambda *_: 40)
+    found = []
+    for captured in (False, True):
+        leaves = [x.clone().requires_grad_() for x in (h, w, bias)]
+        out = linear_logprob(
+            *leaves[:2],
+            target,
+            bias=leaves[2],
+            return_entropy=True,
+            ignore_index=None,
+            memory_mib=0.6,
+            backend=backend,
+            **options,
+        )
+        with monkeypatch.context() as patch:
+            if captured:
+                patch.setattr(head_backward, "is_captured", lambda device: True)
+                patch.setattr(torch.Tensor, "tolist", refused)
+                patch.setattr(torch, "tensor", refused)
+                with NoWait():
+                    torch.autograd.backward((out.logprob, out.entropy), (c, 0.1 * c))
+            else:
+                torch.autograd.backward((out.logprob, out.entropy), (c, 0.1 * c))
+        found.append([x.grad for x in leaves])
+    for got, want in zip(found[1], found[0], strict=True):
+        assert want.isfinite().all() and want.abs().max() > 0.05
+        assert (got - want).abs().max() < 2e-3 * want.abs().max()
+    if backend == "triton" and options["tail_eps"] and "deterministic" not in options:
+        assert (found[0][0][3::9] == 0).all() and (found[1][0][3::9] == 0).all()
 
 
 def test_sixteen_bit_forward_selects_blocks_without_a_wait():
@@ -123,6 +176,31 @@ def test_forward_in_a_cuda_graph(dtype):
     graph.replay()
     for x, y in zip(captured, forward(), strict=True):
         assert torch.equal(x, y)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_backward_in_a_cuda_graph(dtype):
+    """Both passes, captured once and replayed on other rows."""
+    h, w, _, target = head(512, 3000, 64, dtype, "cuda")
+    h.requires_grad_(), w.requires_grad_()
+
+    def both():
+        out = linear_logprob(h, w, target, ignore_index=None)
+        return torch.autograd.grad(out.logprob.sum(), (h, w))
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        both()  # kernels compile before the capture
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = both()
+    with torch.no_grad():
+        h.copy_(head(512, 3000, 64, dtype, "cuda", seed=5)[0])
+    graph.replay()
+    for x, y in zip(captured, both(), strict=True):
+        assert errors(x, y)[0] < 0.01
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -83,6 +84,7 @@ def providers() -> dict[str, Provider]:
         logits_in="float32",
         sums_in="float32",
     )
+    ours |= {f"riskpo_kernels, forward {name}": _variant(name) for name in _forwards()}
     return ours | {"reference": exact} | {n: _peer(n, head) for n, head in peers.HEADS.items()}
 
 
@@ -190,6 +192,44 @@ def _ours(**options: Any) -> Provider:
         backend=auto_backend("linear_logprob"),
         logits_in="float32",
         sums_in="float32",
+    )
+
+
+def _forwards() -> list[str]:
+    """The table of forwards that the launcher and the compile gate read."""
+    if importlib.util.find_spec("triton") is None:
+        return []
+    from riskpo_kernels.kernels.head_forward import FORWARDS
+
+    return list(FORWARDS)
+
+
+def _variant(name: str) -> Provider:
+    """One of them, where it can run and is not what is launched anyway."""
+    from riskpo_kernels.kernels import head_forward
+
+    def head(*given: Any) -> Any:
+        chosen = head_forward.forward_on
+        head_forward.forward_on = lambda capability, tma: name
+        try:
+            h, w, t, e, _ = given
+            return linear_logprob(h, w, t, return_entropy=e, backend="triton")[:2]
+        finally:
+            head_forward.forward_on = chosen
+
+    def why_not(given: dict[str, Any]) -> str | None:
+        device = device_of(given)
+        if device.type != "cuda" or given["c"] is not None:
+            return "the forward alone, on CUDA only"
+        capability = torch.cuda.get_device_capability(device)
+        if head_forward.FORWARDS[name].tma and capability < (9, 0):
+            return "needs tensor maps"
+        if head_forward.forward_on(capability, capability >= (9, 0)) == name:
+            return "the default here"
+        return None
+
+    return Provider(
+        _run(head), kind="ours", why_not=why_not, logits_in="float32", sums_in="float32"
     )
 
 

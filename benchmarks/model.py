@@ -1,7 +1,7 @@
 """`python -m benchmarks.model`: milliseconds of one call as a GPU should take them. All predicted.
 
-Nothing here has run on a GPU. A kernel's time is the sum of what it does, as if nothing overlapped
-but a product and its own loads:
+Nothing here has run on a GPU (benchmarks/model_page.py shows what did). A kernel's time is the sum
+of what it does, as if nothing overlapped but a product and its own loads:
 
     products   FLOPs over GEMM_SHARE of the GPU's peak (gathered ones over GATHER_SHARE of that)
     pass       elements times instructions over ISSUE_SHARE of what the schedulers can issue
@@ -19,6 +19,8 @@ measurements of theirs: how many products, how many passes over the logits, how 
 from __future__ import annotations
 
 import argparse
+import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +32,11 @@ GATHER_SHARE = 0.5  # of a dense product's rate: an assumption
 ISSUE_SHARE = 0.75  # an assumption
 LAUNCH_US = 3.0
 LANES = 128  # instructions that the four schedulers of a multiprocessor issue in a cycle
-# Counted in the machine code of kernels/head_forward.py on sm_90, plain head: instructions outside
-# the products per logit. Of a pass over logits in memory: the review of the kernels of others.
-FORWARD = {True: 18.4, False: 16.7}  # with and without an entropy
+# Instructions per logit in the machine code of sm_90, plain head, as the compile gate counts them:
+# of the forward outside its product, with and without an entropy; more where one of the tile's rows
+# has its target; of a pass over logits in memory that makes a gradient. Of others a pass takes as
+# many: an assumption.
+FORWARD, AT_TARGETS = {True: 11.4, False: 9.8}, 9.1
 PASS = 26.0
 
 
@@ -97,25 +101,43 @@ def ours_forward(c: Call) -> Parts:
     statistics = c.n * c.v / BLOCK * (12 if c.entropy else 8)
     weight = c.bytes(2 * c.v * c.d * -(-c.n // (16 * 128)))  # once per group of 16 row tiles
     product = max(c.products(1), weight)
+    taken = min(1.0, BLOCK * BLOCK / c.v)  # of the tiles of 128 rows, if targets lie anywhere
+    logits = c.passes(FORWARD[c.entropy] + taken * AT_TARGETS)
     return {
-        "statistics": product + c.passes(FORWARD[c.entropy]) + c.bytes(statistics) + c.launches(1),
+        "statistics": product + logits + c.bytes(statistics) + c.launches(1),
         "finish": c.bytes(statistics) + c.launches(1),
         "live rows": c.bytes(16 * c.n) + c.launches(2),
     }
 
 
-def padded(n: int) -> float:
-    """Rows of 128-row tiles per active pair: through the two counts of the kernels' review, 1.05 at
-    16,384 rows and 2.19 at 1,024."""
-    return 1 + 1.14 * (1024 / n) ** 1.1
+def padded(c: Call) -> float:
+    """Rows of tiles per active pair, in the better of tiles of 128 and of 64 rows. Pairs per block
+    fall as one over the block's rank (Zipf), none above N; a block that has any has a tile more
+    than it fills, by half a tile on average."""
+    return _padded(c.n, -(-c.v // BLOCK), c.share)
+
+
+@functools.lru_cache
+def _padded(n: int, blocks: int, share: float) -> float:
+    pairs, low, high = share * n * blocks, 0.0, float(n * blocks)
+    for _ in range(40):  # the first block's pairs, such that the sum is right
+        first = (low + high) / 2
+        counts = [min(n, first / rank) for rank in range(1, blocks + 1)]
+        low, high = (first, high) if sum(counts) < pairs else (low, first)
+
+    def tiles(x: float, rows: int) -> float:
+        return -math.expm1(-x) * max(1.0, x / rows + 0.5)
+
+    total = max(sum(counts), 1e-9)
+    return min(sum(rows * tiles(x, rows) for x in counts) / total for rows in (128, 64))
 
 
 def ours_sparse(c: Call) -> Parts:
     """dz, dH and dW of the active pairs: three gathered products, their loads beside them, float32
     sums of dH and dW."""
-    pairs = c.share * c.n * c.v / BLOCK * padded(c.n)
+    pairs = c.share * c.n * c.v / BLOCK * padded(c)
     moved = pairs * (12 * c.d + 6 * BLOCK)
-    products = c.products(3 * c.share * padded(c.n), gathered=True)
+    products = c.products(3 * c.share * padded(c), gathered=True)
     sums = c.bytes(10 * (c.v + c.n) * c.d)
     return {
         "active pairs": products + c.bytes(moved),
@@ -128,7 +150,7 @@ def ours_dense(c: Call) -> Parts:
     """Every column, tile by tile: recompute, dz, dH, dW; the smaller sum lives in float32."""
     tile = c.memory_mib * 2**20
     sweeps = max(1.0, c.n * c.v * 6 / tile)
-    wide = 16 * min(c.n, c.v) * c.d * sweeps  # mm, then add_: read, write, and the product's own
+    wide = 8 * min(c.n, c.v) * c.d * sweeps  # read and written by the product that adds to it
     return {
         "products": c.products(3),
         "dz": c.passes(PASS) + c.bytes(14 * c.n * c.v),
@@ -163,99 +185,25 @@ BOTH = {
     "Liger's fused linear cross entropy": staged(3, 1, 10, 0.5),
     "QuACK's linear cross entropy": staged(3, 1, 8, 0.0),
     "CCE (filtered cross entropy)": lambda c: {
-        "products": c.products(2) + c.products(2 * c.share * padded(c.n)),
+        "products": c.products(2) + c.products(2 * c.share * padded(c)),
         "passes": c.passes(PASS + FORWARD[False]),
         "sums": c.bytes(10 * (c.v + c.n) * c.d),
     },
 }
 
 
+USUAL = (16384, 151936)  # N, V
+
+
 def total(parts: Parts) -> float:
     return sum(parts.values())
 
 
-CASES = {
-    "forward, D 1536": (FORWARDS, 1536, 0.01, 1.20),
-    "forward, D 4096": (FORWARDS, 4096, 0.01, 1.10),
-    "forward + backward, 1 % active, D 1536": (BOTH, 1536, 0.01, 1.50),
-    "forward + backward, 1 % active, D 4096": (BOTH, 4096, 0.01, 1.50),
-}
-FLAT_GOAL = 4.7
-N, V = 16384, 151936
-
-
-def page() -> str:
-    lines = [
-        "# Predicted: what one call should take on a GPU",
-        "",
-        "**No number on this page was measured.** `python -m benchmarks.model` adds up products,",
-        "passes over the logits, bytes and launches. The head of that file says how, and which",
-        "rates are assumptions. No device result exists yet; `tools/gpu_session.sh` will make each",
-        "row right or wrong.",
-        "",
-        f"N = {N:,}, V = {V:,}, bf16. Predicted milliseconds; in brackets, multiples of one bare",
-        "product of the logits on the same GPU. Peers: this model's reading of their source. Cross",
-        "entropies give neither an entropy nor log-probs with gradients of their own. CCE skips",
-        "whole tiles; its row takes the share of pairs for that of tiles, which flatters it.",
-        "",
-    ]
-    for case, (table, d, share, goal) in CASES.items():
-        lines += [f"## {case}", "", f"| predicted | {' | '.join(GPUS)} |", "|---" * 6 + "|"]
-        for name, parts in table.items():
-            cells = []
-            for gpu in GPUS.values():
-                call = Call(N, d, V, gpu, share)
-                cells.append(f"{total(parts(call)):.1f} ({total(parts(call)) / call.gemm:.2f})")
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-        call = Call(N, d, V, GPUS["H200"], share)
-        goals = {"riskpo_kernels": goal, "riskpo_kernels, sparse": goal}
-        goals["riskpo_kernels, flat rows"] = FLAT_GOAL
-        said = [_against(name, total(table[name](call)) / call.gemm, goals) for name in table]
-        lines += ["", "Goals on an H200: " + "; ".join(filter(None, said)) + ".", ""]
-    lines += ["## By kernel, H200, D 1536, 1 % active", "", "| predicted | ms |", "|---|---|"]
-    call = Call(N, 1536, V, GPUS["H200"])
-    for name, ms in (ours_forward(call) | ours_sparse(call)).items():
-        lines.append(f"| {name} | {ms:.2f} |")
-    lines += ["", "![Predicted time against the share of active pairs](predicted.png)", ""]
-    sources = "; ".join(f"{name}: {gpu.source}" for name, gpu in GPUS.items())
-    return "\n".join([*lines, f"Rates: {sources}.", ""])
-
-
-def _against(name: str, ratio: float, goals: dict[str, float]) -> str:
-    """What is predicted beside the goal, where there is one."""
-    if name not in goals:
-        return ""
-    word = "met" if ratio <= goals[name] else "missed"
-    return f"{name} {goals[name]:.2f}, predicted {ratio:.3f}, {word}"
-
-
-def draw(path: Path) -> None:
-    """Forward + backward over the share of active pairs, H200."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    shares = [0.0005 * 2 ** (i / 2) for i in range(20)]
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), dpi=130, sharey=True, layout="constrained")
-    for axis, d in zip(axes, (1536, 4096), strict=True):
-        for name, parts in BOTH.items():
-            calls = [Call(N, d, V, GPUS["H200"], share) for share in shares]
-            axis.plot(shares, [total(parts(c)) / c.gemm for c in calls], label=name)
-        axis.set_xscale("log")
-        axis.set_title(f"predicted, H200, D = {d}, N = {N:,}, V = {V:,}", fontsize="small")
-        axis.set_xlabel("share of active (row, 128 columns) pairs")
-        axis.grid(color="#e3e7ea")
-    axes[0].set_ylabel("predicted time, bare logits products")
-    axes[0].set_ylim(0, 9)
-    axes[1].legend(fontsize="x-small", frameon=False)
-    figure.savefig(path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    n, v = USUAL
     parser.add_argument("--gpu", choices=GPUS, default="H200")
-    for name, default in (("n", N), ("d", 1536), ("v", V)):
+    for name, default in (("n", n), ("d", 1536), ("v", v)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--share", type=float, default=0.01, help="of active pairs")
     parser.add_argument("--no-entropy", action="store_true")
@@ -272,10 +220,13 @@ def main() -> None:
         print(f"{name:44} {total(found):8.2f} {total(found) / call.gemm:8.2f} x")
         for part, ms in found.items():
             print(f"    {part:40} {ms:8.2f}")
-    if given.page:
-        given.page.write_text(page(), encoding="utf-8")
-    if given.picture:
-        draw(given.picture)
+    if given.page or given.picture:
+        from benchmarks import model_page
+
+        if given.page:
+            given.page.write_text(model_page.page(), encoding="utf-8")
+        if given.picture:
+            model_page.draw(given.picture)
 
 
 if __name__ == "__main__":

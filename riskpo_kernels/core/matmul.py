@@ -134,13 +134,11 @@ class Products:
         """out += a @ b; rows of a beyond those of out are padding. apart: the product is rounded
         before it is added whether or not there is padding: the bits do not tell."""
         executed(*a.shape, b.shape[1])
-        if self.mixed:
-            product = torch.mm(a, b, out_dtype=self.wide)  # type: ignore[call-overload]
-            out.add_(product[: out.shape[0]])
-        elif apart or a.shape[0] > out.shape[0]:
-            out.add_(torch.mm(a, b)[: out.shape[0]])
+        wide = {"out_dtype": self.wide} if self.mixed else {}
+        if apart or a.shape[0] > out.shape[0]:
+            out.add_(torch.mm(a, b, **wide)[: out.shape[0]])  # type: ignore[call-overload]
         else:
-            out.addmm_(a, b)
+            torch.addmm(out, a, b, **wide, out=out)  # type: ignore[call-overload]
 
 
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:

@@ -6,10 +6,13 @@ each ahead of time.
 
 from typing import Any, NamedTuple
 
+import torch
+
 
 class Configuration(NamedTuple):
     """One launch. options: further ones beside warps and stages; archs: where it can be launched,
-    as 10 x compute capability (empty: wherever there is Triton)."""
+    as 10 x compute capability (empty: wherever there is Triton); ragged: sizes that hang on the
+    vocabulary are no multiples of 16."""
 
     name: str
     function: Any
@@ -19,6 +22,12 @@ class Configuration(NamedTuple):
     stages: int
     options: dict[str, Any]
     archs: tuple[int, ...] = ()
+    ragged: bool = False
+
+
+def at_most(registers: int | None) -> dict[str, int]:
+    """The launch option that bounds a thread's registers; AMD's compiler has none."""
+    return {} if registers is None or torch.version.hip else {"maxnreg": registers}
 
 
 FLOAT_SCALARS = ("inner", "outer", "eps", "cap", "dense_above", "softcap", "temperature")

@@ -64,7 +64,7 @@ def active_blocks(
 
 
 @triton.jit(
-    do_not_specialize=["R", "n_rows", "first", "offset", "n"],
+    do_not_specialize=["R", "n_rows", "first", "offset", "n", "stride_blocks"],
     do_not_specialize_on_alignment=["p_target", "p_temperature", "p_order", "p_zt"],
 )
 def finish_kernel(

@@ -33,7 +33,7 @@ import triton.language as tl
 from riskpo_kernels.core.softmax import FLOOR as LOG_FLOOR
 from riskpo_kernels.core.softmax import IGNORED as UNREAD
 from riskpo_kernels.core.softmax import LogitMap, RowGradient
-from riskpo_kernels.kernels import Configuration, signature_of
+from riskpo_kernels.kernels import Configuration, at_most, signature_of
 from riskpo_kernels.kernels.tl_math import (
     LN2,
     LOG2E,
@@ -256,7 +256,7 @@ def gradient(
             BN=BN,
             BV=BV,
             num_warps=WARPS,
-            maxnreg=MAX_REGISTERS,
+            **at_most(MAX_REGISTERS),
         )
     return out
 

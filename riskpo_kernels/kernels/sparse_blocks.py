@@ -42,7 +42,7 @@ def tile_rows(softcap: bool) -> int:
 
 
 def register_limit(rows: int) -> int | None:
-    """maxnreg of products 1 and 2: left alone, ptxas squeezes half a tile into 128 registers or
+    """at_most of products 1 and 2: left alone, ptxas squeezes half a tile into 128 registers or
     fewer, for a second block on the multiprocessor, and spills."""
     return 168 if rows < BM else None
 

@@ -178,10 +178,13 @@ def compile_configurations() -> list[Configuration]:
     # into fp32 sums; into the gradient itself; likewise, with fp16's common unit
     ways = [("fp32", True, False), ("bf16", False, False)]
     ways += [("fp16", False, False), ("fp16", False, True)]
-    for db, (out, add, unit) in itertools.product((False, True), ways):
+    alone = {"D": 1, "stride_dw": 1}  # dbias of a frozen head: the JIT makes constants of ones
+    choices = [(db, way, {}) for db, way in itertools.product((False, True), ways)]
+    choices.append((True, ways[0], alone))
+    for db, (out, add, unit), sizes in choices:
         given = {"p_db": db, "p_sums": db, "p_part_sums": db, "p_unit": unit}
-        flags = {"HAS_DB": db, "HAS_UNIT": unit, "ADD": add, "BD": BD}
-        title = f"->{out} db={db:d} unit={unit:d} add={add:d}"
+        flags = {"HAS_DB": db, "HAS_UNIT": unit, "ADD": add, "BD": BD} | sizes
+        title = f"->{out} db={db:d} unit={unit:d} add={add:d}{' D=1' if sizes else ''}"
         name = f"fold{title}"
         types = {"p_dw": out}
         configurations.append(sparse_configuration(name, fold_kernel, "fp32", types, given, flags))

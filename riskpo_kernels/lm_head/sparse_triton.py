@@ -15,6 +15,7 @@ import torch
 
 from riskpo_kernels.core.matmul import executed, spans
 from riskpo_kernels.core.softmax import BLOCK, RowGradient
+from riskpo_kernels.kernels import at_most
 from riskpo_kernels.kernels.head_forward import multiprocessors
 from riskpo_kernels.kernels.sparse_blocks import (
     BK,
@@ -149,7 +150,7 @@ def _launch_dz(
         BK=BK,
         num_warps=WARPS,
         num_stages=STAGES,
-        maxnreg=register_limit(dz.shape[1]),
+        **at_most(register_limit(dz.shape[1])),
         **lists,
         **sizes,
     )
@@ -183,7 +184,7 @@ def _launch_dh(
             BD=BD,
             num_warps=WARPS,
             num_stages=STAGES,
-            maxnreg=register_limit(dz.shape[1]),
+            **at_most(register_limit(dz.shape[1])),
             **lists,
             **sizes | {"D": weight.shape[1]},
         )
@@ -256,7 +257,7 @@ def _launch_dw(
         BM=dz.shape[1],
         num_warps=WARPS,
         num_stages=STAGES,
-        maxnreg=REGISTERS,
+        **at_most(REGISTERS),
         **lists,
         **both,
     )

@@ -4,6 +4,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from riskpo_kernels.core.matmul import Products
 
 PROGRAM = """
 import re, torch
@@ -40,3 +43,27 @@ def test_long_context_stays_flat():
     increase = int(run.stdout) / 2**20
     print(f"peak memory over inputs and gradients: {increase:.0f} MiB")
     assert 0 < increase < 128, f"{increase:.0f} MiB"
+
+
+def test_a_product_of_halves_is_added_where_the_sums_lie(monkeypatch):
+    """No float32 product beside them, save where it has to be rounded or cut first. CUDA has the
+    products of 16 bits with float32 results; here they only say that they were asked for."""
+    asked = []
+
+    def of(name, real):
+        def product(*given, out_dtype, **more):
+            asked.append((name, out_dtype))
+            return real(*(x.float() for x in given), **more)
+
+        return product
+
+    for name in ("mm", "addmm"):
+        monkeypatch.setattr(torch, name, of(name, getattr(torch, name)))
+    products = Products(torch.device("cpu"), torch.float16, torch.float16)
+    products.mixed, products.dtype = True, torch.float16
+    a, b = torch.randn(5, 3).half(), torch.randn(3, 4).half()
+    for rows, apart, name in ((5, False, "addmm"), (5, True, "mm"), (4, False, "mm")):
+        sums = torch.ones(rows, 4)
+        products.add(sums, a, b, apart=apart)
+        assert asked.pop() == (name, torch.float32) and not asked
+        assert torch.allclose(sums, 1 + (a.float() @ b.float())[:rows])

@@ -76,12 +76,12 @@ def refused(*_, **__):
 def test_backward_in_a_graph_asks_nothing(backend, options, device, monkeypatch, recomputed):
     """With the sizes of the worst case, in several groups of blocks and pieces of rows; rows that
     were sent nothing are not read. The gradients are those of the call that asks."""
-    h, w, target = (x.to(device) for x in peaked(60, 1500, 16))
+    h, w, target = (x.to(device) for x in peaked(36, 700, 16))
     h[::9] = 0.01  # flat: the dense way, if anyone asked
-    c = torch.linspace(-1, 1, 60, device=device) * (torch.arange(60, device=device) % 3 > 0)
+    c = torch.linspace(-1, 1, 36, device=device) * (torch.arange(36, device=device) % 3 > 0)
     h[3::9] = torch.nan  # nothing is sent to these
-    bias = torch.linspace(-1, 1, 1500, device=device)
-    monkeypatch.setattr(head_backward, "_piece", lambda *_: 40)
+    bias = torch.linspace(-1, 1, 700, device=device)
+    monkeypatch.setattr(head_backward, "_piece", lambda *_: 20)
     found = []
     for captured in (False, True):
         leaves = [x.clone().requires_grad_() for x in (h, w, bias)]

@@ -26,7 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-BLOCK = 128
+from riskpo_kernels.core.matmul import plan_tiles
+from riskpo_kernels.core.softmax import BLOCK
+from riskpo_kernels.lm_head.tiles import BACKWARD_TILE
+
 GEMM_SHARE, MEMORY_SHARE = 0.80, 0.90  # 790 TFLOP/s and 4.3 TB/s were seen on an H200 by others
 GATHER_SHARE = 0.5  # of a dense product's rate: an assumption
 ISSUE_SHARE = 0.75  # an assumption
@@ -147,16 +150,35 @@ def ours_sparse(c: Call) -> Parts:
 
 
 def ours_dense(c: Call) -> Parts:
-    """Every column, tile by tile: recompute, dz, dH, dW; the smaller sum lives in float32."""
-    tile = c.memory_mib * 2**20
-    sweeps = max(1.0, c.n * c.v * 6 / tile)
-    wide = 8 * min(c.n, c.v) * c.d * sweeps  # read and written by the product that adds to it
+    """Every column, tile by tile: recompute, dz, dH, dW. The sums of the shorter axis live in
+    float32 throughout, those of the longer while its tiles go by; a product adds to both."""
+    rows, cols = dense_tile(c)
+    tiles = math.ceil(c.n / rows) * math.ceil(c.v / cols)
+    wide = 8 * c.d * tiles * (rows + cols)
     return {
         "products": c.products(3),
         "dz": c.passes(PASS) + c.bytes(14 * c.n * c.v),
         "float32 sums": c.bytes(wide + 10 * (c.n + c.v) * c.d),
-        "launches": c.launches(6 * sweeps),
+        "launches": c.launches(4 * tiles),
     }
+
+
+def dense_tile(c: Call) -> tuple[int, int]:
+    """The tile of the dense backward in bf16, which memory_mib bounds: lm_head/tiles.py."""
+    outer = 0 if c.v <= c.n else 1
+    edges = (8, 2) if outer == 0 else (2, 8)
+    plan = plan_tiles(
+        "linear_logprob",
+        c.n,
+        c.v,
+        c.d,
+        memory_mib=c.memory_mib,
+        most_rows=BACKWARD_TILE["cuda"][0],
+        most_cols=BACKWARD_TILE["cuda"][1],
+        tile_bytes=6,
+        edge_bytes=edges,
+    )
+    return plan.rows, plan.cols
 
 
 def staged(products: float, passes: float, moved: float, sums: float) -> Callable[[Call], Parts]:

@@ -40,16 +40,18 @@ def plan_tiles(
     most_rows: int,
     most_cols: int,
     tile_bytes: int,
-    edge_bytes: int,
+    edge_bytes: int | tuple[int, int],
     row_bytes: int = 0,
 ) -> Plan:
     """The largest tile that fits: tile_bytes per element of the tile, edge_bytes per element of
-    the [rows, width] and [cols, width] pieces that are live beside it, row_bytes per row."""
+    the [rows, width] and [cols, width] pieces that are live beside it (of each, if they differ),
+    row_bytes per row."""
     budget = int(memory_mib * 2**20)
+    row_edge, col_edge = (edge_bytes,) * 2 if isinstance(edge_bytes, int) else edge_bytes
     rows, cols = min(most_rows, max(n_rows, 1)), min(most_cols, max(vocab, 1))
 
     def cost(r: int, c: int) -> int:
-        return tile_bytes * r * c + edge_bytes * width * (r + c) + row_bytes * r
+        return tile_bytes * r * c + width * (row_edge * r + col_edge * c) + row_bytes * r
 
     while cost(rows, cols) > budget:
         if rows <= MIN_ROWS and cols <= MIN_COLS:

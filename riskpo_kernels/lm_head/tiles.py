@@ -222,15 +222,21 @@ def products_of(head: Head) -> Products:
 
 
 def plan_for(
-    head: Head, o: Options, products: Products, *, back: bool, vocab: int | None = None
+    head: Head, o: Options, products: Products, vocab: int, *, outer: int | None = None
 ) -> Plan:
-    """The tile that memory_mib allows, for `vocab` columns instead of the head's own if given."""
-    vocab = head.vocab if vocab is None else vocab
+    """The tile that memory_mib allows, for `vocab` columns. outer: in a backward, the axis whose
+    sums are opened and closed piece by piece (0: rows)."""
+    back = outer is not None
     device = "cuda" if head.hidden.device.type == "cuda" else "cpu"
     rows, cols = (BACKWARD_TILE if back else FORWARD_TILE)[device]
     if o.deterministic:
         rows, cols = WHOLE_TILE[device]
     wide = products.wide.itemsize
+    edges = [3 * wide if back else wide] * 2
+    if outer is not None and products.mixed and not o.deterministic:
+        # of that axis the sums and what they are rounded to; of the other a 16-bit copy at most
+        edges[outer] = 8 if products.dtype == torch.bfloat16 else 12
+        edges[1 - outer] = 2
     tiles = 1  # the logits; further tiles are temporaries of the torch formulas
     if o.backend == "torch":
         tiles += int(o.return_entropy) + int(back and o.softcap is not None)
@@ -243,8 +249,8 @@ def plan_for(
         most_rows=rows,
         most_cols=cols,
         tile_bytes=tiles * wide + (2 if products.mixed and back else 0),
-        edge_bytes=(3 if back else 1) * wide,
-        row_bytes=0 if back else _selection_bytes(o, vocab, wide),
+        edge_bytes=(edges[0], edges[1]),
+        row_bytes=0 if back or not o.tail_eps else (4 + o.return_entropy) * wide * n_blocks(vocab),
     )
 
 
@@ -282,7 +288,7 @@ def forward_rows(
 def _fold_tiles(head: Head, o: Options, products: Products, vocab: int) -> tuple[int, int, Fold]:
     """Rows of a chunk, rows to pad it to, and what folds its hidden states h of rows r into their
     state `part`."""
-    plan = plan_for(head, o, products, back=False, vocab=vocab)
+    plan = plan_for(head, o, products, vocab)
     tile = torch.empty(plan.rows * plan.cols, dtype=products.wide, device=head.hidden.device)
 
     def tiles(h: torch.Tensor, r: slice, part: RowState, blocks: torch.Tensor | None) -> None:
@@ -300,18 +306,13 @@ def _fold_tiles(head: Head, o: Options, products: Products, vocab: int) -> tuple
     return plan.rows, plan.rows if o.deterministic else 0, tiles
 
 
-def _selection_bytes(o: Options, vocab: int, wide: int) -> int:
-    """Of a row while its active blocks are chosen."""
-    return 0 if o.tail_eps == 0 else (4 + o.return_entropy) * wide * n_blocks(vocab)
-
-
 def dense_backward(
     head: Head, up: RowGradient, o: Options, into: Gradients, rows_outer: bool
 ) -> None:
     """Add every column of the rows to the gradients. The axis of the outer loop is opened and
     closed piece by piece; the other one is visited again and again."""
     products = products_of(head)
-    plan = plan_for(head, o, products, back=True)
+    plan = plan_for(head, o, products, head.vocab, outer=0 if rows_outer else 1)
     gradient = gradient_of(o.backend)
     pad = plan.rows if o.deterministic else 0
     tile = torch.empty(plan.rows * plan.cols, dtype=products.wide, device=head.hidden.device)

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from riskpo_kernels.core.matmul import Products
+from riskpo_kernels.core.softmax import LogitMap
+from riskpo_kernels.lm_head.tiles import BACKWARD_TILE, Head, Options, plan_for
 
 PROGRAM = """
 import re, torch
@@ -43,6 +45,26 @@ def test_long_context_stays_flat():
     increase = int(run.stdout) / 2**20
     print(f"peak memory over inputs and gradients: {increase:.0f} MiB")
     assert 0 < increase < 128, f"{increase:.0f} MiB"
+
+
+@pytest.mark.parametrize("outer", [0, 1])
+@pytest.mark.parametrize("width", [1536, 4096])
+def test_the_dense_tile_fits_what_is_live(outer, width, monkeypatch):
+    """bf16 on a GPU: logits and their gradient; of the axis that is opened and closed its sums in
+    float32 and rounded; copies of the operands. A tile twice as wide or tall would not fit."""
+    monkeypatch.setitem(BACKWARD_TILE, "cpu", BACKWARD_TILE["cuda"])
+    hidden, weight = (torch.empty(n, width, device="meta") for n in (16384, 151_936))
+    head = Head(hidden, weight, None, None, torch.empty(16384), LogitMap(1.0, None, 1.0))
+    o = Options(1.0, None, 1.0, False, "triton", 300.0, 0.0, False, False)
+    products = Products(torch.device("cpu"), torch.bfloat16, torch.bfloat16)
+    products.mixed, products.dtype = True, torch.bfloat16
+    plan = plan_for(head, o, products, 151_936, outer=outer)
+
+    def live(*sizes):
+        return 6 * sizes[0] * sizes[1] + width * (8 * sizes[outer] + 2 * sizes[1 - outer])
+
+    assert live(plan.rows, plan.cols) <= 300 * 2**20
+    assert live(2 * plan.rows, 2 * plan.cols) > 300 * 2**20
 
 
 def test_a_product_of_halves_is_added_where_the_sums_lie(monkeypatch):

@@ -71,7 +71,7 @@ def test_matches_the_references_composed(backend, ratio, device):
     got, seen = run(riskpo_loss, both, *args, backend=backend, memory_mib=0.1, **options, **ref)
     assert 0.05 < stats["clip_fraction"] < 0.95, "the batch exercises one branch only"
     # one row of 40 decides by its large coefficient, and there plain is right to 4e-8 by luck
-    factor = 8 if backend == "triton" else FACTOR
+    factor = 8 if backend == "triton" and ratio == "token" else FACTOR
     assert_all_close_as_plain(got, truth, plain, factor=factor)
     assert seen.keys() == stats.keys()
     for name, value in stats.items():  # single numbers: luck decides which rounding is better

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from riskpo_kernels import linear_logprob, reference
-from tests.compare import assert_all_close_as_plain, assert_close_as_plain, errors
+from tests.compare import FACTOR, assert_all_close_as_plain, assert_close_as_plain, errors
 from tests.conftest import has_triton
 from tests.head_inputs import head, run
 
@@ -41,12 +41,15 @@ def test_matches_reference(backend, shape, device):
         h, w, b, target = head(*shape, dtype, device)
         if target.numel() > 3:
             target[3] = -100
-        found = three(h, w, b, target, backend=backend, memory_mib=0.25)
-        if backend == "triton" and dtype == torch.float32:
+        found, factor = three(h, w, b, target, backend=backend, memory_mib=0.25), FACTOR
+        if backend == "triton" and dtype == torch.float32 and device.type == "cpu":
             # the interpreter multiplies in one order, the backward in another: at logits of 71 even
-            # after an exact forward dH is ten times as far off as plain PyTorch's
-            found = [{k: x[k] for k in ("logprob", "entropy", "lse")} for x in found]
-        assert_all_close_as_plain(*found)
+            # after an exact forward dH is 15 times as far off as plain PyTorch's
+            assert_all_close_as_plain(
+                *({k: x[k] for k in ("logprob", "entropy", "lse")} for x in found)
+            )
+            factor = 18
+        assert_all_close_as_plain(*found, factor=factor)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

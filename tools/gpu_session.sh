@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# GPU tests, then the benchmark sweep, in one command of less than ten minutes; no network needed.
+# A minute's profile (tools/gpu_profile.py), GPU tests, then the benchmark sweep, in one command of less
+# than ten minutes; no network needed.
 #
 #   tools/gpu_session.sh                 results go to $OUT, or to benchmarks/results
 #   tools/gpu_session.sh --fetch         with a network: wheels of peers and trainer to wheels/
 #   tools/gpu_session.sh --fetch cute    also QuACK's and Liger's CuTe kernels: 100 MB more
 #   ROWS=rows.safetensors tools/gpu_session.sh   rows of a trained head instead of generated ones
 #   tools/gpu_session.sh --skip NAME     without a provider; arguments go to python -m benchmarks
-#   PHASES=tests tools/gpu_session.sh    one half in a call of its own; the other: PHASES=sweep
+#   PHASES=tests tools/gpu_session.sh    a part in a call of its own; the others: profile, sweep
 #   DRY=1 tools/gpu_session.sh           the same steps on a CPU, shrunk
 #
 # The tests: first those marked gpu, then, whole, every file of kernel tests whose device is the GPU
@@ -35,8 +36,13 @@ fi
 source tools/gpu_common.sh
 require "pytest, triton, riskpo_kernels"
 [ -n "${DRY:-}" ] && export CUDA_VISIBLE_DEVICES=""
-phases=${PHASES:-tests sweep}
+phases=${PHASES:-profile tests sweep}
 [[ $phases == *sweep* ]] && reserved=$((limit - ${TEST_SECONDS:-230})) || reserved=5
+
+if [[ $phases == *profile* ]]; then # it may fail: what follows does not hang on it
+    timeout -k 10 60 "$python" -m tools.gpu_profile ${DRY:+--dry} --out "$out/gpu-profile.json" 2>&1 |
+        tee "$out/gpu-profile.log"
+fi
 
 verdict="" # of all tests so far, kept with the results
 failed=0

@@ -22,13 +22,16 @@ def session(out, *words, **environment):
 
 @pytest.mark.slow
 def test_the_rehearsal_goes_through_every_step(tmp_path):
-    """Few files and few cases, else it is what runs on a GPU: tests, sweep, tables."""
+    """Few files and few cases, else it is what runs on a GPU: profile, tests, sweep, tables."""
     few = {"TEST_FILES": "tests/core/test_no_host_sync.py"}
     done = session(tmp_path, "--op", "surrogate", "--op", "logits_logprob", **few)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "skipped" in (tmp_path / "gpu-tests-marked.log").read_text()
     collected = (tmp_path / "gpu-tests-whole.log").read_text()
     assert "test_no_host_sync.py::" in collected or "tests collected" in collected
+    lines = json.loads((tmp_path / "gpu-profile.json").read_text())["lines"]
+    assert {"a product, float32 result", "forward"} <= {x["what"] for x in lines}
+    assert all(x["measured"] > 0 and x["predicted"] > 0 for x in lines)
     report = json.loads((tmp_path / "gpu-sweep.json").read_text())
     assert report["set"] == "dry" and "marked" in report["note"] and "whole" in report["note"]
     assert {r["op"] for r in report["rows"]} == {"surrogate", "logits_logprob"}
@@ -42,7 +45,7 @@ def test_a_phase_can_run_alone_and_the_limit_holds(tmp_path):
     """25 seconds are kept for the last case and the tables: nothing is left for the cases."""
     done = session(tmp_path, PHASES="sweep", LIMIT_SECONDS="26")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert not list(tmp_path.glob("gpu-tests*"))
+    assert not list(tmp_path.glob("gpu-tests*")) and not list(tmp_path.glob("gpu-profile*"))
     report = json.loads((tmp_path / "gpu-sweep.json").read_text())
     assert report["note"] == "no tests in this run"
     assert report["left_out"] and not report["rows"]

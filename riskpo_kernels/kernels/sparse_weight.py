@@ -178,8 +178,9 @@ def compile_configurations() -> list[Configuration]:
     # into fp32 sums; into the gradient itself; likewise, with fp16's common unit
     ways = [("fp32", True, False), ("bf16", False, False)]
     ways += [("fp16", False, False), ("fp16", False, True)]
+    no_sizes: dict[str, int] = {}
     alone = {"D": 1, "stride_dw": 1}  # dbias of a frozen head: the JIT makes constants of ones
-    choices = [(db, way, {}) for db, way in itertools.product((False, True), ways)]
+    choices = [(db, way, no_sizes) for db, way in itertools.product((False, True), ways)]
     choices.append((True, ways[0], alone))
     for db, (out, add, unit), sizes in choices:
         given = {"p_db": db, "p_sums": db, "p_part_sums": db, "p_unit": unit}

@@ -4,6 +4,7 @@ Every module lists what it can launch in `compile_configurations()`: compile_che
 each ahead of time.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +29,22 @@ class Configuration(NamedTuple):
 def at_most(registers: int | None) -> dict[str, int]:
     """The launch option that bounds a thread's registers; AMD's compiler has none."""
     return {} if registers is None or torch.version.hip else {"maxnreg": registers}
+
+
+@functools.cache
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """NVIDIA's, an AMD GPU has none. The interpreter runs what Hopper would."""
+    if torch.version.hip:
+        return (0, 0)
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Those of a GPU; in the interpreter few, so that each persistent program has several jobs."""
+    if device.type != "cuda":
+        return 3
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 FLOAT_SCALARS = ("inner", "outer", "eps", "cap", "dense_above", "softcap", "temperature")

@@ -37,7 +37,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from riskpo_kernels.core.matmul import executed
 from riskpo_kernels.core.softmax import BLOCK, LogitMap
-from riskpo_kernels.kernels import Configuration, signature_of
+from riskpo_kernels.kernels import Configuration, capability_of, multiprocessors, signature_of
 from riskpo_kernels.kernels.tl_math import LN2, LOG2E, LOWEST, at_least, tanh
 
 GROUP = 16
@@ -252,7 +252,7 @@ def statistics(
     """Fill `out` for rows hidden [R, D] (unit column stride, as weight [V, D]); row r has target
     and temperature number order[first + r], counted from column `offset`."""
     can = _tma(hidden) and _tma(weight)
-    tile = FORWARDS[forward_on(_capability(hidden.device), can)]
+    tile = FORWARDS[forward_on(capability_of(hidden.device), can)]
     tma = tile.tma
     rows, vocab = hidden.shape[0], weight.shape[0]
     row_tiles, column_tiles = triton.cdiv(rows, tile.rows), triton.cdiv(vocab, tile.columns)
@@ -307,23 +307,7 @@ def _tma(x: torch.Tensor) -> bool:
     """Whether x [n, D] can be read through a tensor map; rows of an expanded tensor cannot."""
     aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
     aligned = aligned and x.stride(0) >= x.shape[1]
-    return aligned and x.stride(1) == 1 and x.numel() > 0 and _capability(x.device) >= (9, 0)
-
-
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    # the interpreter runs what Hopper would; an AMD GPU's (9, 4) is not NVIDIA's
-    if torch.version.hip:
-        return (0, 0)
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """Those of a GPU; in the interpreter few, so that each persistent program has several jobs."""
-    if device.type != "cuda":
-        return 3
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return aligned and x.stride(1) == 1 and x.numel() > 0 and capability_of(x.device) >= (9, 0)
 
 
 def compile_configurations() -> list[Configuration]:

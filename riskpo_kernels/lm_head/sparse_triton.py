@@ -15,8 +15,7 @@ import torch
 
 from riskpo_kernels.core.matmul import executed, spans
 from riskpo_kernels.core.softmax import BLOCK, RowGradient
-from riskpo_kernels.kernels import at_most
-from riskpo_kernels.kernels.head_forward import multiprocessors
+from riskpo_kernels.kernels import at_most, multiprocessors
 from riskpo_kernels.kernels.sparse_blocks import (
     BK,
     STAGES,

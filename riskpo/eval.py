@@ -32,20 +32,14 @@ RUN_PER_SEED = "{seed}"  # in a model's path
 
 def evaluate_model(config: EvalConfig) -> list[EvalResult]:
     """Load, sample, score, print; and write config.out where one is given. A result per seed."""
-    if not config.seeds:
-        result = evaluate_once(config, questions_of(config))
-        print(report(result))
-        if config.out is not None:
-            result.write(config.out)
-        return [result]
     own = RUN_PER_SEED in config.model
     results = []
-    for seed in config.seeds:
+    for seed in config.seeds or (config.seed,):
         one = replace(config, model=config.model.replace(RUN_PER_SEED, str(seed)), seed=seed)
         results.append(evaluate_once(one, questions_of(one if own else config)))
-    print(report_seeds(results))
+    print(report_seeds(results) if config.seeds else report(results[0]))
     if config.out is not None:
-        write_json(config.out, seeds_as_json(results))
+        write_json(config.out, seeds_as_json(results) if config.seeds else asdict(results[0]))
     return results
 
 

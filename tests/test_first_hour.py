@@ -19,6 +19,10 @@ def rows_of(folder):
     return [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
 
 
+def kept_steps(folder):
+    return {record["step"] for kind in ("step", "eval") for record in read_records(folder, kind)}
+
+
 def test_a_run_shows_its_first_prompt_and_keeps_texts(tmp_path, monkeypatch, capsys):
     model, data = save_arithmetic(tmp_path)
 
@@ -54,9 +58,10 @@ def test_a_run_shows_its_first_prompt_and_keeps_texts(tmp_path, monkeypatch, cap
     first = (folder / "rollouts.jsonl").read_bytes()
     log = RunLog(config, first_step=1)  # as a resumed run opens it
     log.close()
-    assert rows_of(folder) == rows[:7]
+    assert rows_of(folder) == rows[:7] and kept_steps(folder) == {0, 1}
     log = RunLog(config, first_step=0)  # as a new run in the same folder
     log.close()
+    assert kept_steps(folder) == set() and (folder / "metrics.previous.jsonl").exists()
     assert rows_of(folder) == [] and first.startswith(
         (folder / "rollouts.previous.jsonl").read_bytes()
     )

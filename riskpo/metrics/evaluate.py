@@ -17,13 +17,11 @@ them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from riskpo.files import write_json
 from riskpo.metrics.intervals import Interval, near_the_ends, t_interval
 from riskpo.metrics.maj_at_k import group_sizes, maj_at_k
 from riskpo.rewards.verdict import Verdict, tally
@@ -81,10 +79,6 @@ class EvalResult:
     def row(self) -> dict[str, float]:
         """The headline numbers, for a log line: {"avg@8": ..., "pass@1": ...}."""
         return {name: estimate.value for name, estimate in self.estimates().items()}
-
-    def write(self, path: str | Path) -> None:
-        """As JSON, replaced in one step so that a reader never sees half a file."""
-        write_json(path, asdict(self))
 
 
 def powers_of_two(samples: int) -> tuple[int, ...]:

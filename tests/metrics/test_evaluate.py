@@ -3,11 +3,13 @@
 import json
 import math
 import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
 
 from riskpo.cli import main
+from riskpo.files import write_json
 from riskpo.metrics.evaluate import EvalSettings, evaluate, over_seeds
 from riskpo.metrics.intervals import t_interval, t_points, wilson
 from riskpo.rewards.scorer import Scorer
@@ -73,8 +75,8 @@ def test_negative_rewards_are_not_passes():
 
 def test_result_is_written_with_its_settings(tmp_path):
     path = tmp_path / "deep" / "eval.json"
-    run().write(path)
-    run().write(path)
+    write_json(path, asdict(run()))
+    write_json(path, asdict(run()))
     written = json.loads(path.read_text())
     assert written["settings"] == {
         "model": "tiny", "data": "sums", "temperature": 1.0, "max_response_tokens": 8,

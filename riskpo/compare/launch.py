@@ -210,6 +210,7 @@ def _gather(
     print(f"compare: {len(work)} {what}", flush=True)
     waiting = {pool.submit(_quietly, do, threads): name for name, do in work.items()}
     began, pending, failed, patience = time.monotonic(), set(waiting), list[str](), FIRST_S
+    before = sum(share() for share in shares.values())
     while pending:
         ended, pending = wait(pending, timeout=patience, return_when=FIRST_COMPLETED)
         for done, future in enumerate(ended, len(waiting) - len(pending) - len(ended) + 1):
@@ -223,7 +224,8 @@ def _gather(
             running = [name for f, name in waiting.items() if f in pending and f.running()][:jobs]
             parts = {name: shares[name]() if name in shares else 0.0 for name in running}
             over = len(waiting) - len(pending)
-            print(how_far(over, len(waiting), parts, time.monotonic() - began), flush=True)
+            seconds = time.monotonic() - began
+            print(how_far(over, len(waiting), parts, seconds, before), flush=True)
     if failed:
         raise ValueError(
             f"compare: {len(failed)} of {len(waiting)} jobs failed; the first: {failed[0]}. Mend "
@@ -231,12 +233,19 @@ def _gather(
         )
 
 
-def how_far(done: int, count: int, running: Mapping[str, float], seconds: float) -> str:
-    """Jobs that are over, those that run with the share each has done, and the time left."""
+def how_far(
+    done: int, count: int, running: Mapping[str, float], seconds: float, before: float = 0.0
+) -> str:
+    """Jobs that are over, those that run with the share each has done, and the time left.
+
+    `before` jobs' worth was done when the clock started: kept runs, and those that resume.
+    """
     names = ", ".join(f"{n} {share:.0%}" if share else n for n, share in running.items())
-    share = (done + sum(running.values())) / count
-    left = f"about {spoken(seconds / share * (1 - share))} left" if share else "no estimate yet"
-    return f"compare: {done} of {count} done after {spoken(seconds)}, {left}; running: {names}"
+    over = done + sum(running.values())
+    known = over > before
+    left = spoken(seconds / (over - before) * (count - over)) if known else ""
+    told = f"about {left} left" if known else "no estimate yet"
+    return f"compare: {done} of {count} done after {spoken(seconds)}, {told}; running: {names}"
 
 
 def share_done(config: TrainConfig) -> float:

@@ -11,6 +11,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from riskpo.model.load import Policy, end_tokens
 from riskpo.model.vision import for_model
+from riskpo.rollout.prompt_cache import prompt_cache
 from riskpo.rollout.sampler import (
     SamplingLimits,
     append_response,
@@ -116,15 +117,18 @@ class GenerateSampler:
         ids = torch.tensor([[pad] * (width - len(p)) + p for _, p in rows], device=policy.device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for _, p in rows])
         ends, beside = end_tokens(policy), done.inputs.get(rows[0][0].id, {})
+        mask = mask.to(policy.device)
+        cache = None if self.static_cache else prompt_cache(policy, ids, mask)
         output = policy.model.generate(
             input_ids=ids,
-            attention_mask=mask.to(policy.device),
+            attention_mask=mask,
             logits_processor=LogitsProcessorList([draw]),
             max_new_tokens=draw.uniform.shape[1],
             do_sample=False,
             eos_token_id=ends,
             cache_implementation="static" if self.static_cache else None,
             synced_gpus=False,  # the processes of a run never wait for each other in here
+            **({} if cache is None else {"past_key_values": cache}),
             **for_model(beside, policy.model, count=len(rows)),
         )
         drawn = torch.stack(draw.columns, 1).cpu()

@@ -22,6 +22,7 @@ from transformers import (
 from riskpo.config import RunConfig, TrainConfig
 from riskpo.model.load import Policy, end_tokens, load_policy, prepare
 from riskpo.model.positions import position_limit
+from riskpo.rollout import generate
 from riskpo.rollout.generate import response_noise
 from riskpo.rollout.sampler import prompt_tokens
 from riskpo.train import train
@@ -29,6 +30,7 @@ from riskpo.trainer.parallel import ParallelModel
 from riskpo.trainer.update import recompute
 from riskpo.types import Question
 from riskpo_kernels.causal_lm import find_head
+from tests.model_families import build
 from tests.toy import sample, save_arithmetic, save_byte_model, tiny_policy
 
 # Prompts of different lengths, so that there is padding on the left.
@@ -95,6 +97,47 @@ def test_batches_and_caches_do_not_change_what_is_sampled(changes):
     whole, other = draw(policy), draw(policy, **changes)
     assert whole.text == other.text
     for ours, theirs in zip(whole.logprob, other.logprob, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
+
+
+def test_a_prompt_is_read_once_for_all_its_responses(monkeypatch):
+    """Its last token aside; with other prompts beside it."""
+    policy, read = tiny_policy(), []
+    hook = policy.model.get_input_embeddings().register_forward_pre_hook(
+        lambda _, given: read.append(tuple(given[0].shape))
+    )
+    shared = draw(policy)
+    hook.remove()
+    longest = max(len(prompt_tokens(policy.tokenizer, q.prompt)) for q in QUESTIONS)
+    assert read[:3] == [(4, longest - 1), (20, 1), (20, 1)]
+    monkeypatch.setattr(generate, "prompt_cache", lambda *given: None)
+    alone = draw(policy)
+    assert shared.text == alone.text
+    for ours, theirs in zip(shared.logprob, alone.logprob, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "family, once",
+    [
+        ("gpt2", True),  # learned positions
+        ("bloom", True),  # a bias by distance
+        ("gemma3_text", True),  # a sliding window
+        ("moshi", False),  # loses its place after a cache
+        ("openai-gpt", False),  # takes no cache
+        ("mamba", False),  # keeps a state
+    ],
+)
+def test_families_read_a_prompt_once_or_as_before(family, once, monkeypatch):
+    policy, found = Policy(build(family), tiny_policy().tokenizer), []
+    real = generate.prompt_cache
+    monkeypatch.setattr(generate, "prompt_cache", lambda *a: found.append(real(*a)) or found[-1])
+    shared = draw(policy)
+    assert [cache is not None for cache in found] == [once]
+    monkeypatch.setattr(generate, "prompt_cache", lambda *given: None)
+    alone = draw(policy)
+    assert shared.text == alone.text
+    for ours, theirs in zip(shared.logprob, alone.logprob, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
 
 

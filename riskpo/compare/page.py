@@ -8,7 +8,7 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 import torch
@@ -31,6 +31,8 @@ from riskpo.compare.numbers import (
 from riskpo.compare.plot import draw_page
 from riskpo.files import write_json, write_text
 from riskpo.metrics.intervals import Interval
+
+X = TypeVar("X")
 
 LEARNING = {
     "reward_mean": "mean reward",
@@ -150,12 +152,8 @@ def markdown(tables: dict[str, Table], differences: dict[str, Table], about: dic
     ]
     if margins:
         outcomes = {name: f"{name.removeprefix(EVAL)} (±{margins[name]:g})" for name in margins}
-        decided = _grid(
-            differences["steps"],
-            outcomes,
-            lambda x, name: f"{verdict(x, margins[name])}: {_change(x)}",
-        )
-        lines += ["", f"## Primary outcomes, minus {against}, with their margins", "", *decided]
+        lines += ["", f"## Primary outcomes, minus {against}, with their margins", ""]
+        lines += _grid(_decided(differences["steps"], margins), outcomes, str)
     sections = (
         ("Training, at equal steps", LEARNING),
         ("Held out, at equal steps", _named(passes, EVAL)),
@@ -195,22 +193,35 @@ def verdict(x: Interval, margin: float) -> str:
     return "undecided"
 
 
-def _grid(table: Table, columns: dict[str, str], text: Callable[[Interval, str], str]) -> list[str]:
+def _decided(table: Table, margins: Mapping[str, float]) -> dict[str, dict[str, str]]:
+    return {
+        system: {
+            name: f"{verdict(row[name], margin)}: {_change(row[name])}"
+            for name, margin in margins.items()
+            if name in row
+        }
+        for system, row in table.items()
+    }
+
+
+def _grid(
+    table: Mapping[str, Mapping[str, X]], columns: dict[str, str], text: Callable[[X], str]
+) -> list[str]:
     """A Markdown table; a number that a system does not have is a dash."""
     if not columns:
         return ["No held-out number of this kind."]
     lines = [f"| | {' | '.join(columns.values())} |", "|---" * (len(columns) + 1) + "|"]
     for system, row in table.items():
-        cells = [text(row[name], name) if name in row else "-" for name in columns]
+        cells = [text(row[name]) if name in row else "-" for name in columns]
         lines.append(f"| {system} | {' | '.join(cells)} |")
     return lines
 
 
-def _level(x: Interval, _: str = "") -> str:
+def _level(x: Interval) -> str:
     return f"{x.value:.3f}" + (f" ± {x.high - x.value:.3f}" if x.n > 1 else "")
 
 
-def _change(x: Interval, _: str = "") -> str:
+def _change(x: Interval) -> str:
     text = f"{x.value:+.3f}" + (f" [{x.low:+.3f}, {x.high:+.3f}]" if x.n > 1 else "")
     return f"**{text}**" if x.excludes_zero else text
 

@@ -20,8 +20,10 @@ from riskpo.metrics.intervals import t_points
 from riskpo.report.plots import INK
 
 # Mostly Okabe and Ito's colours, told apart by colour-blind readers too.
-COLOURS = "0072b2 e69f00 d55e00 009e73 cc79a7 56b4e9 6b5b95 222222 999933 882255".split()
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
+COLOURS = (
+    "0072b2 e69f00 d55e00 009e73 cc79a7 56b4e9 6b5b95 222222 999933 882255 8c564b 9a9a9a"
+).split()
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h")
 LINES = ("-", "--", ":")
 MARKS = 5  # markers on a line, about
 Series = dict[str, pd.DataFrame]  # system -> a row per seed, a column per step (or k, or stratum)
@@ -34,7 +36,7 @@ class Page:
     def __init__(self, runs: Runs, against: str) -> None:
         self.runs, self.against = runs, against
         self.systems = list(dict.fromkeys(system for system, _ in runs))
-        n = len(COLOURS)  # the second ten have other markers than the first
+        n = len(COLOURS)  # the second dozen have other markers than the first
         self.style = {
             name: {"color": "#" + COLOURS[i % n], "marker": MARKERS[(i + i // n) % n]}
             for i, name in enumerate(self.systems)

@@ -103,6 +103,7 @@ def test_batches_and_caches_do_not_change_what_is_sampled(changes):
 def test_a_prompt_is_read_once_for_all_its_responses(monkeypatch):
     """Its last token aside; with other prompts beside it."""
     policy, read = tiny_policy(), []
+    draw(policy)  # the model is tried on its first prompts
     hook = policy.model.get_input_embeddings().register_forward_pre_hook(
         lambda _, given: read.append(tuple(given[0].shape))
     )

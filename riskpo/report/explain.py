@@ -17,9 +17,8 @@ from statistics import fmean
 
 from riskpo.config import read_toml
 from riskpo.files import SETTINGS
-from riskpo.report.explain_moved import moved
 from riskpo.report.explain_samples import sampler, verdicts
-from riskpo.report.explain_tracker import tracker
+from riskpo.report.explain_trends import moved, tracker
 from riskpo.report.findings import Finding, Log
 from riskpo.report.logs import read_records
 

@@ -10,10 +10,10 @@ import torch
 
 from riskpo.cli import main
 from riskpo.doctor import machine, report
-from riskpo.doctor.against import Row, against
 from riskpo.doctor.libraries import LIBRARIES, Op, ops, plain_op, riskpo_op
 from riskpo.doctor.loss_traps import LOSS_TRAPS, pose_loss
 from riskpo.doctor.problem import make_problem, ours, plain
+from riskpo.doctor.report import Row, against
 from riskpo.doctor.traps import TRAPS, pose
 
 OURS = Op("ours", "riskpo", riskpo_op("torch"))

@@ -5,7 +5,7 @@ from itertools import combinations
 
 import pytest
 
-from riskpo.metrics.maj_at_k import group_sizes, maj_at_k
+from riskpo.metrics.evaluate import group_sizes, maj_at_k
 
 
 def by_enumeration(right, wrong, silent, k):

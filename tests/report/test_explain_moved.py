@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from riskpo.config import SamplerConfig, TrainConfig, resolve
-from riskpo.report.explain_tracker import with_shares
+from riskpo.report.explain_trends import with_shares
 from riskpo.report.findings import Log, change
 from riskpo_kernels import QuantileTracker, RiskPOAdvantage
 from tests.report.test_explain import HEALTHY, constant, write

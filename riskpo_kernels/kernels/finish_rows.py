@@ -200,7 +200,7 @@ def finish(
     blocks = out.top.shape[1]
     rows_each, size, warps = launch_options(blocks)
     per_row = map.temperature if isinstance(map.temperature, torch.Tensor) else None
-    finish_kernel[(triton.cdiv(rows + ignored, rows_each),)](
+    finish_kernel[(-(-(rows + ignored) // rows_each),)](
         p_top=out.top,
         p_rest=out.rest,
         p_gap=out.gap,

@@ -255,7 +255,7 @@ def statistics(
     tile = FORWARDS[forward_on(capability_of(hidden.device), can)]
     tma = tile.tma
     rows, vocab = hidden.shape[0], weight.shape[0]
-    row_tiles, column_tiles = triton.cdiv(rows, tile.rows), triton.cdiv(vocab, tile.columns)
+    row_tiles, column_tiles = -(-rows // tile.rows), -(-vocab // tile.columns)
     executed(row_tiles * tile.rows, column_tiles * tile.columns, hidden.shape[1])
     inner, outer, per_row = map.factors()
     d_hidden, d_weight = (

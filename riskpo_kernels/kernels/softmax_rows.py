@@ -232,7 +232,7 @@ def gradient(
         return out
     inner, outer, per_row = map.factors()
     with torch.cuda.device_of(raw):
-        _gradient_kernel[(triton.cdiv(rows, BN) * triton.cdiv(cols, BV),)](
+        _gradient_kernel[(-(-rows // BN) * -(-cols // BV),)](
             p_raw=raw,
             p_bias=bias,
             p_target=target,

@@ -47,8 +47,8 @@ def register(
             written to and no result shares memory with another tensor.
         kernel: what runs; its arguments are the schema's, all positional.
         fake: the same from shapes alone.
-        setup_context, backward: as in torch.library.register_autograd. A backward through the
-            gradients that `backward` returns raises.
+        setup_context, backward: as in torch.library.register_autograd, both or neither. A backward
+            through the gradients that `backward` returns raises.
     """
     own = f"{name}_{zlib.crc32(schema.encode(), SOURCES):08x}"
     _library.define(own + schema)
@@ -56,10 +56,40 @@ def register(
     qualified = f"{NAMESPACE}::{own}"
     torch.library.register_fake(qualified, fake, lib=_library)
 
-    if backward is not None:
-        once = _once(name, backward)
-        torch.library.register_autograd(qualified, once, setup_context=setup_context, lib=_library)
-    return getattr(getattr(torch.ops, NAMESPACE), own).default
+    operator = getattr(getattr(torch.ops, NAMESPACE), own).default
+    if backward is not None and setup_context is not None:
+        differentiable = _differentiable(operator, setup_context, _once(name, backward))
+        _library.impl(own, differentiable, "Autograd", with_keyset=True)
+    return operator
+
+
+def _differentiable(
+    operator: Any, setup_context: Callable[..., None], backward: Callable[..., Any]
+) -> Callable[..., Any]:
+    """What torch.library.register_autograd makes of them, for a schema without defaults: those it
+    would look for in every call took 0.12 of its 0.45 ms."""
+
+    def below(*args: Any) -> Any:
+        *own, keyset = args
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator.redispatch(keyset & torch._C._after_autograd_keyset, *own)
+
+    class Node(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            results = below(*args)
+            setup_context(ctx, args[:-1], results)
+            return results
+
+        @staticmethod
+        def backward(ctx: Any, *upstream: Any) -> Any:
+            return *backward(ctx, *upstream), None  # the keyset's
+
+    def call(keyset: Any, *args: Any) -> Any:
+        asked = (isinstance(x, torch.Tensor) and x.requires_grad for x in args)
+        return (Node.apply if torch.is_grad_enabled() and any(asked) else below)(*args, keyset)
+
+    return call
 
 
 def schema_of(kernel: Callable[..., Any], options: type, results: int) -> str:

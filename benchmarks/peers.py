@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from riskpo.doctor.libraries import LIGER, TRL, VERL, liger_op, torch_op, trl_op, verl_op
+
 LogProbs = tuple[torch.Tensor, torch.Tensor | None]
 
 
@@ -121,14 +123,14 @@ def _no_compiler(device: torch.device, dtype: torch.dtype) -> str | None:
     return "torch.compile needs a C++ compiler on a CPU"
 
 
-def _torch_lce(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor, entropy: bool) -> LogProbs:
-    options = torch.nn.LinearCrossEntropyOptions()  # without them it materialises the logits
-    return -functional.linear_cross_entropy(h, w, t, reduction="none", options=options), None
-
-
 def _torch_lce_mean(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     options = torch.nn.LinearCrossEntropyOptions()
     return functional.linear_cross_entropy(h, w, t, options=options)
+
+
+def _at_1(op: Callable[..., LogProbs]) -> Callable[..., LogProbs]:
+    """One of the doctor's calls, as a Head's."""
+    return lambda h, w, t, entropy: op(h, w, t, 1.0, entropy)
 
 
 def _no_torch_lce(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -137,28 +139,11 @@ def _no_torch_lce(device: torch.device, dtype: torch.dtype) -> str | None:
     return f"torch {torch.__version__} has no F.linear_cross_entropy (2.13 has)"
 
 
-TRL = ("trl.kernels.chunked_logprob", "ChunkedLogProbFunction")
-LIGER = ("liger_kernel.ops", "LigerFusedLinearScaledCrossEntropyFunction")
 LIGER_CE = ("liger_kernel.transformers", "LigerFusedLinearCrossEntropyLoss")
 CCE = ("cut_cross_entropy", "linear_cross_entropy")
 QUACK = ("quack.linear_cross_entropy", "chunked_linear_cross_entropy")
 FLA = ("fla.modules.fused_linear_cross_entropy", "fused_linear_cross_entropy_loss")
 VERL_TRITON = ("verl.utils.kernel.linear_cross_entropy", "linear_cross_entropy")
-VERL_TORCH = ("verl.utils.experimental.torch_functional", "FusedLinearForPPO")
-TRL_COLUMNS = 32768
-
-
-def _trl(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor, entropy: bool) -> LogProbs:
-    outputs = ("entropy",) if entropy else ()
-    op = _found(*TRL)[0]
-    logp, ent, *_ = op.apply(h, w, None, t, 1.0, TRL_COLUMNS, None, 1.0, outputs)
-    return logp, ent
-
-
-def _liger(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor, entropy: bool) -> LogProbs:
-    out = _found(*LIGER)[0].apply(h, w, t, 1.0, -100, 1, entropy)
-    nll, ent = out if entropy else (out, None)
-    return -nll, ent
 
 
 def _liger_backend(device: torch.device) -> str:
@@ -207,11 +192,6 @@ def _verl_triton(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor, entropy: boo
     return _found(*VERL_TRITON)[0](h, w, t, 1.0, "none")
 
 
-def _verl_torch(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor, entropy: bool) -> LogProbs:
-    logp, ent = _found(*VERL_TORCH)[0](chunk_size=512)(h[None], w, t[None], 1.0)
-    return logp[0], ent[0]
-
-
 def _name(text: str) -> Callable[[torch.device], str]:
     return lambda device: text
 
@@ -241,17 +221,17 @@ HEADS: dict[str, Head] = {
         backend=_name("inductor"),
     ),
     "TRL chunked log-prob": Head(
-        _trl,
+        _at_1(trl_op),
         _needs(*TRL),
         (2, 6),
         sums_in="float32",
         backend=lambda device: "triton" if device.type == "cuda" else "torch",
     ),
     "F.linear_cross_entropy": Head(
-        _torch_lce, _no_torch_lce, (2, 6), entropy=False, logits_in="float32"
+        _at_1(torch_op), _no_torch_lce, (2, 6), entropy=False, logits_in="float32"
     ),
     # dtypes of its torch path; its kernel for Hopper keeps the logits in registers
-    "Liger fused scaled CE": Head(_liger, _no_liger, (2, 6), backend=_liger_backend),
+    "Liger fused scaled CE": Head(_at_1(liger_op), _no_liger, (2, 6), backend=_liger_backend),
     "Cut Cross-Entropy": _CCE,
     "Cut Cross-Entropy, exact": replace(_CCE, call=_cce_exact),
     "verl Triton": Head(
@@ -262,7 +242,7 @@ HEADS: dict[str, Head] = {
         sums_in=ONCE,
         backend=_name("triton"),
     ),
-    "verl torch": Head(_verl_torch, _needs(*VERL_TORCH), (2, 6)),
+    "verl torch": Head(_at_1(verl_op), _needs(*VERL), (2, 6)),
     "F.linear_cross_entropy, mean": _mean(_torch_lce_mean, _no_torch_lce, logits_in="float32"),
     "Liger fused CE, mean": _mean(
         _liger_mean, _needs(*LIGER_CE, cuda=True), backend=_name("triton")

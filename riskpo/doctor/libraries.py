@@ -1,4 +1,4 @@
-"""How to call each library's own log-prob and loss; a missing one says so.
+"""How to call each library's own log-prob and loss, for benchmarks/ too; a missing one says so.
 
 Call signatures were read in torch 2.13, trl 1.16, liger-kernel 0.8.5 and verl 0.9.1.
 """
@@ -16,9 +16,15 @@ from riskpo.doctor.problem import Problem, Results, clipped_mean, leaves, plain,
 from riskpo.doctor.trl_path import trainer_loss
 from riskpo_kernels import linear_logprob
 
-# (hidden [..., D], weight [V, D], target [...], temperature) -> (logprob, entropy or None)
+# (hidden [..., D], weight [V, D], target [...], temperature, whether entropy is wanted)
+# -> (logprob, entropy or None)
 Found = tuple[torch.Tensor, torch.Tensor | None]
-LogProb = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], Found]
+LogProb = Callable[..., Found]
+
+TRL = ("trl.kernels.chunked_logprob", "ChunkedLogProbFunction")
+TRL_COLUMNS = 32768
+LIGER = ("liger_kernel.ops", "LigerFusedLinearScaledCrossEntropyFunction")
+VERL = ("verl.utils.experimental.torch_functional", "FusedLinearForPPO")
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,9 @@ def plain_op(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor, temperature: flo
     return logp.gather(-1, t[..., None])[..., 0], -(logp.exp() * logp).sum(-1)
 
 
-def torch_op(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor, temperature: float) -> Found:
+def torch_op(
+    h: torch.Tensor, w: torch.Tensor, t: torch.Tensor, temperature: float, entropy: bool = True
+) -> Found:
     options = torch.nn.LinearCrossEntropyOptions()  # without them it makes all logits
     flat = functional.linear_cross_entropy(
         h.flatten(0, -2), w, t.flatten(), reduction="none", options=options
@@ -58,24 +66,31 @@ def torch_op(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor, temperature: flo
     return -flat.view(t.shape), None
 
 
-def trl_op(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor, temperature: float) -> Found:
-    op = attribute("trl.kernels.chunked_logprob", "ChunkedLogProbFunction")
-    logprob, entropy, *_ = op.apply(
-        h.flatten(0, -2), w, None, t.flatten(), temperature, 32768, None, 1.0, ("entropy",)
+def trl_op(
+    h: torch.Tensor, w: torch.Tensor, t: torch.Tensor, temperature: float, entropy: bool = True
+) -> Found:
+    op, outputs = attribute(*TRL), ("entropy",) if entropy else ()
+    logprob, ent, *_ = op.apply(
+        h.flatten(0, -2), w, None, t.flatten(), temperature, TRL_COLUMNS, None, 1.0, outputs
     )
-    return logprob.view(t.shape), entropy.view(t.shape)
+    return logprob.view(t.shape), ent.view(t.shape) if entropy else None
 
 
-def liger_op(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor, temperature: float) -> Found:
-    op = attribute("liger_kernel.ops", "LigerFusedLinearScaledCrossEntropyFunction")
-    nll, entropy = op.apply(h.flatten(0, -2), w, t.flatten(), temperature, -100, 1, True)
-    return -nll.view(t.shape), entropy.view(t.shape)
+def liger_op(
+    h: torch.Tensor, w: torch.Tensor, t: torch.Tensor, temperature: float, entropy: bool = True
+) -> Found:
+    op = attribute(*LIGER)
+    out = op.apply(h.flatten(0, -2), w, t.flatten(), temperature, -100, 1, entropy)
+    nll, ent = out if entropy else (out, None)
+    return -nll.view(t.shape), None if ent is None else ent.view(t.shape)
 
 
-def verl_op(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor, temperature: float) -> Found:
-    op = attribute("verl.utils.experimental.torch_functional", "FusedLinearForPPO")
-    logprob, entropy = op(chunk_size=512)(h.flatten(0, -2)[None], w, t.flatten()[None], temperature)
-    return logprob[0].view(t.shape), entropy[0].view(t.shape)
+def verl_op(
+    h: torch.Tensor, w: torch.Tensor, t: torch.Tensor, temperature: float, entropy: bool = True
+) -> Found:
+    op = attribute(*VERL)
+    logprob, ent = op(chunk_size=512)(h.flatten(0, -2)[None], w, t.flatten()[None], temperature)
+    return logprob[0].view(t.shape), ent[0].view(t.shape)
 
 
 def ops() -> dict[str, Op]:

@@ -77,7 +77,7 @@ def test_every_peer_that_is_installed_has_the_op_that_is_called():
         "from benchmarks import peers\n"
         "peers.run_alone('verl', 'verl.utils')\n"
         "for head in (peers.TRL, peers.LIGER, peers.LIGER_CE, peers.CCE, peers.QUACK, peers.FLA,\n"
-        "             peers.VERL_TRITON, peers.VERL_TORCH):\n"
+        "             peers.VERL_TRITON, peers.VERL):\n"
         "    print(peers.find(*head)[1])"
     )
     done = subprocess.run(

@@ -121,7 +121,7 @@ def test_how_far_a_comparison_is(tmp_path):
     assert "no estimate yet" in how_far(0, 4, {"start, seed 0": 0.0}, 60.0)
     # What earlier commands did says nothing of this one's speed.
     assert "about 60 s left" in how_far(6, 8, {"grpo, seed 0": 0.5}, 20.0, before=6.0)
-    assert "no estimate yet" in how_far(6, 8, {"grpo, seed 0": 0.0}, 20.0, before=6.0)
+    assert "no estimate yet" in how_far(6, 8, {"grpo, seed 0": 0.01}, 20.0, before=6.0)
     config = TrainConfig(run_dir=str(tmp_path), steps=8)
     assert share_done(config) == 0.0
     (tmp_path / "metrics.jsonl").write_text('{"kind": "step", "step": 2}\n{"kind": "eval"')

@@ -242,7 +242,7 @@ def how_far(
     """
     names = ", ".join(f"{n} {share:.0%}" if share else n for n, share in running.items())
     over = done + sum(running.values())
-    known = over > before
+    known = over - before > 0.02  # of a job: what starts up says nothing of the rest
     left = spoken(seconds / (over - before) * (count - over)) if known else ""
     told = f"about {left} left" if known else "no estimate yet"
     return f"compare: {done} of {count} done after {spoken(seconds)}, {told}; running: {names}"

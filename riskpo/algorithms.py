@@ -20,6 +20,7 @@ from riskpo.group_advantages import (
     Advantage,
     CurveAdvantage,
     GroupAdvantage,
+    NoAdvantage,
     check_responses,
     harder_first,
     minus_mean,
@@ -83,8 +84,11 @@ def group(formula: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[TrainCon
     return of_groups(lambda: GroupAdvantage(formula))
 
 
-def of_groups(make: Callable[[], Advantage]) -> Callable[[TrainConfig], Advantage]:
-    """A factory of an advantage without bundles, which compares the responses to a question."""
+def of_groups(
+    make: Callable[[], Advantage], *, alone: bool = False
+) -> Callable[[TrainConfig], Advantage]:
+    """A factory of an advantage without bundles, which compares the responses to a question,
+    or looks at each alone."""
 
     def build(config: TrainConfig) -> Advantage:
         useless = sorted(k for k in RISK_SETTINGS if getattr(config, k) is not None)
@@ -94,7 +98,8 @@ def of_groups(make: Callable[[], Advantage]) -> Callable[[TrainConfig], Advantag
                 "none of them, since its advantage has no bundles. Remove them or choose a bundled "
                 "algorithm."
             )
-        check_responses(f"algorithm={config.algorithm!r}", config.responses_per_question)
+        if not alone:
+            check_responses(f"algorithm={config.algorithm!r}", config.responses_per_question)
         return make()
 
     return build
@@ -163,6 +168,11 @@ STRATEGIES: dict[str, Strategy] = {
     # They stray where a batch has several updates. The threshold is TRL's example, not the paper's.
     "off-policy-mask": Strategy(group(minus_mean), loss=OFF_POLICY_MASK),
     "prompt-mean": Strategy(group(over_std), loss=PROMPT_MEAN),  # ScaleRL (2510.13786)
+    # On-policy distillation (2306.13649, 2306.08543): what the student samples, and the divergence
+    # from the teacher at each token of it, over the whole vocabulary; riskpo/model/teacher.py.
+    "distill": Strategy(
+        of_groups(NoAdvantage, alone=True), loss=LossOptions("token", aggregate="token-mean")
+    ),
 }
 
 

@@ -105,11 +105,13 @@ def train_command(given: list[str]) -> None:
     effective, _ = resolve(config)
     validate(effective)
     preflight.check_algorithm(effective.algorithm)
+    preflight.check_teacher(effective)
     if ours.print_config:
         print(to_toml(effective), end="")
         return
     check_folder(config.run_dir)
     preflight.check_model(config.model)
+    preflight.check_model(config.teacher)
     question = preflight.check_data(config.data, config.columns)
     preflight.check_data(config.eval_data, config.columns)
     preflight.say(

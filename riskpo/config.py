@@ -96,6 +96,8 @@ class TrainConfig:
     data: str | None = None  # file, hub name, or embedded:mixed, :large, :tiny; None: the demo's
     eval_data: str | None = None  # None: a held-out part of data
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+    teacher: str | None = None  # of algorithm="distill": folder, file or hub name of a causal LM
+    divergence: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"  # from the teacher
     reward: str = "auto"  # auto, math, code, exact, your "module:function" or "file.py:function"
     seed: CountOr0 = 0
     steps: CountOr0 = 300
@@ -197,9 +199,8 @@ def validate(config: TrainConfig) -> None:
     c = check_types(config)
     if c.model is None and not is_embedded(c.data) or c.model is not None and c.data is None:
         missing = "model" if c.model is None else "data"
-        reject(
-            f"{missing}=None beside the other", "both model and data, or neither", f"Set {missing}."
-        )
+        other = "both model and data, or neither"
+        reject(f"{missing}=None beside the other", other, f"Set {missing}.")
     if c.memory.offload_checkpoints and not c.memory.checkpointing:
         reject(
             "memory.offload_checkpoints without memory.checkpointing",

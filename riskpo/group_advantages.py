@@ -112,6 +112,23 @@ class GroupAdvantage:
         """Nothing to restore: every step stands alone."""
 
 
+class NoAdvantage(GroupAdvantage):
+    """0 for every response, whose rewards are measured and teach nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.zeros_like)
+
+    def __call__(
+        self,
+        rewards: torch.Tensor,
+        question_id: Sequence[str],
+        *,
+        step: int,
+        prior: Sequence[float] | None = None,
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        return torch.zeros_like(rewards), {}
+
+
 class CurveAdvantage(GroupAdvantage):
     """CurveRL (2605.24331): minus the mean, times f / F of the mean among those of earlier steps.
 

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from riskpo.config import ColumnsConfig, is_embedded, nearest
+from riskpo.config import ColumnsConfig, TrainConfig, is_embedded, nearest
 from riskpo.data.files import is_file, read_file
 from riskpo.files import METRICS
 from riskpo.model.gguf import is_gguf
@@ -27,7 +27,7 @@ ALGORITHMS = (
     "riskpo-official-hard", "riskpo-seeking", "riskpo-seeking-loo", "bundle-mean",
     "riskpo-conditional", "riskpo-matched", "difficulty-weighted", "grpo", "dr-grpo", "rloo",
     "maxrl", "rs-grpo", "curverl", "gspo", "dapo", "cispo", "icepop", "sapo", "gmpo",
-    "off-policy-mask", "prompt-mean",
+    "off-policy-mask", "prompt-mean", "distill",
 )  # fmt: skip
 SAMPLES = ("", "42", "The answer is 42.")  # responses that a reward of yours is tried on
 
@@ -38,6 +38,27 @@ def check_algorithm(name: str) -> None:
         raise ValueError(
             f"algorithm: got {name!r}; expected one of {', '.join(ALGORITHMS)}. "
             + nearest(name, ALGORITHMS, "Check the spelling.")
+        )
+
+
+def check_teacher(config: TrainConfig) -> None:
+    """ValueError for a teacher that nothing learns from, and for settings without a meaning."""
+    distills, sampler = config.algorithm == "distill", config.sampler
+    if distills != (config.teacher is not None):
+        raise ValueError(
+            f"config: got algorithm={config.algorithm!r} with teacher={config.teacher!r}; expected "
+            "algorithm='distill' and a model, or neither. Change one of them."
+        )
+    useless = {
+        "sampler.top_k, top_p or min_p": sampler.top_k or sampler.top_p < 1 or sampler.min_p,
+        f"sampler.correction={sampler.correction!r}": sampler.correction != "none",
+        "clip_low or clip_high": (config.clip_low, config.clip_high) != (None, None),
+        "backend='triton'": config.backend == "triton",
+    }
+    for name in (name for name, given in useless.items() if distills and given):
+        raise ValueError(
+            f"config: got {name} with algorithm='distill'; expected its default, since the loss is "
+            "the divergence over the whole vocabulary. Remove it."
         )
 
 

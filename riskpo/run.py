@@ -27,7 +27,9 @@ from riskpo.model.load import Policy, load_policy_for, prepare
 from riskpo.model.lora import attach_lora, thaw_lora
 from riskpo.model.memory_switches import apply_switches
 from riskpo.model.positions import check_positions
+from riskpo.model.teacher import Teacher, load_teacher
 from riskpo.model.vision import check_vision_head, check_vision_setup
+from riskpo.preflight import check_teacher
 from riskpo.report.logs import RunLog, SilentLog
 from riskpo.rewards.scorer import MATH_KINDS, Scorer
 from riskpo.rewards.verdict import Judge
@@ -62,6 +64,7 @@ class Run:
     policy: Policy
     parallel: ParallelModel
     head: Head
+    teacher: Teacher | None
     optimizer: Optimizer
     advantage: Advantage
     memory: RunPlan
@@ -82,6 +85,7 @@ def start(given: TrainConfig) -> Run:
     """Load, check and, where run_dir holds a checkpoint, resume. Cheap errors come first."""
     config, overrides = resolve(given)
     validate(config)
+    check_teacher(config)
     advantage = find_strategy(config.algorithm).advantage(config)
     ranks = Ranks.join()
     if ranks.size > 1 and config.memory.optimizer != "device":
@@ -116,12 +120,13 @@ def _start(
     # Tried on the first rank's whole weights, before they are spread.
     packing = ranks.first(lambda: settle_attention(policy.model, config.memory.attention))
     parallel = ParallelModel(policy.model, ranks, sharded=config.memory.sharded)
+    head = parallel.look(find_head)
+    teacher = load_teacher(config, policy, head)
     short, longest = ranks.first(lambda: fitting(policy, config, questions, log.note))
     held_out_short, longest_held_out = fitting(policy, config, held_out, log.note)
-    memory = plan_run(config, policy.model, max(longest, longest_held_out))
+    memory = plan_run(config, policy.model, max(longest, longest_held_out), teacher)
     for line in (*said, *memory.lines(), *parallel.lines()):
         log.note(line)
-    head = parallel.look(find_head)
     if policy.processor:
         check_vision_head(policy, head, [*questions, *held_out])
     workers = max(1, min(MAX_WORKERS, (os.cpu_count() or 1) // ranks.local_size))
@@ -140,6 +145,7 @@ def _start(
         policy=policy,
         parallel=parallel,
         head=head,
+        teacher=teacher,
         optimizer=optimizer,
         advantage=advantage,
         memory=memory,

@@ -72,7 +72,8 @@ def train_step(run: Run, step: int) -> None:
         )
         run.sampler.rest()
         loss = loss_options(strategy, c)
-        stats = update(run.parallel, run.head, run.optimizer, batch.rollouts, advantage_R, loss, c)
+        given = (run.parallel, run.head, run.optimizer, batch.rollouts, advantage_R, loss, c)
+        stats = update(*given, run.teacher)
         numbers = {**risk, **stats, **numbers, **covariances(batch)}
     else:
         run.log.note(f"step {step}: no question was kept, nothing to learn from")

@@ -109,6 +109,7 @@ def test_every_algorithm_takes_two_steps(name, tmp_path):
             algorithm=name,
             model=str(model),
             data=str(data),
+            teacher=str(model) if name == "distill" else None,
             steps=2,
             learning_rate=1e-3,
             max_response_tokens=6,

@@ -79,14 +79,16 @@ class RunPlan:
         return f"{said} MiB, measured {measured / MIB:.0f} MiB ({kind}{hint})"
 
 
-def plan_run(config: RunConfig, model: Any, prompt: int) -> RunPlan:
-    """The plan of a resolved config, its loaded model, and the longest prompt of its data in
-    tokens; the meter starts here."""
+def plan_run(config: RunConfig, model: Any, prompt: int, teacher: Any = None) -> RunPlan:
+    """The plan of a resolved config, its loaded model, the longest prompt of its data in tokens,
+    and a loaded teacher, whose weights alone count; the meter starts here."""
     device = next(model.parameters()).device
     capacity = memory_of_this_machine()
     if device.type == "cuda":
         capacity = float(torch.cuda.get_device_properties(device).total_memory)
     predicted = _predicted(config, model, device, prompt, config.max_response_tokens)
+    if predicted is not None and teacher is not None:
+        predicted.fixed["weights"] += sum(p.nbytes for p in teacher.model.parameters())
     meter = PeakMeter(device, model)
     return RunPlan(meter, predicted, capacity, prompt, config.max_response_tokens)
 

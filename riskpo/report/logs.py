@@ -123,6 +123,7 @@ def step_line(step: int, steps: int, numbers: dict[str, float]) -> str:
         ("q_alpha", "q {:.2f}"),
         ("q_beta", "{:.2f}"),
         ("entropy", "entropy {:.3f}"),
+        ("divergence", "apart {:.4f}"),
         ("clip_fraction", "clip {:.3f}"),
         ("grad_norm", "grad {:.2g}"),
         ("zero_advantage_fraction", "zero {:.0%}"),

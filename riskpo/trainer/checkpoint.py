@@ -141,7 +141,7 @@ def latest_checkpoint(run_dir: str | Path) -> Path | None:
 
 def located(config: TrainConfig) -> TrainConfig:
     """`config` with the paths of its model and data absolute, where they are paths."""
-    names = {name: getattr(config, name) for name in ("model", "data", "eval_data")}
+    names = {name: getattr(config, name) for name in ("model", "teacher", "data", "eval_data")}
     found: dict[str, Any] = {
         k: str(Path(v).resolve()) for k, v in names.items() if v and Path(v).exists()
     }

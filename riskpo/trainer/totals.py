@@ -19,6 +19,7 @@ MEAN_OVER = {
     "zero_coefficient_fraction": "tokens",
     "entropy": "tokens",
     "kl": "known",
+    "divergence": "tokens",  # with a teacher
 }
 
 
@@ -60,12 +61,14 @@ def loss_sums(
         "known": tokens - missing,
         "sampler_missing": float(missing),
     }
-    return counts | {name: counts[over] * float(stats[name]) for name, over in MEAN_OVER.items()}
+    return counts | {
+        name: counts[over] * float(stats[name]) for name, over in MEAN_OVER.items() if name in stats
+    }
 
 
 def loss_numbers(totals: Totals) -> dict[str, float]:
     """What is logged of the loss. Its "kl" is that of sampler and trainer, see `surrogate`."""
-    means = {name: totals.mean(name, over) for name, over in MEAN_OVER.items()}
+    means = {n: totals.mean(n, over) for n, over in MEAN_OVER.items() if n in totals.sums}
     return means | {
         "sampler_kl": means.pop("kl"),
         "sampler_missing": totals.sums["sampler_missing"],

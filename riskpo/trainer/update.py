@@ -27,6 +27,7 @@ from riskpo.model.packing import (
     mini_batches,
     pack,
 )
+from riskpo.model.teacher import Teacher
 from riskpo.trainer.optimizer import Optimizer
 from riskpo.trainer.parallel import ParallelModel
 from riskpo.trainer.rollout_correction import (
@@ -64,6 +65,7 @@ def update(
     advantage: torch.Tensor,
     loss: LossOptions,
     config: RunConfig,
+    teacher: Teacher | None = None,
 ) -> dict[str, float]:
     """Take config.updates_per_step optimiser steps on one batch of rollouts; numbers to log.
 
@@ -71,6 +73,7 @@ def update(
     data are on-policy and the old log-probs are the detached new ones, so every ratio is exactly
     1. With more, or with a correction for the sampler, the trainer computes its own log-probs
     once, before the first step: one more forward pass, from which the correction is taken too.
+    With a teacher the divergence from it is added, a mean over the response tokens.
     skipped_responses were left out of the update and of its numbers: their gradient is 0.
     """
     model, ranks, updates = parallel.model, parallel.ranks, config.updates_per_step
@@ -78,7 +81,7 @@ def update(
     advantage = advantage.to(device, torch.float32)
     train_without_dropout(model)
     batches = mini_batches(rollouts, updates)
-    skip = config.memory.skip_zero_advantage and not config.entropy_coef
+    skip = config.memory.skip_zero_advantage and not (config.entropy_coef or teacher)
     live = advantage.ne(0).tolist() if skip else None
     cuts = [share_of(rollouts, rows, config.micro_batch_tokens, ranks, live) for rows in batches]
     totals, first, steps = Totals(), None, []
@@ -93,7 +96,7 @@ def update(
         for i, part in enumerate(parts):
             batch = packed_or_idle(rollouts, part, device)
             with parallel.accumulating(last=i == len(parts) - 1):
-                given = (batch, first, advantage[part or [0]], loss, config, share)
+                given = (batch, first, advantage[part or [0]], loss, config, share, teacher)
                 result = parallel(surrogate, head, *given)
                 result.loss.backward()
             total += result.loss.detach()
@@ -156,6 +159,7 @@ def surrogate(
     loss: LossOptions,
     config: RunConfig,
     share: float,
+    teacher: Teacher | None = None,
 ) -> SurrogateLoss:
     """The micro-batch's part of the loss; on-policy with one update per step.
 
@@ -163,8 +167,9 @@ def surrogate(
     how far sampler and trainer differ.
     """
     off_policy = first is not None and config.updates_per_step > 1 and batch.rows
-    return riskpo_loss(
-        hidden_states(model, batch),
+    hidden = hidden_states(model, batch)
+    result = riskpo_loss(
+        hidden,
         head.weight,
         batch.target,
         torch.cat([first.old[row] for row in batch.rows]) if first and off_policy else None,
@@ -185,6 +190,11 @@ def surrogate(
         **head.keywords,
         **asdict(loss),
     )
+    if teacher is None:
+        return result
+    apart = teacher.divergence(hidden, head, batch, config).sum()
+    mean = apart.detach() / result.stats["tokens"].clamp(min=1)
+    return SurrogateLoss(result.loss + apart / share, result.stats | {"divergence": mean})
 
 
 def correction_of(batch: Packed, first: FirstPass | None, level: str) -> torch.Tensor | None:

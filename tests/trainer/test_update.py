@@ -47,7 +47,7 @@ def optimizer_of(model, **changes):
     return Optimizer(model.parameters(), max_grad_norm=1e9, **settings | changes)
 
 
-def gradients(model, rollouts, advantage, loss, plan, monkeypatch):
+def gradients(model, rollouts, advantage, loss, plan, monkeypatch, teacher=None):
     """The gradients that an update hands to its optimiser, by name."""
     seen = {}
     optimizer = optimizer_of(model)
@@ -58,7 +58,8 @@ def gradients(model, rollouts, advantage, loss, plan, monkeypatch):
         return real(total)
 
     monkeypatch.setattr(optimizer, "step", step)
-    update(ParallelModel(model), find_head(model), optimizer, rollouts, advantage, loss, plan)
+    head = find_head(model)
+    update(ParallelModel(model), head, optimizer, rollouts, advantage, loss, plan, teacher)
     return seen
 
 

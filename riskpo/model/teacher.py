@@ -1,0 +1,92 @@
+"""The model that algorithm="distill" learns from: frozen, whole in every process.
+
+The loss of a token is the divergence between student and teacher over the whole vocabulary
+(riskpo_kernels.linear_divergence), at the tokens that the student sampled; no [tokens, vocab]
+tensor is made of either. T tokens of a micro-batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from riskpo.config import RunConfig
+from riskpo.model.isolation import settle_attention
+from riskpo.model.load import Policy, load_policy
+from riskpo.model.packing import IGNORE, Packed, hidden_states
+from riskpo_kernels import linear_divergence
+from riskpo_kernels.causal_lm import Head, find_head
+
+
+@dataclass(frozen=True)
+class Teacher:
+    model: Any
+    head: Head
+
+    def divergence(
+        self, hidden: torch.Tensor, head: Head, batch: Packed, config: RunConfig
+    ) -> torch.Tensor:
+        """[T] nats, 0 where the target is ignored, with the gradient to the student: its last
+        hidden states [T, D] and its head. Rows that one head has more than the other are padding.
+        """
+        with torch.no_grad():
+            theirs, their_weight = hidden_states(self.model, batch), self.head.weight.detach()
+            their_bias = self.head.bias
+        weight, bias, (own, other) = head.weight, head.bias, (head.options, self.head.options)
+        words = min(len(weight), len(their_weight))
+        return linear_divergence(
+            hidden,
+            weight[:words],
+            theirs,
+            their_weight[:words],
+            kind=config.divergence,
+            temperature=config.temperature,
+            mask=batch.target != IGNORE,
+            bias=None if bias is None else bias[:words],
+            scale=own.scale,
+            softcap=own.softcap,
+            teacher_bias=None if their_bias is None else their_bias[:words].detach(),
+            teacher_scale=other.scale,
+            teacher_softcap=other.softcap,
+            memory_mib=config.memory.head_mib,
+            backend=config.backend,
+        )
+
+
+def different(ours: dict[str, int], theirs: dict[str, int]) -> list[str]:
+    """Words of two vocabularies that have two ids, or share one; not those that one alone has."""
+    by_id = {i: word for word, i in theirs.items()}
+    return [w for w, i in ours.items() if theirs.get(w, i) != i or by_id.get(i, w) != w]
+
+
+def load_teacher(config: RunConfig, policy: Policy, head: Head) -> Teacher | None:
+    """config.teacher beside the policy, with its head; None without one.
+
+    ValueError where a word is not the same token for both, or a head has LoRA on it.
+    """
+    if config.teacher is None:
+        return None
+    if policy.processor is not None:
+        raise ValueError(
+            "teacher: got questions with pictures; expected text, since a teacher reads tokens "
+            "alone. Leave the pictures out."
+        )
+    loaded = load_policy(config.teacher, dtype=config.dtype)
+    if other := different(policy.tokenizer.get_vocab(), loaded.tokenizer.get_vocab()):
+        raise ValueError(
+            f"teacher: got {config.teacher!r}, for which {len(other)} words such as {other[0]!r} "
+            "are other tokens than for the student; expected the same. Choose a teacher with the "
+            "student's tokenizer."
+        )
+    model = loaded.model.requires_grad_(False)
+    settle_attention(model, config.memory.attention)
+    teacher = Teacher(model, find_head(model))
+    for name, found in (("teacher", teacher.head), ("student", head)):
+        if found.lora is not None:
+            raise ValueError(
+                f"teacher: got LoRA on the {name}'s head; expected a plain one: a divergence takes "
+                "no adapter. Merge it into the head."
+            )
+    return teacher

@@ -26,7 +26,7 @@ VENV_HOSTS ?= .venv-hosts
 HOSTS := $(VENV_HOSTS)/bin/python
 
 test-hosts: $(VENV_HOSTS)/ready
-	$(HOSTS) -m pytest --benchmark-disable tests/integrations/test_verl*.py $(ARGS)
+	$(HOSTS) -m pytest --benchmark-disable tests/integrations/test_verl*.py tests/integrations/test_skyrl*.py $(ARGS)
 
 $(VENV_HOSTS)/ready: setup.py constraints.txt constraints-hosts.txt
 	$(PYTHON) -m venv $(VENV_HOSTS)

@@ -7,9 +7,8 @@ then trainer.algorithm.advantage_estimator=riskpo and trainer.algorithm.policy_l
 Call it in the process that runs the trainer (inside the Ray entry-point task): SkyRL hands pickled
 copies of registered functions to other processes, and a copy would track quantiles of its own.
 
-Contract checked against the source: skyrl/backends/skyrl_train/utils/ppo_utils.py at
-NovaSky-AI/SkyRL ec60959 (register_*, compute_advantages_and_returns, gspo_policy_loss). SkyRL
-itself was not run.
+Tested with skyrl 0.3.0 on the CPU: registries, estimator, scaling of advantages and loss beside its
+own gspo (tests/integrations/test_skyrl_host.py). No run on Ray.
 """
 
 from __future__ import annotations
@@ -25,6 +24,11 @@ from riskpo.integrations.common import CountedAdvantage, read_state, sequence_ad
 from riskpo_kernels import clipped_surrogate
 
 OP = "riskpo in SkyRL"
+CORRECTIONS = ("tis_ratio_type", "sequence_mask_metric") + tuple(
+    f"{kind}_is_threshold_{side}"
+    for kind in ("outlier_token", "token_mask")
+    for side in ("low", "high")
+)
 
 
 class Estimator:
@@ -82,13 +86,19 @@ def policy_loss(
 
     SkyRL's trainer scales advantages beforehand so that sums over micro-batches give the mean that
     config.loss_reduction names; set sequence_mean for the paper's. Bounds: config.eps_clip_low and
-    eps_clip_high (3e-4 and 4e-4). ValueError where off-policy correction is on, which is not
-    applied here, or where a sequence's advantages differ.
+    eps_clip_high (3e-4 and 4e-4). ValueError where off-policy correction or
+    advantage_batch_normalize is on, which are not applied here, or where a sequence's advantages
+    differ.
     """
     correction = getattr(config, "off_policy_correction", None)
-    for name in ("tis_ratio_type", "sequence_mask_metric"):
+    for name in CORRECTIONS:
         if getattr(correction, name, None) is not None:
             raise ValueError(f"{OP}: got off_policy_correction.{name}; expected it to be None.")
+    if getattr(config, "advantage_batch_normalize", False):
+        raise ValueError(
+            f"{OP}: got advantage_batch_normalize; expected False, since RiskPO scales advantages "
+            "itself. Unset it."
+        )
     mask = torch.ones_like(log_probs) if loss_mask is None else loss_mask
     loss, stats = clipped_surrogate(
         log_probs,

@@ -61,7 +61,6 @@ def test_the_defaults_are_the_papers_and_the_command_line_sets_them():
         ({"beta": 0.1, "use_bias_correction_kl": True}, "use_bias_correction_kl=True"),
         ({"top_entropy_quantile": 0.2}, "top_entropy_quantile=0.2; expected 1.0"),
         ({"use_adaptive_entropy": True}, "use_adaptive_entropy=True"),
-        ({"off_policy_mask_threshold": 0.5}, "off_policy_mask_threshold=0.5"),
         ({"riskpo_preset": "matched", "riskpo_difficulty": "prior"}, "riskpo_prior_column=None"),
         ({"riskpo_prior_column": "p"}, "riskpo_difficulty='history' with .*'p'"),
         ({"use_liger_kernel": True}, "use_liger_kernel=True.*use_kernels"),

@@ -108,18 +108,26 @@ def test_one_micro_batch_is_native_grpo(tmp_path, options, riskpo_head):
     [
         {"loss_type": "cispo", "epsilon_high": 1.3},
         {"loss_type": "sapo", "sapo_temperature_neg": 2.0},
+        {"loss_type": "grpo", "off_policy_mask_threshold": 0.1},
+        {"loss_type": "grpo", "off_policy_mask_threshold": 0.1, "sampled": 0.5},
     ],
-    ids=lambda o: o["loss_type"],
+    ids=lambda o: "-".join(map(str, o.values())),
 )
 def test_the_newer_losses_are_native_too(tmp_path, options):
     options = {**PLAIN, **TOKEN, **options}
+    sampled = options.pop("sampled", None)
     theirs, ours = native(tmp_path, **options), trainer(tmp_path, **options)
     inputs = batch(theirs.model.config.vocab_size)
     inputs["old_per_token_logps"] = old_logprob(theirs, inputs)
+    if sampled is not None:  # vLLM's own log-probs are what is compared then, and may lack one
+        moved = sampled * torch.randn((B, 1), generator=torch.Generator().manual_seed(5))
+        inputs["sampling_per_token_logps"] = inputs["old_per_token_logps"] + moved
+        inputs["sampling_per_token_logps"][0, 0] = torch.nan
     expected, expected_gradient = loss_and_gradient(theirs, inputs)
     loss, gradient = loss_and_gradient(ours, inputs)
     assert loss == pytest.approx(expected, rel=ROUNDING)
     assert distance(gradient, expected_gradient) < ROUNDING
+    ours.off_policy_mask_threshold = None
     ours.args.epsilon_high, ours.args.sapo_temperature_neg = 1.1, 1.0  # each acts on some tokens
     assert loss_and_gradient(ours, inputs)[0] != pytest.approx(expected, rel=1e-3)
 
@@ -167,11 +175,13 @@ def test_tokens_that_a_tool_wrote_do_not_count(tmp_path, loss_type):
     assert loss_and_gradient(ours, inputs)[0] != pytest.approx(loss, rel=1e-3)
 
 
-def test_kl_to_the_reference_is_native_without_bias_correction(tmp_path):
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_kl_to_the_reference_is_native(tmp_path, unbiased):
     policy = tiny_policy()
     policy.model.save_pretrained(tmp_path / "model")  # TRL loads the reference by name
     policy.model.config._name_or_path = str(tmp_path / "model")
-    options = {**PLAIN, **TOKEN, "loss_type": "grpo", "beta": 0.1, "use_bias_correction_kl": False}
+    options = {**PLAIN, **TOKEN, "loss_type": "grpo", "beta": 0.1}
+    options["use_bias_correction_kl"] = unbiased
     theirs = native(tmp_path, policy=policy, **options)
     inputs = batch(theirs.model.config.vocab_size)
     inputs["old_per_token_logps"] = old_logprob(theirs, inputs)

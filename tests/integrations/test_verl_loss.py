@@ -115,7 +115,35 @@ def test_the_newer_losses_are_verls(name, weighted):
     assert not torch.allclose(loss, ours[0], rtol=1e-3)  # the settings act
 
 
-@pytest.mark.parametrize("name", ["riskpo", "riskpo_token"])
+def test_gmpo_is_verls_geo_mean():
+    given = inputs(spread=0.6)
+    assert given["response_mask"].any(1).all()
+    made = config(0.2, 0.3, dp_size=1, global_batch_size=B)
+    ours, theirs = (gradient(n, given, config=made) for n in ("riskpo_gmpo", "geo_mean"))
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(ours[1], theirs[1], rtol=1e-4, atol=1e-7)
+    assert (ours[1][given["response_mask"]] == 0).float().mean() > 0.2  # held tokens
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_icepop_is_the_references(mode):
+    given = inputs(spread=0.6)
+    c = config(0.3, 0.5, dp_size=2, batch_num_tokens=90, global_batch_size=32, loss_scale_factor=20)
+    loss, slope, metrics = gradient("riskpo_icepop", given, loss_agg_mode=mode, config=c)
+    total = {"token-mean": 90, "token-sum": 1, "seq-mean-token-sum-norm": 32 * 20}.get(mode, 32)
+    new = given["log_prob"].detach().double().requires_grad_()
+    expected = reference.clipped_surrogate(
+        new, given["old_log_prob"].double(), given["advantages"].double(), loss="icepop",
+        mask=given["response_mask"], ratio="token", clip_low=0.3, clip_high=0.5,
+        aggregate=verl_loss.AGGREGATES[mode], constant=1.0, denominator=total / 2,
+    )  # fmt: skip
+    expected.loss.backward()
+    torch.testing.assert_close(loss.double(), expected.loss.detach(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(slope.double(), new.grad, rtol=1e-5, atol=1e-8)
+    assert 0.1 < metrics["actor/pg_clipfrac"] < 0.9
+
+
+@pytest.mark.parametrize("name", verl_loss.LOSSES)
 @pytest.mark.parametrize("mode", MODES)
 def test_uneven_micro_batches_on_two_ranks_give_the_whole_batch(name, mode):
     """Ranks' gradients are averaged, so the mean over ranks of sums over micro-batches counts."""

@@ -135,10 +135,13 @@ def _refuse(c: RiskPOConfig) -> None:
             c.delta is not None and (c.delta <= delta_floor or c.loss_type in OF_TOKENS),
             f"above {delta_floor}, or None (with cispo and sapo always)",
         ),
-        ("use_bias_correction_kl", c.beta != 0 and c.use_bias_correction_kl, "False"),
+        (
+            "use_bias_correction_kl",
+            c.beta != 0 and c.use_bias_correction_kl and c.importance_sampling_level != "token",
+            "False, or importance_sampling_level='token', whose ratio makes it unbiased",
+        ),
         ("top_entropy_quantile", c.top_entropy_quantile < 1, "1.0"),
         ("use_adaptive_entropy", c.use_adaptive_entropy, "False; entropy_coef is available"),
-        ("off_policy_mask_threshold", c.off_policy_mask_threshold is not None, "None"),
         ("use_liger_kernel", c.use_liger_kernel, "False; model_init_kwargs={'use_kernels': True}"),
     )
     for name, bad, expected in refused:

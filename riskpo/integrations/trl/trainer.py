@@ -173,15 +173,17 @@ class RiskPOTrainer(GRPOTrainer):
             mask = mask * inputs["tool_mask"]
         logprob, entropy = self._score(model, inputs)
         old = inputs.get("old_per_token_logps")
+        old = logprob.detach() if old is None else old
         loss, stats = clipped_surrogate(
             logprob,
-            logprob.detach() if old is None else old,
-            inputs["advantages"],
+            old,
+            self._advantages(inputs, logprob, old, mask),
             mask=mask,
             ratio=self.importance_sampling_level,
             correction=_per_sequence(inputs.get("importance_sampling_ratio"), mask),
             ref_logprob=inputs.get("ref_per_token_logps"),
             kl_coef=self.beta,
+            kl="k3-unbiased" if self.args.use_bias_correction_kl else "k3",
             entropy=entropy,
             aggregate=AGGREGATES[self.loss_type],
             denominator=self._denominator(inputs),
@@ -191,6 +193,22 @@ class RiskPOTrainer(GRPOTrainer):
         self._log_loss(stats, mask)
         self._log_missing(inputs.get("sampling_per_token_logps"), mask)
         return self._with_entropy(loss, entropy, mask)
+
+    def _advantages(
+        self, inputs: dict[str, Any], logprob: torch.Tensor, old: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """[B], or [B, C], 0 for the sequences that TRL's off_policy_mask_threshold leaves out."""
+        advantage: torch.Tensor = inputs["advantages"]
+        if self.off_policy_mask_threshold is None:
+            return advantage
+        keep = self.get_off_policy_mask(
+            advantage.view(len(advantage), -1),
+            logprob,
+            inputs.get("sampling_per_token_logps", old),
+            mask,
+            self.off_policy_mask_threshold,
+        )
+        return advantage * keep.view(-1, *(1,) * (advantage.dim() - 1))
 
     def _score(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs and entropies [B, C] of the completions."""

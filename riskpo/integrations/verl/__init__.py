@@ -23,12 +23,8 @@ try:
     from verl.trainer.ppo.core_algos import get_adv_estimator_fn, get_policy_loss_fn
 
     from riskpo.integrations.verl.advantage import CALLBACK, RiskPOCheckpoint, riskpo_advantage
-    from riskpo.integrations.verl.loss import (
-        riskpo_cispo_policy_loss,
-        riskpo_policy_loss,
-        riskpo_sapo_policy_loss,
-        riskpo_token_policy_loss,
-    )
+    from riskpo.integrations.verl.head import register_head
+    from riskpo.integrations.verl.loss import LOSSES, riskpo_policy_loss, riskpo_token_policy_loss
 except Exception as error:
     print(f"riskpo is NOT registered with verl: {error}", file=sys.stderr, flush=True)
     raise
@@ -36,20 +32,13 @@ except Exception as error:
 from riskpo_kernels import __version__  # noqa: E402
 
 __all__ = [
+    "LOSSES",
     "RiskPOCheckpoint",
     "check_registered",
     "riskpo_advantage",
     "riskpo_policy_loss",
     "riskpo_token_policy_loss",
 ]
-
-
-LOSSES = {
-    "riskpo": riskpo_policy_loss,
-    "riskpo_token": riskpo_token_policy_loss,
-    "riskpo_cispo": riskpo_cispo_policy_loss,
-    "riskpo_sapo": riskpo_sapo_policy_loss,
-}
 
 
 def check_registered() -> None:
@@ -74,4 +63,5 @@ def banner() -> str:
 
 
 check_registered()
+register_head()
 print(banner(), file=sys.stdout if __name__ == "__main__" else sys.stderr, flush=True)

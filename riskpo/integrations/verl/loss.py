@@ -1,5 +1,4 @@
-"""verl's policy losses: `riskpo` of a sequence ratio, `riskpo_token`, `riskpo_cispo` and
-`riskpo_sapo` of token ratios.
+"""verl's policy losses: `riskpo` and `riskpo_gmpo` of a sequence ratio, the others of token ratios.
 
 verl gives one micro-batch of one rank and, in config.global_batch_info, the size of the whole
 mini-batch. FSDP and Megatron take the mean of the ranks' gradients, so each rank divides by its
@@ -10,6 +9,7 @@ Entropy and KL terms are verl's own, added outside (verl.workers.utils.losses.pp
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,92 +29,61 @@ AGGREGATES = {
 WIDE = 0.1  # a sequence ratio is a geometric mean: it hardly ever leaves 1 +- 0.1
 
 
-@register_policy_loss("riskpo")
-def riskpo_policy_loss(
-    old_log_prob: torch.Tensor,
-    log_prob: torch.Tensor,
-    advantages: torch.Tensor,
-    response_mask: torch.Tensor,
-    loss_agg_mode: str = "seq-mean-token-mean",
-    config: Any = None,
-    rollout_is_weights: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, dict[str, float]]:
-    """The paper's loss: one clipped ratio per sequence (arXiv 2510.00911 sec. 4).
-
-    old_log_prob, log_prob, advantages, response_mask, rollout_is_weights: [B, T] of a micro-batch;
-    masked values are never read; a weight that is NaN, since the sampler gave no log-prob, is taken
-    as 0 and counted in actor/riskpo_sampler_missing. Bounds: config.clip_ratio_low, clip_ratio_high
-    (the paper's implementation in this repository: 3e-4 and 4e-4; verl's default 0.2 draws a
-    warning) and clip_ratio_c for negative advantages. loss_agg_mode: all five of verl's. Returns
-    (loss 0-d, metrics). ValueError on an unknown mode, a missing global size, or advantages that
-    differ within a sequence.
-    """
-    _warn_wide(config)
-    each = sequence_advantage(OP, advantages, response_mask)
-    return _surrogate(
-        "sequence", old_log_prob, log_prob, each, response_mask, loss_agg_mode, config,
-        rollout_is_weights,
-    )  # fmt: skip
+Loss = Callable[..., tuple[torch.Tensor, dict[str, float]]]
 
 
-@register_policy_loss("riskpo_token")
-def riskpo_token_policy_loss(
-    old_log_prob: torch.Tensor,
-    log_prob: torch.Tensor,
-    advantages: torch.Tensor,
-    response_mask: torch.Tensor,
-    loss_agg_mode: str = "token-mean",
-    config: Any = None,
-    rollout_is_weights: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, dict[str, float]]:
-    """Token ratios with the dual clip, as the released RiskPO code: equal to verl's `vanilla`.
+def _registered(name: str, ratio: str, mode: str, loss: str, about: str) -> Loss:
+    """The function that verl's registry has under `name`, as verl calls it."""
 
-    Arguments and results as for `riskpo`; advantages may differ between tokens.
-    """
-    check_per_token(OP, "advantages", advantages, response_mask)
-    each = torch.where(response_mask != 0, advantages, 0.0)
-    return _surrogate(
-        "token", old_log_prob, log_prob, each, response_mask, loss_agg_mode, config,
-        rollout_is_weights,
-    )  # fmt: skip
+    def policy_loss(
+        old_log_prob: torch.Tensor,
+        log_prob: torch.Tensor,
+        advantages: torch.Tensor,
+        response_mask: torch.Tensor,
+        loss_agg_mode: str = mode,
+        config: Any = None,
+        rollout_is_weights: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        if name == "riskpo":
+            _warn_wide(config)
+        if ratio == "sequence":
+            each = sequence_advantage(OP, advantages, response_mask)
+        else:
+            check_per_token(OP, "advantages", advantages, response_mask)
+            each = torch.where(response_mask != 0, advantages, 0.0)
+        given = (ratio, old_log_prob, log_prob, each, response_mask, loss_agg_mode, config)
+        return _surrogate(*given, rollout_is_weights, loss)
 
-
-@register_policy_loss("riskpo_cispo")
-def riskpo_cispo_policy_loss(
-    old_log_prob: torch.Tensor,
-    log_prob: torch.Tensor,
-    advantages: torch.Tensor,
-    response_mask: torch.Tensor,
-    loss_agg_mode: str = "token-mean",
-    config: Any = None,
-    rollout_is_weights: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, dict[str, float]]:
-    """CISPO (arXiv 2506.13585): the ratio is a weight held to verl's bounds; verl's `cispo`."""
-    check_per_token(OP, "advantages", advantages, response_mask)
-    each = torch.where(response_mask != 0, advantages, 0.0)
-    return _surrogate(
-        "token", old_log_prob, log_prob, each, response_mask, loss_agg_mode, config,
-        rollout_is_weights, loss="cispo",
-    )  # fmt: skip
+    policy_loss.__name__, policy_loss.__doc__ = f"{name}_policy_loss", f"{about}\n\n{CONTRACT}"
+    registered: Loss = register_policy_loss(name)(policy_loss)
+    return registered
 
 
-@register_policy_loss("riskpo_sapo")
-def riskpo_sapo_policy_loss(
-    old_log_prob: torch.Tensor,
-    log_prob: torch.Tensor,
-    advantages: torch.Tensor,
-    response_mask: torch.Tensor,
-    loss_agg_mode: str = "seq-mean-token-mean",
-    config: Any = None,
-    rollout_is_weights: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, dict[str, float]]:
-    """SAPO (arXiv 2511.20347) with config.tau_pos and tau_neg; verl's `sapo`, in any mode."""
-    check_per_token(OP, "advantages", advantages, response_mask)
-    each = torch.where(response_mask != 0, advantages, 0.0)
-    return _surrogate(
-        "token", old_log_prob, log_prob, each, response_mask, loss_agg_mode, config,
-        rollout_is_weights, loss="sapo",
-    )  # fmt: skip
+CONTRACT = """old_log_prob, log_prob, advantages, response_mask, rollout_is_weights: [B, T] of a
+micro-batch; masked values are never read; a weight that is NaN, since the sampler gave no log-prob,
+is taken as 0 and counted in actor/riskpo_sampler_missing. loss_agg_mode: all five of verl's.
+Returns (loss 0-d, metrics). ValueError on an unknown mode, a missing global size, or, under a
+sequence ratio, advantages that differ within a sequence."""
+ROWS = (  # name, ratio, verl's mode that it has by default, loss of riskpo_kernels, what it is
+    ("riskpo", "sequence", "seq-mean-token-mean", "clip",
+     "The paper's loss: one clipped ratio per sequence (arXiv 2510.00911 sec. 4). Bounds: "
+     "config.clip_ratio_low, clip_ratio_high (the paper's implementation in this repository: 3e-4 "
+     "and 4e-4; verl's default 0.2 draws a warning) and clip_ratio_c for negative advantages."),
+    ("riskpo_token", "token", "token-mean", "clip",
+     "Token ratios with the dual clip, as the released RiskPO code: equal to verl's `vanilla`."),
+    ("riskpo_cispo", "token", "token-mean", "cispo",
+     "CISPO (arXiv 2506.13585): the ratio is a weight held to verl's bounds; verl's `cispo`."),
+    ("riskpo_sapo", "token", "seq-mean-token-mean", "sapo",
+     "SAPO (arXiv 2511.20347) with config.tau_pos and tau_neg; verl's `sapo`, in any mode."),
+    ("riskpo_gmpo", "sequence", "seq-mean-token-mean", "gmpo",
+     "GMPO (arXiv 2507.20673): the geometric mean of clipped token ratios; verl's `geo_mean`, with "
+     "verl's bounds of the log-ratio."),
+    ("riskpo_icepop", "token", "token-mean", "icepop",
+     "IcePop (arXiv 2510.18855), a two-sided mask: no gradient outside verl's bounds, whatever the "
+     "sign of the advantage; the paper's are clip_ratio_low=0.5 and clip_ratio_high=4."),
+)  # fmt: skip
+LOSSES = {row[0]: _registered(*row) for row in ROWS}
+riskpo_policy_loss, riskpo_token_policy_loss = LOSSES["riskpo"], LOSSES["riskpo_token"]
 
 
 def _bounds(loss: str, config: Any) -> dict[str, Any]:
@@ -136,7 +105,7 @@ def _surrogate(
     mode: str,
     config: Any,
     weights: torch.Tensor | None,
-    loss: str = "clip",
+    loss: str,
 ) -> tuple[torch.Tensor, dict[str, float]]:
     if mode not in AGGREGATES:
         raise ValueError(f"{OP}: got loss_agg_mode={mode!r}; expected one of {list(AGGREGATES)}.")

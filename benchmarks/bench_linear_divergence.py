@@ -19,7 +19,18 @@ CASES: dict[str, dict[str, Any]] = {
         "dtype": "float32",
         "regime": "rl",
         "kind": "reverse_kl",
-    }
+    },
+    **{
+        f"D576 V49k, {kind}": {
+            "n": 512,
+            "d": 576,
+            "v": 49_152,
+            "dtype": "float32",
+            "regime": "rl",
+            "kind": kind,
+        }
+        for kind in ("reverse_kl", "forward_kl")
+    },
 }
 TEMPERATURE = 0.6
 

@@ -13,7 +13,7 @@ SHAPES = {
     "Qwen2.5-7B": (3584, 152064),
     "Gemma-2-2B": (2304, 256000),
 }
-SMALL = ("risk", "advantage", "surrogate", "linear_divergence")
+SMALL = ("risk", "advantage", "surrogate", "linear_divergence", "few_columns")
 FAMILY = ("riskpo_kernels", "plain", "TRL")  # where a case repeats a comparison in another regime
 RIVALS = (*FAMILY, "Liger fused scaled", "Cut Cross", "F.linear_cross_entropy")
 
@@ -33,7 +33,8 @@ class Case:
 def quick() -> list[Case]:
     """Every module once, tiny: does it run?"""
     head = _head("tiny", 128, 256, 2048, "float32", "rl", only=("riskpo", "plain", "TRL", "torch"))
-    small = [Case(op, "first case", {}, ()) for op in ("risk", "advantage", "linear_divergence")]
+    ops = ("risk", "advantage", "linear_divergence", "few_columns")
+    small = [Case(op, "first case", {}, ()) for op in ops]
     return [
         head,
         _head("tiny", 128, 256, 2048, "float32", "flat", phase="forward", only=FAMILY),
@@ -60,7 +61,8 @@ def cpu() -> list[Case]:
         _logits("V16k", 1024, 16384, "float32"),
         _logits("V16k", 1024, 16384, "float32", phase="forward"),
         _step("4 layers", 64, 256, 4, 32768, "float32"),
-        *(Case(op, "first case", {}) for op in SMALL),
+        *(Case(op, "first case", {}) for op in SMALL[:3]),
+        *(Case(op, "every case", {}) for op in SMALL[3:]),
         *(
             _head("D256 V8k", n, 256, 8192, "float32", "rl", only=(*ours, "TRL"))
             for n in (1024, 4096, 16_384, 32_768, 65_536)
@@ -95,7 +97,7 @@ def gpu() -> list[Case]:
     cases += [_head(*llama(n), r, only=FAMILY) for n in (65536, 8192) for r in ("rl", "flat")]
     cases += [_head(*s(8192), r, only=RIVALS) for s in (seven, gemma) for r in ("rl", "flat")]
     cases += [_head(*llama(16384), "rl", zero=0.5, only=FAMILY)]
-    cases += [Case("surrogate", "every case", {})]
+    cases += [Case(op, "every case", {}) for op in ("surrogate", *SMALL[3:])]
     cases += [_head(*qwen(262144), "rl", only=("riskpo_kernels", "TRL"))]
     return cases
 

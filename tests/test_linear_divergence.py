@@ -93,6 +93,23 @@ def test_what_is_dropped_stays_below_its_bound(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_gradients_that_the_forward_keeps_are_those_that_are_recomputed(kind):
+    """With memory for none of the rows, for some and for all; a last block of 101 columns."""
+    h, w, b, teacher, _ = inputs(torch.float32)
+    options = {"kind": kind, "tail_eps": 2.0**-18, "temperature": 0.6, **teacher}
+    found, work = [], []
+    for mib in (0.3, 1.3, 2.0):
+        with counting() as counted:
+            found.append(results(linear_divergence, h, w, b, memory_mib=mib, **options))
+        work.append(counted.multiply_adds)
+    for other in found[1:]:
+        for name, x in found[0].items():
+            torch.testing.assert_close(other[name], x, rtol=1e-4, atol=1e-5)
+        assert not other["dhidden"][[3, 7, 8]].any()
+    assert work[2] < work[1] < work[0], "fewer products, the more is kept"
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_common_offsets_and_a_teacher_that_is_the_student(kind):
     h, w, *_ = inputs(torch.float32)
     h = h.nan_to_num()

@@ -1,4 +1,4 @@
-"""Log-probs, support, several targets and reverse KL on a real head, beside [N, V] logits.
+"""Log-probs, support, several targets, LoRA and reverse KL on a real head, beside [N, V] logits.
 
     MALLOC_MMAP_THRESHOLD_=65536 python -m tools.few_columns MODEL_FOLDER [--rows 512]
 
@@ -25,7 +25,7 @@ from riskpo.rollout.sampler import SamplingLimits
 from riskpo.types import Question
 from riskpo_kernels import linear_divergence, linear_logprob
 
-KEPT, TARGETS, T = 50, 8, 0.6
+KEPT, TARGETS, RANK, T = 50, 8, 16, 0.6
 
 
 def main() -> None:
@@ -65,6 +65,19 @@ def main() -> None:
         given = (h, w, noisy, w.detach())
         return linear_divergence(*given, kind="reverse_kl", temperature=T, tail_eps=2.0**-14)
 
+    g, frozen = torch.Generator().manual_seed(1), w.detach()
+    a = torch.randn(RANK, h.shape[1], generator=g).div_(RANK).requires_grad_()
+    b = torch.randn(len(w), RANK, generator=g).mul_(0.01).requires_grad_()
+
+    def merged() -> torch.Tensor:
+        z = h @ (frozen + 2.0 * (b @ a)).T / T
+        return z.log_softmax(-1).gather(1, target[:, None])
+
+    def adapter() -> torch.Tensor:
+        given = {"lora": (a, b, 2.0), "tail_eps": 2.0**-14}
+        return linear_logprob(h, frozen, target, temperature=T, **given).logprob
+
+    show(f"LoRA of rank {RANK}, tail_eps=2^-14", adapter, "merged head, [N, V]", merged, h, a, b)
     show(f"support of {KEPT}", few, "[N, V] mask", masked, h, w)
     show(f"{TARGETS} targets", targets(TARGETS), "one target", targets(1), h, w)
     show("reverse KL, tail_eps=2^-14", reverse_kl, "two [N, V] log-softmaxes", two_softmaxes, h, w)

@@ -77,7 +77,7 @@ def kind_of(name: str) -> str:
 
 def configurations(module: str) -> list:
     """A module's own, and the first and last one of each of its kernels with ragged sizes."""
-    given = importlib.import_module(f"riskpo_kernels.kernels.{module}").compile_configurations()
+    given = importlib.import_module(f"{__package__}.{module}").compile_configurations()
     ends: dict[str, list] = {}
     for c in given:
         if any(c.signature.get(size) == "i32" for size in RAGGED):

@@ -12,7 +12,7 @@ from riskpo_kernels.core import softmax
 from riskpo_kernels.core.backends import choose
 from riskpo_kernels.core.checks import live_rows
 from riskpo_kernels.core.matmul import no_autocast, spans
-from riskpo_kernels.core.operators import register, schema_of
+from riskpo_kernels.core.operators import register, saving, schema_of
 from riskpo_kernels.core.softmax import IGNORED, LogitMap, RowGradient, RowState, RowStats, finish
 
 OP = "logits_logprob"
@@ -199,15 +199,6 @@ _backward_operator = register(
 )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    logprob, entropy, _, peak, log_sum = output
-    ctx.save_for_backward(*inputs[:3], logprob, entropy, peak, log_sum)
-    ctx.options = inputs[3:]
-    ctx.spent = False
-    ctx.set_materialize_grads(False)  # a gradient nobody sent costs nothing
-    ctx.mark_non_differentiable(peak, log_sum)
-
-
 def _gradients(
     ctx: Any,
     c: torch.Tensor | None,
@@ -218,7 +209,7 @@ def _gradients(
     nothing = (None,) * len(ctx.needs_input_grad)
     if c is None and g is None and e is None:
         return nothing
-    if ctx.spent:
+    if getattr(ctx, "spent", False):
         raise RuntimeError(
             f"{OP}: the first backward overwrote the logits with their gradient; for a second "
             "backward call the op with inplace_backward=False."
@@ -238,6 +229,6 @@ logits_operator = register(
     schema_of(_forward, Options, 5),
     _forward,
     fake=_forward_fake,
-    setup_context=_setup_context,
+    setup_context=saving(3, 3, skip=2),
     backward=_gradients,
 )

@@ -24,6 +24,7 @@ from riskpo_kernels.core.operators import (
     gradients_fake,
     gradients_through,
     register,
+    saving,
     schema_of,
 )
 from riskpo_kernels.core.process_groups import group_called, sum_over
@@ -182,19 +183,11 @@ _backward_operator = register(
 )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    logprob, entropy, _, *rest = output
-    ctx.save_for_backward(*inputs[:7], logprob, entropy, *rest)
-    ctx.options = inputs[7:]
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*rest)
-
-
 lora_operator = register(
     "linear_logprob_lora",
     schema_of(_forward, Options, RESULTS),
     _forward,
     fake=_forward_fake,
-    setup_context=_setup_context,
+    setup_context=saving(7, 3, skip=2),
     backward=gradients_through(_backward_operator, 3, inputs=4),
 )

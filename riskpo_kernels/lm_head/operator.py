@@ -20,6 +20,7 @@ from riskpo_kernels.core.operators import (
     gradients_fake,
     gradients_through,
     register,
+    saving,
     schema_of,
 )
 from riskpo_kernels.core.process_groups import group_called, sum_over
@@ -100,34 +101,19 @@ def forward(
     bias = None if bias is None else bias.contiguous()
     map = map_of(o, row_temperature, wide_of(hidden, weight))
     kept = _kept(hidden, weight, group, o)
-    given = (hidden, weight, bias, target, map, ignore_index, vocab, shard, o, kept)
+    given = (hidden, weight, bias, target, map, ignore_index)
     with exact_products(hidden.device):
         if o.backend == "triton":
-            *rows, active = _triton_forward(*given)
+            from riskpo_kernels.lm_head.triton_forward import triton_forward  # needs Triton
+
+            dtype = Products(hidden.device, hidden.dtype, weight.dtype).dtype
+            *rows, active = triton_forward(*given, shard, o, dtype)
         else:
-            *rows, active = _torch_forward(*given, low_rank)
+            *rows, active = _torch_forward(*given, vocab, shard, o, kept, low_rank)
     rows = [hidden.new_empty(0, dtype=kept.dtype) if x is None else x for x in rows]
     first = torch.full((1 if group else 0,), offset, dtype=torch.int64, device=hidden.device)
     active = _no_blocks(hidden) if active is None else active
     return *rows, *active, first, kept
-
-
-def _triton_forward(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    target: torch.Tensor,
-    map: LogitMap,
-    ignore_index: int | None,
-    vocab: int,
-    shard: VocabShard | None,
-    o: Options,
-    kept: torch.Tensor,
-) -> Any:
-    from riskpo_kernels.lm_head.triton_forward import triton_forward  # needs Triton: on demand
-
-    dtype = Products(hidden.device, hidden.dtype, weight.dtype).dtype
-    return triton_forward(hidden, weight, bias, target, map, ignore_index, shard, o, dtype)
 
 
 def _torch_forward(
@@ -272,19 +258,11 @@ _backward_operator = register(
 )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    logprob, entropy, _, *rest = output
-    ctx.save_for_backward(*inputs[:5], logprob, entropy, *rest)
-    ctx.options = inputs[5:]
-    ctx.set_materialize_grads(False)  # a gradient nobody sent costs nothing
-    ctx.mark_non_differentiable(*rest)
-
-
 head_operator = register(
     OP,
     schema_of(forward, Options, RESULTS),
     forward,
     fake=forward_fake,
-    setup_context=_setup_context,
+    setup_context=saving(5, 3, skip=2),
     backward=gradients_through(_backward_operator, 3),
 )

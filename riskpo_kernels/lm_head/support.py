@@ -20,6 +20,7 @@ from riskpo_kernels.core.operators import (
     gradients_fake,
     gradients_through,
     register,
+    saving,
     schema_of,
 )
 from riskpo_kernels.core.softmax import RowGradient, RowState, RowStats, finish, fold, gradient
@@ -261,19 +262,11 @@ _backward_operator = register(
 )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    logprob, entropy, _, peak, log_sum = output
-    ctx.save_for_backward(*inputs[:7], logprob, entropy, peak, log_sum)
-    ctx.options = inputs[7:]
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(peak, log_sum)
-
-
 support_operator = register(
     "linear_logprob_support",
     schema_of(_forward, Words, 5),
     _forward,
     fake=_forward_fake,
-    setup_context=_setup_context,
+    setup_context=saving(7, 3, skip=2),
     backward=gradients_through(_backward_operator, 3),
 )

@@ -23,6 +23,7 @@ from riskpo_kernels.core.operators import (
     gradients_fake,
     gradients_through,
     register,
+    saving,
     schema_of,
 )
 from riskpo_kernels.core.process_groups import max_over
@@ -110,9 +111,9 @@ def _backward(
     target: torch.Tensor,
     row_temperature: torch.Tensor | None,
     logprob: torch.Tensor,
+    entropy: torch.Tensor,
     first: torch.Tensor,  # the likeliest target, its log-prob, and what the pass keeps
     first_logprob: torch.Tensor,
-    entropy: torch.Tensor,
     peak: torch.Tensor,
     log_sum: torch.Tensor,
     bits: torch.Tensor,
@@ -154,19 +155,11 @@ _backward_operator = register(
 )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    logprob, entropy, _, first, first_logprob, *rest = output
-    ctx.save_for_backward(*inputs[:5], logprob, first, first_logprob, entropy, *rest)
-    ctx.options = inputs[5:]
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(first, first_logprob, *rest)
-
-
 targets_operator = register(
     "linear_logprob_targets",
     schema_of(_forward, Options, RESULTS + 2),
     _forward,
     fake=_forward_fake,
-    setup_context=_setup_context,
+    setup_context=saving(5, 3, skip=2),
     backward=gradients_through(_backward_operator, 3),
 )

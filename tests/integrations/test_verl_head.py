@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from tests.toy import tiny_policy
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 verl = pytest.importorskip(
     "verl.trainer.ppo.core_algos", reason="verl does not import here: run make test-hosts"
@@ -50,7 +49,9 @@ def test_with_the_patch_the_models_forward_takes_it(upstream, monkeypatch):
     with pytest.raises(ValueError, match="Unsupported FusedLinearForPPO backend: riskpo"):
         fused.FusedLinearForPPO(impl_backend="riskpo")
     assert head.register_head()
-    model = tiny_policy().model
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=50, **sizes, **heads))
     monkeypatch.setattr(type(model), "forward", type(model).forward)  # put back afterwards
     ids = torch.randint(2, model.config.vocab_size, (2, 9))
     logits = model(input_ids=ids).logits / 0.7

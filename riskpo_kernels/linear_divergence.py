@@ -83,8 +83,7 @@ def linear_divergence(
             loses at most 32 tail_eps |upstream| in the 1-norm of its logits' gradient
             (lm_head/divergence.py). 0 is exact. Default: 2^-14 for bf16, 2^-18 for fp16, else 0.
         vocab_group: as in linear_logprob; both heads are this rank's same columns.
-        memory_mib: workspace in MiB beside results, gradients and one float32 [N, D]. On a CPU a
-            call with tail_eps holds up to an eighth of it until its backward.
+        memory_mib: workspace in MiB beside results, gradients and one float32 [N, D].
         backend: "auto" and "torch" are the tiled op, "reference" materialises everything.
 
     Raises:
@@ -130,8 +129,6 @@ def linear_divergence(
         row_temperature, temperature = temperature.reshape(-1), 1.0
     if tail_eps is None:
         tail_eps = DEFAULT_EPS.get(torch.promote_types(hidden.dtype, weight.dtype), 0.0)
-    leaves = (hidden, weight, bias)
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
     found = divergence_operator(
         hidden.reshape(-1, hidden.shape[-1]),
         *student[1:3],
@@ -147,7 +144,6 @@ def linear_divergence(
         tail_eps,
         group,
         memory_mib,
-        keep,
     )
     return found[0].view(rows)
 

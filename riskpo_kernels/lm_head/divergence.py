@@ -21,19 +21,20 @@ at most tail_eps min(1, sum of B_b), halved until they hold no more than 32 thre
 
     ||dropped dz||_1 <= 32 tail_eps |c|
 
-Workspace is memory_mib; beside it one float32 dH, and 1 bit a pair until the backward. On a CPU up
-to an eighth of it holds gradients of logits until the backward (lm_head/divergence_kept.py).
+Workspace is memory_mib; beside it one float32 dH, and 1 bit a pair until the backward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from riskpo_kernels.core.matmul import exact_products, spans
+from riskpo_kernels.core.matmul import Plan, exact_products, plan_tiles, spans
 from riskpo_kernels.core.operators import (
     gradients_fake,
     gradients_through,
@@ -42,45 +43,83 @@ from riskpo_kernels.core.operators import (
     schema_of,
 )
 from riskpo_kernels.core.process_groups import group_called, sum_over
-from riskpo_kernels.core.softmax import BLOCK
+from riskpo_kernels.core.softmax import BLOCK, LogitMap
 from riskpo_kernels.lm_head.block_filter import CAP, ActiveBlocks, keep_blocks, n_blocks
-from riskpo_kernels.lm_head.divergence_kept import (
-    Kept,
-    KeptBlocks,
-    kept_mib,
-    new_whole,
-    plan_of,
-    rows_whole,
-)
-from riskpo_kernels.lm_head.divergence_pair import KINDS, OP, Pair, Words, pair_of
-from riskpo_kernels.lm_head.divergence_stats import Fold, Stats, block_sums, mixture, slope_of
+from riskpo_kernels.lm_head.divergence_stats import Fold, Pair, Stats, block_sums
 from riskpo_kernels.lm_head.operator import put_among
-from riskpo_kernels.lm_head.tiles import Accumulator, products_of
+from riskpo_kernels.lm_head.tiles import Accumulator, Head, products_of
 from riskpo_kernels.lm_head.vocab_parallel import VocabShard
 
+OP = "linear_divergence"
+KINDS = ("forward_kl", "reverse_kl", "jsd")
+TILE = {"cuda": (4096, 8192), "cpu": (1024, 1024)}  # (rows, cols) of the largest one
 N_TENSORS = 8
 # divergence | peaks and log-sums of student and teacher | KL of the row's gradient | active blocks
-# | kept gradients
-RESULTS = 12
-Sums = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]  # dH, dW, dbias
+RESULTS = 9
+
+
+@dataclass(frozen=True)
+class Words:
+    """What is not a tensor."""
+
+    kind: str
+    beta: float
+    temperature: float
+    scale: float
+    softcap: float | None
+    teacher_scale: float
+    teacher_softcap: float | None
+    tail_eps: float
+    group: str
+    memory_mib: float
+
+
+def _pair(tensors: tuple[Any, ...], w: Words) -> Pair:
+    hidden, weight, bias, t_hidden, t_weight, t_bias, mask, row_temperature = tensors
+    keep = None if mask is None else mask.nonzero()[:, 0]
+    heads = []
+    for h, wt, b, scale, cap in (
+        (hidden, weight, bias, w.scale, w.softcap),
+        (t_hidden, t_weight, t_bias, w.teacher_scale, w.teacher_softcap),
+    ):
+        n = h.shape[0] if keep is None else keep.numel()
+        t: float | torch.Tensor = w.temperature
+        if row_temperature is not None:
+            wide = torch.promote_types(torch.promote_types(h.dtype, wt.dtype), torch.float32)
+            rows = row_temperature if keep is None else row_temperature[keep]
+            t = rows.to(wide)
+        heads.append(Head(h, wt, b, keep, h.new_empty(n), LogitMap(scale, cap, t)))
+    return Pair(*heads)
+
+
+def _plan(pair: Pair, w: Words, vocab: int) -> Plan:
+    width = pair.student.hidden.shape[1] + pair.teacher.hidden.shape[1]
+    rows, cols = TILE["cuda" if pair.student.hidden.is_cuda else "cpu"]
+    return plan_tiles(
+        OP,
+        pair.student.n,
+        vocab,
+        width,
+        memory_mib=w.memory_mib,
+        most_rows=rows,
+        most_cols=cols,
+        tile_bytes=6 * pair.wide.itemsize,
+        edge_bytes=pair.wide.itemsize,
+        row_bytes=6 * pair.wide.itemsize * n_blocks(vocab) if w.tail_eps else 0,
+    )
 
 
 def _second_pass(
-    logits: Callable[[slice], Iterator[torch.Tensor]],
-    w: Words,
-    n: int,
-    stats: Stats,
-    columns: list[slice],
-    blocks: int,
-    group: Any,
+    pair: Pair, w: Words, r: slice, stats: Stats, cols: int, blocks: int, group: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """jsd, KL(p || m) and the bounds [R, B] of n rows."""
+    """jsd, KL(p || m) and the bounds [R, B] of rows r."""
+    n = r.stop - r.start
     total, own = (stats.p_peak.new_zeros(n) for _ in range(2))
     p_sum, far = (stats.p_peak.new_zeros(n, blocks) for _ in range(2))
-    for v in columns:
-        zp, zq = logits(v)
+    for v in spans(pair.student.vocab, cols):
+        (zp, *_), (zq, *_) = pair.logits(r, v)
         log_p, log_q = stats.log_probs(zp, zq, slice(None))
-        log_m = mixture(log_p, log_q, w.beta)
+        log_m = _mixture(log_p, log_q, w.beta)
         p, gap = log_p.exp(), log_p - log_m
         own += (p * gap).sum(1)
         total += (log_q.exp() * (log_q - log_m)).sum(1)
@@ -91,6 +130,10 @@ def _second_pass(
         own, total = sum_over(group, torch.stack([own, total]))
     jsd = (w.beta * total + (1 - w.beta) * own).clamp(min=0.0)
     return jsd, own, (1 - w.beta) * (far + p_sum * own[:, None].abs())
+
+
+def _mixture(log_p: torch.Tensor, log_q: torch.Tensor, beta: float) -> torch.Tensor:
+    return torch.logaddexp(log_q + math.log(beta), log_p + math.log1p(-beta))
 
 
 def _forward(
@@ -106,7 +149,7 @@ def _forward(
 ) -> tuple[torch.Tensor, ...]:
     w = Words(*numbers)
     teacher = (teacher_hidden, teacher_weight, teacher_bias)
-    pair = pair_of((hidden, weight, bias, *teacher, mask, row_temperature), w)
+    pair = _pair((hidden, weight, bias, *teacher, mask, row_temperature), w)
     n, vocab, wide = pair.student.n, pair.student.vocab, pair.wide
     group, widest, cap = None, vocab, CAP
     if w.group:
@@ -114,27 +157,20 @@ def _forward(
         group, widest, cap = shard.group, shard.widest, CAP / shard.ranks
     active = ActiveBlocks.new(vocab if w.tail_eps else 0, n, hidden.device)
     results = hidden.new_empty(6, n, dtype=wide)
-    mib = kept_mib(w, hidden.device, vocab, wide)
-    kept, few = Kept.new(hidden, wide, vocab, mib), rows_whole(vocab, wide, mib)
-    whole = new_whole(hidden, wide, vocab, min(few, n)) if mib else None
-    plan = plan_of(pair, w, widest)
+    plan = _plan(pair, w, widest)
     blocks = n_blocks(vocab) if w.tail_eps else 0
-    columns, start = list(spans(vocab, plan.cols)), 0
     with exact_products(hidden.device):
-        while start < n:
-            r = slice(start, min(start + (few if whole is not None else plan.rows), n))
-            start = r.stop
-            tiles = _Rows(pair, r, None if whole is None else whole[:, : r.stop - r.start])
+        for r in spans(n, plan.rows):
             fold = Fold(r.stop - r.start, blocks, hidden, wide, w.kind)
-            for v in columns:
-                fold.tile(v, tiles.compute(v))
+            for v in spans(vocab, plan.cols):
+                (zp, *_), (zq, *_) = pair.logits(r, v)
+                fold.tile(v, (zp, zq))
             if group is not None:
                 fold.merge(group)
             stats, value = fold.finish()
             own = value
             if w.kind == "jsd":
-                given = (tiles.again, w, r.stop - r.start, stats, columns, blocks, group)
-                value, own, bounds = _second_pass(*given)
+                value, own, bounds = _second_pass(pair, w, r, stats, plan.cols, blocks, group)
             elif w.tail_eps:
                 bounds = fold.bounds(value)
             results[:, r] = torch.stack([value, *stats, own])
@@ -143,31 +179,10 @@ def _forward(
                 keep = keep_blocks(bounds, w.tail_eps * total.clamp(max=1.0), cap)
                 if blocks:
                     active.record(r, keep, by_row=False)
-                if tiles.whole is not None and not kept.save(
-                    r, tiles.whole, keep, stats, own, w.kind, w.beta
-                ):
-                    whole = None
     rows = pair.student.rows
-    return *(put_among(rows, hidden.shape[0], x) for x in (*results, *active)), *kept
-
-
-class _Rows(NamedTuple):
-    """The logits of rows r, tile by tile; whole [2, R, B * 128]: copies that stay, if given."""
-
-    pair: Pair
-    r: slice
-    whole: torch.Tensor | None
-
-    def compute(self, v: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        (zp, *_), (zq, *_) = self.pair.logits(self.r, v)
-        if self.whole is not None:
-            self.whole[0, :, v], self.whole[1, :, v] = zp, zq
-        return zp, zq
-
-    def again(self, v: slice) -> Iterator[torch.Tensor]:
-        if self.whole is None:
-            return iter(self.compute(v))
-        return (x[:, v].clone() for x in self.whole)
+    return *(put_among(rows, hidden.shape[0], x) for x in results), *(
+        put_among(rows, hidden.shape[0], x) for x in active
+    )
 
 
 def _find_shard(pair: Pair, w: Words) -> VocabShard:
@@ -192,8 +207,7 @@ def _forward_fake(*args: Any) -> tuple[torch.Tensor, ...]:
     hidden, weight, w = args[0], args[1], Words(*args[N_TENSORS:])
     rows = (hidden.new_empty(hidden.shape[0], dtype=_wide(args)) for _ in range(6))
     blocks = ActiveBlocks.new(weight.shape[0] if w.tail_eps else 0, hidden.shape[0], hidden.device)
-    mib = kept_mib(w, hidden.device, weight.shape[0], _wide(args))
-    return *rows, *blocks, *Kept.new(hidden, _wide(args), weight.shape[0], mib)
+    return *rows, *blocks
 
 
 def _backward(
@@ -216,14 +230,11 @@ def _backward(
     bits: torch.Tensor,
     dense: torch.Tensor,
     pairs: torch.Tensor,
-    kept_dz: torch.Tensor,
-    kept_where: torch.Tensor,
-    kept_used: torch.Tensor,
     *numbers: Any,
 ) -> tuple[torch.Tensor, ...]:
     w = Words(*numbers)
     teacher = (teacher_hidden, teacher_weight, teacher_bias)
-    pair = pair_of((hidden, weight, bias, *teacher, mask, row_temperature), w)
+    pair = _pair((hidden, weight, bias, *teacher, mask, row_temperature), w)
     c = c.to(value.dtype)
     rows = pair.student.rows
     kept = (c, own, p_peak, p_sum, q_peak, q_sum)
@@ -235,20 +246,15 @@ def _backward(
     dw = Accumulator(weight, wide, whole=False) if needs[1] else None
     db = weight.new_zeros(weight.shape[0], dtype=wide) if needs[2] else None
     sent = c != 0
-    kept = Kept(kept_dz, kept_where, kept_used)
-    known = kept.by_block(sent, n_blocks(weight.shape[0]))
-    sent[: int(kept_used[0])] = False
     factor = c * pair.student.map.scale / pair.student.map.temperature
     tile = _Tile(pair, w, Stats(*stats), own, factor)
     with exact_products(hidden.device):
         for v, at in _visits(
-            active, sent, known, tile.plan.cols if not w.tail_eps else 0, weight.shape[0]
+            active, sent, tile.plan.cols if not w.tail_eps else 0, weight.shape[0]
         ):
             piece = None if dw is None else dw.open(v)
-            for r in at.split(tile.plan.rows) if len(at) else ():
-                tile.add(r, v, (dh, piece, db))
-            for r, dz in known.of(v) if w.tail_eps else ():
-                tile.send(r, v, dz, (dh, piece, db))
+            for r in at.split(tile.plan.rows):
+                tile.add(r, v, dh, piece, db)
             if dw is not None and piece is not None:
                 dw.close(v, piece)
     if dh is not None:
@@ -262,17 +268,16 @@ def _backward(
 
 
 def _visits(
-    active: ActiveBlocks, sent: torch.Tensor, known: KeptBlocks, cols: int, vocab: int
+    active: ActiveBlocks, sent: torch.Tensor, cols: int, vocab: int
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Columns, and the rows that recompute them: `cols` at a time of all rows, by 0 blocks that are
-    active in a row or `known` of one."""
+    """Columns, and the rows that need them: `cols` at a time of all rows, by 0 active blocks."""
     if cols:
         everyone = sent.nonzero()[:, 0]
         for v in spans(vocab, cols):
             yield v, everyone
         return
     for block, count in enumerate(active.among(sent).counts(vocab).tolist()):
-        if count or (known.at and len(known.at[block])):
+        if count:
             flags = (active.bits[block // 8] >> (block % 8)) & 1
             at = torch.nonzero_static(flags.bool() & sent, size=count)[:, 0]
             yield slice(block * BLOCK, min((block + 1) * BLOCK, vocab)), at
@@ -283,33 +288,26 @@ class _Tile:
 
     def __init__(self, pair: Pair, w: Words, stats: Stats, own: torch.Tensor, factor: torch.Tensor):
         self.pair, self.w, self.stats, self.own, self.factor = pair, w, stats, own, factor
-        self.plan = plan_of(
+        self.plan = _plan(
             pair, w, min(BLOCK, pair.student.vocab) if w.tail_eps else pair.student.vocab
         )
 
-    def add(self, r: torch.Tensor, v: slice, sums: Sums) -> None:
+    def add(
+        self, r: torch.Tensor, v: slice, dh: torch.Tensor | None, dw: torch.Tensor | None, db: Any
+    ) -> None:
         (zp, slope, h, weight), (zq, *_) = self.pair.logits(r, v)
-        dz = slope_of(self.w.kind, self.w.beta, zp, zq, self.stats, self.own, r)
+        log_p, log_q = self.stats.log_probs(zp, zq, r)
+        p, kl = log_p.exp(), self.own[r, None]
+        if self.w.kind == "forward_kl":
+            dz = p.sub_(log_q.exp_())
+        elif self.w.kind == "reverse_kl":
+            dz = log_p.sub_(log_q).sub_(kl).mul_(p)
+        else:
+            gap = log_p - _mixture(log_p, log_q, self.w.beta)
+            dz = gap.sub_(kl).mul_(p).mul_(1 - self.w.beta)
+        dz.mul_(self.factor[r, None])
         if slope is not None:
             dz.mul_(slope)
-        self._products(r, v, dz, h, weight, sums)
-
-    def send(self, r: torch.Tensor, v: slice, dz: torch.Tensor, sums: Sums) -> None:
-        """The same of a gradient that the forward has kept."""
-        student, dtype = self.pair.student, products_of(self.pair.student).dtype
-        self._products(r, v, dz, student.take(r, dtype), student.weight[v].to(dtype), sums)
-
-    def _products(
-        self,
-        r: torch.Tensor,
-        v: slice,
-        dz: torch.Tensor,
-        h: torch.Tensor,
-        weight: torch.Tensor,
-        sums: Sums,
-    ) -> None:
-        dh, dw, db = sums
-        dz.mul_(self.factor[r, None])
         products = products_of(self.pair.student)
         if db is not None:
             db[v] += dz.sum(0)

@@ -1,18 +1,42 @@
-"""Softmax statistics of two heads at once, tile by tile, and what these say of them.
+"""Two heads at once: logits and softmax statistics, tile by tile, and what these say of them.
 
 lm_head/divergence.py has the formulas.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 
 from riskpo_kernels.core.process_groups import max_over, sum_over
-from riskpo_kernels.core.softmax import BLOCK, FLOOR
+from riskpo_kernels.core.softmax import BLOCK, FLOOR, mapped
 from riskpo_kernels.lm_head.block_filter import n_blocks
+from riskpo_kernels.lm_head.tiles import Head, products_of
+
+
+class Pair(NamedTuple):
+    """Both heads over the live rows."""
+
+    student: Head
+    teacher: Head
+
+    @property
+    def wide(self) -> torch.dtype:
+        return torch.promote_types(products_of(self.student).wide, products_of(self.teacher).wide)
+
+    def logits(
+        self, r: slice | torch.Tensor, v: slice
+    ) -> Iterator[tuple[torch.Tensor, Any, Any, Any]]:
+        """z [R, C], slope, hidden states and weight of either side."""
+        for head in self:
+            products = products_of(head)
+            h, w = head.take(r, products.dtype), head.weight[v].to(products.dtype)
+            raw = h.new_empty(h.shape[0], w.shape[0], dtype=products.wide)
+            products.into(raw, h, w.T)
+            z, slope = mapped(raw, head.bias_of(v, products.wide), head.map_of(r), slope=True)
+            yield z.to(self.wide), slope, h, w
 
 
 class Stats(NamedTuple):
@@ -29,31 +53,6 @@ class Stats(NamedTuple):
         """In place."""
         p_peak, p_sum, q_peak, q_sum = (x[r, None] for x in self)
         return zp.sub_(p_peak).sub_(p_sum), zq.sub_(q_peak).sub_(q_sum)
-
-
-def mixture(log_p: torch.Tensor, log_q: torch.Tensor, beta: float) -> torch.Tensor:
-    """log m of jsd."""
-    return torch.logaddexp(log_q + math.log(beta), log_p + math.log1p(-beta))
-
-
-def slope_of(
-    kind: str,
-    beta: float,
-    zp: torch.Tensor,
-    zq: torch.Tensor,
-    stats: Stats,
-    own: torch.Tensor,
-    r: torch.Tensor,
-) -> torch.Tensor:
-    """The gradient of rows r's divergence in student's logits zp [R, C]; overwrites zp and zq."""
-    log_p, log_q = stats.log_probs(zp, zq, r)
-    p, kl = log_p.exp(), own[r, None]
-    if kind == "forward_kl":
-        return p.sub_(log_q.exp_())
-    if kind == "reverse_kl":
-        return log_p.sub_(log_q).sub_(kl).mul_(p)
-    gap = log_p - mixture(log_p, log_q, beta)
-    return gap.sub_(kl).mul_(p).mul_(1 - beta)
 
 
 def block_sums(x: torch.Tensor) -> torch.Tensor:

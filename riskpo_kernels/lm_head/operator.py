@@ -107,9 +107,10 @@ def forward(
             from riskpo_kernels.lm_head.triton_forward import triton_forward  # needs Triton
 
             dtype = Products(hidden.device, hidden.dtype, weight.dtype).dtype
-            *rows, active = triton_forward(*given, shard, o, dtype)
+            found: tuple[Any, ...] = triton_forward(*given, shard, o, dtype)
         else:
-            *rows, active = _torch_forward(*given, vocab, shard, o, kept, low_rank)
+            found = _torch_forward(*given, vocab, shard, o, kept, low_rank)
+    *rows, active = found
     rows = [hidden.new_empty(0, dtype=kept.dtype) if x is None else x for x in rows]
     first = torch.full((1 if group else 0,), offset, dtype=torch.int64, device=hidden.device)
     active = _no_blocks(hidden) if active is None else active

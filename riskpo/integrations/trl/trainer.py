@@ -177,7 +177,7 @@ class RiskPOTrainer(GRPOTrainer):
         loss, stats = clipped_surrogate(
             logprob,
             old,
-            self._advantages(inputs, logprob, old, mask),
+            self._on_policy_advantages(inputs, logprob, old, mask),
             mask=mask,
             ratio=self.importance_sampling_level,
             correction=_per_sequence(inputs.get("importance_sampling_ratio"), mask),
@@ -194,7 +194,7 @@ class RiskPOTrainer(GRPOTrainer):
         self._log_missing(inputs.get("sampling_per_token_logps"), mask)
         return self._with_entropy(loss, entropy, mask)
 
-    def _advantages(
+    def _on_policy_advantages(
         self, inputs: dict[str, Any], logprob: torch.Tensor, old: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
         """[B], or [B, C], 0 for the sequences that TRL's off_policy_mask_threshold leaves out."""

@@ -115,25 +115,12 @@ def schema_of(kernel: Callable[..., Any], options: type, results: int) -> str:
     return torch.library.infer_schema(prototype, mutates_args=())
 
 
-def saving(tensors: int, differentiable: int, skip: int | None = None) -> Callable[..., None]:
-    """The `setup_context` of gradients_through: keeps the first `tensors` inputs and all outputs
-    but the one at `skip`; the first `differentiable` outputs have gradients."""
-
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-        kept = (x for i, x in enumerate(output) if i != skip)
-        ctx.save_for_backward(*inputs[:tensors], *kept)
-        ctx.options = inputs[tensors:]
-        ctx.set_materialize_grads(False)  # a gradient nobody sent costs nothing
-        ctx.mark_non_differentiable(*output[differentiable:])
-
-    return setup_context
-
-
 def gradients_through(
     operator: Callable[..., Any], sent: int, inputs: int = 3
 ) -> Callable[..., Any]:
     """The `backward` that calls operator(needs, *upstream, *saved, *options), of the first `sent`
-    results' upstream gradients, for those of the first `inputs`. ctx as `saving` left it."""
+    results' upstream gradients, for those of the first `inputs`; ctx is as `saving` of
+    lm_head/operator.py left it."""
 
     def gradients(ctx: Any, *upstream: Any) -> tuple[torch.Tensor | None, ...]:
         needs, own = list(ctx.needs_input_grad[:inputs]), upstream[:sent]

@@ -39,14 +39,13 @@ from riskpo_kernels.core.operators import (
     gradients_fake,
     gradients_through,
     register,
-    saving,
     schema_of,
 )
 from riskpo_kernels.core.process_groups import group_called, sum_over
 from riskpo_kernels.core.softmax import BLOCK, LogitMap
 from riskpo_kernels.lm_head.block_filter import CAP, ActiveBlocks, keep_blocks, n_blocks
 from riskpo_kernels.lm_head.divergence_stats import Fold, Pair, Stats, block_sums
-from riskpo_kernels.lm_head.operator import put_among
+from riskpo_kernels.lm_head.operator import put_among, saving
 from riskpo_kernels.lm_head.tiles import Accumulator, Head, products_of
 from riskpo_kernels.lm_head.vocab_parallel import VocabShard
 

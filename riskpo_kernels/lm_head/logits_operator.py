@@ -12,8 +12,9 @@ from riskpo_kernels.core import softmax
 from riskpo_kernels.core.backends import choose
 from riskpo_kernels.core.checks import live_rows
 from riskpo_kernels.core.matmul import no_autocast, spans
-from riskpo_kernels.core.operators import register, saving, schema_of
+from riskpo_kernels.core.operators import register, schema_of
 from riskpo_kernels.core.softmax import IGNORED, LogitMap, RowGradient, RowState, RowStats, finish
+from riskpo_kernels.lm_head.operator import saving
 
 OP = "logits_logprob"
 ROWS, COLS = 1024, 4096  # tile of the torch backend: 16 MiB of float32

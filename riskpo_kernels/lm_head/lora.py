@@ -24,7 +24,6 @@ from riskpo_kernels.core.operators import (
     gradients_fake,
     gradients_through,
     register,
-    saving,
     schema_of,
 )
 from riskpo_kernels.core.process_groups import group_called, sum_over
@@ -35,6 +34,7 @@ from riskpo_kernels.lm_head.operator import (
     backward_sums,
     forward,
     forward_fake,
+    saving,
     wide_of,
 )
 from riskpo_kernels.lm_head.tiles import Options

@@ -8,6 +8,7 @@ a CPU the logits that were kept.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +21,6 @@ from riskpo_kernels.core.operators import (
     gradients_fake,
     gradients_through,
     register,
-    saving,
     schema_of,
 )
 from riskpo_kernels.core.process_groups import group_called, sum_over
@@ -41,6 +41,20 @@ from riskpo_kernels.lm_head.vocab_parallel import VocabShard
 OP = "linear_logprob"
 # forward's: logprob, entropy, lse | peak, log_sum | bits, dense, pairs | offset | kept logits
 RESULTS = 10
+
+
+def saving(tensors: int, differentiable: int, skip: int | None = None) -> Callable[..., None]:
+    """The `setup_context` of gradients_through: keeps the first `tensors` inputs and all outputs
+    but the one at `skip`; the first `differentiable` outputs have gradients."""
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        kept = (x for i, x in enumerate(output) if i != skip)
+        ctx.save_for_backward(*inputs[:tensors], *kept)
+        ctx.options = inputs[tensors:]
+        ctx.set_materialize_grads(False)  # a gradient nobody sent costs nothing
+        ctx.mark_non_differentiable(*output[differentiable:])
+
+    return setup_context
 
 
 def wide_of(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:

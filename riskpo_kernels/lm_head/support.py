@@ -20,7 +20,6 @@ from riskpo_kernels.core.operators import (
     gradients_fake,
     gradients_through,
     register,
-    saving,
     schema_of,
 )
 from riskpo_kernels.core.softmax import RowGradient, RowState, RowStats, finish, fold, gradient
@@ -37,6 +36,7 @@ from riskpo_kernels.lm_head.operator import (
     find_shard,
     map_of,
     put_among,
+    saving,
     wide_of,
 )
 from riskpo_kernels.lm_head.tiles import Head, Options

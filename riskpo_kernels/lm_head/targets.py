@@ -23,7 +23,6 @@ from riskpo_kernels.core.operators import (
     gradients_fake,
     gradients_through,
     register,
-    saving,
     schema_of,
 )
 from riskpo_kernels.core.process_groups import max_over
@@ -37,6 +36,7 @@ from riskpo_kernels.lm_head.operator import (
     forward_fake,
     map_of,
     resolve,
+    saving,
     wide_of,
 )
 from riskpo_kernels.lm_head.tiles import Head, Options

@@ -116,7 +116,8 @@ def test_every_algorithm_takes_two_steps(name, tmp_path):
             **SMALL,
         )
         steps = read_records(train(config), "step")
-    assert len(steps) == 2 and all(r["grad_norm"] > 0 for r in steps)
+    # distill's teacher is the student: it learns from what the first step has changed
+    assert len(steps) == 2 and all(r["grad_norm"] > 0 for r in steps[name == "distill" :])
     assert all(r["entropy"] > 0 and r["skipped_updates"] == 0 for r in steps)
 
 

@@ -22,7 +22,7 @@ from riskpo.group_advantages import (
     GroupAdvantage,
     NoAdvantage,
     check_responses,
-    harder_first,
+    difficulty_weighted,
     minus_mean,
     minus_others,
     over_mean,
@@ -147,7 +147,7 @@ STRATEGIES: dict[str, Strategy] = {
         risk("paper", baseline="leave-one-out", credit="conditional"), loss=PAPER
     ),
     "riskpo-matched": Strategy(risk("matched"), loss=PAPER),
-    "difficulty-weighted": Strategy(group(harder_first), loss=PAPER),
+    "difficulty-weighted": Strategy(group(difficulty_weighted), loss=PAPER),
     "grpo": Strategy(group(over_std), loss=TOKEN),
     "dr-grpo": Strategy(group(minus_mean), loss=DR_GRPO),
     "rloo": Strategy(group(minus_others), loss=TOKEN),

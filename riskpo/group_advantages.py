@@ -68,7 +68,7 @@ def over_mean(r: torch.Tensor) -> torch.Tensor:
     return torch.where(mean > 0, minus_mean(r) / mean.clamp(min=1e-12), 0.0)
 
 
-def harder_first(r: torch.Tensor) -> torch.Tensor:
+def difficulty_weighted(r: torch.Tensor) -> torch.Tensor:
     """RLOO with the weight 1 - .6 m, where m is the mean of the question's other responses.
 
     Ours, the plain control of riskpo-matched: with rewards of 0 and 1 a question solved with

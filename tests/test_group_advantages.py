@@ -12,7 +12,7 @@ import torch
 from riskpo.group_advantages import (
     CurveAdvantage,
     GroupAdvantage,
-    harder_first,
+    difficulty_weighted,
     minus_mean,
     minus_others,
     over_mean,
@@ -43,7 +43,7 @@ def test_rivals_golden():
     golden = {
         minus_others: (0.75, -0.5),
         over_mean: (1.5, -1.0),
-        harder_first: (0.75 * (1 - 0.6 / 4), -0.5 * (1 - 0.6 / 2)),
+        difficulty_weighted: (0.75 * (1 - 0.6 / 4), -0.5 * (1 - 0.6 / 2)),
         risk_seeking: ((math.e**2 / mean - 1) / 2, (1 / mean - 1) / 2),
     }
     for formula, (up, down) in golden.items():
@@ -86,18 +86,20 @@ def test_curverl_by_hand():
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
 def test_difficulty_weighted_is_rloo_times_its_weight(p):
     """By enumeration of four responses: the expected gradient of p is RLOO's times 1 - .6 p."""
-    gradient = {minus_others: 0.0, harder_first: 0.0}
+    gradient = {minus_others: 0.0, difficulty_weighted: 0.0}
     for outcome in itertools.product((0.0, 1.0), repeat=4):
         r = torch.tensor([outcome], dtype=torch.float64)
         chance = (p * r + (1 - p) * (1 - r)).prod()
         score = (r - p) / (p * (1 - p))
         for formula in gradient:
             gradient[formula] += float(chance * (formula(r) * score).sum())
-    assert gradient[harder_first] / gradient[minus_others] == pytest.approx(1 - 0.6 * p, rel=1e-12)
+    assert gradient[difficulty_weighted] / gradient[minus_others] == pytest.approx(
+        1 - 0.6 * p, rel=1e-12
+    )
 
 
 @pytest.mark.parametrize(
-    "formula", [over_std, minus_mean, minus_others, harder_first, over_mean, risk_seeking]
+    "formula", [over_std, minus_mean, minus_others, difficulty_weighted, over_mean, risk_seeking]
 )
 def test_equal_rewards_give_exactly_0(formula):
     """0.1 + ... + 0.1 over 5 is not 0.1 in float32, and its std is divided by."""
@@ -106,7 +108,7 @@ def test_equal_rewards_give_exactly_0(formula):
             rewards = torch.full((responses,), reward)
             advantage, stats = GroupAdvantage(formula)(rewards, ["a"] * responses, step=1)
             assert not advantage.any() and stats["zero_advantage_fraction"] == 1.0
-    if formula in (over_mean, harder_first):
+    if formula in (over_mean, difficulty_weighted):
         return  # a mean of rewards is no difference
     offset = torch.tensor([1e6, 1e6 + 1, 1e6, 1e6 + 1])
     advantage, _ = GroupAdvantage(formula)(offset, ["a"] * 4, step=1)

@@ -24,7 +24,7 @@ from riskpo.group_advantages import (
     Advantage,
     CurveAdvantage,
     GroupAdvantage,
-    harder_first,
+    difficulty_weighted,
     minus_others,
     over_mean,
     over_std,
@@ -76,7 +76,7 @@ def estimators(p: torch.Tensor, g: torch.Generator) -> dict[str, Estimator]:
         "MaxRL": by_group(GroupAdvantage(over_mean)),
         "RS-GRPO": by_group(GroupAdvantage(risk_seeking)),
         "CurveRL": by_group(CurveAdvantage()),
-        "difficulty-weighted": by_group(GroupAdvantage(harder_first)),
+        "difficulty-weighted": by_group(GroupAdvantage(difficulty_weighted)),
     }
     for name, options in OPTIONS.items():
         for matched in (False, True):

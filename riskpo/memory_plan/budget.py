@@ -233,7 +233,8 @@ def _head(shape: ModelShape, memory: MemoryConfig, work: Workload) -> float:
 
 
 def _prompts(shape: ModelShape, work: Workload) -> dict[str, float]:
-    """All prompts go through the model together, padded to one length, without autograd.
+    """All prompts go through the model together, padded to one length, without autograd. Most
+    models read the prompt of several responses once, and take less.
 
     The most that is alive is in an MLP: embeddings, the layer's input, its middle and the norm of
     that, all [tokens, H]; gate, up and their product.

@@ -312,8 +312,20 @@ HERE = {
     "LoRA on the head",
     "Your own loop, with accelerate",
     "Lightning",
+    "NeMo-RL",
     "TRL",
 }
+
+
+def test_nemo_rl_gets_log_probs_of_the_models_own_logits():
+    model = tiny_policy().model
+    ids = torch.randint(2, model.config.vocab_size, (2, 7))
+    seen = torch.ones_like(ids).index_fill(1, torch.tensor([6]), 0)
+    expected = model(ids, attention_mask=seen).logits[:, :-1].log_softmax(-1)
+    expected = expected.gather(-1, ids[:, 1:, None])[..., 0] * seen[:, 1:]
+    found = run("NeMo-RL", model=model)["token_logprobs"](model, ids, seen)
+    assert found.shape == ids.shape and not found[:, 0].any() and found.requires_grad
+    torch.testing.assert_close(found[:, 1:], expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("heading", [h for h in BLOCKS if h not in HERE])

@@ -199,32 +199,32 @@ def _forwards() -> list[str]:
     """The table of forwards that the launcher and the compile gate read."""
     if importlib.util.find_spec("triton") is None:
         return []
-    from riskpo_kernels.kernels.head_forward import FORWARDS
+    from riskpo_kernels.kernels.head_tile import FORWARDS
 
     return list(FORWARDS)
 
 
 def _variant(name: str) -> Provider:
     """One of them, where it can run and is not what is launched anyway."""
-    from riskpo_kernels.kernels import head_forward
+    from riskpo_kernels.kernels import head_tile
 
     def head(*given: Any) -> Any:
-        chosen = head_forward.forward_on
-        head_forward.forward_on = lambda capability, tma: name
+        chosen = head_tile.forward_on
+        head_tile.forward_on = lambda capability, tma: name
         try:
             h, w, t, e, _ = given
             return linear_logprob(h, w, t, return_entropy=e, backend="triton")[:2]
         finally:
-            head_forward.forward_on = chosen
+            head_tile.forward_on = chosen
 
     def why_not(given: dict[str, Any]) -> str | None:
         device = device_of(given)
         if device.type != "cuda" or given["c"] is not None:
             return "the forward alone, on CUDA only"
         capability = torch.cuda.get_device_capability(device)
-        if head_forward.FORWARDS[name].tma and capability < (9, 0):
+        if head_tile.FORWARDS[name].tma and capability < (9, 0):
             return "needs tensor maps"
-        if head_forward.forward_on(capability, capability >= (9, 0)) == name:
+        if head_tile.forward_on(capability, capability >= (9, 0)) == name:
             return "the default here"
         return None
 

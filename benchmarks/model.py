@@ -37,10 +37,10 @@ LAUNCH_US = 3.0
 LANES = 128  # instructions that the four schedulers of a multiprocessor issue in a cycle
 # Instructions per logit in the machine code of sm_90, plain head, as the compile gate counts them:
 # of the forward outside its product, with and without an entropy; more where one of the tile's rows
-# has its target; of a pass over logits in memory that makes a gradient. Of others a pass takes as
-# many: an assumption.
+# has its target; of the dense backward's dz outside its product (kernels/dense_gradient.py); of a
+# pass over logits in memory that makes a gradient. Of others a pass takes as many: an assumption.
 FORWARD, AT_TARGETS = {True: 11.4, False: 9.8}, 9.1
-PASS = 26.0
+DENSE, PASS = 13.1, 26.0
 
 
 class GPU(NamedTuple):
@@ -157,7 +157,7 @@ def ours_dense(c: Call) -> Parts:
     wide = 8 * c.d * tiles * (rows + cols)
     return {
         "products": c.products(3),
-        "dz": c.passes(PASS) + c.bytes(14 * c.n * c.v),
+        "dz": c.passes(DENSE) + c.bytes(6 * c.n * c.v),  # written once, read by two products
         "float32 sums": c.bytes(wide + 10 * (c.n + c.v) * c.d),
         "launches": c.launches(4 * tiles),
     }
@@ -175,7 +175,7 @@ def dense_tile(c: Call) -> tuple[int, int]:
         memory_mib=c.memory_mib,
         most_rows=BACKWARD_TILE["cuda"][0],
         most_cols=BACKWARD_TILE["cuda"][1],
-        tile_bytes=6,
+        tile_bytes=2,
         edge_bytes=edges,
     )
     return plan.rows, plan.cols

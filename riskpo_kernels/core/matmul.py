@@ -62,8 +62,10 @@ def plan_tiles(
                 f"at least {need} for one {rows} x {cols} tile at width {width}",
                 "Raise memory_mib.",
             )
-        # halve the longer side: products are fastest when neither side is thin
-        if rows > MIN_ROWS and (rows >= cols or cols <= MIN_COLS):
+        # halve the longer side: products are fastest when neither side is thin; of equal ones that
+        # which more is live beside
+        longer = rows > cols or (rows == cols and row_edge >= col_edge)
+        if rows > MIN_ROWS and (longer or cols <= MIN_COLS):
             rows = max(MIN_ROWS, -(-rows // 2))
         else:
             # whole blocks of MIN_COLS columns: a block belongs to one tile

@@ -41,6 +41,7 @@ from riskpo_kernels.kernels.machine_code import (
 MODULES = (
     "softmax_rows",
     "head_forward",
+    "dense_gradient",
     "finish_rows",
     "live_rows",
     "sparse_blocks",
@@ -55,7 +56,7 @@ SMALLEST_LIMIT = 101376
 PROGRESS = 50  # configurations between two lines that say how far it is
 MOST = {"forward": 20.0, "rows": 26.0}  # instructions per logit on sm_90, without a softcap's tanh
 # Sizes that hang on the vocabulary: of several models no multiples of 16
-RAGGED = ("V", "C", "stride_raw", "stride_out")
+RAGGED = ("V", "C", "stride_raw", "stride_out", "stride_dz")
 
 
 class Compiled(NamedTuple):
@@ -151,7 +152,7 @@ def per_logit(name: str, code: str, flags: dict[str, Any], warps: int) -> float:
     """Instructions per logit of a kernel that goes over logits once, 0 for the others: of a forward
     what usually follows a tile's last step, of rows the loop of a warp along a row, else all."""
     found = instructions(code)
-    if name.startswith("forward"):
+    if name.startswith(("forward", "dense")):
         return found.usual / (flags["BM"] * flags["BN"] / (32 * warps))
     if name.startswith("rows"):
         return found.loop / (flags["BV"] / (32 * warps))
@@ -174,7 +175,7 @@ def fault_of(m: Compiled, flags: dict[str, Any], done: int) -> str:
     if m.arch != 90:
         return ""
     tile = math.prod(flags.get(key, 0) for key in ("BM", "BN", "BK"))
-    if kind == "forward" and sixteen_bit and done != tile:
+    if kind in ("forward", "dense") and sixteen_bit and done != tile:
         return f"{done} multiply-adds a step, of a tile of {tile}"
     if not flags.get("HAS_SOFTCAP") and m.per_logit > MOST.get(kind, math.inf):
         return f"{m.per_logit:.1f} instructions per logit, of {MOST[kind]:.0f} at most"

@@ -18,10 +18,8 @@ top and rest apart: their sum would be rounded where all logits share a large of
 kernels/finish_rows.py makes of them what a row needs. A row carries nothing from tile to tile, so
 the sums of a block never depend on the rows beside it, nor on the order of the programs.
 
-Cost: 2 R V D FLOPs; beside hidden and weight it writes 8 or 12 bytes per row and block. Tiles are
-handed out in groups of GROUP row tiles, which then share columns of the weight in the L2 cache.
-Loads go through tensor-map descriptors (TMA) where FORWARDS says so and strides and addresses are
-multiples of 16 bytes, else through pointers.
+Cost: 2 R V D FLOPs; beside hidden and weight it writes 8 or 12 bytes per row and block. How tiles
+are multiplied, and by whom: kernels/head_tile.py.
 """
 
 from __future__ import annotations
@@ -33,44 +31,19 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from riskpo_kernels.core.matmul import executed
 from riskpo_kernels.core.softmax import BLOCK, LogitMap
-from riskpo_kernels.kernels import Configuration, capability_of, multiprocessors, signature_of
+from riskpo_kernels.kernels import Configuration, multiprocessors
+from riskpo_kernels.kernels.head_tile import (
+    FORWARDS,
+    hits_of,
+    operands_of,
+    product,
+    tile_at,
+    tile_configuration,
+)
 from riskpo_kernels.kernels.tl_math import LN2, LOG2E, LOWEST, at_least, tanh
-
-GROUP = 16
-
-
-class Tile(NamedTuple):
-    """One variant of the kernel: rows, columns and depth of a tile, how it is launched, whether it
-    loads through TMA, and where it is launched, as 10 x compute capability (empty: wherever no
-    other is)."""
-
-    rows: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int
-    tma: bool
-    archs: tuple[int, ...] = ()
-
-
-# The launcher, the compile gate and the benchmarks read this table. A wider tile that spills on an
-# architecture is not in it (docs/kernel-notes.md).
-FORWARDS = {
-    "hopper": Tile(128, 256, 64, 8, 4, True, (90,)),
-    "blackwell": Tile(128, 128, 64, 8, 3, True, (100, 103)),
-    "ampere": Tile(128, 128, 32, 8, 4, False, (80,)),
-    "pointers": Tile(64, 128, 32, 8, 4, False),
-}
-
-
-def forward_on(capability: tuple[int, int], tma: bool) -> str:
-    """The row of FORWARDS that is launched."""
-    arch = 10 * capability[0] + capability[1]
-    return next((k for k, x in FORWARDS.items() if arch in x.archs and x.tma <= tma), "pointers")
 
 
 @triton.jit
@@ -169,35 +142,20 @@ def statistics_kernel(
 ):
     n_r, n_v = tl.cdiv(R, BM), tl.cdiv(V, BN)
     for tile in tl.range(tl.program_id(0), n_r * n_v, tl.num_programs(0), flatten=True):
-        first_tile = tile // (GROUP * n_v) * GROUP
-        n_here = tl.minimum(n_r - first_tile, GROUP)
-        i_r = first_tile + tile % (GROUP * n_v) % n_here
-        v = tile % (GROUP * n_v) // n_here * BN
+        i_r, v = tile_at(tile, n_r, n_v, GROUP, BN)
         o_r = i_r.to(tl.int64) * BM + tl.arange(0, BM)  # [BM]
         m_r = o_r < R
-
-        x = tl.full((BM, BN), 0.0, tl.float32)
-        for d in range(0, D, BK):
-            if TMA:
-                h = d_hidden.load([i_r * BM, d])  # [BM, BK]
-                w = d_weight.load([v, d])  # [BN, BK]
-            else:
-                o_d = d + tl.arange(0, BK)
-                o_w = v.to(tl.int64) + tl.arange(0, BN)
-                m_d = (o_d < D)[None, :]
-                h_at = p_hidden + o_r[:, None] * stride_h + o_d[None, :]
-                w_at = p_weight + o_w[:, None] * stride_w + o_d[None, :]
-                h = tl.load(h_at, mask=m_r[:, None] & m_d, other=0.0)
-                w = tl.load(w_at, mask=(o_w < V)[:, None] & m_d, other=0.0)
-            x = tl.dot(h, tl.trans(w), x, input_precision="ieee")
+        x = product(
+            d_hidden, d_weight, p_hidden, p_weight, i_r, v, R, V, D, stride_h, stride_w,
+            TMA, BM, BN, BK,
+        )  # fmt: skip
 
         i = first + o_r
         if HAS_ORDER:
             i = tl.load(p_order + i, mask=m_r, other=0)
         target = tl.load(p_target + i, mask=m_r, other=-1).to(tl.int64) - offset
         target = tl.where((target >= 0) & (target < V), target, -1).to(tl.int32)
-        j_t = tl.where(m_r & (target >= v) & (target < v + BN), (target - v) // BLOCK, 2)
-        hits = tl.sum(tl.where(j_t == 0, 1, tl.where(j_t == 1, 65536, 0)), 0)  # of both blocks
+        hits = hits_of(target, m_r, v, BN, BLOCK)
         by = tl.full((BM,), 1.0, tl.float32) * outer
         if HAS_TEMPERATURE:
             by = outer / tl.load(p_temperature + i, mask=m_r, other=1.0)
@@ -251,23 +209,14 @@ def statistics(
 ) -> None:
     """Fill `out` for rows hidden [R, D] (unit column stride, as weight [V, D]); row r has target
     and temperature number order[first + r], counted from column `offset`."""
-    can = _tma(hidden) and _tma(weight)
-    tile = FORWARDS[forward_on(capability_of(hidden.device), can)]
-    tma = tile.tma
+    tile, operands = operands_of(hidden, weight)
     rows, vocab = hidden.shape[0], weight.shape[0]
     row_tiles, column_tiles = -(-rows // tile.rows), -(-vocab // tile.columns)
     executed(row_tiles * tile.rows, column_tiles * tile.columns, hidden.shape[1])
     inner, outer, per_row = map.factors()
-    d_hidden, d_weight = (
-        TensorDescriptor.from_tensor(x, [n, tile.depth]) if tma else None
-        for x, n in ((hidden, tile.rows), (weight, tile.columns))
-    )
     programs = min(row_tiles * column_tiles, multiprocessors(hidden.device))
     statistics_kernel[(programs,)](
-        d_hidden=d_hidden,
-        d_weight=d_weight,
-        p_hidden=None if tma else hidden,
-        p_weight=None if tma else weight,
+        **operands,
         p_bias=bias,
         p_target=target,
         p_temperature=per_row,
@@ -278,11 +227,8 @@ def statistics(
         p_zt=out.z_t,
         R=rows,
         V=vocab,
-        D=hidden.shape[1],
         first=first,
         offset=offset,
-        stride_h=hidden.stride(0),
-        stride_w=weight.stride(0),
         stride_blocks=out.top.stride(0),
         inner=inner,
         outer=abs(outer),
@@ -292,22 +238,8 @@ def statistics(
         HAS_ORDER=order is not None,
         NEGATIVE=outer < 0,
         ENTROPY=out.gap is not None,
-        TMA=tma,
-        GROUP=GROUP,
-        BM=tile.rows,
-        BN=tile.columns,
-        BK=tile.depth,
         BLOCK=BLOCK,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
     )
-
-
-def _tma(x: torch.Tensor) -> bool:
-    """Whether x [n, D] can be read through a tensor map; rows of an expanded tensor cannot."""
-    aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
-    aligned = aligned and x.stride(0) >= x.shape[1]
-    return aligned and x.stride(1) == 1 and x.numel() > 0 and capability_of(x.device) >= (9, 0)
 
 
 def compile_configurations() -> list[Configuration]:
@@ -320,23 +252,18 @@ def compile_configurations() -> list[Configuration]:
     choices += [("bf16", plain, True, True), ("fp16", plain, False, False)]
     choices += [("fp16", most, True, True)]
     made = []
-    for (variant, tile), (dtype, logit, negative, entropy) in itertools.product(
-        FORWARDS.items(), choices
-    ):
+    for variant, (dtype, logit, negative, entropy) in itertools.product(FORWARDS, choices):
         bias, softcap, per_row = logit
         flags: dict[str, Any] = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "ENTROPY": entropy}
         flags |= {"HAS_TEMPERATURE": per_row, "HAS_ORDER": per_row, "NEGATIVE": negative}
-        flags |= {"TMA": tile.tma, "GROUP": GROUP, "BLOCK": BLOCK}
-        flags |= {"BM": tile.rows, "BN": tile.columns, "BK": tile.depth}
-        types = {"p_hidden": dtype, "p_weight": dtype, "p_target": "i64", "p_order": "i64"}
-        types |= {"d_hidden": f"tensordesc<{dtype}[{tile.rows},{tile.depth}]>"}
-        types |= {"d_weight": f"tensordesc<{dtype}[{tile.columns},{tile.depth}]>"}
+        flags |= {"BLOCK": BLOCK}
+        types = {"p_target": "i64", "p_order": "i64"}
         given = {"p_bias": bias, "p_temperature": per_row, "p_order": per_row, "p_gap": entropy}
-        given |= dict.fromkeys(("d_hidden", "d_weight"), tile.tma)
-        given |= dict.fromkeys(("p_hidden", "p_weight"), not tile.tma)
-        found = signature_of(statistics_kernel, types, given, flags)
-        title = f"forward-{variant}-dot{'-tma' if tile.tma else ''} {dtype} bias={bias:d} "
-        title += f"softcap={softcap:d} rows={per_row:d} negative={negative:d} entropy={entropy:d}"
-        launched: Any = tile.warps, tile.stages, {}, tile.archs
-        made.append(Configuration(title, statistics_kernel, *found, *launched))
+        title = f"bias={bias:d} softcap={softcap:d} rows={per_row:d} negative={negative:d} "
+        title += f"entropy={entropy:d}"
+        made.append(
+            tile_configuration(
+                "forward", title, statistics_kernel, dtype, variant, types, given, flags
+            )
+        )
     return made

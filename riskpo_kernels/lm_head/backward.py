@@ -18,7 +18,8 @@ from dataclasses import replace
 
 import torch
 
-from riskpo_kernels.core.matmul import Products
+from riskpo_kernels.core import softmax
+from riskpo_kernels.core.matmul import Products, spans
 from riskpo_kernels.core.softmax import RowGradient
 from riskpo_kernels.lm_head.block_filter import ActiveBlocks, Ways, find_ways, unasked_ways
 from riskpo_kernels.lm_head.sparse_torch import sparse_backward
@@ -27,8 +28,9 @@ from riskpo_kernels.lm_head.tiles import (
     Gradients,
     Head,
     Options,
-    dense_backward,
+    plan_for,
     products_of,
+    rows_of,
 )
 
 ROUNDING_STEP = 4096  # rows of a float32 buffer that are rounded at a time
@@ -173,3 +175,84 @@ def _unit(up: RowGradient, products: Products) -> torch.Tensor | None:
     if not products.mixed or products.dtype != torch.float16 or not up.offset.numel():
         return None
     return torch.stack(up.parts).abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
+
+
+# (hidden states and weights of a tile, which rows and columns, the rows' numbers, rows to pad to)
+TileGradient = Callable[[torch.Tensor, torch.Tensor, slice, slice, RowGradient, int], torch.Tensor]
+
+
+def _torch_dz(head: Head, products: Products, size: int, db: torch.Tensor | None) -> TileGradient:
+    """What makes the gradient of a tile of at most `size` logits, and adds to dbias: a product,
+    then a pass over it."""
+    tile = torch.empty(size, dtype=products.wide, device=head.hidden.device)
+    small = torch.empty_like(tile, dtype=products.dtype) if products.mixed else tile
+
+    def dz_of(
+        h: torch.Tensor, w: torch.Tensor, r: slice, v: slice, up: RowGradient, pad: int
+    ) -> torch.Tensor:
+        raw, dz = (x[: h.shape[0] * w.shape[0]].view(h.shape[0], -1) for x in (tile, small))
+        head.logits(products, r, v, h, w, raw)
+        bias, map = head.bias_of(v, products.wide), head.map_of(r, pad)
+        # dbias is summed before the rounding; where there is none dz is raw under another name
+        out = dz if products.mixed and db is None else raw
+        softmax.gradient(raw, head.targets(r, v, pad), bias, up, map, out)
+        if db is not None:
+            db[v] += raw.sum(0)
+            if products.mixed:
+                dz.copy_(raw)
+        return dz
+
+    return dz_of
+
+
+def _triton_dz(head: Head, products: Products, size: int, db: torch.Tensor | None) -> TileGradient:
+    """The same in one kernel, which rounds where it multiplies."""
+    from riskpo_kernels.kernels.dense_gradient import tile_gradient  # needs Triton: on demand
+
+    tile = torch.empty(size, dtype=products.dtype, device=head.hidden.device)
+
+    def dz_of(
+        h: torch.Tensor, w: torch.Tensor, r: slice, v: slice, up: RowGradient, pad: int
+    ) -> torch.Tensor:
+        dz = tile[: h.shape[0] * w.shape[0]].view(h.shape[0], -1)
+        bias, map = head.bias_of(v, products.wide), head.map_of(r, pad)
+        given = bias, head.targets(r, v, pad), up, map, dz
+        sums = tile_gradient(h, w, *given, sums=db is not None)
+        if db is not None and sums is not None:
+            db[v] += sums
+        return dz
+
+    return dz_of
+
+
+def dense_backward(
+    head: Head, up: RowGradient, o: Options, into: Gradients, rows_outer: bool
+) -> None:
+    """Add every column of the rows to the gradients. The axis of the outer loop is opened and
+    closed piece by piece; the other one is visited again and again."""
+    products = products_of(head)
+    plan = plan_for(head, o, products, head.vocab, outer=0 if rows_outer else 1)
+    pad = plan.rows if o.deterministic else 0
+    make = _torch_dz if o.backend == "torch" else _triton_dz
+    dz_of = make(head, products, plan.rows * plan.cols, into.db)
+
+    def one_tile(r: slice, v: slice, dh: torch.Tensor | None, dw: torch.Tensor | None) -> None:
+        h, w = head.take(r, products.dtype, pad), head.columns(v, products.dtype)
+        dz = dz_of(h, w, r, v, rows_of(up, r, pad), pad)
+        if dh is not None:
+            products.add(dh, dz, w, apart=o.deterministic)
+        if dw is not None:
+            products.add(dw, dz.T, head.trained(h))
+
+    rows, cols = (head.n, plan.rows, into.dh), (head.vocab, plan.cols, into.dw)
+    outer, inner = (rows, cols) if rows_outer else (cols, rows)
+    for a in spans(*outer[:2]):
+        piece = None if outer[2] is None else outer[2].open(a)
+        for b in spans(*inner[:2]):
+            other = None if inner[2] is None else inner[2].open(b)
+            if rows_outer:
+                one_tile(a, b, piece, other)
+            else:
+                one_tile(b, a, other, piece)
+        if outer[2] is not None and piece is not None:
+            outer[2].close(a, piece)

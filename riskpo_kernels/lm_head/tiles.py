@@ -208,15 +208,6 @@ class Gradients:
 Fold = Callable[[torch.Tensor, slice, RowState, torch.Tensor | None], None]
 
 
-def gradient_of(backend: str) -> Callable[..., torch.Tensor]:
-    """What turns a tile of logits into its gradient."""
-    if backend == "torch":
-        return softmax.gradient
-    from riskpo_kernels.kernels.softmax_rows import gradient  # needs Triton: only on demand
-
-    return gradient
-
-
 def products_of(head: Head) -> Products:
     return Products(head.hidden.device, head.hidden.dtype, head.weight.dtype)
 
@@ -237,9 +228,10 @@ def plan_for(
         # of that axis the sums and what they are rounded to; of the other a 16-bit copy at most
         edges[outer] = 8 if products.dtype == torch.bfloat16 else 12
         edges[1 - outer] = 2
-    tiles = 1  # the logits; further tiles are temporaries of the torch formulas
-    if o.backend == "torch":
-        tiles += int(o.return_entropy) + int(back and o.softcap is not None)
+    # the logits; further tiles are temporaries of the torch formulas; Triton makes dz at once
+    tile = wide * (1 + int(o.return_entropy) + int(back and o.softcap is not None))
+    if o.backend == "triton":
+        tile = products.dtype.itemsize
     return plan_tiles(
         "linear_logprob",
         rows if o.deterministic else head.n,
@@ -248,7 +240,7 @@ def plan_for(
         memory_mib=o.memory_mib - (0 if head.kept is None else head.kept.raw.nbytes / 2**20),
         most_rows=rows,
         most_cols=cols,
-        tile_bytes=tiles * wide + (2 if products.mixed and back else 0),
+        tile_bytes=tile + (2 if products.mixed and back and o.backend == "torch" else 0),
         edge_bytes=(edges[0], edges[1]),
         row_bytes=0 if back or not o.tail_eps else (4 + o.return_entropy) * wide * n_blocks(vocab),
     )
@@ -304,46 +296,3 @@ def _fold_tiles(head: Head, o: Options, products: Products, vocab: int) -> tuple
             softmax.fold(raw, target, bias, part, map, here)
 
     return plan.rows, plan.rows if o.deterministic else 0, tiles
-
-
-def dense_backward(
-    head: Head, up: RowGradient, o: Options, into: Gradients, rows_outer: bool
-) -> None:
-    """Add every column of the rows to the gradients. The axis of the outer loop is opened and
-    closed piece by piece; the other one is visited again and again."""
-    products = products_of(head)
-    plan = plan_for(head, o, products, head.vocab, outer=0 if rows_outer else 1)
-    gradient = gradient_of(o.backend)
-    pad = plan.rows if o.deterministic else 0
-    tile = torch.empty(plan.rows * plan.cols, dtype=products.wide, device=head.hidden.device)
-    small = torch.empty_like(tile, dtype=products.dtype) if products.mixed else tile
-
-    def one_tile(r: slice, v: slice, dh: torch.Tensor | None, dw: torch.Tensor | None) -> None:
-        h, w = head.take(r, products.dtype, pad), head.columns(v, products.dtype)
-        raw, dz = (x[: h.shape[0] * w.shape[0]].view(h.shape[0], -1) for x in (tile, small))
-        head.logits(products, r, v, h, w, raw)
-        bias, part, map = head.bias_of(v, products.wide), rows_of(up, r, pad), head.map_of(r, pad)
-        # dbias is summed before the rounding; where there is none dz is raw under another name
-        out = dz if products.mixed and into.db is None else raw
-        gradient(raw, head.targets(r, v, pad), bias, part, map, out)
-        if into.db is not None:
-            into.db[v] += raw.sum(0)
-            if products.mixed:
-                dz.copy_(raw)
-        if dh is not None:
-            products.add(dh, dz, w, apart=o.deterministic)
-        if dw is not None:
-            products.add(dw, dz.T, head.trained(h))
-
-    rows, cols = (head.n, plan.rows, into.dh), (head.vocab, plan.cols, into.dw)
-    outer, inner = (rows, cols) if rows_outer else (cols, rows)
-    for a in spans(*outer[:2]):
-        piece = None if outer[2] is None else outer[2].open(a)
-        for b in spans(*inner[:2]):
-            other = None if inner[2] is None else inner[2].open(b)
-            if rows_outer:
-                one_tile(a, b, piece, other)
-            else:
-                one_tile(b, a, other, piece)
-        if outer[2] is not None and piece is not None:
-            outer[2].close(a, piece)

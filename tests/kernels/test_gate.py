@@ -85,10 +85,10 @@ def test_the_usual_gate_compiles_every_kernel_for_every_architecture():
         jobs = gate.first_of_each(gate.jobs_for([arch], ""))
         kinds = {gate.kind_of(gate.configurations(m)[i].name) for m, i, _ in jobs}
         assert {k.split("-")[0] for k in kinds} == {k.split("-")[0] for k in every}, arch
-    from riskpo_kernels.kernels.head_forward import FORWARDS
+    from riskpo_kernels.kernels.head_tile import FORWARDS
 
-    named = {k.split("-")[1] for k in every if k.startswith("forward")}
-    assert named == FORWARDS.keys()
+    for kind in ("forward", "dense"):
+        assert {k.split("-")[1] for k in every if k.startswith(kind)} == FORWARDS.keys()
 
 
 LAUNCHES = """
@@ -122,7 +122,7 @@ from riskpo_kernels.lm_head.block_filter import ActiveBlocks, find_ways
 from riskpo_kernels.lm_head.tiles import Head, Options
 from riskpo_kernels.lm_head.triton_forward import triton_forward
 from riskpo_kernels.lm_head import sparse_triton
-from riskpo_kernels.kernels.softmax_rows import row_statistics
+from riskpo_kernels.kernels.softmax_rows import gradient, row_statistics
 from riskpo_kernels.core.matmul import Products
 from riskpo_kernels.core.softmax import LogitMap, RowGradient
 
@@ -143,7 +143,9 @@ for vocab in (1000, 1024):
         for needs in ((True, True, True), (False, False, True)):
             up = RowGradient(c, c, c, c, c)
             backward.backward_rows(head, up, active, ways, needs, o)
-    row_statistics(torch.randn(n, vocab).half(), head.target, head.map, [torch.empty(n)] * 5)
+    raw = torch.randn(n, vocab).half()
+    row_statistics(raw, head.target, head.map, [torch.empty(n)] * 5)
+    gradient(raw, head.target, None, up, head.map, raw)
 print(launched)
 """
 
@@ -162,8 +164,9 @@ def test_what_is_compiled_is_what_is_launched(target):
     assert done.returncode == 0, done.stderr[-2000:]
     found = eval(done.stdout.strip().splitlines()[-1])
     names = {"_rows_kernel", "_gradient_kernel", "statistics_kernel", "finish_kernel"}
-    names |= {"dz_kernel", "dh_kernel", "gather_kernel", "dw_kernel", "fold_kernel"}
+    names |= {"dz_kernel", "dh_kernel", "gather_kernel", "dw_kernel", "fold_kernel", "dense_kernel"}
     assert found.keys() == names
     for name, launches in found.items():
         assert all(same for same, _ in launches), name
-    assert {maps for _, maps in found["statistics_kernel"]} == {not hip}
+    for name in ("statistics_kernel", "dense_kernel"):
+        assert {maps for _, maps in found[name]} == {not hip}

@@ -70,7 +70,7 @@ from riskpo_kernels.lm_head import block_filter as block_selection
 from riskpo_kernels.lm_head import backward as head_backward
 from riskpo_kernels.lm_head import tiles as head_tiles
 from riskpo_kernels.lm_head.triton_forward import triton_forward
-from riskpo_kernels.kernels.softmax_rows import row_statistics
+from riskpo_kernels.kernels.softmax_rows import gradient, row_statistics
 from riskpo_kernels.lm_head import sparse_triton as sparse_launch
 from riskpo_kernels.core.matmul import Products
 from riskpo_kernels.lm_head.block_filter import find_ways
@@ -101,7 +101,9 @@ for n in [1, 2, 15, 16, 17, *range(64, 1000, 64), 333]:
     up = RowGradient(c, c, c, c, c)
     fp16 = torch.float16
     triton_forward(h, w, b, head.target, head.map, None, None, replace(o, memory_mib=0.05), fp16)
-    row_statistics(torch.randn(n, V).half(), head.target, head.map, [torch.empty(n)] * 5)
+    raw = torch.randn(n, V).half()
+    row_statistics(raw, head.target, head.map, [torch.empty(n)] * 5)
+    gradient(raw, head.target, None, up, head.map, raw)
     active = block_selection.ActiveBlocks.new(V, n, h.device)
     active.bits.fill_(255)
     active.dense[: n // 2] = True  # rows of both ways
@@ -123,7 +125,7 @@ def test_many_lengths_few_kernels():
     assert done.returncode == 0, done.stderr[-2000:]
     found = eval(done.stdout.strip().splitlines()[-1])
     names = {"_rows_kernel", "_gradient_kernel", "statistics_kernel", "finish_kernel"}
-    names |= {"dz_kernel", "dh_kernel", "gather_kernel", "dw_kernel", "fold_kernel"}
+    names |= {"dz_kernel", "dh_kernel", "gather_kernel", "dw_kernel", "fold_kernel", "dense_kernel"}
     assert found.keys() == names, found
     assert all(count <= 2 for count in found.values()), found
 

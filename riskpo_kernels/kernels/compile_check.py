@@ -56,7 +56,7 @@ SMALLEST_LIMIT = 101376
 PROGRESS = 50  # configurations between two lines that say how far it is
 MOST = {"forward": 20.0, "rows": 26.0}  # instructions per logit on sm_90, without a softcap's tanh
 # Sizes that hang on the vocabulary: of several models no multiples of 16
-RAGGED = ("V", "C", "stride_raw", "stride_out", "stride_dz")
+RAGGED = ("V", "C", "stride_raw", "stride_out")
 
 
 class Compiled(NamedTuple):

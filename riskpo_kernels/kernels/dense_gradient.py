@@ -6,7 +6,7 @@
     hidden, weight              [R, D], [C, D]   bf16, fp16 (fp32 in the interpreter)
     target                      [R]              int64, counted from the tile's first column
     numbers of a row, T         [R]              fp32
-    dz                          [R, C]           dtype of hidden
+    dz                          [R, C]           dtype of hidden; rows a multiple of 16 apart
     sums                        [R / BM, C]      fp32, of dz's columns before they are rounded
 
 Cost: 2 R C D FLOPs and 2 bytes a logit, where a float32 tile in memory and a pass over it move 10.
@@ -83,7 +83,8 @@ def block_gradient(
     if HAS_SOFTCAP:
         dz *= cap_slope
     at = o_r[:, None] * stride_dz + o_v[None, :]
-    tl.store(p_dz + at, dz.to(p_dz.dtype.element_ty), mask=m_r[:, None] & m_v[None, :])
+    m_dz = m_r[:, None] & (o_v < stride_dz)[None, :]  # a multiple of 16: wide stores
+    tl.store(p_dz + at, dz.to(p_dz.dtype.element_ty), mask=m_dz)
     if HAS_DB:
         tl.store(p_sums + i_r * C + o_v, tl.sum(dz, 0), mask=m_v)
 

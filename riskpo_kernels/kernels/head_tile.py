@@ -43,7 +43,7 @@ FORWARDS = {
 }
 
 
-NARROW = {"hopper": "blackwell"}
+NARROW = {"hopper": "blackwell", "blackwell": "pointers"}  # for an epilogue that holds more
 
 
 def forward_on(capability: tuple[int, int], tma: bool) -> str:
@@ -108,7 +108,7 @@ def operands_of(
     hidden: torch.Tensor, weight: torch.Tensor, *, narrow: bool = False
 ) -> tuple[Tile, dict[str, Any]]:
     """The row of FORWARDS for a product of these, and what a launch says of them and of it.
-    narrow: not one of 256 columns, for an epilogue beside which they would spill."""
+    narrow: a smaller one, for an epilogue beside which it would spill."""
     can = _tma(hidden) and _tma(weight)
     name = forward_on(capability_of(hidden.device), can)
     tile = FORWARDS[NARROW.get(name, name) if narrow else name]

@@ -214,7 +214,9 @@ def _triton_dz(head: Head, products: Products, size: int, db: torch.Tensor | Non
     def dz_of(
         h: torch.Tensor, w: torch.Tensor, r: slice, v: slice, up: RowGradient, pad: int
     ) -> torch.Tensor:
-        dz = tile[: h.shape[0] * w.shape[0]].view(h.shape[0], -1)
+        rows, columns = h.shape[0], w.shape[0]
+        wide = _in_sixteens(columns)
+        dz = tile[: rows * wide].view(rows, wide)[:, :columns]
         bias, map = head.bias_of(v, products.wide), head.map_of(r, pad)
         given = bias, head.targets(r, v, pad), up, map, dz
         sums = tile_gradient(h, w, *given, sums=db is not None)
@@ -223,6 +225,11 @@ def _triton_dz(head: Head, products: Products, size: int, db: torch.Tensor | Non
         return dz
 
     return dz_of
+
+
+def _in_sixteens(columns: int) -> int:
+    """Columns from one row of dz to the next: the kernel writes 16 at once."""
+    return -(-columns // 16) * 16
 
 
 def dense_backward(
@@ -234,7 +241,7 @@ def dense_backward(
     plan = plan_for(head, o, products, head.vocab, outer=0 if rows_outer else 1)
     pad = plan.rows if o.deterministic else 0
     make = _torch_dz if o.backend == "torch" else _triton_dz
-    dz_of = make(head, products, plan.rows * plan.cols, into.db)
+    dz_of = make(head, products, plan.rows * _in_sixteens(plan.cols), into.db)
 
     def one_tile(r: slice, v: slice, dh: torch.Tensor | None, dw: torch.Tensor | None) -> None:
         h, w = head.take(r, products.dtype, pad), head.columns(v, products.dtype)

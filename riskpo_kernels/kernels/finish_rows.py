@@ -124,7 +124,9 @@ def finish_kernel(
         m = tl.load(p_state + r, mask=live, other=0.0)
         s = tl.load(p_state + R + r, mask=live, other=0.0)
         z_t = tl.load(p_state + 2 * R + r, mask=live, other=0.0)
-        u = tl.load(p_state + 3 * R + r, mask=live & ENTROPY, other=0.0)
+        u = s
+        if ENTROPY:
+            u = tl.load(p_state + 3 * R + r, mask=live, other=0.0)
     else:
         z_t = tl.load(p_zt + r, mask=here, other=float("-inf"))
         m = tl.max(top, 1)
@@ -140,7 +142,8 @@ def finish_kernel(
         tl.store(p_state + r, m, mask=live)
         tl.store(p_state + R + r, s, mask=live)
         tl.store(p_state + 2 * R + r, z_t, mask=live)
-        tl.store(p_state + 3 * R + r, u, mask=live & ENTROPY)
+        if ENTROPY:
+            tl.store(p_state + 3 * R + r, u, mask=live)
     else:
         logprob, entropy, peak, log_sum, q = row_results(m, m - z_t, s, u, z_t, ENTROPY)
         tl.store(p_logprob + i, tl.where(live, logprob, 0.0), mask=m_r)

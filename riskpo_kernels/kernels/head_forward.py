@@ -93,7 +93,8 @@ def block_statistics(
     s = tl.sum(e, 1)
     log_s = tl.log2(s)
     at = o_r * stride_blocks + v // BLOCK
-    m_b = m_r & (v < V)
+    # a mask & a number is a number to Triton 3.9's interpreter
+    m_b = m_r & (v + tl.zeros_like(o_r) < V)
     tl.store(p_top + at, tl.where(top <= LOWEST / 2, float("-inf"), top * outer), mask=m_b)
     tl.store(p_rest + at, log_s * LN2, mask=m_b)
     if ENTROPY:

@@ -95,7 +95,8 @@ def _rows_kernel(
     for v in range(0, V, BV):
         o_v = v + tl.arange(0, BV)  # [BV]
         m_v = o_v < V
-        x = tl.load(p_row + o_v, mask=m_v & live, other=float("-inf")).to(tl.float32)
+        m_x = tl.where(live, o_v, V) < V  # a tensor: see block_statistics
+        x = tl.load(p_row + o_v, mask=m_x, other=float("-inf")).to(tl.float32)
         if HAS_SOFTCAP:
             x = tanh(x * inner)
         x = tl.where(m_v & (o_v != column), x, float("-inf"))

@@ -56,7 +56,7 @@ def put(
         dw *= tl.load(p_unit)
     tl.store(p_out, dw.to(p_dw.dtype.element_ty), mask=m_out)
     if HAS_DB:
-        m_db = m_v & (i_d == 0)
+        m_db = m_v & (i_d + tl.zeros_like(o_v) == 0)  # a tensor: see block_statistics
         tl.store(p_db + o_v, db + tl.load(p_db + o_v, mask=m_db, other=0.0), mask=m_db)
 
 
@@ -128,7 +128,7 @@ def dw_kernel(
         o_part = (first_part + i_p) * BLOCK + o_b
         tl.store(p_parts + o_part[:, None] * D + o_d[None, :], dw, mask=m_d[None, :])
         if HAS_DB:
-            tl.store(p_part_sums + o_part, db, mask=(i_d == 0) & m_v)
+            tl.store(p_part_sums + o_part, db, mask=m_v & (i_d + tl.zeros_like(o_v) == 0))
     else:
         put(dw, db, p_dw, p_db, p_unit, i_d, o_v, o_d, D, V, stride_dw, HAS_DB, HAS_UNIT, ADD)
 

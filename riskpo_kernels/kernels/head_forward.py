@@ -72,8 +72,8 @@ def block_statistics(
     # products x [BM, BLOCK] of the columns from v on; target [BM] counts from the first column;
     # hits: how many rows have theirs among these
     o_v = v + tl.arange(0, BLOCK)  # [BLOCK]
-    if HAS_BIAS:
-        bias = tl.load(p_bias + o_v, mask=o_v < V, other=0.0).to(tl.float32)
+    if HAS_BIAS:  # beyond the last column it masks, unless the logits are mapped afterwards
+        bias = tl.load(p_bias + o_v, mask=o_v < V, other=float("-inf")).to(tl.float32)
         x += at_least(bias, LOWEST)[None, :]
     if HAS_SOFTCAP:
         x = tanh(x * inner)
@@ -85,7 +85,8 @@ def block_statistics(
         z_t = tl.where(z_t <= LOWEST / 2, float("-inf"), z_t * outer)
         tl.store(p_zt + o_r, z_t, mask=(target >= v) & (target < v + BLOCK) & m_r)
         x = tl.where(taken, LOWEST, x)
-    x = tl.where((o_v < V)[None, :], x, LOWEST)
+    if not HAS_BIAS or HAS_SOFTCAP or NEGATIVE:
+        x = tl.where((o_v < V)[None, :], x, LOWEST)
     top = tl.max(x, 1)
     k = outer * LOG2E
     y = (x - top[:, None]) * k[:, None]  # in base 2; the difference is exact near the largest

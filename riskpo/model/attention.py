@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from transformers.utils import is_flash_attn_2_available
 FLASH, VARLEN, SEQUENCES = "flash_attention_2", "riskpo_varlen", "riskpo_sequences"
 CHOICES = {"flash": FLASH, "varlen": VARLEN, "sequences": SEQUENCES, "masked": "sdpa"}
 VARLEN_WIDTH = 256  # largest head that torch's kernel takes
+TOGETHER = 512  # tokens: up to here a call costs more than a copy of what it reads
 # torch 2.13 refuses fewer heads of keys than of queries unless it is told; 2.11 has no word for it
 # and hands them to the same kernel, which takes them.
 TELLS = "enable_gqa" in inspect.signature(varlen_attn).parameters
@@ -115,7 +117,8 @@ def by_sequence(
 ) -> tuple[torch.Tensor, None]:
     """sdpa on each sequence of the row alone; query [1, nh, T, hd], key and value [1, nkv, T, hd].
 
-    Returns [1, T, nh, hd]. With a mask or a cache it is transformers' own sdpa.
+    Returns [1, T, nh, hd]. Short sequences of one length share a call: the same numbers, bit for
+    bit. With a mask or a cache it is transformers' own sdpa.
     """
     if attention_mask is not None or query.shape[2] != key.shape[2]:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
@@ -128,16 +131,29 @@ def by_sequence(
                 "drops keywords on the way; set memory.attention='masked'."
             )
         sequence_lengths = [total]
-    parts, start = [], 0
-    for n in sequence_lengths:
-        piece = slice(start, start + n)
-        mask = _window(n, sliding_window, query.device)
-        part, _ = sdpa_attention_forward(
-            module, query[:, :, piece], key[:, :, piece], value[:, :, piece], mask, **options
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        mask = _window(q.shape[2], sliding_window, q.device)
+        return sdpa_attention_forward(module, q, k, v, mask, **options)[0]
+
+    starts: dict[int, list[int]] = {}
+    for n, end in zip(sequence_lengths, accumulate(sequence_lengths), strict=True):
+        starts.setdefault(n, []).append(end - n)
+    if max(starts) > TOGETHER or len(starts) == len(sequence_lengths):
+        cuts = [x.split(list(sequence_lengths), dim=2) for x in (query, key, value)]
+        outs = [attend(*piece) for piece in zip(*cuts, strict=True)]
+        return (outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)), None
+    parts, places = [], []
+    for n, first in starts.items():  # sequences of one length are a batch
+        place = torch.tensor(first)[:, None] + torch.arange(n)
+        at = place.flatten().to(query.device)
+        batch = (
+            x[0].index_select(1, at).unflatten(1, place.shape).transpose(0, 1)
+            for x in (query, key, value)
         )
-        parts.append(part)
-        start += n
-    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)), None
+        parts.append(attend(*batch).flatten(0, 1))
+        places.append(at)
+    return torch.cat(parts)[torch.cat(places).argsort()][None], None
 
 
 def _window(n: int, sliding_window: int | None, device: torch.device) -> torch.Tensor | None:

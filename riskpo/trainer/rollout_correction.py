@@ -60,7 +60,8 @@ def ratio(settings: SamplerConfig, trainer: torch.Tensor, sampler: torch.Tensor)
 def count_mismatch(
     totals: Totals, settings: SamplerConfig, trainer: torch.Tensor, sampler: torch.Tensor
 ) -> None:
-    """Add one response, given by its tokens' log-probs [n], to the sums of `mismatch_numbers`."""
+    """Add to the sums of `mismatch_numbers`: log-probs [n] of one response, for level="token" of
+    any number end to end."""
     given = ~sampler.isnan()
     gap = (trainer - sampler).double()[given].clamp(-LOG_LIMIT, LOG_LIMIT)
     whole = given if settings.level == "token" else given.all()

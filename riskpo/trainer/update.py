@@ -215,12 +215,18 @@ def first_pass(
     old: dict[int, torch.Tensor], rollouts: Rollouts, settings: SamplerConfig, totals: Totals
 ) -> FirstPass:
     """The trainer's log-probs by row, compared with the sampler's."""
-    weights = {}
-    for row, x in old.items():
-        pair = x[rollouts.prompt_len[row] - 1 :], rollouts.logprob[row].to(x.device)
+    pairs = {
+        row: (x[rollouts.prompt_len[row] - 1 :], rollouts.logprob[row].to(x.device))
+        for row, x in old.items()
+    }
+    # Tokens are counted in one go, whosever they are.
+    whole = settings.level == "sequence" or not pairs
+    counted = pairs.values() if whole else [map(torch.cat, zip(*pairs.values(), strict=True))]
+    for pair in counted:
         count_mismatch(totals, settings, *pair)
-        if settings.correction != "none":
-            weights[row] = correction_weight(settings, *pair)
+    weights = {}
+    if settings.correction != "none":
+        weights = {row: correction_weight(settings, *pair) for row, pair in pairs.items()}
     return FirstPass(old, weights)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.attention.varlen
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from riskpo.demo import build_questions
 from riskpo.model import attention
@@ -62,6 +63,32 @@ def test_packed_equals_one_by_one(name, implementation):
     for (key, p), q in zip(model.named_parameters(), alone.parameters(), strict=True):
         if p.grad is not None:
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-4, msg=key)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_sequences_of_one_length_share_a_call(window, monkeypatch):
+    """Values and gradients are those of a call for each, bit for bit."""
+    calls = []
+
+    def counted(*given, **options):
+        calls.append(given[1].shape)
+        return sdpa_attention_forward(*given, **options)
+
+    monkeypatch.setattr(attention, "sdpa_attention_forward", counted)
+    lengths = [5, 3, 5, 1, 5, 3]
+    qkv = [torch.randn(1, n, sum(lengths), 8, requires_grad=True) for n in (4, 2, 2)]
+    upstream = torch.randn(1, sum(lengths), 4, 8)
+    module = torch.nn.Module()
+    module.is_causal, module.num_key_value_groups = True, 2
+    found = []
+    for together in (attention.TOGETHER, 4):
+        monkeypatch.setattr(attention, "TOGETHER", together)
+        out, _ = attention.by_sequence(
+            module, *qkv, None, sequence_lengths=lengths, sliding_window=window
+        )
+        found.append([out, *torch.autograd.grad(out, qkv, upstream)])
+    assert [x[0] for x in calls] == [3, 2, 1] + [1] * len(lengths)
+    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("name", MODELS)

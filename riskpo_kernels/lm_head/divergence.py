@@ -26,7 +26,6 @@ Workspace is memory_mib; beside it one float32 dH, and 1 bit a pair until the ba
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -44,14 +43,22 @@ from riskpo_kernels.core.operators import (
 from riskpo_kernels.core.process_groups import group_called, sum_over
 from riskpo_kernels.core.softmax import BLOCK, LogitMap
 from riskpo_kernels.lm_head.block_filter import CAP, ActiveBlocks, keep_blocks, n_blocks
-from riskpo_kernels.lm_head.divergence_stats import Fold, Pair, Stats, block_sums
+from riskpo_kernels.lm_head.divergence_stats import (
+    Fold,
+    Pair,
+    Room,
+    Stats,
+    block_sums,
+    gradient_of,
+    mixture,
+)
 from riskpo_kernels.lm_head.operator import put_among, saving
 from riskpo_kernels.lm_head.tiles import Accumulator, Head, products_of
 from riskpo_kernels.lm_head.vocab_parallel import VocabShard
 
 OP = "linear_divergence"
 KINDS = ("forward_kl", "reverse_kl", "jsd")
-TILE = {"cuda": (4096, 8192), "cpu": (1024, 1024)}  # (rows, cols) of the largest one
+TILE = {"cuda": (4096, 8192), "cpu": (1024, 2048)}  # (rows, cols) of the largest one
 N_TENSORS = 8
 # divergence | peaks and log-sums of student and teacher | KL of the row's gradient | active blocks
 RESULTS = 9
@@ -109,30 +116,29 @@ def _plan(pair: Pair, w: Words, vocab: int) -> Plan:
 
 
 def _second_pass(
-    pair: Pair, w: Words, r: slice, stats: Stats, cols: int, blocks: int, group: Any
+    pair: Pair, w: Words, r: slice, stats: Stats, cols: int, blocks: int, group: Any, room: Room
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """jsd, KL(p || m) and the bounds [R, B] of rows r."""
     n = r.stop - r.start
     total, own = (stats.p_peak.new_zeros(n) for _ in range(2))
     p_sum, far = (stats.p_peak.new_zeros(n, blocks) for _ in range(2))
     for v in spans(pair.student.vocab, cols):
-        (zp, *_), (zq, *_) = pair.logits(r, v)
+        (zp, *_), (zq, *_) = pair.logits(r, v, room)
         log_p, log_q = stats.log_probs(zp, zq, slice(None))
-        log_m = _mixture(log_p, log_q, w.beta)
-        p, gap = log_p.exp(), log_p - log_m
-        own += (p * gap).sum(1)
-        total += (log_q.exp() * (log_q - log_m)).sum(1)
+        spare = room.beside("spare", log_p)
+        log_m = mixture(log_p, log_q, w.beta, room.beside("beside", log_p), spare)
+        q = torch.exp(log_q, out=spare)
+        total += log_q.sub_(log_m).mul_(q).sum(1)
+        gap = torch.sub(log_p, log_m, out=log_m)
+        p = log_p.exp_()
+        own += gap.mul_(p).sum(1)
         if blocks:
             at = slice(v.start // BLOCK, n_blocks(v.stop))
-            p_sum[:, at], far[:, at] = block_sums(p), block_sums(p * gap.abs())
+            p_sum[:, at], far[:, at] = block_sums(p), block_sums(gap.abs_())
     if group is not None:
         own, total = sum_over(group, torch.stack([own, total]))
     jsd = (w.beta * total + (1 - w.beta) * own).clamp(min=0.0)
     return jsd, own, (1 - w.beta) * (far + p_sum * own[:, None].abs())
-
-
-def _mixture(log_p: torch.Tensor, log_q: torch.Tensor, beta: float) -> torch.Tensor:
-    return torch.logaddexp(log_q + math.log(beta), log_p + math.log1p(-beta))
 
 
 def _forward(
@@ -156,20 +162,21 @@ def _forward(
         group, widest, cap = shard.group, shard.widest, CAP / shard.ranks
     active = ActiveBlocks.new(vocab if w.tail_eps else 0, n, hidden.device)
     results = hidden.new_empty(6, n, dtype=wide)
-    plan = _plan(pair, w, widest)
+    plan, room = _plan(pair, w, widest), Room(hidden)
     blocks = n_blocks(vocab) if w.tail_eps else 0
     with exact_products(hidden.device):
         for r in spans(n, plan.rows):
             fold = Fold(r.stop - r.start, blocks, hidden, wide, w.kind)
             for v in spans(vocab, plan.cols):
-                (zp, *_), (zq, *_) = pair.logits(r, v)
-                fold.tile(v, (zp, zq))
+                (zp, *_), (zq, *_) = pair.logits(r, v, room)
+                fold.tile(v, (zp, zq), room)
             if group is not None:
                 fold.merge(group)
             stats, value = fold.finish()
             own = value
             if w.kind == "jsd":
-                value, own, bounds = _second_pass(pair, w, r, stats, plan.cols, blocks, group)
+                given = (plan.cols, blocks, group, room)
+                value, own, bounds = _second_pass(pair, w, r, stats, *given)
             elif w.tail_eps:
                 bounds = fold.bounds(value)
             results[:, r] = torch.stack([value, *stats, own])
@@ -287,6 +294,7 @@ class _Tile:
 
     def __init__(self, pair: Pair, w: Words, stats: Stats, own: torch.Tensor, factor: torch.Tensor):
         self.pair, self.w, self.stats, self.own, self.factor = pair, w, stats, own, factor
+        self.room = Room(own)
         self.plan = _plan(
             pair, w, min(BLOCK, pair.student.vocab) if w.tail_eps else pair.student.vocab
         )
@@ -294,16 +302,10 @@ class _Tile:
     def add(
         self, r: torch.Tensor, v: slice, dh: torch.Tensor | None, dw: torch.Tensor | None, db: Any
     ) -> None:
-        (zp, slope, h, weight), (zq, *_) = self.pair.logits(r, v)
+        (zp, slope, h, weight), (zq, *_) = self.pair.logits(r, v, self.room)
         log_p, log_q = self.stats.log_probs(zp, zq, r)
-        p, kl = log_p.exp(), self.own[r, None]
-        if self.w.kind == "forward_kl":
-            dz = p.sub_(log_q.exp_())
-        elif self.w.kind == "reverse_kl":
-            dz = log_p.sub_(log_q).sub_(kl).mul_(p)
-        else:
-            gap = log_p - _mixture(log_p, log_q, self.w.beta)
-            dz = gap.sub_(kl).mul_(p).mul_(1 - self.w.beta)
+        given = (log_p, log_q, self.own[r, None], self.room)
+        dz = gradient_of(self.w.kind, self.w.beta, *given)
         dz.mul_(self.factor[r, None])
         if slope is not None:
             dz.mul_(slope)
@@ -312,7 +314,7 @@ class _Tile:
             db[v] += dz.sum(0)
         small = dz.to(products.dtype)
         if dh is not None:
-            part = dh.new_empty(h.shape)
+            part = self.room.take("dh", dh.dtype, *h.shape)
             dh.index_add_(0, r, products.into(part, small, weight))
         if dw is not None:
             products.add(dw, small.T, h)

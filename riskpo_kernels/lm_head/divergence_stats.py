@@ -5,6 +5,7 @@ lm_head/divergence.py has the formulas.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -14,6 +15,26 @@ from riskpo_kernels.core.process_groups import max_over, sum_over
 from riskpo_kernels.core.softmax import BLOCK, FLOOR, mapped
 from riskpo_kernels.lm_head.block_filter import n_blocks
 from riskpo_kernels.lm_head.tiles import Head, products_of
+
+
+class Room:
+    """Memory that all tiles share: on a CPU the pages of a fresh tensor cost more than most of what
+    is computed in them."""
+
+    def __init__(self, like: torch.Tensor):
+        self.like = like
+        self.held: dict[str, torch.Tensor] = {}
+
+    def take(self, name: str, dtype: torch.dtype, rows: int, cols: int) -> torch.Tensor:
+        """[rows, cols], undefined. What was taken under this name before is overwritten."""
+        size = rows * cols
+        if name not in self.held or self.held[name].numel() < size:
+            self.held[name] = self.like.new_empty(size, dtype=dtype)
+        return self.held[name][:size].view(rows, cols)
+
+    def beside(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """Another one of x's shape."""
+        return self.take(name, x.dtype, *x.shape)
 
 
 class Pair(NamedTuple):
@@ -27,13 +48,18 @@ class Pair(NamedTuple):
         return torch.promote_types(products_of(self.student).wide, products_of(self.teacher).wide)
 
     def logits(
-        self, r: slice | torch.Tensor, v: slice
+        self, r: slice | torch.Tensor, v: slice, room: Room
     ) -> Iterator[tuple[torch.Tensor, Any, Any, Any]]:
-        """z [R, C], slope, hidden states and weight of either side."""
-        for head in self:
+        """z [R, C], slope, hidden states and weight of either side, in `room`."""
+        for side, head in zip(("student", "teacher"), self, strict=True):
             products = products_of(head)
-            h, w = head.take(r, products.dtype), head.weight[v].to(products.dtype)
-            raw = h.new_empty(h.shape[0], w.shape[0], dtype=products.wide)
+            if isinstance(r, slice):
+                h = head.take(r, products.dtype)
+            else:
+                h = room.take(f"{side}'s rows", head.hidden.dtype, len(r), head.hidden.shape[1])
+                h = torch.index_select(head.hidden, 0, head.at(r), out=h).to(products.dtype)
+            w = head.weight[v].to(products.dtype)
+            raw = room.take(side, products.wide, h.shape[0], w.shape[0])
             products.into(raw, h, w.T)
             z, slope = mapped(raw, head.bias_of(v, products.wide), head.map_of(r), slope=True)
             yield z.to(self.wide), slope, h, w
@@ -53,6 +79,29 @@ class Stats(NamedTuple):
         """In place."""
         p_peak, p_sum, q_peak, q_sum = (x[r, None] for x in self)
         return zp.sub_(p_peak).sub_(p_sum), zq.sub_(q_peak).sub_(q_sum)
+
+
+def mixture(
+    log_p: torch.Tensor, log_q: torch.Tensor, beta: float, out: torch.Tensor, spare: torch.Tensor
+) -> torch.Tensor:
+    """log m of jsd into `out`; `spare`, which may be log_q, is overwritten."""
+    torch.add(log_p, math.log1p(-beta), out=out)
+    return torch.logaddexp(torch.add(log_q, math.log(beta), out=spare), out, out=out)
+
+
+def gradient_of(
+    kind: str, beta: float, log_p: torch.Tensor, log_q: torch.Tensor, kl: torch.Tensor, room: Room
+) -> torch.Tensor:
+    """That of the divergence in the student's logits [R, C]; both inputs are overwritten.
+    kl [R, 1]: KL(p || q), of jsd KL(p || m)."""
+    if kind == "forward_kl":
+        return log_p.exp_().sub_(log_q.exp_())
+    spare = room.beside("beside", log_p)
+    if kind == "jsd":
+        log_q.copy_(mixture(log_p, log_q, beta, spare, log_q))
+    p = torch.exp(log_p, out=spare)
+    dz = log_p.sub_(log_q).sub_(kl).mul_(p)
+    return dz.mul_(1 - beta) if kind == "jsd" else dz
 
 
 def block_sums(x: torch.Tensor) -> torch.Tensor:
@@ -75,8 +124,8 @@ class Fold:
         self.blocks, self.anchors = full(2, n, n_blocks), full(2, n, n_blocks)
         self.kind, self.own = kind, 0 if kind == "reverse_kl" else 1
 
-    def tile(self, v: slice, z: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """z of student and teacher [R, C]; z of the side that weighs is overwritten."""
+    def tile(self, v: slice, z: tuple[torch.Tensor, torch.Tensor], room: Room) -> None:
+        """z of student and teacher [R, C], which are overwritten."""
         own, at = self.own, slice(v.start // BLOCK, n_blocks(v.stop))
         m = torch.maximum(self.m, torch.stack([x.amax(1) for x in z]))
         shrink = torch.exp((self.m - m).clamp(min=FLOOR))
@@ -86,7 +135,8 @@ class Fold:
         self.u.mul_(shrink[own])
         d = None
         if self.kind != "jsd":
-            d = (z[own] - z[1 - own]).sub_(self.d0[:, None])
+            d = torch.sub(z[own], z[1 - own], out=room.beside("beside", z[own]))
+            d.sub_(self.d0[:, None])
         for side, x in enumerate(z):
             e = x.sub_(m[side, :, None]).exp_()
             sums = block_sums(e)

@@ -6,7 +6,8 @@ import torch
 from riskpo_kernels import linear_logprob, reference
 from riskpo_kernels.core.matmul import counting
 from riskpo_kernels.lm_head import gathered
-from tests.compare import assert_all_close_as_plain
+from tests.compare import FACTOR, assert_all_close_as_plain
+from tests.conftest import has_triton
 from tests.head_inputs import head, upstream
 
 N, V, D = 97, 613, 24
@@ -197,6 +198,16 @@ def test_several_targets(dtype, options):
     assert got["logprob"].shape == (N, 5) and (got["logprob"] <= 0).all()
     assert got["logprob"][4, 1] == 0 and not got["logprob"][[3, 20]].any()
     assert got["logprob"][6, 2] == got["logprob"][6, 3]  # the same id twice
+
+
+@pytest.mark.skipif(not has_triton(), reason="")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_several_targets_from_the_kernels(dtype):
+    """The pass over the vocabulary is the kernels', the gathered columns are PyTorch's."""
+    h, w, b, target = inputs(dtype, k=5)
+    got, exact, plain = three(h, w, b, target, own={"backend": "triton"})
+    # the interpreter multiplies in one order, the backward in another
+    assert_all_close_as_plain(got, exact, plain, factor=12 if dtype == torch.float32 else FACTOR)
 
 
 def test_several_targets_one_of_them_certain():

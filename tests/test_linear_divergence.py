@@ -3,9 +3,11 @@
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from riskpo_kernels import linear_divergence, reference, topk_divergence
 from riskpo_kernels.core.matmul import counting
+from riskpo_kernels.lm_head import divergence
 from tests.compare import assert_all_close_as_plain
 from tests.head_inputs import head, upstream
 
@@ -118,13 +120,51 @@ class Largest(TorchDispatchMode):
         return out
 
 
+def both_passes(n, vocab, kind, tail_eps, memory_mib):
+    """Called as functions: a dispatch mode does not see into an operator."""
+    h, w = torch.randn(n, 4), torch.randn(vocab, 4)
+    tensors = (h, w, None, h / 2, w, None, None, None)
+    words = (kind, 0.5, 1.0, 1.0, None, 1.0, None, tail_eps, "", memory_mib)
+    found = divergence._forward(*tensors, *words)
+    divergence._backward([True, True, False], torch.ones(n), *tensors, *found, *words)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_tensor_of_rows_and_words(kind):
     n, vocab = 1024, 4096
-    h, w = torch.randn(n, 8), torch.randn(vocab, 8)
     with Largest() as seen:
-        linear_divergence(h, w, h, w, kind=kind, memory_mib=3)
-    assert seen.numbers < n * vocab / 8, seen.numbers
+        both_passes(n, vocab, kind, 1e-30, 3)
+    assert vocab * 4 <= seen.numbers < n * vocab / 8, seen.numbers
+
+
+class Fresh(TorchDispatchMode):
+    """Counts results as large as `size` numbers whose memory none of the arguments had."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.count = size, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        before = tree_leaves((args, kwargs))
+        out = func(*args, **(kwargs or {}))
+        held = {x.untyped_storage().data_ptr() for x in before if isinstance(x, torch.Tensor)}
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.numel() >= self.size:
+                self.count += x.untyped_storage().data_ptr() not in held
+        return out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tail_eps", [0.0, 1e-30])
+def test_tiles_share_their_memory(kind, tail_eps, monkeypatch):
+    """Twice as many tiles make no more tensors of half a tile's size (a block's, backward)."""
+    monkeypatch.setattr(divergence, "TILE", {"cpu": (256, 256)})
+    counts = []
+    for vocab in (1024, 2048):
+        with Fresh(256 * 64) as fresh:
+            both_passes(256, vocab, kind, tail_eps, 300)
+        counts.append(fresh.count)
+    assert 0 < counts[0] == counts[1] < 12, counts
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

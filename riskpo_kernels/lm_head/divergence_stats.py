@@ -57,7 +57,8 @@ class Pair(NamedTuple):
                 h = head.take(r, products.dtype)
             else:
                 h = room.take(f"{side}'s rows", head.hidden.dtype, len(r), head.hidden.shape[1])
-                h = torch.index_select(head.hidden, 0, head.at(r), out=h).to(products.dtype)
+                at = r if head.rows is None else head.rows[r]
+                h = torch.index_select(head.hidden, 0, at, out=h).to(products.dtype)
             w = head.weight[v].to(products.dtype)
             raw = room.take(side, products.wide, h.shape[0], w.shape[0])
             products.into(raw, h, w.T)

@@ -39,7 +39,7 @@ USAGE = """riskpo: risk-averse policy optimisation of language models
       prompts, responses, verdicts and rewards
   riskpo report RUN_DIR
       curves, samples, settings, memory in one HTML file; riskpo plot RUN_DIR: the curves alone
-  riskpo doctor [--against torch|trl|liger|verl] [--report FILE.md]
+  riskpo doctor [--against torch|trl|liger|verl] [--model FOLDER] [--report FILE.md]
 
 `riskpo COMMAND --help` lists the settings. An error is one line; --debug shows its traceback."""
 

@@ -17,6 +17,7 @@ from riskpo.algorithms import find_strategy, loss_options
 from riskpo.config import TrainConfig
 from riskpo.data.questions import priors_of
 from riskpo.metrics.step import all_equal, by_stratum, covariances, risk_curves, sampled_entropy
+from riskpo.report.progress import slow_progress
 from riskpo.report.run_page import write_report
 from riskpo.rewards.scorer import stop_if_all_crashed
 from riskpo.rewards.verdict import metric_name
@@ -25,6 +26,7 @@ from riskpo.run import Run, start
 from riskpo.trainer.checkpoint import save_checkpoint
 from riskpo.trainer.update import update
 from riskpo.validation import evaluate_and_log, show_answers, show_first, some_texts
+from riskpo_kernels.causal_lm import decoder_of
 
 
 def train(config: TrainConfig) -> Path:
@@ -56,7 +58,9 @@ def train_step(run: Run, step: int) -> None:
     """One batch of rollouts, from the questions to the line in the log."""
     c, began = run.config, time.perf_counter()
     strategy = find_strategy(c.algorithm)
-    batch = collect(run.sampler, run.judge, run.questions, strategy, c, step)
+    decoder, say = decoder_of(run.policy.model), run.log.note
+    with slow_progress(decoder, f"step {step}: sampling", say):
+        batch = collect(run.sampler, run.judge, run.questions, strategy, c, step)
     sampled = time.perf_counter()
     stop_if_all_crashed(batch.outcomes, run.scorer)
     numbers = {"reward_mean": float(batch.seen_QG.mean()), **risk_curves(batch.seen_QG)}
@@ -73,7 +77,8 @@ def train_step(run: Run, step: int) -> None:
         run.sampler.rest()
         loss = loss_options(strategy, c)
         given = (run.parallel, run.head, run.optimizer, batch.rollouts, advantage_R, loss, c)
-        stats = update(*given, run.teacher)
+        with slow_progress(decoder, f"step {step}: updating", say):
+            stats = update(*given, run.teacher)
         numbers = {**risk, **stats, **numbers, **covariances(batch)}
     else:
         run.log.note(f"step {step}: no question was kept, nothing to learn from")

@@ -110,6 +110,7 @@ MISTAKES = [
     ("plan --model empty", "no config.json"),
     ("plan --model no/such-model", "Qwen2.5-1.5B, Qwen2.5-7B, Llama-3.1-8B"),
     ("doctor --against absent", "invalid choice: 'absent'"),
+    ("doctor --model ./absent", "there is no folder ./absent"),
     ("doctor --report .", "is a folder"),
     ("doctor --report good.jsonl/x.md", "good.jsonl"),
     ("doctor stray", "unrecognized arguments: stray"),

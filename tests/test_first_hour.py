@@ -10,7 +10,7 @@ import torch
 from riskpo.compare.launch import how_far, share_done
 from riskpo.config import TrainConfig
 from riskpo.report.logs import RunLog, read_records, step_line
-from riskpo.report.progress import sampling_progress, spoken
+from riskpo.report.progress import sampling_progress, slow_progress, spoken
 from riskpo.train import train
 from tests.toy import save_arithmetic, verdicts_of
 
@@ -33,6 +33,7 @@ def test_a_run_shows_its_first_prompt_and_keeps_texts(tmp_path, monkeypatch, cap
         return verdicts_of(rewards)
 
     monkeypatch.setattr("riskpo.rewards.scorer.Scorer.verdicts", verdicts)
+    monkeypatch.setattr("riskpo.report.progress.SLOW_S", 0.0)
     config = TrainConfig(
         run_dir=str(tmp_path / "run"), model=str(model), data=str(data), steps=2, log_texts=7,
         max_response_tokens=6, questions_per_step=5, responses_per_question=4, eval_questions=4,
@@ -41,6 +42,8 @@ def test_a_run_shows_its_first_prompt_and_keeps_texts(tmp_path, monkeypatch, cap
     folder = train(config)
     printed = capsys.readouterr().out
     assert "first prompt (" in printed and "as the model reads it: '" in printed
+    for told in ("step 1: sampling, 1 forward passes in 0 s", "step 2: updating, 1 forward passes"):
+        assert told in printed
     assert "reward 0 (wrong)" in printed and "no advantage is above zero" in printed
     assert "held out before training: 4 questions, 8 responses of at most 6 tokens" in printed
     steps, rows = read_records(folder, "step"), rows_of(folder)
@@ -111,6 +114,11 @@ def test_time_left_of_an_evaluation():
     ]
     model(torch.zeros(1, 2))
     assert len(said) == 3
+    with slow_progress(model, "step 3: updating", said.append, clock=lambda: now[0]):
+        for _ in range(20):
+            now[0] += 3.0
+            model(torch.zeros(1, 2))
+    assert said[3:] == [f"step 3: updating, {n} forward passes in {3 * n} s" for n in (7, 14)]
     assert [spoken(s) for s in (40, 600, 9000)] == ["40 s", "10 min", "2.5 h"]
 
 

@@ -74,6 +74,7 @@ def test_the_quickstart_runs(tmp_path, monkeypatch):
 
 
 @pytest.mark.real
+@pytest.mark.timeout(3600)  # an hour, for a busy machine
 @pytest.mark.skipif(not os.environ.get("RISKPO_REAL_MODEL"), reason="RISKPO_REAL_MODEL is not set")
 def test_the_quickstart_runs_on_a_pretrained_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

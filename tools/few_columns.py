@@ -2,9 +2,10 @@
 
     MALLOC_MMAP_THRESHOLD_=65536 python -m tools.few_columns MODEL_FOLDER [--rows 512]
 
-float32, one thread. Log-probs are those of the model's own answers at temperature 1;
+float32, one thread. Log-probs are those of the model's own answers at temperatures 1 and .6;
 for the others rows are hidden states on this repository's README, temperature .6. Printed: CPU
 seconds of forward + backward, the median of three, the peak beside inputs and gradients, quotient.
+--answers ends after the log-probs.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from riskpo.memory_plan.peak_meter import PeakMeter
-from riskpo.model.load import load_policy
+from riskpo.model.load import Policy, load_policy
 from riskpo.rollout.generate import GenerateSampler
 from riskpo.rollout.sampler import SamplingLimits
 from riskpo.types import Question
@@ -32,10 +33,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("model")
     parser.add_argument("--rows", type=int, default=512)
+    parser.add_argument("--answers", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     print("loading the model ...", flush=True)
-    answers(options.model, options.rows)
+    policy = load_policy(options.model)
+    for temperature in (1.0, T):
+        answers(policy, options.rows, temperature)
+    if options.answers:
+        return
     h, w, target = rows_of(options.model, options.rows)
     with torch.no_grad():
         likely = torch.cat([target[:, None], (h @ w.T).topk(KEPT).indices], 1)
@@ -83,11 +89,10 @@ def main() -> None:
     show("reverse KL, tail_eps=2^-14", reverse_kl, "two [N, V] log-softmaxes", two_softmaxes, h, w)
 
 
-def answers(folder: str, rows: int) -> None:
+def answers(policy: Policy, rows: int, temperature: float) -> None:
     """Log-probs of the first tokens of every answer that the model sampled."""
-    policy = load_policy(folder)
     asked = [f"What is {a} + {b}? Explain." for a in range(3, 11) for b in (5, 17)]
-    sampler = GenerateSampler(policy, SamplingLimits(64, 48))
+    sampler = GenerateSampler(policy, SamplingLimits(64, 48, temperature))
     drawn = sampler.sample([Question(x, x, "") for x in asked], 2, (0, 1))
     hidden, target = [], []
     for tokens, start in zip(drawn.tokens, drawn.prompt_len, strict=True):
@@ -99,16 +104,22 @@ def answers(folder: str, rows: int) -> None:
     w = policy.model.get_output_embeddings().weight.detach().clone().requires_grad_()
 
     def plain() -> torch.Tensor:
-        return (h @ w.T).log_softmax(-1).gather(1, ids[:, None])[:, 0]
+        return (h @ w.T / temperature).log_softmax(-1).gather(1, ids[:, None])[:, 0]
 
     def fused(eps: float) -> Callable[[], torch.Tensor]:
-        return lambda: linear_logprob(h, w, ids, tail_eps=eps).logprob
+        return lambda: linear_logprob(h, w, ids, temperature=temperature, tail_eps=eps).logprob
 
     with torch.no_grad():
-        logprob = (h @ w.T).log_softmax(-1)
-    entropy = -(logprob.exp() * logprob).sum(-1).mean()
-    print(f"{len(h)} rows of answers, mean entropy {entropy:.2f}", flush=True)
-    del logprob
+        entropy = linear_logprob(h, w, ids, temperature=temperature, return_entropy=True).entropy
+        began = time.process_time()
+        for _ in range(3):
+            h @ w.T
+    gemm = (time.process_time() - began) / 3
+    print(
+        f"{len(h)} rows of answers at temperature {temperature:g}, mean entropy "
+        f"{entropy.mean():.2f}, the bare product of their logits {gemm:.2f} s",
+        flush=True,
+    )
     show("log-probs, exact", fused(0.0), "[N, V]", plain, h, w)
     show("log-probs, tail_eps=2^-14", fused(2.0**-14), "[N, V]", plain, h, w)
 

@@ -33,9 +33,9 @@ def write(out: Path, ladder: Ladder, measured: Records) -> None:
 
 def about(ladder: Ladder, records: Records) -> dict[str, Any]:
     """Machine, versions, model and command."""
+    flag = " --model FOLDER" if ladder.folder else f" --{ladder.name}"
     return {
-        "command": "python -m tools.memory_ladder"
-        + ("" if ladder.name == "cpu" else f" --{ladder.name}"),
+        "command": "python -m tools.memory_ladder" + flag * (ladder.name != "cpu"),
         "written": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
         "platform": platform.platform(),
         "devices": sorted({r["device"] for r in records if "device" in r}),

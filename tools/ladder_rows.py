@@ -6,7 +6,9 @@ buys. tools/memory_ladder.py measures them, tools/ladder_page.py writes them dow
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from riskpo.memory_plan.budget import GIB, MIB
@@ -40,6 +42,7 @@ class Ladder:
     contexts: tuple[int, ...]  # tokens of the large micro-batch
     head_mib: int
     unit: tuple[str, int]
+    folder: str | None = None  # of a pretrained model; None: random weights
 
     @property
     def config(self) -> dict[str, Any]:
@@ -150,6 +153,13 @@ def rehearsal() -> Ladder:
         head_mib=8,
         unit=CPU.unit,
     )
+
+
+def pretrained(folder: str) -> Ladder:
+    """The CPU's rows on the model of a Hugging Face folder, at contexts that a CPU ends."""
+    values = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+    name = f"cpu-{Path(folder).resolve().name}"
+    return replace(CPU, name=name, model=values, contexts=(512, 1024, 2048), folder=folder)
 
 
 def _small_tiles(row: Row) -> dict[str, int]:

@@ -1,12 +1,13 @@
 """Peak memory of one update at growing context, each switch one row, predicted beside measured.
 
     python -m tools.memory_ladder --out DIR          a small model on the CPU
+    python -m tools.memory_ladder --model FOLDER --out DIR    a pretrained model on the CPU
     python -m tools.memory_ladder --gpu --out DIR    Qwen2.5-1.5B's config, random bfloat16 weights,
                                                      all of them trained, on CUDA
     python -m tools.memory_ladder --dry --out DIR    the GPU's rows in tiny on the CPU: a rehearsal
 
-Writes memory-ladder-{cpu,gpu,dry}.json, .md and .png; with --rows and --tokens only these are
-measured, and the rest of the JSON stays. The rows are in tools/ladder_rows.py.
+Writes memory-ladder-{cpu,cpu-FOLDER,gpu,dry}.json, .md and .png; with --rows and --tokens only
+these are measured, and the rest of the JSON stays. The rows are in tools/ladder_rows.py.
 
 A row is a process of its own, on the CPU every point of it: the model is loaded, a tiny update
 warms the libraries up and creates the optimiser's state, and then the peak of an update is counted
@@ -49,7 +50,7 @@ from riskpo.types import Rollouts
 from riskpo_kernels import SurrogateLoss, clipped_surrogate
 from riskpo_kernels.causal_lm import find_head
 from tools.ladder_page import device_of, write
-from tools.ladder_rows import CPU, DRY, EVERY, FUSED, GPU, LADDERS, Ladder, Row
+from tools.ladder_rows import CPU, DRY, EVERY, FUSED, GPU, LADDERS, Ladder, Row, pretrained
 from tools.plain_transfers import PlainTransfers
 
 SHORT = 64  # tokens of the warm-up
@@ -65,7 +66,7 @@ def measure(ladder: Ladder, row: Row, contexts: list[int]) -> Iterator[dict[str,
     torch.manual_seed(0)
     device = torch.device(ladder.device)
     model = build(ladder, row)
-    meter = PeakMeter(device)
+    meter = PeakMeter(device, model)
     second_place = PlainTransfers() if device.type == "cpu" else None
     apply_switches(model, memory, second_place)
     optimizer = Optimizer(
@@ -192,15 +193,19 @@ def config_of(ladder: Ladder) -> Any:
     from transformers import AutoConfig
 
     values = ladder.config
-    return AutoConfig.for_model(values.pop("model_type"), max_position_embeddings=2**20, **values)
+    return AutoConfig.for_model(**values | {"max_position_embeddings": 2**20})
 
 
 def build(ladder: Ladder, row: Row) -> Any:
-    """The model with random weights of the row's dtype, on the ladder's device."""
+    """The model in the row's dtype on the ladder's device, with its own weights or random ones."""
     from transformers import AutoModelForCausalLM
 
+    dtype = getattr(torch, row.dtype)
+    if ladder.folder:
+        read = AutoModelForCausalLM.from_pretrained
+        return read(ladder.folder, dtype=dtype, local_files_only=True)
     with torch.device(ladder.device):
-        return AutoModelForCausalLM.from_config(config_of(ladder), dtype=getattr(torch, row.dtype))
+        return AutoModelForCausalLM.from_config(config_of(ladder), dtype=dtype)
 
 
 def responses(tokens: int, sequences: int) -> int:
@@ -233,6 +238,7 @@ def run(ladder: Ladder, row: Row, contexts: list[int]) -> Iterator[dict[str, Any
     environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", NO_GAPS)
     case = json.dumps([ladder.name, row.label, contexts])
     command = [sys.executable, "-m", "tools.memory_ladder", "--case", case]
+    command += ["--model", ladder.folder] if ladder.folder else []
     left = list(contexts)
     with tempfile.TemporaryFile("w+") as errors:
         with subprocess.Popen(
@@ -254,23 +260,26 @@ def main() -> int:
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--gpu", action="store_true")
     kind.add_argument("--dry", action="store_true", help="the GPU's rows in tiny on the CPU")
+    kind.add_argument("--model", metavar="FOLDER", help="a Hugging Face folder, on the CPU")
     parser.add_argument("--tokens", type=int, nargs="+")
     parser.add_argument("--rows", type=int, nargs="+", help="numbers of the rows, from 0")
     parser.add_argument("--out", type=Path, default=Path("."))
     parser.add_argument("--case", help=argparse.SUPPRESS)
     given = parser.parse_args()
+    own = pretrained(given.model) if given.model else None
     if given.case:
         name, label, contexts = json.loads(given.case)
-        for record in measure(LADDERS[name], LADDERS[name].row(label), contexts):
+        ladder = own or LADDERS[name]
+        for record in measure(ladder, ladder.row(label), contexts):
             print(json.dumps(record), flush=True)
         return 0
     if given.gpu and not torch.cuda.is_available():
         print("--gpu needs a CUDA device; --dry rehearses it on the CPU", file=sys.stderr)
         return 2
-    ladder = GPU if given.gpu else DRY if given.dry else CPU
+    ladder = own or (GPU if given.gpu else DRY if given.dry else CPU)
     chosen = sorted(given.tokens or ladder.contexts)
     # what CUDA counts starts anew with every context; a process of the CPU grows
-    parts = [[tokens] for tokens in chosen] if ladder is CPU else [chosen]
+    parts = [[tokens] for tokens in chosen] if ladder.rows is CPU.rows else [chosen]
     failed = False
     for row in (ladder.rows[i] for i in given.rows or range(len(ladder.rows))):
         for contexts in parts:

@@ -1,4 +1,4 @@
-"""`riskpo doctor [--against LIBRARY] [--report FILE.md]`."""
+"""`riskpo doctor [--against LIBRARY | --model FOLDER | --report FILE.md]`."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ from collections.abc import Sequence
 from riskpo.doctor.packages import PACKAGES
 from riskpo.errors import loading, refusals_in_one_line
 from riskpo.files import check_out, write_text
+from riskpo.preflight import check_model
 
 
 def doctor_command(given: Sequence[str]) -> None:
     """Print the findings, and write them as Markdown where --report asks for it."""
     parser = argparse.ArgumentParser(prog="riskpo doctor", description=__doc__)
     parser.add_argument("--against", choices=sorted(PACKAGES), help="compare with this library")
+    parser.add_argument("--model", help="check the head of this model, on its own hidden states")
     parser.add_argument("--report", help="write machine, comparisons and traps as Markdown")
     with refusals_in_one_line(parser.prog):
         options = parser.parse_args(given)
     check_out(options.report)
+    check_model(options.model)
     loading("doctor")
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -39,4 +42,4 @@ def _answer(options: argparse.Namespace) -> None:
     elif options.against:
         print_comparison(options.against)
     else:
-        print_machine()
+        print_machine(options.model)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from riskpo.doctor.packages import first_line
-from riskpo.doctor.problem import Yardstick, make_problem, ours, plain, with_bias
+from riskpo.doctor.problem import Problem, Yardstick, make_problem, ours, plain, with_bias
 from riskpo_kernels import backend_report
 
 PACKAGES = (
@@ -73,9 +73,9 @@ def machine_checks() -> Iterator[Check]:
     yield compiled()
 
 
-def numerics(backend: str, dtype: str, device: str) -> Check:
+def numerics(backend: str, dtype: str, device: str, problem: Problem | None = None) -> Check:
     """Every result of head and loss against float64, by the rule of riskpo/doctor/tolerance.py."""
-    problem = with_bias(make_problem())
+    problem = problem or with_bias(make_problem())
     yard = Yardstick.of(problem, plain(problem.to(DTYPES[dtype]), logits32=True))
     what = f"{backend} {dtype} on {device}"
     try:

@@ -80,7 +80,18 @@ def make_problem(
     g = torch.Generator().manual_seed(seed)
     hidden, weight, target = peaked(g, (batch, tokens), width, vocab, lean)
     lengths = torch.randint(max(tokens // 2, 1), tokens + 1, (batch,), generator=g)
-    mask = torch.arange(tokens) < lengths[:, None]
+    return step_on(hidden, weight, target, torch.arange(tokens) < lengths[:, None], g)
+
+
+def step_on(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    mask: torch.Tensor,
+    g: torch.Generator,
+) -> Problem:
+    """Old log-probs and advantages beside these, as make_problem describes them."""
+    batch, tokens = target.shape
     new = linear_logprob(hidden.double(), weight.double(), target, backend="reference").logprob
     old = (new.float() + 0.4 * torch.randn(batch, tokens, generator=g)).clamp(max=-1e-3)
     cuts = torch.tensor(CLIP).log()[:, None, None]

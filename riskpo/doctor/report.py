@@ -10,7 +10,7 @@ import torch
 
 from riskpo.doctor.libraries import LIBRARIES, ops
 from riskpo.doctor.loss_traps import LOSS_TRAPS, Loss, LossTrap, pose_loss
-from riskpo.doctor.machine import machine_checks, version, versions
+from riskpo.doctor.machine import Check, machine_checks, version, versions
 from riskpo.doctor.packages import PACKAGES, Missing
 from riskpo.doctor.problem import Problem, Results, Yardstick, make_problem, ours, plain
 from riskpo.doctor.seen import rows
@@ -78,18 +78,27 @@ def compare(dtype: str, theirs: Results, problem: Problem) -> list[Row]:
     return found
 
 
-def print_machine() -> None:
-    """Versions, then one line per check; ValueError when any of them failed."""
+def print_machine(model: str | None = None) -> None:
+    """Versions, then one line per check of the machine, or of a model on it; ValueError when any
+    failed."""
     for name, what in versions().items():
         print(f"{name:<14} {what}")
     print()
     failed = 0
-    for check in machine_checks():
+    for check in checks_of(model):
         failed += check.ok is False
         print(check)
     if failed:
         raise ValueError(f"doctor: {failed} of the checks above failed.")
     print("\nAll checks that can run here passed.")
+
+
+def checks_of(model: str | None) -> Iterable[Check]:
+    if model is None:
+        return machine_checks()
+    from riskpo.doctor.own_model import model_checks  # needs transformers
+
+    return model_checks(model)
 
 
 def print_comparison(name: str) -> None:

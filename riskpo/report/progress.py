@@ -1,4 +1,4 @@
-"""How far a long evaluation is, in lines that come ever more rarely."""
+"""How far a long evaluation or step is, in lines that come ever more rarely."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 FIRST_S = 5.0  # before the first line; later ones when the time has doubled, or after a minute
 EVERY_S = 60.0
+SLOW_S = 20.0  # a step that is done before has its own line only
 
 
 @contextmanager
@@ -27,7 +28,39 @@ def sampling_progress(
     responses which all run to their limit. A sampler that does not call `model` gives no lines.
     """
     total = -(-responses // max(sequences, 1)) * tokens
-    began, done, due = clock(), 0, FIRST_S
+
+    def line(passed: float, done: int) -> str:
+        left = passed / done * max(total - done, 0)
+        share = min(done / max(total, 1), 1.0)
+        return f"evaluation: {share:.0%} of the tokens at most, at most {spoken(left)} left"
+
+    with _told(model, line, FIRST_S, say, clock):
+        yield
+
+
+@contextmanager
+def slow_progress(
+    module: Any, what: str, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic
+) -> Iterator[None]:
+    """Lines of `what`, once it has taken SLOW_S seconds: how often `module` ran, and the time."""
+
+    def line(passed: float, done: int) -> str:
+        return f"{what}, {done} forward passes in {spoken(passed)}"
+
+    with _told(module, line, SLOW_S, say, clock):
+        yield
+
+
+@contextmanager
+def _told(
+    module: Any,
+    line: Callable[[float, int], str],
+    first: float,
+    say: Callable[[str], None],
+    clock: Callable[[], float],
+) -> Iterator[None]:
+    """Say line(seconds, passes) after a pass of `module`, from `first` seconds on."""
+    began, done, due = clock(), 0, first
 
     def count(*_: object) -> None:
         nonlocal done, due
@@ -35,11 +68,9 @@ def sampling_progress(
         passed = clock() - began
         if passed >= due:
             due = min(2 * passed, passed + EVERY_S)
-            left = passed / done * max(total - done, 0)
-            share = min(done / max(total, 1), 1.0)
-            say(f"evaluation: {share:.0%} of the tokens at most, at most {spoken(left)} left")
+            say(line(passed, done))
 
-    handle = model.register_forward_hook(count)
+    handle = module.register_forward_hook(count)
     try:
         yield
     finally:

@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from riskpo.cli import main
-from riskpo.doctor import machine, report
+from riskpo.doctor import machine, own_model, report
 from riskpo.doctor.libraries import LIBRARIES, Op, ops, plain_op, riskpo_op
 from riskpo.doctor.loss_traps import LOSS_TRAPS, pose_loss
 from riskpo.doctor.problem import make_problem, ours, plain
 from riskpo.doctor.report import Row, against
 from riskpo.doctor.traps import TRAPS, pose
+from riskpo_kernels import linear_logprob
+from tests.toy import save_byte_model
 
 OURS = Op("ours", "riskpo", riskpo_op("torch"))
 BY_NAME = {trap.name: trap for trap in TRAPS}
@@ -177,6 +179,27 @@ def test_the_report_holds_every_part(tmp_path, monkeypatch, capsys):
     for trap in (*TRAPS, *LOSS_TRAPS):
         assert trap.name.replace("[", "\\[") in text
     assert str(path) in capsys.readouterr().out
+
+
+def spoilt_head(hidden, weight, *given, **options):
+    return linear_logprob(hidden, weight * 1.01, *given, **options)
+
+
+def test_a_model_of_your_own_is_held_against_its_logits_and_float64(tmp_path, monkeypatch, capsys):
+    folder = str(save_byte_model(tmp_path))
+    assert main(["doctor", "--model", folder]) == 0
+    lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("ok ")]
+    assert len(lines) == 4 and f"head of {folder} [258, 32]" in lines[0]
+    assert [x.split()[2] for x in lines[1:]] == ["fp32", "bf16", "fp16"]
+    monkeypatch.setattr(own_model, "linear_logprob", spoilt_head)
+    assert main(["doctor", "--model", folder]) == 2
+    assert "-> Its log-probs are not" in capsys.readouterr().out
+
+
+def test_a_pretrained_model_is_right_here(real_model):
+    for check in own_model.model_checks(str(real_model)):
+        assert check.ok, check
+        print(check)
 
 
 def test_the_command_line_compares(capsys):

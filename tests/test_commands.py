@@ -5,14 +5,16 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from riskpo.cli import main
-from riskpo.config import ColumnsConfig
+from riskpo.config import ColumnsConfig, read_toml, resolve, validate
 from riskpo.errors import one_line
 from riskpo.eval_config import EvalConfig
 from riskpo.files import check_folder
@@ -167,6 +169,30 @@ def test_the_first_line_comes_before_torch_and_so_does_the_reward(folder):
     assert "mine.py:picky of the response '42' to question 'sample': 1" in second[0]
     assert "of the response '' to question 'sample': crash: KeyError: ''" in second[0]
     assert "status 1" in first[1] and first[1].count("\n") == 2
+
+
+def test_each_command_says_something_before_torch(folder):
+    names = ("eval", "plan --model Qwen2.5-7B", "compare --algorithms grpo", "doctor")
+    for name, said in zip(names, run_light(folder, names), strict=True):
+        assert any(text.startswith(f"riskpo {name.split()[0]}: ") for text in said), (name, said)
+
+
+def test_the_first_line_of_a_run_takes_less_than_two_seconds_of_cpu_time(folder):
+    """With the start of Python and what is read until then; the better of two."""
+    taken = []
+    for _ in range(2):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert run_light(folder, ["train"])[0][0].startswith("riskpo train: ")
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        taken.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(taken) < 2, taken
+
+
+def test_the_settings_and_data_of_make_demo_llm_are_read():
+    config = replace(read_toml(ROOT / "docs/demo-llm.toml"), model="SmolLM2")
+    validate(resolve(config)[0])
+    rows = [json.loads(row) for row in (ROOT / str(config.data)).read_text().splitlines()]
+    assert len(rows) == 90 and check_data(str(ROOT / str(config.data)), config.columns)
 
 
 def test_debug_shows_the_traceback(capsys):

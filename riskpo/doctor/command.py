@@ -11,6 +11,7 @@ from riskpo.doctor.packages import PACKAGES
 from riskpo.errors import loading, refusals_in_one_line
 from riskpo.files import check_out, write_text
 from riskpo.preflight import check_model
+from riskpo.report.progress import quiet_loading_bars
 
 
 def doctor_command(given: Sequence[str]) -> None:
@@ -42,4 +43,6 @@ def _answer(options: argparse.Namespace) -> None:
     elif options.against:
         print_comparison(options.against)
     else:
+        if options.model:
+            quiet_loading_bars()
         print_machine(options.model)

@@ -54,6 +54,15 @@ def test_sampler_and_trainer_agree(temperature):
         torch.testing.assert_close(rollouts.logprob[row], theirs, rtol=0, atol=2e-5)
 
 
+def test_temperature_0_takes_the_likeliest_token():
+    policy = tiny_policy()
+    rollouts = draw(policy, temperature=0.0)
+    for tokens, start in zip(rollouts.tokens[::5], rollouts.prompt_len[::5], strict=True):
+        with torch.no_grad():
+            likeliest = policy.model(tokens[None]).logits[0].argmax(-1)
+        assert torch.equal(tokens[start:], likeliest[start - 1 : -1])
+
+
 def test_rows_are_question_major_and_end_at_the_end_token():
     policy = tiny_policy()
     rollouts = draw(policy, max_response_tokens=30)

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from riskpo.compare.launch import how_far, share_done
+from riskpo.compare.launch import _quietly, how_far, share_done
 from riskpo.config import TrainConfig
 from riskpo.report.logs import RunLog, read_records, step_line
 from riskpo.report.progress import sampling_progress, slow_progress, spoken
@@ -120,6 +120,14 @@ def test_time_left_of_an_evaluation():
             model(torch.zeros(1, 2))
     assert said[3:] == [f"step 3: updating, {n} forward passes in {3 * n} s" for n in (7, 14)]
     assert [spoken(s) for s in (40, 600, 9000)] == ["40 s", "10 min", "2.5 h"]
+
+
+def test_a_comparison_takes_no_more_threads_than_it_is_given():
+    before = torch.get_num_threads()
+    for given in (1, 3):
+        torch.set_num_threads(given)
+        assert _quietly(lambda: str(torch.get_num_threads()), 2) == str(min(given, 2))
+    torch.set_num_threads(before)
 
 
 def test_how_far_a_comparison_is(tmp_path):

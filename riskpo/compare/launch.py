@@ -263,7 +263,7 @@ def _quietly(do: Callable[[], str], threads: int) -> str:
     import torch
 
     quiet_loading_bars()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(min(threads, torch.get_num_threads()))  # OMP_NUM_THREADS is kept
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         return do()
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -128,6 +131,27 @@ def test_a_comparison_takes_no_more_threads_than_it_is_given():
         torch.set_num_threads(given)
         assert _quietly(lambda: str(torch.get_num_threads()), 2) == str(min(given, 2))
     torch.set_num_threads(before)
+
+
+KILLED = """
+import os, signal, time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from riskpo.compare.launch import end_with_parent
+if __name__ == "__main__":
+    pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=end_with_parent)
+    print(pool.submit(os.getpid).result(), flush=True)
+    pool.submit(time.sleep, 60)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_runs_of_a_killed_comparison_end(tmp_path):
+    """The output stays open as long as a worker lives."""
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    ended = subprocess.run([sys.executable, script], capture_output=True, check=False, timeout=40)
+    assert int(ended.stdout) and ended.returncode == -signal.SIGKILL
 
 
 def test_how_far_a_comparison_is(tmp_path):

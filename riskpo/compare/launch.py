@@ -20,6 +20,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -189,7 +190,7 @@ def run_all(
         find_strategy(config.algorithm).advantage(config)
     threads = max(1, (os.cpu_count() or 1) // jobs)
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=spawn) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=end_with_parent) as pool:
         if base.model is None:
             starts = {f"start, seed {s}": partial(warm, base, s, out) for s in seeds}
             _gather(pool, "warm starts", starts, threads, {}, jobs)
@@ -223,9 +224,9 @@ def _gather(
             # in the order they were given; the pool calls the next one "running" before it is
             running = [name for f, name in waiting.items() if f in pending and f.running()][:jobs]
             parts = {name: shares[name]() if name in shares else 0.0 for name in running}
-            over = len(waiting) - len(pending)
-            seconds = time.monotonic() - began
-            print(how_far(over, len(waiting), parts, seconds, before), flush=True)
+            count = len(waiting) - len(failed)
+            told = how_far(count - len(pending), count, parts, time.monotonic() - began, before)
+            print(told + (f"; failed: {len(failed)}" if failed else ""), flush=True)
     if failed:
         raise ValueError(
             f"compare: {len(failed)} of {len(waiting)} jobs failed; the first: {failed[0]}. Mend "
@@ -256,6 +257,18 @@ def share_done(config: TrainConfig) -> float:
         return min(int(json.loads(last)["step"]) / max(config.steps, 1), 1.0)
     except (OSError, ValueError, KeyError):
         return 0.0
+
+
+def end_with_parent() -> None:
+    """In a worker: a command that is killed leaves no run that goes on and holds its folder."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _quietly(do: Callable[[], str], threads: int) -> str:

@@ -1,19 +1,22 @@
-"""Log-probs, support, several targets, LoRA and reverse KL on a real head, beside [N, V] logits.
+"""Log-probs, support, several targets, LoRA and divergences on a real head, beside [N, V] logits.
 
     MALLOC_MMAP_THRESHOLD_=65536 python -m tools.few_columns MODEL_FOLDER [--rows 512]
 
-float32, one thread. Log-probs are those of the model's own answers at temperatures 1 and .6;
-for the others rows are hidden states on this repository's README, temperature .6. Printed: CPU
-seconds of forward + backward, the median of three, the peak beside inputs and gradients, quotient.
---answers ends after the log-probs.
+float32, one thread. Rows are hidden states on this repository's README, temperature .6, or where a
+line says so on the model's own answers. Printed, as lines of a Markdown table: CPU seconds of
+forward + backward, both sides in turn, the medians of three; the median of their quotients; the
+peak beside inputs and gradients, of a process's first call. --answers ends after the log-probs of
+the model's own answers, at temperatures 1 and .6.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,10 +39,11 @@ def main() -> None:
     parser.add_argument("--answers", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print("loading the model ...", flush=True)
+    print("| what | beside | CPU seconds | quotient | MiB |\n|---|---|---:|---:|---:|", flush=True)
     policy = load_policy(options.model)
     for temperature in (1.0, T):
-        answers(policy, options.rows, temperature)
+        own = answers(policy, options.rows, temperature)
+        log_probs(policy, *own, temperature)
     if options.answers:
         return
     h, w, target = rows_of(options.model, options.rows)
@@ -47,18 +51,11 @@ def main() -> None:
         likely = torch.cat([target[:, None], (h @ w.T).topk(KEPT).indices], 1)
     # of every row its target and the likeliest others
     support = torch.tensor([list(dict.fromkeys(row))[:KEPT] for row in likely.tolist()])
-    noisy = h.detach() + 0.1 * h.detach().std() * torch.randn(
-        h.shape, generator=torch.Generator().manual_seed(0)
-    )
     outside = torch.ones(len(h), len(w), dtype=torch.bool).scatter(1, support, False)
 
     def masked() -> torch.Tensor:
         z = (h @ w.T / T).masked_fill(outside, -torch.inf).log_softmax(-1)
         return z.gather(1, target[:, None])
-
-    def two_softmaxes() -> torch.Tensor:
-        p, q = (h @ w.T / T).log_softmax(-1), (noisy @ w.detach().T / T).log_softmax(-1)
-        return torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1)
 
     def few() -> torch.Tensor:
         return linear_logprob(h, w, target, temperature=T, support=support).logprob
@@ -66,10 +63,6 @@ def main() -> None:
     def targets(count: int) -> Callable[[], torch.Tensor]:
         ids = target if count == 1 else support[:, :count]
         return lambda: linear_logprob(h, w, ids, temperature=T).logprob
-
-    def reverse_kl() -> torch.Tensor:
-        given = (h, w, noisy, w.detach())
-        return linear_divergence(*given, kind="reverse_kl", temperature=T, tail_eps=2.0**-14)
 
     g, frozen = torch.Generator().manual_seed(1), w.detach()
     a = torch.randn(RANK, h.shape[1], generator=g).div_(RANK).requires_grad_()
@@ -83,14 +76,36 @@ def main() -> None:
         given = {"lora": (a, b, 2.0), "tail_eps": 2.0**-14}
         return linear_logprob(h, frozen, target, temperature=T, **given).logprob
 
-    show(f"LoRA of rank {RANK}, tail_eps=2^-14", adapter, "merged head, [N, V]", merged, h, a, b)
     show(f"support of {KEPT}", few, "[N, V] mask", masked, h, w)
     show(f"{TARGETS} targets", targets(TARGETS), "one target", targets(1), h, w)
-    show("reverse KL, tail_eps=2^-14", reverse_kl, "two [N, V] log-softmaxes", two_softmaxes, h, w)
+    show(f"LoRA of rank {RANK}, tail_eps=2^-14", adapter, "merged head", merged, h, a, b)
+    for kind in ("reverse_kl", "forward_kl", "jsd"):
+        divergence(kind, kind, h, w)
+    divergence("reverse_kl", f"reverse_kl, {len(own[0])} rows of answers", own[0], w)
 
 
-def answers(policy: Policy, rows: int, temperature: float) -> None:
-    """Log-probs of the first tokens of every answer that the model sampled."""
+def divergence(kind: str, name: str, h: torch.Tensor, w: torch.Tensor) -> None:
+    """To a teacher with the same head whose hidden states differ by a tenth."""
+    g, rows = torch.Generator().manual_seed(0), h.detach()
+    noisy = rows + 0.1 * rows.std() * torch.randn(h.shape, generator=g)
+
+    def ours() -> torch.Tensor:
+        given = (h, w, noisy, w.detach())
+        return linear_divergence(*given, kind=kind, temperature=T, tail_eps=2.0**-14)
+
+    def two_softmaxes() -> torch.Tensor:
+        p, q = (h @ w.T / T).log_softmax(-1), (noisy @ w.detach().T / T).log_softmax(-1)
+        kl_div = partial(torch.nn.functional.kl_div, reduction="none", log_target=True)
+        if kind == "jsd":
+            m = torch.logaddexp(p, q) - math.log(2)
+            return (kl_div(m, p).sum(-1) + kl_div(m, q).sum(-1)) / 2
+        return (kl_div(q, p) if kind == "reverse_kl" else kl_div(p, q)).sum(-1)
+
+    show(f"{name}, tail_eps=2^-14", ours, "two log-softmaxes", two_softmaxes, h, w)
+
+
+def answers(policy: Policy, rows: int, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states [N, D] and ids [N] of the first tokens of every answer the model sampled."""
     asked = [f"What is {a} + {b}? Explain." for a in range(3, 11) for b in (5, 17)]
     sampler = GenerateSampler(policy, SamplingLimits(64, 48, temperature))
     drawn = sampler.sample([Question(x, x, "") for x in asked], 2, (0, 1))
@@ -100,7 +115,10 @@ def answers(policy: Policy, rows: int, temperature: float) -> None:
             states = policy.model.base_model(tokens[None]).last_hidden_state[0, start - 1 : -1]
         hidden.append(states[: rows // len(drawn)])
         target.append(tokens[start:][: rows // len(drawn)])
-    h, ids = torch.cat(hidden).requires_grad_(), torch.cat(target)
+    return torch.cat(hidden).requires_grad_(), torch.cat(target)
+
+
+def log_probs(policy: Policy, h: torch.Tensor, ids: torch.Tensor, temperature: float) -> None:
     w = policy.model.get_output_embeddings().weight.detach().clone().requires_grad_()
 
     def plain() -> torch.Tensor:
@@ -114,14 +132,11 @@ def answers(policy: Policy, rows: int, temperature: float) -> None:
         began = time.process_time()
         for _ in range(3):
             h @ w.T
-    gemm = (time.process_time() - began) / 3
-    print(
-        f"{len(h)} rows of answers at temperature {temperature:g}, mean entropy "
-        f"{entropy.mean():.2f}, the bare product of their logits {gemm:.2f} s",
-        flush=True,
-    )
-    show("log-probs, exact", fused(0.0), "[N, V]", plain, h, w)
-    show("log-probs, tail_eps=2^-14", fused(2.0**-14), "[N, V]", plain, h, w)
+    assert entropy is not None
+    name = f"log-probs, {len(h)} rows of answers at T {temperature:g}, entropy {entropy.mean():.2f}"
+    gemm = f"[N, V] (bare product {(time.process_time() - began) / 3:.2f} s)"
+    show(f"{name}, exact", fused(0.0), gemm, plain, h, w)
+    show(f"{name}, tail_eps=2^-14", fused(2.0**-14), gemm, plain, h, w)
 
 
 def rows_of(folder: str, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -143,30 +158,24 @@ def show(
     other: Callable[[], torch.Tensor],
     *leaves: torch.Tensor,
 ) -> None:
-    (ours, mine), (theirs, held) = (cost(f, *leaves) for f in (run, other))
-    print(
-        f"{name} {ours:.2f} s ({mine:.0f} MiB), {other_name} {theirs:.2f} s ({held:.0f} MiB): "
-        f"{ours / theirs:.2f}",
-        flush=True,
-    )
+    (_, mine), (_, held) = cost(run, *leaves), cost(other, *leaves)  # warms up
+    pairs = [[cost(f, *leaves)[0] for f in (run, other)] for _ in range(3)]
+    ours, theirs = (statistics.median(x) for x in zip(*pairs, strict=True))
+    quotient = statistics.median(x / y for x, y in pairs)
+    times, memory = f"{ours:.2f} beside {theirs:.2f}", f"{mine:.0f} beside {held:.0f}"
+    print(f"| {name} | {other_name} | {times} | {quotient:.2f} | {memory} |", flush=True)
 
 
 def cost(run: Callable[[], torch.Tensor], *leaves: torch.Tensor) -> tuple[float, float]:
     """CPU seconds and MiB of run and its backward, upstream gradients not uniform."""
-    taken = []
     for x in leaves:
         x.grad = None
     meter = PeakMeter(torch.device("cpu"))
-    for _ in range(4):
-        for x in leaves:
-            x.grad = None
-        began = time.process_time()
-        out = run()
-        out.backward(torch.linspace(0.5, 1.5, out.numel()).view_as(out))
-        taken.append(time.process_time() - began)
-        if len(taken) == 1:
-            peak = (meter.increase() or 0) - sum(x.nbytes for x in leaves)
-    return statistics.median(taken[1:]), peak / 2**20  # the first warms up
+    began = time.process_time()
+    out = run()
+    out.backward(torch.linspace(0.5, 1.5, out.numel()).view_as(out))
+    seconds = time.process_time() - began
+    return seconds, ((meter.increase() or 0) - sum(x.nbytes for x in leaves)) / 2**20
 
 
 if __name__ == "__main__":

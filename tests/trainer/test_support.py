@@ -74,19 +74,19 @@ def test_everything_is_kept_where_nothing_is_asked():
     torch.testing.assert_close(*log_probs(model, rollouts), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("updates", [1, 2])
-def test_the_first_update_is_on_policy_and_no_weight_is_changed(updates):
+@pytest.mark.parametrize("updates, correction", [(1, "tis"), (2, "tis"), (2, "mis")])
+def test_the_first_update_is_on_policy_and_no_weight_is_changed(updates, correction):
     _, rollouts = sampled({"top_k": 3}, temperature=1.0)
     advantage = torch.randn(20, generator=torch.Generator().manual_seed(1))
     numbers, gradients = updated(
-        rollouts, advantage, correcting("tis"), LOSSES["sequence"], updates
+        rollouts, advantage, correcting(correction), LOSSES["sequence"], updates
     )
     assert numbers["sampler_kl"] < 1e-9 and numbers["sampler_ess"] == pytest.approx(1, abs=1e-5)
     again, without = updated(rollouts, advantage, correcting(), LOSSES["sequence"], updates)
     for name, gradient in without.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-3, atol=1e-5)
     rollouts.support = []
-    blind, _ = updated(rollouts, advantage, correcting("tis"), LOSSES["sequence"], updates)
+    blind, _ = updated(rollouts, advantage, correcting(correction), LOSSES["sequence"], updates)
     assert blind["sampler_kl"] > 0.01 and blind["sampler_ess"] < 0.99
 
 

@@ -124,7 +124,7 @@ def _second_pass(
     p_sum, far = (stats.p_peak.new_zeros(n, blocks) for _ in range(2))
     for v in spans(pair.student.vocab, cols):
         (zp, *_), (zq, *_) = pair.logits(r, v, room)
-        log_p, log_q = stats.log_probs(zp, zq, slice(None))
+        log_p, log_q = stats.log_probs(zp, zq)
         spare = room.beside("spare", log_p)
         log_m = mixture(log_p, log_q, w.beta, room.beside("beside", log_p), spare)
         q = torch.exp(log_q, out=spare)
@@ -293,7 +293,7 @@ class _Tile:
     """The gradient of a tile of the student's logits, into its sums."""
 
     def __init__(self, pair: Pair, w: Words, stats: Stats, own: torch.Tensor, factor: torch.Tensor):
-        self.pair, self.w, self.stats, self.own, self.factor = pair, w, stats, own, factor
+        self.pair, self.w, self.numbers = pair, w, torch.stack([*stats, own, factor])
         self.room = Room(own)
         self.plan = _plan(
             pair, w, min(BLOCK, pair.student.vocab) if w.tail_eps else pair.student.vocab
@@ -303,10 +303,11 @@ class _Tile:
         self, r: torch.Tensor, v: slice, dh: torch.Tensor | None, dw: torch.Tensor | None, db: Any
     ) -> None:
         (zp, slope, h, weight), (zq, *_) = self.pair.logits(r, v, self.room)
-        log_p, log_q = self.stats.log_probs(zp, zq, r)
-        given = (log_p, log_q, self.own[r, None], self.room)
+        *stats, own, factor = self.numbers.index_select(1, r)
+        log_p, log_q = Stats(*stats).log_probs(zp, zq)
+        given = (log_p, log_q, own[:, None], self.room)
         dz = gradient_of(self.w.kind, self.w.beta, *given)
-        dz.mul_(self.factor[r, None])
+        dz.mul_(factor[:, None])
         if slope is not None:
             dz.mul_(slope)
         products = products_of(self.pair.student)

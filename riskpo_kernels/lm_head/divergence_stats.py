@@ -74,11 +74,9 @@ class Stats(NamedTuple):
     q_peak: torch.Tensor
     q_sum: torch.Tensor
 
-    def log_probs(
-        self, zp: torch.Tensor, zq: torch.Tensor, r: slice | torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def log_probs(self, zp: torch.Tensor, zq: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """In place."""
-        p_peak, p_sum, q_peak, q_sum = (x[r, None] for x in self)
+        p_peak, p_sum, q_peak, q_sum = (x[:, None] for x in self)
         return zp.sub_(p_peak).sub_(p_sum), zq.sub_(q_peak).sub_(q_sum)
 
 

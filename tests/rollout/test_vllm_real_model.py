@@ -27,7 +27,8 @@ def poisoned_memory():
 
 
 def rate(sampler) -> float:
-    """Tokens a CPU second."""
+    """Tokens a CPU second, after a call in which generate tries the model on its first prompts."""
+    sampler.sample(QUESTIONS, EACH, (0, 1))
     began = time.process_time()
     rollouts = sampler.sample(QUESTIONS, EACH, (0, 1))
     return sum(map(len, rollouts.logprob)) / (time.process_time() - began)

@@ -26,7 +26,6 @@ from riskpo.run import Run, start
 from riskpo.trainer.checkpoint import save_checkpoint
 from riskpo.trainer.update import update
 from riskpo.validation import evaluate_and_log, show_answers, show_first, some_texts
-from riskpo_kernels.causal_lm import decoder_of
 
 
 def train(config: TrainConfig) -> Path:
@@ -58,8 +57,8 @@ def train_step(run: Run, step: int) -> None:
     """One batch of rollouts, from the questions to the line in the log."""
     c, began = run.config, time.perf_counter()
     strategy = find_strategy(c.algorithm)
-    decoder, say = decoder_of(run.policy.model), run.log.note
-    with slow_progress(decoder, f"step {step}: sampling", say):
+    say = run.log.note
+    with slow_progress(f"step {step}: sampling", say):
         batch = collect(run.sampler, run.judge, run.questions, strategy, c, step)
     sampled = time.perf_counter()
     stop_if_all_crashed(batch.outcomes, run.scorer)
@@ -77,7 +76,7 @@ def train_step(run: Run, step: int) -> None:
         run.sampler.rest()
         loss = loss_options(strategy, c)
         given = (run.parallel, run.head, run.optimizer, batch.rollouts, advantage_R, loss, c)
-        with slow_progress(decoder, f"step {step}: updating", say):
+        with slow_progress(f"step {step}: updating", say):
             stats = update(*given, run.teacher)
         numbers = {**risk, **stats, **numbers, **covariances(batch)}
     else:

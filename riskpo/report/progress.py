@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 FIRST_S = 5.0  # before the first line; later ones when the time has doubled, or after a minute
@@ -20,61 +21,58 @@ def sampling_progress(
     sequences: int,
     tokens: int,
     say: Callable[[str], None],
-    clock: Callable[[], float] = time.monotonic,
+    first: float = FIRST_S,
 ) -> Iterator[None]:
     """Around the sampling of `responses`, `sequences` at once, of at most `tokens` each.
 
     Counts the model's forward passes, one for every token of a batch; so the time left is that of
-    responses which all run to their limit. A sampler that does not call `model` gives no lines.
+    responses which all run to their limit. A sampler that does not call `model` gives the time.
     """
-    total = -(-responses // max(sequences, 1)) * tokens
+    total, done = -(-responses // max(sequences, 1)) * tokens, 0
 
-    def line(passed: float, done: int) -> str:
+    def count(*_: object) -> None:
+        nonlocal done
+        done += 1
+
+    def line(passed: float) -> str:
+        if not done:
+            return f"evaluation: {spoken(passed)} so far"
         left = passed / done * max(total - done, 0)
         share = min(done / max(total, 1), 1.0)
         return f"evaluation: {share:.0%} of the tokens at most, at most {spoken(left)} left"
 
-    with _told(model, line, FIRST_S, say, clock):
-        yield
+    handle = model.register_forward_hook(count)
+    try:
+        with told(line, say, first):
+            yield
+    finally:
+        handle.remove()
 
 
 @contextmanager
-def slow_progress(
-    module: Any, what: str, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic
-) -> Iterator[None]:
-    """Lines of `what`, once it has taken SLOW_S seconds: how often `module` ran, and the time."""
+def told(line: Callable[[float], str], say: Callable[[str], None], first: float) -> Iterator[None]:
+    """Say line(seconds) from `first` seconds on, whatever the program waits for."""
+    ended = threading.Event()
 
-    def line(passed: float, done: int) -> str:
-        return f"{what}, {done} forward passes in {spoken(passed)}"
-
-    with _told(module, line, SLOW_S, say, clock):
-        yield
-
-
-@contextmanager
-def _told(
-    module: Any,
-    line: Callable[[float, int], str],
-    first: float,
-    say: Callable[[str], None],
-    clock: Callable[[], float],
-) -> Iterator[None]:
-    """Say line(seconds, passes) after a pass of `module`, from `first` seconds on."""
-    began, done, due = clock(), 0, first
-
-    def count(*_: object) -> None:
-        nonlocal done, due
-        done += 1
-        passed = clock() - began
-        if passed >= due:
+    def tell() -> None:
+        began, due = time.monotonic(), first
+        while not ended.wait(began + due - time.monotonic()):
+            passed = time.monotonic() - began
             due = min(2 * passed, passed + EVERY_S)
-            say(line(passed, done))
+            say(line(passed))
 
-    handle = module.register_forward_hook(count)
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
     try:
         yield
     finally:
-        handle.remove()
+        ended.set()
+        thread.join()
+
+
+def slow_progress(what: str, say: Callable[[str], None]) -> AbstractContextManager[None]:
+    """Lines of `what` and its time, once it has taken SLOW_S seconds."""
+    return told(lambda passed: f"{what}, {spoken(passed)} so far", say, SLOW_S)
 
 
 def spoken(seconds: float) -> str:

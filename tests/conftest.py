@@ -25,8 +25,11 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if "real_model" in getattr(item, "fixturenames", ()):
+        nightly = "nightly" in item.keywords
+        if nightly or "real_model" in getattr(item, "fixturenames", ()):
             item.add_marker("real")
+        if nightly and not os.environ.get("RISKPO_REAL_MODEL"):
+            item.add_marker(pytest.mark.skip(reason="takes a minute or more: make test-real"))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")

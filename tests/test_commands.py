@@ -172,7 +172,12 @@ def test_the_first_line_comes_before_torch_and_so_does_the_reward(folder):
 
 
 def test_each_command_says_something_before_torch(folder):
-    names = ("eval", "plan --model Qwen2.5-7B", "compare --algorithms grpo", "doctor")
+    names = (
+        "eval --model Qwen2.5-7B",
+        "plan --model Qwen2.5-7B",
+        "compare --algorithms grpo",
+        "doctor",
+    )
     for name, said in zip(names, run_light(folder, names), strict=True):
         assert any(text.startswith(f"riskpo {name.split()[0]}: ") for text in said), (name, said)
 

@@ -15,10 +15,6 @@ from tools.ladder_rows import CPU
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
-IN_BFLOAT16 = pytest.mark.skipif(
-    not os.environ.get("RISKPO_REAL_MODEL"),
-    reason="bfloat16 takes three minutes on a CPU without its instructions: make test-real",
-)
 PROGRAM = """
 import json
 from tools.ladder_rows import CPU
@@ -32,10 +28,10 @@ print(json.dumps([found["measured"], found["predicted"]]))
 @pytest.mark.parametrize(
     "label",
     [
-        "+ logits of the response alone",
         "+ fused head",
         "tiles, 8-bit moments",
-        pytest.param("bfloat16, optimiser on the host", marks=[pytest.mark.real, IN_BFLOAT16]),
+        pytest.param("+ logits of the response alone", marks=pytest.mark.nightly),
+        pytest.param("bfloat16, optimiser on the host", marks=pytest.mark.nightly),
     ],
 )
 def test_predicted_peak_is_the_measured_one(label):
@@ -58,7 +54,13 @@ def test_predicted_peak_is_the_measured_one(label):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("label", ["plain logits, float32", "sampling, long prompts, shared keys"])
+@pytest.mark.parametrize(
+    "label",
+    [
+        "sampling, long prompts, shared keys",
+        pytest.param("plain logits, float32", marks=pytest.mark.nightly),
+    ],
+)
 def test_predicted_logits_and_prompts_are_the_measured_ones(label):
     """Each in a process of its own; at least 500 MiB, within 15 %."""
     (case,) = [case for case in plan_check.CASES if case.label == label]

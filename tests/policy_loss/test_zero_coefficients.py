@@ -89,7 +89,7 @@ def batch_of_fates(ratio, length, vocab, width, device):
 def products_of_forward(n, vocab, width, backend, device):
     """Multiply-adds of the forward; the kernel's tiles are computed whole."""
     if backend == "triton":
-        from riskpo_kernels.kernels.head_forward import FORWARDS, forward_on
+        from riskpo_kernels.kernels.head_tile import FORWARDS, forward_on
 
         on_gpu = device.type == "cuda"
         capability = torch.cuda.get_device_capability(device) if on_gpu else (9, 0)

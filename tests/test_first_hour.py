@@ -15,7 +15,7 @@ from riskpo.compare.launch import _quietly, how_far, share_done
 from riskpo.config import TrainConfig
 from riskpo.report import progress
 from riskpo.report.logs import RunLog, read_records, step_line
-from riskpo.report.progress import sampling_progress, slow_progress, spoken
+from riskpo.report.progress import evaluation_line, sampling_progress, slow_progress, spoken
 from riskpo.train import train
 from tests.toy import save_arithmetic, verdicts_of
 
@@ -111,8 +111,13 @@ def test_time_left_of_an_evaluation():
         for _ in range(8):
             model(torch.zeros(1, 2))
         time.sleep(0.7)
-    assert said[0] == "evaluation: 40% of the tokens at most, at most 0 s left"
+    assert said[0].startswith("evaluation: 40% of the tokens at most, at most ")
     assert len(said) in (1, 2), "a line comes when the time has doubled"
+    assert [evaluation_line(3.0 * n, n, 20) for n in (2, 4, 8)] == [
+        "evaluation: 10% of the tokens at most, at most 54 s left",
+        "evaluation: 20% of the tokens at most, at most 48 s left",
+        "evaluation: 40% of the tokens at most, at most 36 s left",
+    ]
     with sampling_progress(model, **given):
         time.sleep(0.3)
     assert said[-1] == "evaluation: 0 s so far"

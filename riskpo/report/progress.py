@@ -34,19 +34,21 @@ def sampling_progress(
         nonlocal done
         done += 1
 
-    def line(passed: float) -> str:
-        if not done:
-            return f"evaluation: {spoken(passed)} so far"
-        left = passed / done * max(total - done, 0)
-        share = min(done / max(total, 1), 1.0)
-        return f"evaluation: {share:.0%} of the tokens at most, at most {spoken(left)} left"
-
     handle = model.register_forward_hook(count)
     try:
-        with told(line, say, first):
+        with told(lambda passed: evaluation_line(passed, done, total), say, first):
             yield
     finally:
         handle.remove()
+
+
+def evaluation_line(passed: float, done: int, total: int) -> str:
+    """After `passed` seconds and `done` of at most `total` forward passes."""
+    if not done:
+        return f"evaluation: {spoken(passed)} so far"
+    left = passed / done * max(total - done, 0)
+    share = min(done / max(total, 1), 1.0)
+    return f"evaluation: {share:.0%} of the tokens at most, at most {spoken(left)} left"
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from torch.utils._pytree import tree_leaves
 from riskpo_kernels import linear_divergence, reference, topk_divergence
 from riskpo_kernels.core.matmul import counting
 from riskpo_kernels.lm_head import divergence
+from riskpo_kernels.lm_head.divergence_stats import Fold, Room
 from tests.compare import assert_all_close_as_plain
 from tests.head_inputs import head, upstream
 
@@ -92,6 +93,30 @@ def test_what_is_dropped_stays_below_its_bound(kind):
     lost = (found[0.0][0] - found[eps][0]).abs().sum(0) * 0.6  # of z, which is w / T
     assert 0 < lost.max() <= 32 * eps * c
     assert found[eps][1] < 0.6 * found[0.0][1]
+
+
+def test_a_shards_bound_counts_from_its_own_peaks():
+    """Two ranks whose log p - log q lie 5 apart: one knows a block's distance from its own only."""
+    z = torch.randn(4, 256, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    z[:, 128:] += 2.0
+    d = torch.zeros(256, dtype=torch.float64).index_fill(0, torch.arange(128, 256), 5.0)
+
+    def folded(*parts):
+        fold = Fold(4, len(parts), z, z.dtype, "reverse_kl")
+        for i, part in enumerate(parts):
+            pair = (z[:, part].clone(), (z - d)[:, part].clone())
+            fold.tile(slice(128 * i, 128 * (i + 1)), pair, Room(z))
+        return fold
+
+    one, other = slice(128), slice(128, 256)
+    shard, whole = folded(one), folded(other, one)
+    shard.m, shard.s, shard.u, shard.d0 = whole.m, whole.s, whole.u, whole.d0  # as merge does
+    log_p, log_q = z.log_softmax(1), (z - d).log_softmax(1)
+    p, gap = log_p.exp(), log_p - log_q
+    kl = (p * gap).sum(1)
+    torch.testing.assert_close(whole.finish()[1], kl)
+    exact = (p * (gap - kl[:, None]).abs())[:, one].sum(1)
+    assert (shard.bounds(kl)[:, 0] >= exact * (1 - 1e-9)).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -120,6 +120,7 @@ class Fold:
 
         self.m, self.s = full(2, n, value=-torch.inf), full(2, n)  # of student, teacher
         self.u, self.d0 = full(n), full(n, value=-torch.inf)
+        self.near = self.d0[:, None]  # what A_b counts from: merge leaves a rank its own
         self.blocks, self.anchors = full(2, n, n_blocks), full(2, n, n_blocks)
         self.kind, self.own = kind, 0 if kind == "reverse_kl" else 1
 
@@ -177,5 +178,5 @@ class Fold:
         masses = self.blocks * torch.exp((self.anchors - (base + lse)[..., None]).clamp(max=0.0))
         if self.kind == "forward_kl":
             return masses[0] + masses[1]
-        between = (self.d0 - self.m[0] + self.m[1]) - log_s[0] + log_s[1]
-        return masses[1] + masses[0] * (between - kl).abs()[:, None]
+        between = (self.m[1] - self.m[0]) - log_s[0] + log_s[1] - kl
+        return masses[1] + masses[0] * (self.near + between[:, None]).abs()

@@ -94,8 +94,9 @@ def linear_logprob(
             and lse are over these alone, and only their rows of the head are read. Either
             (token_ids [P], offsets [N + 1]) as in vLLM's SamplingMask, rows of target in order, or
             ids [..., K] padded with -1; in any order, no id twice in a row. Exact whatever tail_eps
-            is. Backends torch and reference; the host waits for the device twice a pass. With
-            deterministic=True results repeat bitwise run to run, but depend on the rows beside.
+            is. The host waits for the device. Backend triton takes about 50 bytes an id beside
+            memory_mib, and is deterministic in any case, as below; torch's results repeat bitwise
+            run to run with deterministic=True, but depend on the rows beside.
         outside_support: "raise" for a target that its row does not keep, or "-inf": its log-prob,
             a constant. Count them with logprob.isneginf().sum().
         lora: (A [r, D], B [V, r], factor), an adapter on the head as peft's LoRA has it (factor =
@@ -157,7 +158,7 @@ def linear_logprob(
     group = NO_GROUP if vocab_group is None else name_of(OP, "vocab_group", vocab_group)
     if lora is not None:
         check_lora(lora, hidden, weight, backend, several or support is not None)
-    kept = None if support is None else check_support(support, rows, target, backend)
+    kept = None if support is None else check_support(support, rows, target)
     if backend == "reference":
         if vocab_group is None:
             _check_ids(target, several, weight.shape[0], ignore_index, temperature, kept)
@@ -189,7 +190,8 @@ def linear_logprob(
     words = (ignore_index, group, scale, softcap, temperature, return_entropy)
     raises, rest = outside_support == "raise", (memory_mib, tail_eps, deterministic)
     if kept is not None:
-        found = support_operator(*tensors, *kept, *words, memory_mib, deterministic, raises)
+        more = (backend, memory_mib, deterministic, raises)
+        found = support_operator(*tensors, *kept, *words, *more)
     else:
         found = _over_the_vocabulary(tensors, lora, several, words, backend, rest)
     logprob, lse = _shaped(found[0], target.shape), _shaped(found[2], rows)

@@ -44,6 +44,8 @@ MODULES = (
     "dense_gradient",
     "finish_rows",
     "live_rows",
+    "support_pairs",
+    "support_gradient",
     "sparse_blocks",
     "sparse_hidden",
     "sparse_weight",

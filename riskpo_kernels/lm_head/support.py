@@ -3,17 +3,18 @@
     z = softcap(scale * (h W^T + b)) / T over the kept ids      everything else as over all ids
 
 The same statistics, gradients and merge over ranks as for the whole vocabulary
-(core/softmax.py), on the few columns of lm_head/gathered.py. A target outside its row's support
-has log-prob -inf there, a constant.
+(core/softmax.py), on the few columns of lm_head/gathered.py or, in Triton, on the pairs of
+lm_head/support_triton.py. A target outside its row's support has log-prob -inf, a constant.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from riskpo_kernels.core.backends import choose
 from riskpo_kernels.core.checks import check_device, check_shape, describe, live_rows, reject
 from riskpo_kernels.core.matmul import exact_products
 from riskpo_kernels.core.operators import (
@@ -57,23 +58,28 @@ class Words:
     softcap: float | None
     temperature: float
     return_entropy: bool
+    backend: str
     memory_mib: float
     deterministic: bool
     raises: bool
 
+    @staticmethod
+    def of(hidden: torch.Tensor, weight: torch.Tensor, numbers: tuple[Any, ...]) -> Words:
+        """With the backend that runs."""
+        w, dtype = Words(*numbers), torch.promote_types(hidden.dtype, weight.dtype)
+        return replace(w, backend=choose(OP, w.backend, hidden.device, dtype))
+
     @property
     def options(self) -> Options:
         numbers = (self.scale, self.softcap, self.temperature, self.return_entropy)
-        return Options(*numbers, "torch", self.memory_mib, 0.0, self.deterministic, False)
+        rest = (self.memory_mib, 0.0, self.deterministic, False)
+        return Options(*numbers, self.backend, *rest)
 
 
 def check_support(
-    support: object, rows: tuple[int, ...], target: torch.Tensor, backend: str
+    support: object, rows: tuple[int, ...], target: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The operator's (ids, offsets) of what a caller gave: ids [N, K], or [P] with offsets."""
-    if backend == "triton":
-        todo = "Leave it 'auto': gathered rows have no kernel of their own, torch's run on CUDA."
-        reject(OP, "support with backend='triton'", "auto, torch or reference", todo)
     if target.dim() > len(rows):
         todo = "Call it once for each of them."
         reject(OP, "support with several targets a row", "one target a row", todo)
@@ -187,9 +193,19 @@ def _forward(
     offsets: torch.Tensor | None,
     *numbers: Any,
 ) -> tuple[torch.Tensor, ...]:
-    tensors, w = (hidden, weight, bias, target, row_temperature, ids, offsets), Words(*numbers)
+    tensors = (hidden, weight, bias, target, row_temperature, ids, offsets)
+    w, wide = Words.of(hidden, weight, numbers), wide_of(hidden, weight)
     head, lists, shard = _problem(tensors, w, check=True)
-    state = RowState.new(head.n, w.return_entropy, hidden, wide_of(hidden, weight))
+    empty = hidden.new_empty(0, dtype=wide)
+    if w.backend == "triton":
+        from riskpo_kernels.lm_head import support_triton  # needs Triton
+
+        map = map_of(w.options, row_temperature, wide)
+        found = support_triton.forward(tensors, map, w.ignore_index, shard, w.return_entropy)
+        if w.raises:
+            check_inside(found[0])
+        return tuple(empty if x is None else x for x in found)
+    state = RowState.new(head.n, w.return_entropy, hidden, wide)
     with exact_products(hidden.device):
         for piece in pieces(head, lists, w.memory_mib):
             part = state.of(piece.rows)
@@ -203,14 +219,15 @@ def _forward(
     if w.raises:
         check_inside(logprob)
     rows = (logprob, entropy, peak + log_sum, peak, log_sum)
-    empty = logprob.new_empty(0)
-    return tuple(empty if x is None else put_among(head.rows, target.shape[0], x) for x in rows)
+    n = target.shape[0]
+    return *(empty if x is None else put_among(head.rows, n, x) for x in rows), empty.clone()
 
 
 def _forward_fake(*args: Any) -> tuple[torch.Tensor, ...]:
     hidden, weight, _, target = args[:4]
-    n, dtype = target.shape[0], wide_of(hidden, weight)
-    sizes = (n, n if Words(*args[7:]).return_entropy else 0, n, n, n)
+    n, dtype, w = target.shape[0], wide_of(hidden, weight), Words.of(hidden, weight, args[7:])
+    kept = args[5].numel() if w.backend == "triton" else 0
+    sizes = (n, n if w.return_entropy else 0, n, n, n, kept)
     return tuple(hidden.new_empty(size, dtype=dtype) for size in sizes)
 
 
@@ -230,9 +247,11 @@ def _backward(
     entropy: torch.Tensor,
     peak: torch.Tensor,
     log_sum: torch.Tensor,
+    kept: torch.Tensor,  # logits of the pairs, of the Triton backend
     *numbers: Any,
 ) -> tuple[torch.Tensor, ...]:
-    tensors, w = (hidden, weight, bias, target, row_temperature, ids, offsets), Words(*numbers)
+    tensors = (hidden, weight, bias, target, row_temperature, ids, offsets)
+    w = Words.of(hidden, weight, numbers)
     stats = RowStats(logprob, entropy, peak, log_sum)
     wide = stats.logprob.dtype
     c, g, e = (None if x is None else x.to(wide) for x in (c, g, e))
@@ -240,6 +259,13 @@ def _backward(
         c = c.masked_fill(stats.logprob == -torch.inf, 0.0)  # a constant there
     if not w.return_entropy:
         g, stats = None, stats._replace(entropy=None)
+    if w.backend == "triton":
+        from riskpo_kernels.lm_head import support_triton  # needs Triton
+
+        map = map_of(w.options, row_temperature, wide)
+        up = RowGradient.new(stats, c, g, e, map)
+        shard = find_shard(w.group, hidden, weight, target, w.options)
+        return support_triton.backward(needs, tensors, map, w.ignore_index, shard, kept, up)
     head, lists, _ = _problem(tensors, w, check=False)
     if head.rows is not None:
         c, g, e = (None if x is None else x[head.rows] for x in (c, g, e))
@@ -264,7 +290,7 @@ _backward_operator = register(
 
 support_operator = register(
     "linear_logprob_support",
-    schema_of(_forward, Words, 5),
+    schema_of(_forward, Words, 6),
     _forward,
     fake=_forward_fake,
     setup_context=saving(7, 3, skip=2),

@@ -121,7 +121,7 @@ from riskpo_kernels.lm_head import backward
 from riskpo_kernels.lm_head.block_filter import ActiveBlocks, find_ways
 from riskpo_kernels.lm_head.tiles import Head, Options
 from riskpo_kernels.lm_head.triton_forward import triton_forward
-from riskpo_kernels.lm_head import sparse_triton
+from riskpo_kernels.lm_head import sparse_triton, support_triton
 from riskpo_kernels.kernels.softmax_rows import gradient, row_statistics
 from riskpo_kernels.core.matmul import Products
 from riskpo_kernels.core.softmax import LogitMap, RowGradient
@@ -146,6 +146,9 @@ for vocab in (1000, 1024):
     raw = torch.randn(n, vocab).half()
     row_statistics(raw, head.target, head.map, [torch.empty(n)] * 5)
     gradient(raw, head.target, None, up, head.map, raw)
+    tensors = (h, w, b, head.target, None, torch.randint(vocab, (n, 5)), None)
+    x = support_triton.forward(tensors, head.map, -100, None, True)[-1]
+    support_triton.backward([True] * 3, tensors, head.map, -100, None, x, up)
 print(launched)
 """
 
@@ -165,6 +168,7 @@ def test_what_is_compiled_is_what_is_launched(target):
     found = eval(done.stdout.strip().splitlines()[-1])
     names = {"_rows_kernel", "_gradient_kernel", "statistics_kernel", "finish_kernel"}
     names |= {"dz_kernel", "dh_kernel", "gather_kernel", "dw_kernel", "fold_kernel", "dense_kernel"}
+    names |= {"pair_logits_kernel", "pair_rows_kernel", "pair_dz_kernel", "segment_kernel"}
     assert found.keys() == names
     for name, launches in found.items():
         assert all(same for same, _ in launches), name

@@ -178,13 +178,11 @@ def test_an_ignored_row_needs_no_support():
         torch.testing.assert_close(got, full, rtol=1e-6, atol=1e-6)
 
 
-def test_support_takes_one_target_a_row_and_no_kernel():
+def test_support_takes_one_target_a_row():
     h, w, _, target = head(N, V, D, torch.float32, "cpu")
     support = ragged(target)
     with pytest.raises(ValueError, match="one target a row"):
         linear_logprob(h, w, target[:, None], support=support)
-    with pytest.raises(ValueError, match="auto, torch or reference"):
-        linear_logprob(h, w, target, support=support, backend="triton")
     with pytest.raises(ValueError, match="outside_support"):
         linear_logprob(h, w, target, support=support, outside_support="zero")
 

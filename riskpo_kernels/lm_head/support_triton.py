@@ -42,7 +42,7 @@ def forward(
         h, w, b = _plain(*tensors[:3])
         x = pair_logits(h, w, b, pairs)
         wanted = (True, entropy, True, True, shard is None)
-        rows = [torch.empty(target.shape, device=x.device) if yes else None for yes in wanted]
+        rows = [x.new_empty(target.shape) if yes else None for yes in wanted]
         fold_pairs(x, pairs, local, map, rows, state=shard is not None)
     if shard is None:
         return *rows, x
@@ -103,11 +103,7 @@ def pairs_of(tensors: Tensors, live: torch.Tensor, first: int) -> Pairs:
 
 def _live(target: torch.Tensor, ignore_index: int | None) -> torch.Tensor:
     """Rows that are not ignored, bool."""
-    return (
-        torch.ones_like(target, dtype=torch.bool)
-        if ignore_index is None
-        else target != ignore_index
-    )
+    return target.long() != (IGNORED if ignore_index is None else ignore_index)
 
 
 def _by_id(

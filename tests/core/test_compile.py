@@ -22,7 +22,9 @@ from riskpo_kernels.core.operators import register
 from riskpo_kernels.lm_head.logits_operator import logits_operator
 from riskpo_kernels.lm_head.lora import lora_operator
 from riskpo_kernels.lm_head.operator import head_operator
+from riskpo_kernels.lm_head.support import support_operator
 from riskpo_kernels.policy_loss.operator import surrogate_operator
+from tests.conftest import has_triton
 from tests.head_inputs import head
 
 N, V, D = 40, 300, 16
@@ -228,6 +230,17 @@ def test_head_operator_is_sound(eps, entropy):
     low = [torch.randn(*shape, requires_grad=True) for shape in ((2, D), (V, 2))]
     tensors = (leaves[0], *low, leaves[2], w.detach(), target, None)
     torch.library.opcheck(lora_operator, (*tensors, 0.5, -100, "", *numbers))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_support_operator_is_sound(backend):
+    if backend == "triton" and not has_triton():
+        pytest.skip("needs triton")
+    h, w, b, target, *_ = inputs()
+    leaves = [x.requires_grad_() for x in (h[:6].clone(), w, b)]
+    ids = torch.arange(24).reshape(6, 4)
+    numbers = (-100, "", 1.0, None, 0.7, True, backend, 300.0, False, False)
+    torch.library.opcheck(support_operator, (*leaves, target[:6], None, ids, None, *numbers))
 
 
 def test_logits_and_surrogate_operators_are_sound():

@@ -14,11 +14,8 @@ pytestmark = [
     pytest.mark.skipif(not has_triton(), reason="needs triton"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="shown in the interpreter"),
 ]
-N, V, D = 19, 83, 24
-OPTIONS = {
-    "plain": {},
-    "all": {"softcap": 5.0, "scale": -1.3, "temperature": torch.linspace(0.4, 1.5, N)},
-}
+N, V, D = 12, 37, 20
+ALL = {"softcap": 5.0, "scale": -1.3, "temperature": torch.linspace(0.4, 1.5, N)}
 
 
 @pytest.fixture
@@ -34,16 +31,16 @@ def small(monkeypatch):
 
 def inputs(dtype, *, padded=False):
     """Ids (most of them in many rows) and targets: two rows are ignored, with NaN in them, one
-    without an id; one has its target alone, one a target outside, one all ids."""
+    without an id; one has its target alone, one a target outside, one most ids. Some nobody has."""
     h, w, b, target = head(N, V, D, dtype, "cpu")
     target[[3, 10]] = -100
     h[[3, 10]] = torch.nan
     g = torch.Generator().manual_seed(5)
-    lists = [torch.randperm(V, generator=g)[: 1 + 5 * i % 23] for i in range(N)]
+    lists = [torch.randperm(V - 8, generator=g)[: 1 + 5 * i % 23] for i in range(N)]
     for i, t in enumerate(target.tolist()):
         lists[i] = torch.cat([lists[i][lists[i] != t], torch.tensor([max(t, 0)])]).unique()
         lists[i] = lists[i][torch.randperm(len(lists[i]), generator=g)]
-    lists[3], lists[5], lists[6] = lists[3][:0], target[5:6], torch.randperm(V, generator=g)
+    lists[3], lists[5], lists[6] = lists[3][:0], target[5:6], torch.randperm(V - 8, generator=g)
     lists[11] = lists[11][lists[11] != target[11]]
     counts = torch.tensor([len(x) for x in lists])
     support = torch.cat(lists), torch.nn.functional.pad(counts.cumsum(0), (1, 0))
@@ -53,8 +50,7 @@ def inputs(dtype, *, padded=False):
     return h, w, b, target, support
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype, options", [(torch.float32, ALL), (torch.float16, {})])
 def test_support(dtype, options, small, shuffled):
     """Results and gradients, of lists (float32) and of padded ids; nothing is read or written
     beside. One product of all pairs forward, which the backward does not repeat; one for each
@@ -74,23 +70,23 @@ def test_support(dtype, options, small, shuffled):
 
 
 def test_512_ids_in_a_row():
-    """The launches as they are: one id, 512, and 130; a strided hidden, no bias."""
-    h, w, _, target = head(3, 600, 8, torch.float16, "cpu", bias=False)
+    """The launches as they are: one id, 512, and 130; a strided hidden and a frozen head."""
+    h, w, _, target = head(3, 600, 8, torch.float32, "cpu", bias=False)
     lists = [
         torch.arange(600).roll(-int(t))[:k] for t, k in zip(target, (1, 512, 130), strict=True)
     ]
-    offsets = torch.tensor([0, 1, 513, 643])
-    strided = torch.zeros(3, 16, dtype=h.dtype)[:, ::2].copy_(h)
+    support = torch.cat(lists), torch.tensor([0, 1, 513, 643])
+    strided = torch.zeros(3, 16)[:, ::2].copy_(h)
     found = []
     for dtype, backend, x in (
-        (torch.float16, "triton", strided),
+        (torch.float32, "triton", strided),
         (torch.float64, "reference", h),
-        (torch.float16, "reference", h),
+        (torch.float32, "reference", h),
     ):
-        x, y = (t.to(dtype).detach().requires_grad_() for t in (x, w))
-        out = linear_logprob(x, y, target, support=(torch.cat(lists), offsets), backend=backend)
+        x = x.to(dtype).detach().requires_grad_()
+        out = linear_logprob(x, w.to(dtype), target, support=support, backend=backend)
         (out.logprob.double() * torch.tensor([1.0, -2.0, 0.5])).sum().backward()
-        found.append({"logprob": out.logprob, "dhidden": x.grad, "dweight": y.grad})
+        found.append({"logprob": out.logprob, "dhidden": x.grad})
     assert_all_close_as_plain(*found)
 
 

@@ -95,8 +95,8 @@ def linear_logprob(
             (token_ids [P], offsets [N + 1]) as in vLLM's SamplingMask, rows of target in order, or
             ids [..., K] padded with -1; in any order, no id twice in a row. Exact whatever tail_eps
             is. The host waits for the device. Backend triton takes about 50 bytes an id beside
-            memory_mib, and is deterministic in any case, as below; torch's results repeat bitwise
-            run to run with deterministic=True, but depend on the rows beside.
+            memory_mib, and always gives the bits that deterministic=True promises. Those of torch
+            then repeat run to run, but depend on the rows beside.
         outside_support: "raise" for a target that its row does not keep, or "-inf": its log-prob,
             a constant. Count them with logprob.isneginf().sum().
         lora: (A [r, D], B [V, r], factor), an adapter on the head as peft's LoRA has it (factor =

@@ -6,6 +6,7 @@ import argparse
 import logging
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 from riskpo.doctor.packages import PACKAGES
 from riskpo.errors import loading, refusals_in_one_line
@@ -39,7 +40,9 @@ def _answer(options: argparse.Namespace) -> None:
     from riskpo.doctor.report import print_comparison, print_machine, report
 
     if options.report:
-        print(f"report: {write_text(options.report, report(print))}")
+        path = Path(options.report)
+        old = path.read_text(encoding="utf-8") if path.exists() else ""
+        print(f"report: {write_text(path, report(print, old))}")
     elif options.against:
         print_comparison(options.against)
     else:

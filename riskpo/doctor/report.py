@@ -118,9 +118,12 @@ def cells(row: Row) -> list[str]:
     return [row.dtype, row.quantity, *(f"{x:.1e}" for x in numbers)]
 
 
-def report(say: Callable[[str], None]) -> str:
-    """The conformance report: what was seen here with the versions installed here."""
-    parts = [INTRODUCTION, "## Versions\n", table(("", ""), versions().items())]
+def report(say: Callable[[str], None], old: str = "") -> str:
+    """The conformance report: what was seen here with the versions installed here. What the old
+    report says before its versions stays: it may link to others."""
+    said, is_report, _ = old.partition(VERSIONS)
+    introduction = said.rstrip("\n") + "\n" if is_report else INTRODUCTION
+    parts = [introduction, VERSIONS, table(("", ""), versions().items())]
     say("checking this machine")
     parts += ["## This machine\n", "```", *map(str, machine_checks()), "```\n"]
     for name in REPORTED:
@@ -181,6 +184,7 @@ def table(head: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in body) + "\n"
 
 
+VERSIONS = "## Versions\n"
 INTRODUCTION = """# Conformance report
 
 Written by `riskpo doctor --report FILE.md` on the machine and with the versions below. It says what

@@ -167,6 +167,9 @@ def test_the_report_holds_every_part(tmp_path, monkeypatch, capsys):
     )
     monkeypatch.setattr(report, "REPORTED", ("torch",))
     path = tmp_path / "conformance.md"
+    path.write_text(
+        "# Report\n\nSee also another.\n\n## Versions\n\nfound before\n", encoding="utf-8"
+    )
     assert main(["doctor", "--report", str(path)]) == 0
     text = path.read_text(encoding="utf-8")
     for part in (
@@ -179,6 +182,8 @@ def test_the_report_holds_every_part(tmp_path, monkeypatch, capsys):
     for trap in (*TRAPS, *LOSS_TRAPS):
         assert trap.name.replace("[", "\\[") in text
     assert str(path) in capsys.readouterr().out
+    assert text.startswith("# Report\n\nSee also another.\n\n## Versions\n\n| ")
+    assert "found before" not in text
 
 
 def spoilt_head(hidden, weight, *given, **options):

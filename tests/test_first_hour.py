@@ -145,14 +145,18 @@ def test_a_comparison_takes_no_more_threads_than_it_is_given():
 
 KILLED = """
 import os, signal, time
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
-from riskpo.compare.launch import end_with_parent
-if __name__ == "__main__":
-    pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=end_with_parent)
+from pathlib import Path
+from types import SimpleNamespace
+from riskpo.compare import launch
+
+def killed(pool, *given):
     print(pool.submit(os.getpid).result(), flush=True)
     pool.submit(time.sleep, 60)
     os.kill(os.getpid(), signal.SIGKILL)
+
+if __name__ == "__main__":
+    launch._gather = killed
+    launch.run_all(SimpleNamespace(model="none"), {}, [], Path(), jobs=1)
 """
 
 

@@ -4,6 +4,8 @@ python -m benchmarks                   about six minutes on two quiet CPU cores
 python -m benchmarks --quick           does every module run? (seconds; numbers mean nothing)
 python -m benchmarks --gpu             shapes of real models in bfloat16
 python -m benchmarks --dry             the GPU run's cases, shrunk, on a CPU
+python -m benchmarks --model FOLDER    the head of a pretrained model first (or of one that
+                                       `riskpo fetch-model` made: then without asking)
 python -m benchmarks --rows FILE       rows of a trained head instead of generated ones
 """
 
@@ -23,7 +25,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import environment, peers, sets, table
+from benchmarks import environment, peers, real_rows, sets, table
 from benchmarks.harness import FIELDS, Settings, run_case
 
 SCHEMA = 1
@@ -42,8 +44,9 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         which.add_argument(f"--{name}", dest="set", action="store_const", const=name)
     parser.set_defaults(set="cpu")
     parser.add_argument(
-        "--budget-seconds", type=float, default=400.0, help="stops cleanly (400; inf: no limit)"
+        "--budget-seconds", type=float, default=600.0, help="stops cleanly (600; inf: no limit)"
     )
+    parser.add_argument("--model", help="a Hugging Face folder, measured on its own answers")
     parser.add_argument("--rows", help="a .safetensors file with hidden [n, r], weight [v, r]")
     parser.add_argument("--out", type=Path, help="JSON file, or a folder for it")
     parser.add_argument("--op", action="append", default=[], help="only these ops (repeatable)")
@@ -74,6 +77,16 @@ def settings(a: argparse.Namespace) -> Settings:
         skip=tuple(a.skip),
         deadline=time.monotonic() + a.budget_seconds,
     )
+
+
+def cases(a: argparse.Namespace) -> list[sets.Case]:
+    """Those of a set; before a CPU's, the heads of the pretrained models that are here."""
+    if a.set != "cpu":
+        return sets.SETS[a.set]()
+    found = real_rows.register(a.model)
+    if not found:
+        print("no pretrained model here: make demo-llm makes one, --model FOLDER names one")
+    return sets.pretrained(found) + sets.cpu()
 
 
 def expand(case: sets.Case) -> Iterator[tuple[Any, str, dict[str, Any]]]:
@@ -124,7 +137,7 @@ def main(words: list[str] | None = None) -> int:
     report |= {"environment": environment.describe(s.device), "rows": [], "left_out": s.left_out}
     path = destination(a)
     print(f"{report['environment']['command']}  ({a.set}, {report['environment']['date']})")
-    for case in sets.SETS[a.set]():
+    for case in cases(a):
         if (a.op and case.op not in a.op) or a.case not in case.name:
             continue
         for module, name, sizes in expand(case):

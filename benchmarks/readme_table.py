@@ -35,7 +35,7 @@ def readme_table(report: dict[str, Any]) -> str:
         size = row["sizes"]
         if row["op"] != "linear_logprob" or size["phase"] != "forward+backward":
             continue
-        if size["zero_fraction"] or size.get("masked_fraction"):
+        if size["zero_fraction"] or size.get("masked_fraction") or size["regime"] not in NAMES:
             continue
         shape = tuple(size[x] for x in ("n", "d", "v", "dtype"))
         shapes[shape].setdefault(size["regime"], {})[row["provider"]] = row

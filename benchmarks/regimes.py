@@ -14,7 +14,8 @@ lifted to width D by an orthonormal map, which leaves the logits as they are; or
 
 Its constants were fitted to real rows at V = 16,384 (entropy and share of active blocks at the four
 temperatures within a quarter). Columns beyond the real vocabulary are rare columns once more,
-lowered by a Zipf-like offset. Legend: N rows, D width, V vocabulary.
+lowered by a Zipf-like offset. Regimes "NAME at T" are a third source: benchmarks/real_rows.py.
+Legend: N rows, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ import math
 from dataclasses import dataclass
 
 import torch
+
+from benchmarks import real_rows
 
 REGIMES = {"flat": 1.0, "sft": 0.5, "rl": 0.3, "rl-late": 0.2}
 BLOCK = 128  # vocabulary columns per block, as the backward counts them
@@ -57,12 +60,20 @@ def make(
 ) -> Rows:
     """Rows of one regime; the same arguments give the same rows."""
     generator = torch.Generator(device).manual_seed(0)
-    if rows is None:
+    if regime in real_rows.REGIMES:
+        path, temperature = real_rows.REGIMES[regime]
+        hidden, weight = (x.to(device) for x in real_rows.load(path, temperature, n))
+        hidden, source = _repeated(hidden, n), "the model's own answers"
+        if weight.shape != (v, d):
+            raise ValueError(f"{regime} has a head [V, D] of {list(weight.shape)}, not {[v, d]}")
+    elif rows is None:
         hidden, weight = _synthetic(n, d, v, device, generator)
+        temperature, source = REGIMES[regime], "synthetic rows"
     else:
         hidden, weight = _lifted(rows, n, d, v, device, generator)
+        temperature, source = REGIMES[regime], "real rows, lifted"
     # offsets and logits share the temperature
-    hidden = (hidden / REGIMES[regime]).to(dtype)
+    hidden = (hidden / temperature).to(dtype)
     weight = weight.to(dtype)
     target = torch.empty(n, dtype=torch.int64, device=device)
     entropy, share = [], []
@@ -79,8 +90,13 @@ def make(
         target,
         torch.cat(entropy).mean().item(),
         torch.cat(share).mean().item(),
-        "synthetic rows" if rows is None else "real rows, lifted",
+        source,
     )
+
+
+def _repeated(hidden: torch.Tensor, n: int) -> torch.Tensor:
+    """The first n rows of what goes on and on."""
+    return hidden.repeat(-(-n // hidden.shape[0]), 1)[:n]
 
 
 def _active(p: torch.Tensor) -> torch.Tensor:
@@ -122,8 +138,7 @@ def _lifted(
     width, known = hidden.shape[1], weight.shape[0]
     if d < width + 1:
         raise ValueError(f"real rows need a width above {width}, not {d}")
-    # rows beyond the file's repeat it
-    hidden = hidden.repeat(-(-n // hidden.shape[0]), 1)[:n]
+    hidden = _repeated(hidden, n)
     anchor = torch.zeros(min(v, known), 1, device=device)
     if v <= known:
         weight = weight[:v]

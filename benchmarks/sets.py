@@ -70,6 +70,16 @@ def cpu() -> list[Case]:
     ]
 
 
+def pretrained(regimes: list[tuple[str, int, int]]) -> list[Case]:
+    """Heads of pretrained models beside every peer: benchmarks/real_rows.py."""
+    cases = [_head(f"D{d} V{v}", 1024, d, v, "float32", name) for name, d, v in regimes]
+    first = regimes[:1]
+    return cases + [
+        _head(f"D{d} V{v}", 1024, d, v, "float32", name, phase="forward", only=RIVALS)
+        for name, d, v in first
+    ]
+
+
 def gpu() -> list[Case]:
     """Shapes of real models in bfloat16; the first dozen cases carry the goals."""
     llama = _shape("Llama-3.1-8B")

@@ -22,11 +22,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.real_rows import answers
 from riskpo.memory_plan.peak_meter import PeakMeter
 from riskpo.model.load import Policy, load_policy
-from riskpo.rollout.generate import GenerateSampler
-from riskpo.rollout.sampler import SamplingLimits
-from riskpo.types import Question
 from riskpo_kernels import linear_divergence, linear_logprob
 
 KEPT, TARGETS, RANK, T = 50, 8, 16, 0.6
@@ -42,7 +40,8 @@ def main() -> None:
     print("| what | beside | CPU seconds | quotient | MiB |\n|---|---|---:|---:|---:|", flush=True)
     policy = load_policy(options.model)
     for temperature in (1.0, T):
-        own = answers(policy, options.rows, temperature)
+        hidden, ids = answers(policy, options.rows, temperature)
+        own = hidden.requires_grad_(), ids
         log_probs(policy, *own, temperature)
     if options.answers:
         return
@@ -102,20 +101,6 @@ def divergence(kind: str, name: str, h: torch.Tensor, w: torch.Tensor) -> None:
         return (kl_div(q, p) if kind == "reverse_kl" else kl_div(p, q)).sum(-1)
 
     show(f"{name}, tail_eps=2^-14", ours, "two log-softmaxes", two_softmaxes, h, w)
-
-
-def answers(policy: Policy, rows: int, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states [N, D] and ids [N] of the first tokens of every answer the model sampled."""
-    asked = [f"What is {a} + {b}? Explain." for a in range(3, 11) for b in (5, 17)]
-    sampler = GenerateSampler(policy, SamplingLimits(64, 48, temperature))
-    drawn = sampler.sample([Question(x, x, "") for x in asked], 2, (0, 1))
-    hidden, target = [], []
-    for tokens, start in zip(drawn.tokens, drawn.prompt_len, strict=True):
-        with torch.no_grad():
-            states = policy.model.base_model(tokens[None]).last_hidden_state[0, start - 1 : -1]
-        hidden.append(states[: rows // len(drawn)])
-        target.append(tokens[start:][: rows // len(drawn)])
-    return torch.cat(hidden).requires_grad_(), torch.cat(target)
 
 
 def log_probs(policy: Policy, h: torch.Tensor, ids: torch.Tensor, temperature: float) -> None:

@@ -17,13 +17,16 @@ from benchmarks import (
     bench_linear_logprob,
     harness,
     memory,
+    real_rows,
     regimes,
     report,
     sets,
     table,
 )
 from benchmarks.provider import Provider
+from riskpo.model.load import load_policy
 from riskpo_kernels.core.matmul import counting
+from tests.toy import save_byte_model
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -159,6 +162,21 @@ def test_lifted_rows_keep_their_logits(tmp_path):
     torch.testing.assert_close(logits[:8, :64], hidden @ weight.T, atol=2e-4, rtol=0)
     torch.testing.assert_close(logits[8:16], logits[:8])
     assert (logits[:, 64:] <= logits[:, 48:64].max(1, keepdim=True).values + 2e-4).all()
+
+
+def test_a_pretrained_models_rows_are_its_own_answers(tmp_path):
+    found = real_rows.register(str(save_byte_model(tmp_path / "tiny")))
+    assert found == [("tiny at 0.6", 32, 258), ("tiny at 1", 32, 258)]
+    sharp, flat = (regimes.make(96, d, v, x, dtype=torch.float32, device=CPU) for x, d, v in found)
+    assert sharp.entropy_nats < flat.entropy_nats
+    policy = load_policy(str(tmp_path / "tiny"))
+    asked = policy.tokenizer(real_rows.ASKED[0], return_tensors="pt").input_ids
+    with torch.no_grad():
+        logits = policy.model(asked).logits[0, -1]
+    torch.testing.assert_close(sharp.hidden[0] @ sharp.weight.T, logits / 0.6)
+    assert all(case.sizes["regime"] in real_rows.REGIMES for case in sets.pretrained(found))
+    with pytest.raises(ValueError, match=r"head \[V, D\] of \[258, 32\], not \[100, 32\]"):
+        regimes.make(96, 32, 100, "tiny at 1", dtype=torch.float32, device=CPU)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.5, 1.0])

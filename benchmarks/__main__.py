@@ -162,8 +162,13 @@ def measure(
     """Rows of one case; a case that cannot be built is a row with its reason."""
     if case.compile:
         s = dataclasses.replace(s, compile=True)
+    rows = []
     try:
-        return list(run_case(module, name, sizes, s, case.only))
+        for row in run_case(module, name, sizes, s, case.only):
+            took = row["reason"] or f"{row['median_ms']:,.0f} ms"
+            print(f"  {name}: {row['provider']}: {took}", file=sys.stderr, flush=True)
+            rows.append(row)
+        return rows
     except torch.OutOfMemoryError as error:
         if s.device == "cuda":
             torch.cuda.empty_cache()

@@ -13,7 +13,7 @@ import pickle
 import zlib
 from typing import Any
 
-from riskpo.data.values import Row, missing, scalar_text
+from riskpo.data.values import Row, missing, refuse, scalar_text
 
 CODE_INSTRUCTION = "Put the whole program into one ```python code block at the end."
 STDIN_INSTRUCTION = "Write a Python program that reads standard input and writes standard output."
@@ -69,10 +69,8 @@ def _listed(row: Row, column: str) -> list[str]:
     if missing(value):
         return []
     if not isinstance(value, (list, tuple)):
-        raise ValueError(
-            f"load_questions: got column {column!r} of type {type(value).__name__}; expected a "
-            "list of texts. Mend the row or drop it."
-        )
+        came = f"column {column!r} of type {type(value).__name__}"
+        raise refuse(came, "a list of texts", "Mend the row or drop it.")
     return [scalar_text(source, f"column {column!r}") for source in value]
 
 

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from riskpo.data.hub import HUB_SECONDS, hub_error
+from riskpo.data.values import Row, refuse
 
 FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 OTHER_SUFFIXES = (".txt", ".tsv", ".xlsx", ".xls", ".arrow", ".zip", ".zst", ".bz2", ".xz", ".pkl")
-
-Row = dict[str, Any]
 
 
 def is_file(source: str) -> bool:
@@ -39,10 +38,8 @@ def read_file(path: Path) -> Iterator[tuple[str, Any]]:
         raise ValueError(f"load_questions: there is no file {path}. Check the path.")
     kind = _format(path)
     if kind not in FILE_SUFFIXES:
-        raise ValueError(
-            f"load_questions: got {path}; expected a file that ends in {', '.join(FILE_SUFFIXES)}, "
-            "with or without .gz. Convert it or name it by what it holds."
-        )
+        ends = f"a file that ends in {', '.join(FILE_SUFFIXES)}, with or without .gz"
+        raise refuse(str(path), ends, "Convert it or name it by what it holds.")
     reader = {".jsonl": _lines, ".json": _whole, ".csv": _table, ".parquet": _parquet}[kind]
     place = ["its beginning"]
     try:

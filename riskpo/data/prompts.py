@@ -135,10 +135,8 @@ def asked(row: Row, column: str) -> Prompt:
     """
     context = "" if missing(row.get("context")) else row["context"]
     if not isinstance(context, str):
-        raise ValueError(
-            f"load_questions: got a context of type {type(context).__name__}; expected text. Write "
-            "it out, or remove the column if the question stands without it."
-        )
+        todo = "Write it out, or remove the column if the question stands without it."
+        raise refuse(f"a context of type {type(context).__name__}", "text", todo)
     prompt = prompt_of(row[column], f"column {column!r}")
     text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
     parts = [context, text, *listed_choices(_choices(row))]
@@ -160,10 +158,9 @@ def listed_choices(value: Any) -> list[str]:
     if isinstance(value, str):
         return [value]
     if len(value) > len(LETTERS) or not all(isinstance(c, (str, int, float)) for c in value):
-        raise ValueError(
-            f"load_questions: got the choices {str(value)[:80]}; expected a list of at most "
-            f"{len(LETTERS)} texts. Write them into the question and remove the column."
-        )
+        todo = "Write them into the question and remove the column."
+        wanted = f"a list of at most {len(LETTERS)} texts"
+        raise refuse(f"the choices {str(value)[:80]}", wanted, todo)
     texts = [c if isinstance(c, str) else scalar_text(c, "the choices") for c in value]
     named = list(zip(LETTERS, texts, strict=False))
     if all(re.match(rf"\(?{letter}[).:]", text) for letter, text in named):
@@ -190,11 +187,9 @@ def check_choice(row: Row, gold: str) -> None:
         return
     letters = LETTERS[: len(choices)]
     if not re.fullmatch(rf"[({letters}), ]+", gold) and gold not in map(gold_text, choices):
-        raise ValueError(
-            f"load_questions: got the gold {gold[:60]!r} beside {len(choices)} choices; expected "
-            f"one of the letters {letters[0]} to {letters[-1]}, or one of their texts. Write the "
-            "letter into the answer column."
-        )
+        wanted = f"one of the letters {letters[0]} to {letters[-1]}, or one of their texts"
+        came = f"the gold {gold[:60]!r} beside {len(choices)} choices"
+        raise refuse(came, wanted, "Write the letter into the answer column.")
 
 
 def last_boxed(solution: str) -> str:
@@ -206,7 +201,5 @@ def last_boxed(solution: str) -> str:
         depth += (solution[i] == "{") - (solution[i] == "}")
         if depth == 0:
             return solution[opening + 1 : i].strip()
-    raise ValueError(
-        f"load_questions: got a solution without a \\boxed answer: ...{solution[-80:]!r}; expected "
-        "one. Add an answer column."
-    )
+    came = f"a solution without a \\boxed answer: ...{solution[-80:]!r}"
+    raise refuse(came, "one", "Add an answer column.")

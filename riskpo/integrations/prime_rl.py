@@ -79,8 +79,8 @@ class BundleBuffer:
     questions: groups per batch, a multiple of bundle_size. settings: preset and the overrides of
     RiskPOAdvantage. Groups may arrive in any order; all of a batch must be answers of policies
     recent enough for your staleness limit. difficulty="history" knows a question by the name that
-    `add` is given. state_dict / load_state_dict belong in the
-    orchestrator's checkpoint; groups still waiting are not part of it and must be sampled again.
+    `add` is given. state_dict / load_state_dict belong in the orchestrator's checkpoint; groups
+    still waiting are not part of it and must be sampled again.
     """
 
     def __init__(self, questions: int, **settings: Any) -> None:

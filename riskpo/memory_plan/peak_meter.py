@@ -16,10 +16,10 @@ RESET_PEAK = "5"  # of VmHWM, by proc(5)
 class PeakMeter:
     """Starts at what is allocated now, with all weights of `model` in memory.
 
-    On the CPU it is the process' resident set (Linux only).
-    The resident set follows the tensors only as far as malloc gives memory back: with
-    MALLOC_MMAP_THRESHOLD_=65536 in the environment every tensor of that size does at once; without
-    it glibc keeps freed blocks, and the peak may come out higher.
+    On the CPU it is the process' resident set (Linux only), which follows the tensors only as far
+    as malloc gives memory back. With MALLOC_MMAP_THRESHOLD_=65536 in the environment it gives
+    tensors of that size back at once; without it glibc keeps freed blocks, and the peak may come
+    out higher.
     """
 
     def __init__(self, device: torch.device, model: torch.nn.Module | None = None) -> None:

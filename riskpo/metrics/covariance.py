@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import torch
 
+from riskpo.group_advantages import minus_mean
 from riskpo_kernels import bundle_scores, mvar_advantage
 
 BUNDLE, ALPHA, BETA, OMEGA = 5, 0.2, 0.8, 0.5  # arXiv 2510.00911
@@ -62,18 +63,13 @@ def covariance_terms(
     }
 
 
-def _centred(x: torch.Tensor) -> torch.Tensor:
-    x = x - x[:, :1]  # so that equal values give exactly 0
-    return x - x.mean(1, keepdim=True)
-
-
 def _covariance(x: torch.Tensor, y: torch.Tensor) -> float:
     """Mean over rows of the row's covariance (n - 1); [Q, G] each."""
-    return float((_centred(x) * _centred(y)).sum(1).mean() / (x.shape[1] - 1))
+    return float((minus_mean(x) * minus_mean(y)).sum(1).mean() / (x.shape[1] - 1))
 
 
 def _correlation(x: torch.Tensor, y: torch.Tensor) -> float:
-    x, y = _centred(x), _centred(y)
+    x, y = minus_mean(x), minus_mean(y)
     spread = x.square().sum(1).sqrt() * y.square().sum(1).sqrt()
     each = (x * y).sum(1) / spread.clamp(min=TIED)
     return float(torch.where(spread > TIED, each, 0.0).mean())

@@ -79,10 +79,9 @@ class GenerateSampler:
     """Plain sampling, so that the log-probs are those of the policy over the words it may draw.
 
     No penalties, and no top_p, top_k or min_p but those of `limits`, whatever the model's own
-    generation_config asks for. A question's
-    random numbers are a function of `stream` (say seed, step, attempt) and its id, not of the batch
-    it is sampled in: cutting the batch otherwise, or over several processes, changes logits by
-    rounding and so, very rarely, a token.
+    generation_config asks for. A question's random numbers are a function of `stream` (say seed,
+    step, attempt) and its id, not of the batch it is sampled in: cutting the batch otherwise, or
+    over several processes, changes logits by rounding and so, very rarely, a token.
     """
 
     policy: Policy

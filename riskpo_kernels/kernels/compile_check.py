@@ -9,9 +9,9 @@ pass over logits that takes more instructions a logit than MOST.
 The compiler is told which sizes are multiples of 16, as the JIT tells it: all of them, as in nearly
 every model; and for the first and the last configuration of each kernel all but those that hang on
 V ("ragged"). With other widths the results are right but slower, and the sparse products spill up
-to 480 bytes. Prints one line per kernel and architecture, `--verbose` one
-per configuration: most registers and spills, shared memory, matrix (HMMA, HGMMA, UTCHMMA, MFMA) and
-bulk-copy (UTMALDG) instructions, and the others per logit.
+to 480 bytes. Prints one line per kernel and architecture, `--verbose` one per configuration: most
+registers and spills, shared memory, matrix (HMMA, HGMMA, UTCHMMA, MFMA) and bulk-copy (UTMALDG)
+instructions, and the others per logit.
 """
 
 from __future__ import annotations

@@ -8,9 +8,8 @@ target column, H the row's entropy and m = max(1 - p_target, 2^-16), a block is 
     with an entropy:           max(s_b, E_b) < theta / 2                  E_b as below
 
 and the target's own block never. The row's dropped mass may not exceed 32 theta: its threshold is
-halved until it does not, or the row is kept whole. A column beside the
-target gets -p_v (c - e) of the upstream gradients c of logprob and e of lse. So for every row and
-any vocabulary
+halved until it does not, or the row is kept whole. A column beside the target gets -p_v (c - e) of
+the upstream gradients c of logprob and e of lse. So for every row and any vocabulary
 
     ||dropped dz||_1 <= 32 eps |c - e|
     ||dropped dz||_1 <= 256 eps max(||dz||_1 + |e|, 2^-15 |c - e|)

@@ -7,8 +7,8 @@
 
 The statistics take 8 bytes per row and block, 12 with an entropy. Rows whose statistics do not fit
 in memory_mib together go in chunks, two or three launches each: at 300 MiB and V = 151,936 that is
-beyond 33,000 rows, or 22,000 with an entropy. A shard of the
-vocabulary runs finish_kernel twice, before and after the ranks' statistics are merged.
+beyond 33,000 rows, or 22,000 with an entropy. A shard of the vocabulary runs finish_kernel twice,
+before and after the ranks' statistics are merged.
 """
 
 from __future__ import annotations

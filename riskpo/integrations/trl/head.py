@@ -38,10 +38,10 @@ def use_riskpo_head(
     The keywords are those of linear_logprob. bfloat16 heads drop blocks of the vocabulary below
     2^-14 from the gradient by default; tail_eps=0 is exact.
 
-    ValueError for what this path does not compute: an adapter of products on the head other than
-    LoRA (TRL refuses that one; modules_to_save and trainable tokens are computed), virtual tokens,
-    a mixture of experts
-    with its auxiliary loss, images, DeepSpeed ZeRO-3, a head the formula does not describe.
+    modules_to_save and trainable tokens are computed; TRL itself refuses LoRA on the head.
+    ValueError for what this path does not compute: another adapter on the head, virtual tokens, a
+    mixture of experts with its auxiliary loss, images, DeepSpeed ZeRO-3, a head the formula does
+    not describe.
     """
     _refuse(trainer)
     head = _head(trainer.model)

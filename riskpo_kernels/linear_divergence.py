@@ -11,7 +11,8 @@
     dH, dW, dbias                   as their inputs  accumulated in fp32, rounded once
 
 Both heads go through the same tiles: lm_head/divergence.py has the mathematics, the cost and the
-bound of what tail_eps drops. There is no Triton kernel: products are torch's (cuBLAS on CUDA).
+bound of what tail_eps drops. Products are torch's (cuBLAS on CUDA); what is made of their results
+is one Triton kernel a pass (kernels/divergence_tiles.py) or PyTorch.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 
 from riskpo_kernels import reference
+from riskpo_kernels.core.backends import BACKENDS
 from riskpo_kernels.core.checks import (
     check_choice,
     check_constant,
@@ -39,7 +41,6 @@ from riskpo_kernels.linear_logprob import linear_logprob
 from riskpo_kernels.lm_head.block_filter import DEFAULT_EPS
 from riskpo_kernels.lm_head.divergence import KINDS, OP, divergence_operator
 
-BACKENDS = ("auto", "torch", "reference")
 IGNORE = -(2**40)  # no id of any vocabulary
 LEAST_TAIL = 2.0**-24  # probability of the bucket: float32's rounding of a sum to 1
 TEACHER = ("teacher_bias", "teacher_scale", "teacher_softcap")
@@ -84,7 +85,7 @@ def linear_divergence(
             (lm_head/divergence.py). 0 is exact. Default: 2^-14 for bf16, 2^-18 for fp16, else 0.
         vocab_group: as in linear_logprob; both heads are this rank's same columns.
         memory_mib: workspace in MiB beside results, gradients and one float32 [N, D].
-        backend: "auto" and "torch" are the tiled op, "reference" materialises everything.
+        backend: "auto", "triton", "torch" or "reference"; see backend_report().
 
     Raises:
         ValueError: wrong shapes, dtypes, devices, kinds or numbers; a teacher that requires grad.
@@ -144,6 +145,7 @@ def linear_divergence(
         tail_eps,
         group,
         memory_mib,
+        backend,
     )
     return found[0].view(rows)
 

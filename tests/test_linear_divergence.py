@@ -7,8 +7,9 @@ from torch.utils._pytree import tree_leaves
 
 from riskpo_kernels import linear_divergence, reference, topk_divergence
 from riskpo_kernels.core.matmul import counting
+from riskpo_kernels.core.softmax import LogitMap, RawTile
 from riskpo_kernels.lm_head import divergence
-from riskpo_kernels.lm_head.divergence_stats import Fold, Room
+from riskpo_kernels.lm_head.divergence_stats import Fold, Room, Side
 from tests.compare import assert_all_close_as_plain
 from tests.head_inputs import head, upstream
 
@@ -47,7 +48,7 @@ def inputs(dtype):
 def results(op, h, w, b, *rest, **options):
     h, w, b = (x.detach().clone().requires_grad_() for x in (h, w, b))
     out = op(h, w, *rest, bias=b, **options)
-    c = upstream((N,), "cpu")[0].index_fill(0, torch.tensor([7, 8]), 0.0)
+    c = upstream(out.shape, "cpu")[0].index_fill(0, torch.tensor([7, 8]), 0.0)
     (out.double() * c).sum().backward()
     return {"divergence": out, "dhidden": h.grad, "dweight": w.grad, "dbias": b.grad}
 
@@ -102,10 +103,11 @@ def test_a_shards_bound_counts_from_its_own_peaks():
     d = torch.zeros(256, dtype=torch.float64).index_fill(0, torch.arange(128, 256), 5.0)
 
     def folded(*parts):
-        fold = Fold(4, len(parts), z, z.dtype, "reverse_kl")
+        fold = Fold(4, 128 * len(parts), z, z.dtype, "reverse_kl", True)
         for i, part in enumerate(parts):
-            pair = (z[:, part].clone(), (z - d)[:, part].clone())
-            fold.tile(slice(128 * i, 128 * (i + 1)), pair, Room(z))
+            logits = (x[:, part].clone() for x in (z, z - d))
+            sides = (Side(RawTile(x, None, LogitMap(1.0, None, 1.0)), z, z) for x in logits)
+            fold.tile(slice(128 * i, 128 * (i + 1)), tuple(sides), Room(z))
         return fold
 
     one, other = slice(128), slice(128, 256)
@@ -149,7 +151,7 @@ def both_passes(n, vocab, kind, tail_eps, memory_mib):
     """Called as functions: a dispatch mode does not see into an operator."""
     h, w = torch.randn(n, 4), torch.randn(vocab, 4)
     tensors = (h, w, None, h / 2, w, None, None, None)
-    words = (kind, 0.5, 1.0, 1.0, None, 1.0, None, tail_eps, "", memory_mib)
+    words = (kind, 0.5, 1.0, 1.0, None, 1.0, None, tail_eps, "", memory_mib, "torch")
     found = divergence._forward(*tensors, *words)
     divergence._backward([True, True, False], torch.ones(n), *tensors, *found, *words)
 
@@ -249,7 +251,15 @@ def refused(**changes):
         ({"teacher_hidden": torch.randn(N - 1, E)}, "target of shape"),
         ({"mask": torch.ones(N - 1, dtype=torch.bool)}, "mask of shape"),
         ({"teacher_scale": 0.0}, "scale"),
-        ({"backend": "triton"}, "backend"),
+        ({"backend": "cuda"}, "backend"),
+        (
+            {"backend": "triton", "teacher_bias": None}
+            | {
+                f"teacher_{k}": torch.randn(n, E).double()
+                for k, n in (("hidden", N), ("weight", V))
+            },
+            "the input is float64",
+        ),
         ({"memory_mib": 1e-3}, "Raise memory_mib"),
     ],
 )

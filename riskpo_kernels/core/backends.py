@@ -6,6 +6,7 @@ triton       CUDA, compute capability 8.0 or newer;    bf16, fp16, fp32
 torch        any device                                bf16, fp16, fp32, fp64
 reference    any device, materialises everything       bf16, fp16, fp32, fp64
 
+linear_divergence's products are PyTorch's: its kernels run bf16 in the interpreter too.
 clipped_surrogate is one pass of PyTorch under each of the first two names.
 """
 
@@ -22,7 +23,7 @@ import torch
 from riskpo_kernels.core.checks import check_choice, reject
 
 BACKENDS = ("auto", "triton", "torch", "reference")
-TRITON_OPS = ("linear_logprob", "logits_logprob")
+TRITON_OPS = ("linear_logprob", "logits_logprob", "linear_divergence")
 POLICY_LOSS = "clipped_surrogate", "torch", "elementwise: one pass of PyTorch on every device"
 log = logging.getLogger("riskpo_kernels")
 

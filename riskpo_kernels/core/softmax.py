@@ -62,6 +62,14 @@ class LogitMap(NamedTuple):
         return t[:, None] if isinstance(t, torch.Tensor) else t
 
 
+class RawTile(NamedTuple):
+    """A tile of products raw [R, C], and what makes logits of them."""
+
+    raw: torch.Tensor
+    bias: torch.Tensor | None  # [C]
+    map: LogitMap
+
+
 class RowState(NamedTuple):
     """m, s, u, z_t of every row; u is None when no entropy is wanted."""
 

@@ -47,7 +47,8 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-FLOAT_SCALARS = ("inner", "outer", "eps", "cap", "dense_above", "softcap", "temperature")
+FLOAT_SCALARS = {"inner", "outer", "eps", "cap", "dense_above", "softcap", "temperature"}
+FLOAT_SCALARS |= {"q_inner", "q_outer", "log_beta", "log_rest", "rest"}
 
 
 def signature_of(

@@ -43,6 +43,7 @@ MODULES = (
     "head_forward",
     "dense_gradient",
     "finish_rows",
+    "divergence_tiles",
     "live_rows",
     "support_pairs",
     "support_gradient",

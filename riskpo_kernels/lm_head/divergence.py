@@ -22,6 +22,9 @@ at most tail_eps min(1, sum of B_b), halved until they hold no more than 32 thre
     ||dropped dz||_1 <= 32 tail_eps |c|
 
 Workspace is memory_mib; beside it one float32 dH, and 1 bit a pair until the backward.
+
+Products are PyTorch's. What is made of two tiles of them is divergence_stats.py, or, in one pass of
+a Triton kernel, divergence_triton.py, which has the same names.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from typing import Any
 
 import torch
 
+from riskpo_kernels.core.backends import choose
 from riskpo_kernels.core.matmul import Plan, exact_products, plan_tiles, spans
 from riskpo_kernels.core.operators import (
     gradients_fake,
@@ -42,16 +46,9 @@ from riskpo_kernels.core.operators import (
 )
 from riskpo_kernels.core.process_groups import group_called, sum_over
 from riskpo_kernels.core.softmax import BLOCK, LogitMap
+from riskpo_kernels.lm_head import divergence_stats
 from riskpo_kernels.lm_head.block_filter import CAP, ActiveBlocks, keep_blocks, n_blocks
-from riskpo_kernels.lm_head.divergence_stats import (
-    Fold,
-    Pair,
-    Room,
-    Stats,
-    block_sums,
-    gradient_of,
-    mixture,
-)
+from riskpo_kernels.lm_head.divergence_stats import Fold, Pair, Room, Stats
 from riskpo_kernels.lm_head.operator import put_among, saving
 from riskpo_kernels.lm_head.tiles import Accumulator, Head, products_of
 from riskpo_kernels.lm_head.vocab_parallel import VocabShard
@@ -78,6 +75,17 @@ class Words:
     tail_eps: float
     group: str
     memory_mib: float
+    backend: str
+
+
+def _arithmetic(pair: Pair, w: Words) -> Any:
+    """The module with Fold, Mixture and gradient_of."""
+    # the kernels see float32 products only: their inputs' type does not matter to the interpreter
+    if choose(OP, w.backend, pair.student.hidden.device, pair.wide) == "triton":
+        from riskpo_kernels.lm_head import divergence_triton  # needs Triton
+
+        return divergence_triton
+    return divergence_stats
 
 
 def _pair(tensors: tuple[Any, ...], w: Words) -> Pair:
@@ -88,19 +96,24 @@ def _pair(tensors: tuple[Any, ...], w: Words) -> Pair:
         (hidden, weight, bias, w.scale, w.softcap),
         (t_hidden, t_weight, t_bias, w.teacher_scale, w.teacher_softcap),
     ):
+        b = None if b is None else b.contiguous()
         n = h.shape[0] if keep is None else keep.numel()
         t: float | torch.Tensor = w.temperature
         if row_temperature is not None:
             wide = torch.promote_types(torch.promote_types(h.dtype, wt.dtype), torch.float32)
             rows = row_temperature if keep is None else row_temperature[keep]
-            t = rows.to(wide)
+            t = rows.to(wide).contiguous()
         heads.append(Head(h, wt, b, keep, h.new_empty(n), LogitMap(scale, cap, t)))
     return Pair(*heads)
 
 
-def _plan(pair: Pair, w: Words, vocab: int) -> Plan:
+def _plan(pair: Pair, w: Words, arithmetic: Any, vocab: int, *, back: bool = False) -> Plan:
     width = pair.student.hidden.shape[1] + pair.teacher.hidden.shape[1]
     rows, cols = TILE["cuda" if pair.student.hidden.is_cuda else "cpu"]
+    # both tiles and what is made of them; of blocks what the fold and the choice among them hold
+    tile, block = 6 * pair.wide.itemsize, 6 * pair.wide.itemsize if w.tail_eps else 0
+    if arithmetic is not divergence_stats:
+        tile, block = 10, 48
     return plan_tiles(
         OP,
         pair.student.n,
@@ -109,36 +122,30 @@ def _plan(pair: Pair, w: Words, vocab: int) -> Plan:
         memory_mib=w.memory_mib,
         most_rows=rows,
         most_cols=cols,
-        tile_bytes=6 * pair.wide.itemsize,
+        tile_bytes=tile,
         edge_bytes=pair.wide.itemsize,
-        row_bytes=6 * pair.wide.itemsize * n_blocks(vocab) if w.tail_eps else 0,
+        row_bytes=0 if back else block * n_blocks(vocab),
     )
 
 
 def _second_pass(
-    pair: Pair, w: Words, r: slice, stats: Stats, cols: int, blocks: int, group: Any, room: Room
+    pair: Pair,
+    w: Words,
+    r: slice,
+    sums: divergence_stats.Mixture,
+    cols: int,
+    group: Any,
+    room: Room,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """jsd, KL(p || m) and the bounds [R, B] of rows r."""
-    n = r.stop - r.start
-    total, own = (stats.p_peak.new_zeros(n) for _ in range(2))
-    p_sum, far = (stats.p_peak.new_zeros(n, blocks) for _ in range(2))
     for v in spans(pair.student.vocab, cols):
-        (zp, *_), (zq, *_) = pair.logits(r, v, room)
-        log_p, log_q = stats.log_probs(zp, zq)
-        spare = room.beside("spare", log_p)
-        log_m = mixture(log_p, log_q, w.beta, room.beside("beside", log_p), spare)
-        q = torch.exp(log_q, out=spare)
-        total += log_q.sub_(log_m).mul_(q).sum(1)
-        gap = torch.sub(log_p, log_m, out=log_m)
-        p = log_p.exp_()
-        own += gap.mul_(p).sum(1)
-        if blocks:
-            at = slice(v.start // BLOCK, n_blocks(v.stop))
-            p_sum[:, at], far[:, at] = block_sums(p), block_sums(gap.abs_())
+        sums.tile(v, pair.tile(r, v, room), room)
+    sums.close()
+    own, total = sums.own, sums.total
     if group is not None:
         own, total = sum_over(group, torch.stack([own, total]))
     jsd = (w.beta * total + (1 - w.beta) * own).clamp(min=0.0)
-    return jsd, own, (1 - w.beta) * (far + p_sum * own[:, None].abs())
+    return jsd, own, (1 - w.beta) * (sums.far + sums.p_sum * own[:, None].abs())
 
 
 def _forward(
@@ -162,21 +169,24 @@ def _forward(
         group, widest, cap = shard.group, shard.widest, CAP / shard.ranks
     active = ActiveBlocks.new(vocab if w.tail_eps else 0, n, hidden.device)
     results = hidden.new_empty(6, n, dtype=wide)
-    plan, room = _plan(pair, w, widest), Room(hidden)
+    arithmetic = _arithmetic(pair, w)
+    plan, room = _plan(pair, w, arithmetic, widest), Room(hidden)
     blocks = n_blocks(vocab) if w.tail_eps else 0
     with exact_products(hidden.device):
         for r in spans(n, plan.rows):
-            fold = Fold(r.stop - r.start, blocks, hidden, wide, w.kind)
+            fold: Fold = arithmetic.Fold(
+                r.stop - r.start, vocab, hidden, wide, w.kind, w.tail_eps > 0
+            )
             for v in spans(vocab, plan.cols):
-                (zp, *_), (zq, *_) = pair.logits(r, v, room)
-                fold.tile(v, (zp, zq), room)
+                fold.tile(v, pair.tile(r, v, room), room)
+            fold.close()
             if group is not None:
                 fold.merge(group)
             stats, value = fold.finish()
             own = value
             if w.kind == "jsd":
-                given = (plan.cols, blocks, group, room)
-                value, own, bounds = _second_pass(pair, w, r, stats, *given)
+                sums = arithmetic.Mixture(fold, stats, w.beta)
+                value, own, bounds = _second_pass(pair, w, r, sums, plan.cols, group, room)
             elif w.tail_eps:
                 bounds = fold.bounds(value)
             results[:, r] = torch.stack([value, *stats, own])
@@ -294,31 +304,24 @@ class _Tile:
 
     def __init__(self, pair: Pair, w: Words, stats: Stats, own: torch.Tensor, factor: torch.Tensor):
         self.pair, self.w, self.numbers = pair, w, torch.stack([*stats, own, factor])
-        self.room = Room(own)
-        self.plan = _plan(
-            pair, w, min(BLOCK, pair.student.vocab) if w.tail_eps else pair.student.vocab
-        )
+        self.room, self.arithmetic = Room(own), _arithmetic(pair, w)
+        widest = min(BLOCK, pair.student.vocab) if w.tail_eps else pair.student.vocab
+        self.plan = _plan(pair, w, self.arithmetic, widest, back=True)
 
     def add(
         self, r: torch.Tensor, v: slice, dh: torch.Tensor | None, dw: torch.Tensor | None, db: Any
     ) -> None:
-        (zp, slope, h, weight), (zq, *_) = self.pair.logits(r, v, self.room)
-        *stats, own, factor = self.numbers.index_select(1, r)
-        log_p, log_q = Stats(*stats).log_probs(zp, zq)
-        given = (log_p, log_q, own[:, None], self.room)
-        dz = gradient_of(self.w.kind, self.w.beta, *given)
-        dz.mul_(factor[:, None])
-        if slope is not None:
-            dz.mul_(slope)
-        products = products_of(self.pair.student)
+        sides, products = self.pair.tile(r, v, self.room), products_of(self.pair.student)
+        given = (sides, self.numbers.index_select(1, r), self.room, products.dtype)
+        dz, sums = self.arithmetic.gradient_of(self.w.kind, self.w.beta, *given, db is not None)
         if db is not None:
-            db[v] += dz.sum(0)
-        small = dz.to(products.dtype)
+            db[v] += sums
+        _, h, weight = sides[0]
         if dh is not None:
             part = self.room.take("dh", dh.dtype, *h.shape)
-            dh.index_add_(0, r, products.into(part, small, weight))
+            dh.index_add_(0, r, products.into(part, dz, weight))
         if dw is not None:
-            products.add(dw, small.T, h)
+            products.add(dw, dz.T, h)
 
 
 _backward_operator = register(

@@ -6,13 +6,12 @@ lm_head/divergence.py has the formulas.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 
 from riskpo_kernels.core.process_groups import max_over, sum_over
-from riskpo_kernels.core.softmax import BLOCK, FLOOR, mapped
+from riskpo_kernels.core.softmax import BLOCK, FLOOR, RawTile, mapped
 from riskpo_kernels.lm_head.block_filter import n_blocks
 from riskpo_kernels.lm_head.tiles import Head, products_of
 
@@ -37,6 +36,19 @@ class Room:
         return self.take(name, x.dtype, *x.shape)
 
 
+class Side(NamedTuple):
+    """A tile of one head."""
+
+    tile: RawTile
+    hidden: torch.Tensor  # [R, D]
+    weight: torch.Tensor  # [C, D]
+
+    def logits(self, wide: torch.dtype, *, slope: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """z [R, C] where the products were, and the softcap's slope where it is wanted."""
+        z, capped = mapped(*self.tile, slope=slope)
+        return z.to(wide), capped
+
+
 class Pair(NamedTuple):
     """Both heads over the live rows."""
 
@@ -47,10 +59,9 @@ class Pair(NamedTuple):
     def wide(self) -> torch.dtype:
         return torch.promote_types(products_of(self.student).wide, products_of(self.teacher).wide)
 
-    def logits(
-        self, r: slice | torch.Tensor, v: slice, room: Room
-    ) -> Iterator[tuple[torch.Tensor, Any, Any, Any]]:
-        """z [R, C], slope, hidden states and weight of either side, in `room`."""
+    def tile(self, r: slice | torch.Tensor, v: slice, room: Room) -> tuple[Side, Side]:
+        """The products of either side, in `room`."""
+        sides = []
         for side, head in zip(("student", "teacher"), self, strict=True):
             products = products_of(head)
             if isinstance(r, slice):
@@ -62,8 +73,8 @@ class Pair(NamedTuple):
             w = head.weight[v].to(products.dtype)
             raw = room.take(side, products.wide, h.shape[0], w.shape[0])
             products.into(raw, h, w.T)
-            z, slope = mapped(raw, head.bias_of(v, products.wide), head.map_of(r), slope=True)
-            yield z.to(self.wide), slope, h, w
+            sides.append(Side(RawTile(raw, head.bias_of(v, products.wide), head.map_of(r)), h, w))
+        return sides[0], sides[1]
 
 
 class Stats(NamedTuple):
@@ -89,18 +100,34 @@ def mixture(
 
 
 def gradient_of(
-    kind: str, beta: float, log_p: torch.Tensor, log_q: torch.Tensor, kl: torch.Tensor, room: Room
-) -> torch.Tensor:
-    """That of the divergence in the student's logits [R, C]; both inputs are overwritten.
-    kl [R, 1]: KL(p || q), of jsd KL(p || m)."""
+    kind: str,
+    beta: float,
+    sides: tuple[Side, Side],
+    numbers: torch.Tensor,
+    room: Room,
+    dtype: torch.dtype,
+    sums: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """That of the divergence in the raw student's logits, [R, C] in `dtype`, in the tiles' memory,
+    and its column sums where wanted. numbers [6, R]: Stats, KL(p || q) (of jsd KL(p || m)) and a
+    factor."""
+    wide = numbers.dtype
+    zp, slope = sides[0].logits(wide, slope=True)
+    log_p, log_q = Stats(*numbers[:4]).log_probs(zp, sides[1].logits(wide, slope=False)[0])
+    kl, factor = numbers[4:, :, None]
     if kind == "forward_kl":
-        return log_p.exp_().sub_(log_q.exp_())
-    spare = room.beside("beside", log_p)
-    if kind == "jsd":
-        log_q.copy_(mixture(log_p, log_q, beta, spare, log_q))
-    p = torch.exp(log_p, out=spare)
-    dz = log_p.sub_(log_q).sub_(kl).mul_(p)
-    return dz.mul_(1 - beta) if kind == "jsd" else dz
+        dz = log_p.exp_().sub_(log_q.exp_())
+    else:
+        spare = room.beside("beside", log_p)
+        if kind == "jsd":
+            log_q.copy_(mixture(log_p, log_q, beta, spare, log_q))
+        p = torch.exp(log_p, out=spare)
+        dz = log_p.sub_(log_q).sub_(kl).mul_(p)
+        dz = dz.mul_(1 - beta) if kind == "jsd" else dz
+    dz.mul_(factor)
+    if slope is not None:
+        dz.mul_(slope)
+    return dz.to(dtype), dz.sum(0) if sums else None
 
 
 def block_sums(x: torch.Tensor) -> torch.Tensor:
@@ -114,18 +141,24 @@ class Fold:
     """The statistics of rows, tile by tile. blocks: two columns of numbers a block, [2, R, B], each
     relative to the largest logit when its tile was folded (anchors [2, R, B])."""
 
-    def __init__(self, n: int, n_blocks: int, like: torch.Tensor, wide: torch.dtype, kind: str):
+    def __init__(
+        self, n: int, vocab: int, like: torch.Tensor, wide: torch.dtype, kind: str, bounded: bool
+    ):
+        """bounded: the bounds of blocks will be asked for."""
+
         def full(*size: int, value: float = 0.0) -> torch.Tensor:
             return torch.full(size, value, dtype=wide, device=like.device)
 
         self.m, self.s = full(2, n, value=-torch.inf), full(2, n)  # of student, teacher
         self.u, self.d0 = full(n), full(n, value=-torch.inf)
-        self.near = self.d0[:, None]  # what A_b counts from: merge leaves a rank its own
-        self.blocks, self.anchors = full(2, n, n_blocks), full(2, n, n_blocks)
+        self.near = self.d0[:, None]  # what A_b counts from, [R, 1] or [R, B]; merge leaves it
+        n_here = n_blocks(vocab) if bounded else 0
+        self.blocks, self.anchors = full(2, n, n_here), full(2, n, n_here)
         self.kind, self.own = kind, 0 if kind == "reverse_kl" else 1
 
-    def tile(self, v: slice, z: tuple[torch.Tensor, torch.Tensor], room: Room) -> None:
-        """z of student and teacher [R, C], which are overwritten."""
+    def tile(self, v: slice, sides: tuple[Side, Side], room: Room) -> None:
+        """Both sides, whose products are overwritten."""
+        z = [x.logits(self.m.dtype, slope=False)[0] for x in sides]
         own, at = self.own, slice(v.start // BLOCK, n_blocks(v.stop))
         m = torch.maximum(self.m, torch.stack([x.amax(1) for x in z]))
         shrink = torch.exp((self.m - m).clamp(min=FLOOR))
@@ -152,6 +185,9 @@ class Fold:
             # the teacher's masses bound nothing here: A_b in their place
             self.blocks[1, :, at], self.anchors[1, :, at] = weighed, m[0, :, None]
         self.m.copy_(m)
+
+    def close(self) -> None:
+        """All tiles were folded."""
 
     def merge(self, group: Any) -> None:
         """Over the ranks of a vocabulary; an empty shard holds -inf and zeros."""
@@ -180,3 +216,30 @@ class Fold:
             return masses[0] + masses[1]
         between = (self.m[1] - self.m[0]) - log_s[0] + log_s[1] - kl
         return masses[1] + masses[0] * (self.near + between[:, None]).abs()
+
+
+class Mixture:
+    """jsd's sums over rows, once their statistics are known."""
+
+    def __init__(self, fold: Fold, stats: Stats, beta: float):
+        self.stats, self.beta = stats, beta
+        self.total, self.own = torch.zeros_like(fold.m)  # KL(q || m), KL(p || m)
+        self.p_sum, self.far = torch.zeros_like(fold.blocks)  # sums of p, p |log p - log m|
+
+    def tile(self, v: slice, sides: tuple[Side, Side], room: Room) -> None:
+        """Both sides, whose products are overwritten."""
+        zp, zq = (x.logits(self.total.dtype, slope=False)[0] for x in sides)
+        log_p, log_q = self.stats.log_probs(zp, zq)
+        spare = room.beside("spare", log_p)
+        log_m = mixture(log_p, log_q, self.beta, room.beside("beside", log_p), spare)
+        q = torch.exp(log_q, out=spare)
+        self.total += log_q.sub_(log_m).mul_(q).sum(1)
+        gap = torch.sub(log_p, log_m, out=log_m)
+        p = log_p.exp_()
+        self.own += gap.mul_(p).sum(1)
+        if self.far.shape[1]:
+            at = slice(v.start // BLOCK, n_blocks(v.stop))
+            self.p_sum[:, at], self.far[:, at] = block_sums(p), block_sums(gap.abs_())
+
+    def close(self) -> None:
+        """All tiles were folded."""

@@ -124,7 +124,8 @@ from riskpo_kernels.lm_head.triton_forward import triton_forward
 from riskpo_kernels.lm_head import sparse_triton, support_triton
 from riskpo_kernels.kernels.softmax_rows import gradient, row_statistics
 from riskpo_kernels.core.matmul import Products
-from riskpo_kernels.core.softmax import LogitMap, RowGradient
+from riskpo_kernels.core.softmax import LogitMap, RawTile, RowGradient
+from riskpo_kernels.kernels import divergence_tiles
 
 Products.into = lambda self, out, a, b: out.zero_()  # a key needs no numbers
 Products.add = lambda self, out, a, b, apart=False: None
@@ -149,6 +150,12 @@ for vocab in (1000, 1024):
     tensors = (h, w, b, head.target, None, torch.randint(vocab, (n, 5)), None)
     x = support_triton.forward(tensors, head.map, -100, None, True)[-1]
     support_triton.backward([True] * 3, tensors, head.map, -100, None, x, up)
+    p, numbers = RawTile(torch.randn(n, vocab), b, head.map), torch.randn(6, n)
+    for side in (p, p._replace(bias=None, map=LogitMap(1.0, 5.0, 1.0))):
+        divergence_tiles.statistics("jsd", side, side, torch.empty(4, 9, n), 1)
+        divergence_tiles.mixture(0.5, side, side, numbers, torch.empty(4, 9, n), 1)
+        sums = torch.empty(21, vocab) if side.bias is not None else None
+        divergence_tiles.gradient("jsd", 0.5, side, side, numbers, p.raw.half(), sums)
 print(launched)
 """
 
@@ -167,6 +174,7 @@ def test_what_is_compiled_is_what_is_launched(target):
     assert done.returncode == 0, done.stderr[-2000:]
     found = eval(done.stdout.strip().splitlines()[-1])
     names = {"_rows_kernel", "_gradient_kernel", "statistics_kernel", "finish_kernel"}
+    names |= {f"divergence_{x}_kernel" for x in ("statistics", "mixture", "gradient")}
     names |= {"dz_kernel", "dh_kernel", "gather_kernel", "dw_kernel", "fold_kernel", "dense_kernel"}
     names |= {"pair_logits_kernel", "pair_rows_kernel", "pair_dz_kernel", "segment_kernel"}
     assert found.keys() == names

@@ -71,7 +71,8 @@ def test_backends_are_explicit(monkeypatch, caplog):
         with pytest.raises(ValueError, match="float64"):
             linear_logprob(H.double(), W.double(), T, backend="triton")
     rows = backend_report()
-    assert {r.op for r in rows} == {"linear_logprob", "logits_logprob", "clipped_surrogate"}
+    ops = {"linear_logprob", "logits_logprob", "linear_divergence", "clipped_surrogate"}
+    assert {r.op for r in rows} == ops
     assert all(r.reason for r in rows) and "linear_logprob" in str(rows)
     backends._log_once.cache_clear()
     with caplog.at_level("INFO", logger="riskpo_kernels"):

@@ -212,14 +212,13 @@ def validate(config: TrainConfig) -> None:
         if wanted and c.model is None:
             reject(f"{name} with the embedded model", "a model on disk or a hub", "Set model.")
     narrowed = c.sampler.top_k or c.sampler.top_p < 1 or c.sampler.min_p
-    for name, other in (("sampler.engine", c.sampler.engine), ("backend", c.backend)):
-        if narrowed and other in ("vllm", "triton"):
-            reject(
-                f"sampler.top_k, top_p or min_p with {name}={other!r}",
-                "sampler.engine='generate' and backend auto or torch, which keep the words that "
-                "each token was drawn from and train the policy over these",
-                "Change one of them.",
-            )
+    if narrowed and c.sampler.engine == "vllm":
+        reject(
+            "sampler.top_k, top_p or min_p with sampler.engine='vllm'",
+            "sampler.engine='generate', which keeps the words that each token was drawn from, so "
+            "that the policy over these is trained",
+            "Change one of them.",
+        )
     check_columns(c.columns)
     if (c.difficulty == "prior") != (c.columns.prior is not None):
         reject(

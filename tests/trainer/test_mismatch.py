@@ -106,7 +106,7 @@ LOSSES = {
 }
 
 
-def updated(rollouts, advantage, correction, loss, updates=1):
+def updated(rollouts, advantage, correction, loss, updates=1, **settings):
     """(numbers, gradients of the last step) of an update of the same model."""
     model = tiny_policy().model
     optimizer = Optimizer(
@@ -124,7 +124,8 @@ def updated(rollouts, advantage, correction, loss, updates=1):
         return real(total)
 
     optimizer.step = step
-    plan = RunConfig(micro_batch_tokens=40, updates_per_step=updates, sampler=correction)
+    settings |= {"updates_per_step": updates, "sampler": correction}
+    plan = RunConfig(micro_batch_tokens=40, **settings)
     head = find_head(model)
     return update(ParallelModel(model), head, optimizer, rollouts, advantage, loss, plan), seen
 

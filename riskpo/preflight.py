@@ -53,7 +53,6 @@ def check_teacher(config: TrainConfig) -> None:
         "sampler.top_k, top_p or min_p": sampler.top_k or sampler.top_p < 1 or sampler.min_p,
         f"sampler.correction={sampler.correction!r}": sampler.correction != "none",
         "clip_low or clip_high": (config.clip_low, config.clip_high) != (None, None),
-        "backend='triton'": config.backend == "triton",
     }
     for name in (name for name, given in useless.items() if distills and given):
         raise ValueError(

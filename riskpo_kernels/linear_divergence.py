@@ -40,6 +40,7 @@ from riskpo_kernels.core.process_groups import name_of
 from riskpo_kernels.linear_logprob import linear_logprob
 from riskpo_kernels.lm_head.block_filter import DEFAULT_EPS
 from riskpo_kernels.lm_head.divergence import KINDS, OP, divergence_operator
+from riskpo_kernels.lm_head.divergence_stats import LOWEST
 
 IGNORE = -(2**40)  # no id of any vocabulary
 LEAST_TAIL = 2.0**-24  # probability of the bucket: float32's rounding of a sum to 1
@@ -70,7 +71,8 @@ def linear_divergence(
     """Divergence [...] of each token in nats, exact over the whole vocabulary, never below 0.
 
     Args:
-        hidden, weight, bias: the student's, as in linear_logprob; these get gradients.
+        hidden, weight, bias: the student's, as in linear_logprob; these get gradients. A bias of
+            -inf rules a word out: inf where the other side weighs it, else as if it were not there.
         teacher_hidden: [..., E], teacher_weight: [V, E], teacher_bias: [V], constants. Width and
             dtype may differ from the student's; for the student's own head pass weight.detach().
             Row v is the same word on both sides: of padded vocabularies pass the rows both have.
@@ -238,13 +240,20 @@ def topk_divergence(
 
 def _divergence(log_p: torch.Tensor, log_q: torch.Tensor, kind: str, beta: float) -> torch.Tensor:
     """Of distributions given whole, over the last dimension."""
-    p, q = log_p.exp(), log_q.exp()
     if kind == "forward_kl":
-        return (q * (log_q - log_p)).sum(-1)
+        return _kl(log_q, log_p)
     if kind == "reverse_kl":
-        return (p * (log_p - log_q)).sum(-1)
+        return _kl(log_p, log_q)
+    # -inf on both sides would have no gradient
+    log_p, log_q = log_p.clamp(min=LOWEST), log_q.clamp(min=LOWEST)
     log_m = torch.logaddexp(log_q + math.log(beta), log_p + math.log1p(-beta))
-    return (beta * q * (log_q - log_m) + (1 - beta) * p * (log_p - log_m)).sum(-1)
+    return beta * _kl(log_q, log_m) + (1 - beta) * _kl(log_p, log_m)
+
+
+def _kl(log_a: torch.Tensor, log_b: torch.Tensor) -> torch.Tensor:
+    """KL(a || b). A word without probability in a weighs nothing, whatever b has."""
+    gap = (log_a - log_b).masked_fill(log_a.isneginf(), 0.0)
+    return (log_a.exp() * gap).sum(-1)
 
 
 def _check_side(

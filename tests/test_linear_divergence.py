@@ -75,6 +75,27 @@ def test_against_the_reference(kind, dtype, options):
     assert not got["dhidden"][[3, 7, 8]].any()
 
 
+@pytest.mark.parametrize("out", ["student", "teacher", "both"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_word_that_a_bias_rules_out_weighs_nothing(kind, out):
+    """The first tile whole, and more: 0 log 0 is 0, and p log 0 infinite."""
+    h, w, b, options, _ = inputs(torch.float32)
+    for name, bias in (("student", b), ("teacher", options["teacher_bias"])):
+        if out in (name, "both"):
+            bias[:200], bias[500] = -torch.inf, -torch.inf
+    options |= {"kind": kind, "beta": 0.2, "temperature": 0.6}
+    exact = (x.double() for x in (h, w, b))
+    truth = results(reference.linear_divergence, *exact, **double(options))
+    plain = results(reference.linear_divergence, h, w, b, **options)
+    got = results(linear_divergence, h, w, b, memory_mib=0.3, **options)
+    if (kind, out) in {("forward_kl", "student"), ("reverse_kl", "teacher")}:
+        assert torch.equal(got["divergence"].isinf(), options["mask"])
+        assert torch.equal(truth["divergence"].isinf(), options["mask"])
+        return
+    assert all(x.isfinite().all() for x in truth.values())
+    assert_all_close_as_plain(got, truth, plain)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_dropped_stays_below_its_bound(kind):
     """The identity as hidden states: dW.T is the gradient of the logits, row by row."""
@@ -216,6 +237,23 @@ def test_topk(kind, dtype):
         h.double(), w.double(), t[0].double(), t[1].double(), bias=b.double(), **options
     )
     assert (got["divergence"].double() <= whole + 1e-5).all()  # merging words loses, never adds
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_topk_of_words_without_probability(kind):
+    """The teacher cut one of the ids, and a bias the other side's."""
+    h, w, b, teacher, _ = inputs(torch.float32)
+    ids = torch.tensor([5, 9, 2]).expand(N, 3)
+    q = torch.tensor([0.7, 0.2, 0.0]).log().expand(N, 3)
+    b[2 if kind == "forward_kl" else 9] = -torch.inf
+    q = q if kind != "reverse_kl" else q.nan_to_num(neginf=-8.0)
+    options = {"kind": kind, "mask": teacher["mask"]}
+    exact = (x.double() for x in (h, w, b))
+    truth = results(reference.topk_divergence, *exact, ids, q.double(), **options)
+    plain = results(reference.topk_divergence, h, w, b, ids, q, **options)
+    got = results(topk_divergence, h, w, b, ids, q, **options)
+    assert all(x.isfinite().all() for x in truth.values())
+    assert_all_close_as_plain(got, truth, plain)
 
 
 def test_topk_tail_of_a_near_certain_student():

@@ -6,7 +6,8 @@ With a the distribution that weighs (q in forward_kl, p in reverse_kl), b the ot
     m_a = max z_a     s_a = sum exp(z_a - m_a)     u = sum exp(z_a - m_a) (d - d0)     m_b, s_b
 
 and KL(a || b) = u / s_a + d0 - lse_a + lse_b. d0 is a row's own number, near d: a common offset
-of either side's logits loses nothing. jsd needs both lse before its sum: a second pass. The
+of either side's logits loses nothing. jsd needs both lse before its sum: a second pass. A word
+that a bias of -inf rules out weighs nothing; where only b rules it out, KL is infinite. The
 gradient of the student's logits, for upstream c, in which the teacher's are a constant:
 
     forward_kl   c (p - q)
@@ -44,7 +45,7 @@ from riskpo_kernels.core.operators import (
     register,
     schema_of,
 )
-from riskpo_kernels.core.process_groups import group_called, sum_over
+from riskpo_kernels.core.process_groups import group_called, max_over, sum_over
 from riskpo_kernels.core.softmax import BLOCK, LogitMap
 from riskpo_kernels.lm_head import divergence_stats
 from riskpo_kernels.lm_head.block_filter import CAP, ActiveBlocks, keep_blocks, n_blocks
@@ -172,6 +173,9 @@ def _forward(
     arithmetic = _arithmetic(pair, w)
     plan, room = _plan(pair, w, arithmetic, widest), Room(hidden)
     blocks = n_blocks(vocab) if w.tail_eps else 0
+    apart = None if w.kind == "jsd" else pair.apart(0 if w.kind == "reverse_kl" else 1)
+    if apart is not None and group is not None:
+        apart = max_over(group, apart.float()) > 0
     with exact_products(hidden.device):
         for r in spans(n, plan.rows):
             fold: Fold = arithmetic.Fold(
@@ -183,6 +187,8 @@ def _forward(
             if group is not None:
                 fold.merge(group)
             stats, value = fold.finish()
+            if apart is not None:
+                value.masked_fill_(apart, torch.inf)
             own = value
             if w.kind == "jsd":
                 sums = arithmetic.Mixture(fold, stats, w.beta)

@@ -15,6 +15,8 @@ from riskpo_kernels.core.softmax import BLOCK, FLOOR, RawTile, mapped
 from riskpo_kernels.lm_head.block_filter import n_blocks
 from riskpo_kernels.lm_head.tiles import Head, products_of
 
+LOWEST = -1e30  # stands for a bias of -inf: differences of such logits are numbers
+
 
 class Room:
     """Memory that all tiles share: on a CPU the pages of a fresh tensor cost more than most of what
@@ -73,8 +75,21 @@ class Pair(NamedTuple):
             w = head.weight[v].to(products.dtype)
             raw = room.take(side, products.wide, h.shape[0], w.shape[0])
             products.into(raw, h, w.T)
-            sides.append(Side(RawTile(raw, head.bias_of(v, products.wide), head.map_of(r)), h, w))
+            bias = head.bias_of(v, products.wide)
+            bias = None if bias is None else bias.clamp(min=LOWEST)
+            sides.append(Side(RawTile(raw, bias, head.map_of(r)), h, w))
         return sides[0], sides[1]
+
+    def apart(self, own: int) -> torch.Tensor | None:
+        """Whether side `own` has a word that the other side's bias rules out: KL is infinite."""
+        ruled_out = [
+            head.bias.isneginf() if head.bias is not None and head.map.softcap is None else None
+            for head in self
+        ]
+        mine, other = ruled_out[own], ruled_out[1 - own]
+        if other is None:
+            return None
+        return (other if mine is None else other & ~mine).any()
 
 
 class Stats(NamedTuple):
@@ -163,7 +178,8 @@ class Fold:
         m = torch.maximum(self.m, torch.stack([x.amax(1) for x in z]))
         shrink = torch.exp((self.m - m).clamp(min=FLOOR))
         if v.start == 0:
-            self.d0.copy_(m[own] - m[1 - own])
+            d0 = m[own] - m[1 - own]
+            self.d0.copy_(d0.masked_fill(d0.abs() > -0.1 * LOWEST, 0.0))  # one side is ruled out
         self.s.mul_(shrink)
         self.u.mul_(shrink[own])
         d = None

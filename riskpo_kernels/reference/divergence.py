@@ -105,13 +105,17 @@ def divergence_of(log_p: torch.Tensor, log_q: torch.Tensor, kind: str, beta: flo
     if kind == "reverse_kl":
         return _kl(log_p, log_q)
     shares = torch.stack([log_q + math.log(beta), log_p + math.log(1 - beta)])
-    log_m = shares.logsumexp(0)
+    nowhere = shares.isneginf().all(0)
+    log_m = shares.masked_fill(nowhere, 0.0).logsumexp(0)
     return beta * _kl(log_q, log_m) + (1 - beta) * _kl(log_p, log_m)
 
 
 def _kl(log_a: torch.Tensor, log_b: torch.Tensor) -> torch.Tensor:
-    """KL(a || b); PyTorch's kl_div takes b first."""
-    return F.kl_div(log_b, log_a, reduction="none", log_target=True).sum(-1)
+    """KL(a || b), 0 log 0 = 0; PyTorch's kl_div takes b first."""
+    there = ~log_a.isneginf()
+    log_a, log_b = (x.where(there, 0.0) for x in (log_a, log_b))
+    each = F.kl_div(log_b, log_a, reduction="none", log_target=True)
+    return each.where(there, 0.0).sum(-1)
 
 
 def _live(hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from riskpo.config import ColumnsConfig
+from riskpo.data.boxes import last_boxed
 from riskpo.data.code import humaneval, livecodebench, mbpp, rllm
-from riskpo.data.prompts import BESIDE, asked, check_choice, last_boxed, prompt_of
+from riskpo.data.prompts import BESIDE, asked, check_choice, prompt_of
 from riskpo.data.values import Row, gold_text, mapping, missing, scalar_text
 from riskpo.types import Prompt
 

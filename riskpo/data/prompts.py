@@ -190,16 +190,3 @@ def check_choice(row: Row, gold: str) -> None:
         wanted = f"one of the letters {letters[0]} to {letters[-1]}, or one of their texts"
         came = f"the gold {gold[:60]!r} beside {len(choices)} choices"
         raise refuse(came, wanted, "Write the letter into the answer column.")
-
-
-def last_boxed(solution: str) -> str:
-    r"""The content of the last \boxed{...} of a worked solution; ValueError where there is none."""
-    start = solution.rfind("\\boxed")
-    opening = solution.find("{", start)
-    depth = 0
-    for i in range(opening, len(solution) if start >= 0 <= opening else opening):
-        depth += (solution[i] == "{") - (solution[i] == "}")
-        if depth == 0:
-            return solution[opening + 1 : i].strip()
-    came = f"a solution without a \\boxed answer: ...{solution[-80:]!r}"
-    raise refuse(came, "one", "Add an answer column.")

@@ -22,8 +22,9 @@ from typing import Any
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 from sympy import FiniteSet, Intersection, Union
 
+from riskpo.data.boxes import LONGEST_ANSWER
 from riskpo.rewards.answers.echo import is_plain, is_worked_out
-from riskpo.rewards.answers.final import LONGEST_ANSWER, boxes, extract, final
+from riskpo.rewards.answers.final import boxes, extract, final
 from riskpo.rewards.answers.forms import compare, form_in, special
 from riskpo.rewards.answers.texts import in_order
 from riskpo.rewards.answers.values import equal

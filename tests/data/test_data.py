@@ -13,7 +13,8 @@ import pytest
 from huggingface_hub import constants
 
 from riskpo.config import RunConfig
-from riskpo.data.prompts import gold_text, last_boxed
+from riskpo.data.boxes import last_boxed
+from riskpo.data.prompts import gold_text
 from riskpo.data.questions import BOXED_INSTRUCTION, load_questions, split_holdout
 from riskpo.rewards.scorer import Scorer
 from riskpo.run import load_data
@@ -173,7 +174,9 @@ def test_gold_text_and_last_boxed():
         "023",
         "1, 2",
     ]
-    assert last_boxed("\\boxed{\\{1, 2\\}}") == "\\{1, 2\\}"
+    for inside in (r"\{1, 2\}", r"\left\{ x \right.", r"\begin{matrix} 1 \\{2} \end{matrix}"):
+        assert last_boxed(rf"\boxed{{1}}, so \boxed{{{inside}}}.") == inside
+    assert last_boxed(r"it is $\boxed 5$ of \frac{1}{2}") == "5"
 
 
 def test_holdout_is_stable():

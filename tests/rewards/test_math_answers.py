@@ -45,6 +45,11 @@ def test_equal_however_it_is_written_and_only_then(gold, answer, outcome):
         ("1,-2", r"First \boxed{1}. Or \boxed{3}? Then we have \boxed{-2}", "wrong"),
         ("-2", r"\boxed{1} or rather \boxed{-2}", "right"),
         ("-2", r"\boxed{1}, \boxed{-2}", "wrong"),
+        (
+            r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}",
+            r"\boxed{\begin{pmatrix}1\\{2}\end{pmatrix}}",
+            "right",
+        ),
         ("5", "<think> so 5", "no_answer"),
         ("5", r"<think> \boxed{5}", "no_answer"),
         ("5", "<Thinking>\nso 5", "no_answer"),

@@ -18,11 +18,11 @@ from __future__ import annotations
 
 import re
 
+from riskpo.data.boxes import BOX, box_at
 from riskpo.rewards.answers.writing import ascii_writing
 
 TAIL_CHARACTERS = 1000
-LONGEST_ANSWER = 1000
-MOST_BOXES = 32  # of one answer
+MOSTBOXES = 32  # of one answer
 
 _THOUGHT = r"(?:seed:)?(?:think|thinking|thoughts?|reasoning|scratchpad)"
 _OPENED = re.compile(
@@ -31,9 +31,7 @@ _OPENED = re.compile(
 _CLOSED = re.compile(
     rf"</{_THOUGHT}>|<\|end_of_{_THOUGHT}\|>|\[/THINK\]|\u25c1/think\u25b7", re.IGNORECASE
 )
-_BOX = re.compile(r"\\boxed(?![A-Za-z])")
 _FRAME = re.compile(r"\\fbox(?![A-Za-z])")
-_BLANK = re.compile(r"\s*")
 _WORD_BETWEEN = r"(?:\\(?:text|mathrm|mbox)\s*\{[\s,]*(?:and|or)\s*\}|\b(?:and|or)\b|[,;])"
 _BETWEEN = re.compile(rf"(?:[\s$&~]|\\[()\[\],;:! \\]|\\q?quad\b|{_WORD_BETWEEN})*")
 _JOINED = re.compile(_WORD_BETWEEN)
@@ -60,7 +58,7 @@ def after_thinking(response: str) -> str:
 def extract(response: str) -> tuple[str, bool]:
     """The final answer of a response, and whether it was marked as such (rules 1 to 4)."""
     text = ascii_writing(after_thinking(response))
-    for command in (_BOX, _FRAME):
+    for command in (BOX, _FRAME):
         starts = [match.end() for match in command.finditer(text)]
         if starts:
             return ", ".join(_joined_boxes(text, starts)), True
@@ -74,10 +72,10 @@ def extract(response: str) -> tuple[str, bool]:
 def boxes(text: str) -> list[str]:
     """The different boxed answers of a text in order, where they are few and all of them close."""
     text = ascii_writing(after_thinking(text))
-    starts = [match.end() for match in _BOX.finditer(text)]
-    if not 1 < len(starts) <= MOST_BOXES:
+    starts = [match.end() for match in BOX.finditer(text)]
+    if not 1 < len(starts) <= MOSTBOXES:
         return []
-    found = [_box(text, start)[0] for start in starts]
+    found = [box_at(text, start)[0] for start in starts]
     return list(dict.fromkeys(found)) if all(found) else []
 
 
@@ -89,12 +87,12 @@ def final(gold: str) -> str:
 
 def _joined_boxes(text: str, starts: list[int]) -> list[str]:
     """The last box, after those that belong to the same list."""
-    content, _ = _box(text, starts[-1])
+    content, _ = box_at(text, starts[-1])
     found = [content] if content else []
     for start, later in zip(starts[-2::-1], starts[:0:-1], strict=True):
-        content, end = _box(text, start)
+        content, end = box_at(text, start)
         between = text[end : later - len("\\boxed")] if end else "?"
-        if not content or len(found) == MOST_BOXES or not _belong(between):
+        if not content or len(found) == MOSTBOXES or not _belong(between):
             break
         found.insert(0, content)
     return list(dict.fromkeys(found))
@@ -105,24 +103,3 @@ def _belong(between: str) -> bool:
     if len(between) > _BETWEEN_CHARACTERS or not _BETWEEN.fullmatch(between):
         return False
     return "\n" not in between or _JOINED.search(between) is not None
-
-
-def _box(text: str, start: int) -> tuple[str, int]:
-    """What follows \\boxed and where it ends: the balanced group, or one token (\\boxed 5).
-
-    ("", 0) when the group is empty, never closes or is longer than an answer may be.
-    """
-    blank = _BLANK.match(text, start)
-    start = blank.end() if blank else start
-    if not text.startswith("{", start):
-        token = re.split(r"[\s$]", text[start : start + LONGEST_ANSWER], maxsplit=1)[0]
-        return token, start + len(token)
-    depth = 0
-    window = text[start : start + LONGEST_ANSWER + 2]
-    for i, character in enumerate(window):
-        if window[i - 1 : i] == "\\":  # \{ and \} are symbols
-            continue
-        depth += (character == "{") - (character == "}")
-        if depth == 0:
-            return window[1:i].strip(), start + i + 1
-    return "", 0

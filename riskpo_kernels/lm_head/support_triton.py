@@ -5,10 +5,10 @@
     pair_dz_kernel        their gradients
     segment_kernel        dH by rows; dW and dbias by ids, after a stable sort
 
-Rows that are ignored, or that no gradient is sent to, have pairs with id -1, as has padding, and
-ids of another rank's shard: nothing is compacted, so that sizes are known without asking the
-device. Each pair takes 4 bytes until the backward and about 50 in it, whatever memory_mib is; dH
-and dW are written once, in their own dtypes (dH of a shard in float32, until ranks are summed).
+A pair has id -1 where its row is ignored or is sent no gradient, in padding, and where the id is
+another rank's. Nothing is compacted, so that sizes are known without asking the device. Each pair
+takes 4 bytes until the backward and about 50 in it, whatever memory_mib is; dH and dW are written
+once, in their own dtypes (dH of a shard in float32, until ranks are summed).
 """
 
 from __future__ import annotations

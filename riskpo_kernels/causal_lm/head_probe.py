@@ -130,13 +130,13 @@ def probe_ids(model: Any) -> torch.Tensor:
 
 def chosen_hidden(head: Any, like: torch.Tensor) -> torch.Tensor:
     """Random hidden states [1, N, D] whose products with the head have the SIZES."""
-    draw = torch.randn(len(SIZES), like.shape[-1], generator=torch.Generator().manual_seed(0))
+    g, shape = torch.Generator().manual_seed(0), (len(SIZES), like.shape[-1])
     weight = head.weight.detach()
-    unit = draw.to(weight.device)
+    unit = torch.randn(shape, generator=g, dtype=torch.float32).to(weight.device)
     largest = torch.stack(
         [(unit @ part.float().T).abs().amax(-1) for part in weight.split(VOCAB_CHUNK)]
     ).amax(0)
-    sizes = torch.tensor(SIZES, device=weight.device)
+    sizes = torch.tensor(SIZES, dtype=torch.float32, device=weight.device)
     if torch.float16 in (like.dtype, weight.dtype):
         sizes = sizes.clamp(max=HALF_SIZE)
     factor = sizes / largest.clamp(min=1e-6)

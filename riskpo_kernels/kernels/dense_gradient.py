@@ -179,7 +179,7 @@ def tile_gradient(
     tile, operands = operands_of(hidden, weight, narrow=map.softcap is not None)
     row_tiles, column_tiles = -(-rows // tile.rows), -(-columns // tile.columns)
     executed(rows, columns, hidden.shape[1])
-    found = torch.empty(row_tiles, columns, device=device) if sums else None
+    found = torch.empty(row_tiles, columns, dtype=torch.float32, device=device) if sums else None
     inner, outer, per_row = map.factors()
     with torch.cuda.device_of(dz):
         dense_kernel[(min(row_tiles * column_tiles, multiprocessors(device)),)](

@@ -58,8 +58,10 @@ def triton_forward(
     offset, total, widest = (0, vocab, vocab)
     if shard is not None:
         offset, total, widest = shard.offset, shard.total, shard.widest
-    logprob, lse, peak, log_sum = (torch.empty(n, device=device) for _ in range(4))
-    entropy = torch.empty(n, device=device) if o.return_entropy else None
+    logprob, lse, peak, log_sum = (
+        torch.empty(n, dtype=torch.float32, device=device) for _ in range(4)
+    )
+    entropy = torch.empty_like(logprob) if o.return_entropy else None
     active = _room(n, vocab, device) if o.tail_eps and vocab else None
     rows = Rows(logprob, entropy, lse, peak, log_sum, active)
     if n == 0:
@@ -125,7 +127,7 @@ def _finish(
     if shard is None or not here:
         launch(WHOLE, None)
         return
-    state = torch.empty(4, here, device=target.device)
+    state = torch.empty(4, here, dtype=torch.float32, device=target.device)
     launch(TO_STATE, state)
     m, s, z_t, u = state.unbind()
     shard.merge(RowState(m, s, u if o.return_entropy else None, z_t))

@@ -102,8 +102,8 @@ def linear_logprob(
         lora: (A [r, D], B [V, r], factor), an adapter on the head as peft's LoRA has it (factor =
             lora_alpha / r): the logits are those of weight + factor B A, which is never made.
             Gradients go to A, B and hidden; weight must be frozen. A and B have hidden's dtype, or
-            float32 beside 16 bits. A float32 [N, D + 3r] buffer holds dH until it is rounded.
-            Backends torch and reference.
+            float32 beside 16 bits. A float32 [N, D + 3r] buffer (3r rounded up to a multiple of 16)
+            holds dH until it is rounded.
         tail_eps: a block of 128 vocabulary columns whose softmax mass in a row is below this (below
             less for a near-certain row, or near a softcap) gets no gradient from that row. A row
             loses at most 32 tail_eps |upstream| in the 1-norm of its logits' gradient
@@ -157,7 +157,7 @@ def linear_logprob(
     check_ignore_index(OP, ignore_index)
     group = NO_GROUP if vocab_group is None else name_of(OP, "vocab_group", vocab_group)
     if lora is not None:
-        check_lora(lora, hidden, weight, backend, several or support is not None)
+        check_lora(lora, hidden, weight, several or support is not None)
     kept = None if support is None else check_support(support, rows, target)
     if backend == "reference":
         if vocab_group is None:
@@ -218,7 +218,7 @@ def _over_the_vocabulary(
         return operator(*tensors, *words, backend, *rest, keep)
     (a, b, factor), (hidden, weight, bias, *others) = lora, tensors
     given = (hidden, a, b, bias, weight, *others, float(factor), *words)
-    return lora_operator(*given, "torch", *rest, keep)
+    return lora_operator(*given, backend, *rest, keep)
 
 
 def _check_ids(

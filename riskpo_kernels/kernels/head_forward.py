@@ -192,6 +192,12 @@ class BlockStatistics(NamedTuple):
         """Room for the first rows."""
         return BlockStatistics(*(None if x is None else x[:rows] for x in self))  # type: ignore[arg-type]
 
+    def columns(self, v: slice) -> BlockStatistics:
+        """Room for the blocks of columns v, which begin with a block."""
+        at = slice(v.start // BLOCK, -(-v.stop // BLOCK))
+        gap = None if self.gap is None else self.gap[:, at]
+        return BlockStatistics(self.top[:, at], self.rest[:, at], gap, self.z_t)
+
     @staticmethod
     def row_bytes(blocks: int, entropy: bool) -> int:
         return 4 * blocks * (2 + entropy) + 4

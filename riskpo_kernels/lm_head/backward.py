@@ -142,7 +142,9 @@ def is_captured(device: torch.device) -> bool:
 
 def _piece(head: Head, products: Products, o: Options) -> int:
     """Rows whose float32 dH takes half of the workspace."""
-    return max(256, int(o.memory_mib * 2**19) // (head.width * products.wide.itemsize))
+    # beside an adapter's columns the kernels' operands are copies
+    copied = 0 if o.backend == "torch" or head.low_rank is None else products.dtype.itemsize
+    return max(256, int(o.memory_mib * 2**19) // (head.width * (products.wide.itemsize + copied)))
 
 
 def _rows_of(

@@ -151,12 +151,13 @@ class ActiveBlocks(NamedTuple):
 
 
 def block_groups(
-    counts: list[int], n: int, rows: int, bytes_per_pair: int, budget: int
+    counts: list[int], n: int, rows: int, bytes_per_pair: int, budget: int, block_bytes: int = 0
 ) -> list[slice]:
-    """Consecutive blocks whose lists (n bytes a block to make them) and dz fit in the budget."""
+    """Consecutive blocks whose lists (n bytes a block to make them), dz and block_bytes of each fit
+    in the budget."""
     groups, first, used = [], 0, 0
     for block, count in enumerate(counts):
-        need = 2 * n + -(-count // rows) * rows * bytes_per_pair
+        need = block_bytes + 2 * n + -(-count // rows) * rows * bytes_per_pair
         if used and used + need > budget:
             groups.append(slice(first, block))
             first, used = block, 0

@@ -42,9 +42,7 @@ from riskpo_kernels.lm_head.tiles import Options
 Lora = tuple[torch.Tensor, torch.Tensor, float]
 
 
-def check_lora(
-    lora: object, hidden: torch.Tensor, weight: torch.Tensor, backend: str, columns: bool
-) -> None:
+def check_lora(lora: object, hidden: torch.Tensor, weight: torch.Tensor, columns: bool) -> None:
     """(A [r, D], B [V, r], a finite factor), of floats, beside a frozen weight; no chosen columns
     (support, several targets a row)."""
     if not isinstance(lora, (tuple, list)) or len(lora) != 3:
@@ -66,9 +64,6 @@ def check_lora(
     if weight.requires_grad:
         todo = "Pass weight.detach(), or merge the adapter into a weight that is trained."
         reject(OP, "lora beside a weight that requires grad", "a frozen weight", todo)
-    if backend == "triton":
-        todo = "Leave it 'auto': an adapter has no kernel of its own, torch's run on CUDA."
-        reject(OP, "lora with backend='triton'", "auto, torch or reference", todo)
     if columns:
         came = "lora with support or several targets a row"
         reject(OP, came, "one target a row over the whole vocabulary", "Merge the adapter for it.")

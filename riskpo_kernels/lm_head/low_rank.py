@@ -59,17 +59,23 @@ class LowRank:
 
     @property
     def width(self) -> int:
-        return len(self._pairs) * self.u.shape[1]
+        """A multiple of 16 for 16-bit operands, whose rows then begin where wide loads can."""
+        columns = len(self._pairs) * self.u.shape[1]
+        return -(-columns // 16) * 16 if self.dtype.itemsize == 2 else columns
 
     def beside_hidden(self, rows: slice | torch.Tensor) -> torch.Tensor:
         """[R, width]"""
         parts = halves(self.u[rows], self.dtype)
-        return torch.cat([parts[i] for i, _ in self._pairs], 1)
+        return self._filled([parts[i] for i, _ in self._pairs])
 
     def beside_weight(self, columns: slice) -> torch.Tensor:
         """[C, width]"""
         parts = halves(self.b[columns], self.dtype)
-        return torch.cat([parts[j] for _, j in self._pairs], 1)
+        return self._filled([parts[j] for _, j in self._pairs])
+
+    def _filled(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        rows, rank = parts[0].shape
+        return torch.cat([*parts, parts[0].new_zeros(rows, self.width - len(parts) * rank)], 1)
 
     def of_u(self, sums: torch.Tensor) -> torch.Tensor:
         """The gradient [N, r] of u in that of beside_hidden: of its first half, which is whole."""

@@ -121,7 +121,7 @@ def forward(
             from riskpo_kernels.lm_head.triton_forward import triton_forward  # needs Triton
 
             dtype = Products(hidden.device, hidden.dtype, weight.dtype).dtype
-            found: tuple[Any, ...] = triton_forward(*given, shard, o, dtype)
+            found: tuple[Any, ...] = triton_forward(*given, shard, o, dtype, low_rank)
         else:
             found = _torch_forward(*given, vocab, shard, o, kept, low_rank)
     *rows, active = found

@@ -28,7 +28,7 @@ from riskpo_kernels.kernels.sparse_hidden import BD, GATHER_WARPS, dh_kernel, ga
 from riskpo_kernels.kernels.sparse_weight import BD as BD_W
 from riskpo_kernels.kernels.sparse_weight import REGISTERS, dw_kernel, fold_kernel
 from riskpo_kernels.lm_head.block_filter import ActiveBlocks, block_groups, n_blocks
-from riskpo_kernels.lm_head.tiles import Gradients, Head, Options, products_of
+from riskpo_kernels.lm_head.tiles import Accumulator, Gradients, Head, Options, products_of
 
 # A job of dW is an eighth of a multiprocessor's share at most, but 16 tiles, beside which its sums
 # are little to write and read again. Counted, not measured.
@@ -50,6 +50,7 @@ def sparse_backward(
         most, each = [head.n] * n_blocks(head.vocab), active.counts(head.vocab)
     else:
         most, each = counts, torch.tensor(counts).to(head.hidden.device, non_blocking=True)
+    copied = 0 if head.low_rank is None else BLOCK * head.width * products.dtype.itemsize
     head = _plain(head, products.dtype)
     # a half may hold a float32 piece of dH, an eighth the parts of dH, and after them of dW
     budget = int(o.memory_mib * 3 * 2**17)
@@ -58,7 +59,7 @@ def sparse_backward(
     if o.deterministic:
         pair_bytes += 4 * BD + 40  # its part of dH, and the same lists in another order
     with torch.cuda.device_of(head.hidden):
-        for blocks in block_groups(most, head.n, bm, pair_bytes, budget):
+        for blocks in block_groups(most, head.n, bm, pair_bytes, budget, copied):
             if sum(most[blocks]):
                 _one_group(head, up, active, most, each, blocks, o, into)
 
@@ -73,7 +74,24 @@ def _plain(head: Head, dtype: torch.dtype) -> Head:
 
     rows = torch.arange(head.n, device=head.target.device) if head.rows is None else head.rows
     bias = None if head.bias is None else head.bias.float()
+    if head.low_rank is not None:  # columns of the weight are copied when their blocks come
+        all_rows, h = torch.arange(head.n, device=rows.device), head.take(slice(None), dtype)
+        return replace(head, hidden=h, bias=bias, rows=all_rows)
     return replace(head, hidden=plain(head.hidden), weight=plain(head.weight), bias=bias, rows=rows)
+
+
+def _at(head: Head, into: Gradients, blocks: slice) -> tuple[Head, Gradients, int]:
+    """Columns of the head, their gradients, and the first of the blocks there."""
+    if head.low_rank is None:
+        return head, into, blocks.start
+    v = slice(blocks.start * BLOCK, min(blocks.stop * BLOCK, head.vocab))
+    weight, target = head.columns(v, head.hidden.dtype), head.target - v.start
+    bias = None if head.bias is None else head.bias[v]
+    dw = None if into.dw is None else into.dw.grad[v]
+    if dw is not None:
+        into = replace(into, dw=Accumulator(dw, dw.dtype, whole=True, grad=dw))
+    into = replace(into, db=None if into.db is None else into.db[v])
+    return replace(head, weight=weight, bias=bias, target=target), into, 0
 
 
 def _one_group(
@@ -99,7 +117,8 @@ def _one_group(
     if into.db is not None:
         sums = torch.empty(n_tiles, BLOCK, dtype=torch.float32, device=device)
     lists = dict(p_rows=rows, p_starts=starts, p_tiles=tiles, n_blocks=tiles_each.numel())
-    sizes = dict(D=head.hidden.shape[1], V=head.vocab, first_block=blocks.start)
+    head, into, first = _at(head, into, blocks)
+    sizes = dict(D=head.hidden.shape[1], V=head.vocab, first_block=first)
     room = int(o.memory_mib * 2**17)
     _launch_dz(head, up, dz, sums, tile_block, lists, sizes)
     if into.dh is not None:
@@ -224,10 +243,10 @@ def _launch_dw(
 ) -> None:
     """dW (and dbias) of the group's blocks, written, or added to the sums where rows come in
     several pieces."""
-    add, unit, dw = True, None, into.dw
+    add, unit, dw, hidden = True, None, into.dw, head.trained(head.hidden)
+    sizes = sizes | {"D": 1 if dw is None else hidden.shape[1]}
     if dw is None:  # dbias alone: one column of a head nobody asked for
         out = torch.zeros(head.vocab, 1, dtype=torch.float32, device=dz.device)
-        sizes = sizes | {"D": 1}
     elif dw.buffer is not None or dw.direct:
         out = dw.grad if dw.buffer is None else dw.buffer
     else:
@@ -245,14 +264,14 @@ def _launch_dw(
     both |= dict(HAS_DB=into.db is not None, HAS_UNIT=unit is not None, ADD=add, **sizes)
     executed(dz.numel(), sizes["D"])
     dw_kernel[(job_block.numel(), columns)](
-        p_hidden=head.hidden,
+        p_hidden=hidden,
         p_index=head.rows,
         p_dz=dz,
         p_sums=sums,
         p_job_block=job_block,
         p_first_job=first_job,
         most=most,
-        stride_h=head.hidden.stride(0),
+        stride_h=hidden.stride(0),
         BM=dz.shape[1],
         num_warps=WARPS,
         num_stages=STAGES,

@@ -91,7 +91,7 @@ class Head:
 
     def trained(self, h: torch.Tensor) -> torch.Tensor:
         """What a gradient of logits is multiplied with to give that of the weight."""
-        return h if self.low_rank is None else h[:, self.hidden.shape[1] :]
+        return h if self.low_rank is None else h[:, h.shape[1] - self.low_rank.width :]
 
     def of(self, keep: torch.Tensor) -> Head:
         """Some of the rows."""

@@ -8,23 +8,26 @@
 The statistics take 8 bytes per row and block, 12 with an entropy. Rows whose statistics do not fit
 in memory_mib together go in chunks, two or three launches each: at 300 MiB and V = 151,936 that is
 beyond 33,000 rows, or 22,000 with an entropy. A shard of the vocabulary runs finish_kernel twice,
-before and after the ranks' statistics are merged.
+before and after the ranks' statistics are merged. Beside an adapter (lm_head/low_rank.py) the
+head's columns are copied, as many at a time as fit too, and each piece has a launch of its own.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
-from riskpo_kernels.core.matmul import plan_tiles, spans
+from riskpo_kernels.core.matmul import Plan, plan_tiles, spans
 from riskpo_kernels.core.softmax import LogitMap, RowState
 from riskpo_kernels.kernels.finish_rows import FROM_STATE, TO_STATE, WHOLE, finish
 from riskpo_kernels.kernels.head_forward import BlockStatistics, statistics
 from riskpo_kernels.kernels.live_rows import live_first
 from riskpo_kernels.lm_head import block_filter
 from riskpo_kernels.lm_head.block_filter import ActiveBlocks, n_blocks
-from riskpo_kernels.lm_head.tiles import Options
+from riskpo_kernels.lm_head.low_rank import LowRank
+from riskpo_kernels.lm_head.tiles import Head, Options
 from riskpo_kernels.lm_head.vocab_parallel import VocabShard
 
 OP = "linear_logprob"
@@ -51,6 +54,7 @@ def triton_forward(
     shard: VocabShard | None,
     o: Options,
     dtype: torch.dtype,
+    low_rank: LowRank | None = None,
 ) -> Rows:
     """hidden [N, D], weight [V, D], target [N], temperatures of `map` [N]; dtype: what the
     products' operands are cast to, where they are not."""
@@ -66,18 +70,23 @@ def triton_forward(
     rows = Rows(logprob, entropy, lse, peak, log_sum, active)
     if n == 0:
         return rows
-    target, weight = target.contiguous(), _plain(weight, dtype)
+    target = target.contiguous()
+    weight = _plain(weight, dtype) if low_rank is None else weight
+    head = Head(hidden, weight, bias, None, target, map, low_rank=low_rank)
     per_row = map.temperature if isinstance(map.temperature, torch.Tensor) else None
     with torch.cuda.device_of(hidden):
         order, live = live_first(OP, target, total, ignore_index, per_row)
-        size = _chunk(hidden, live, n_blocks(widest), order is not None, dtype, o)
-        out = BlockStatistics.new(min(size, live), n_blocks(vocab), o.return_entropy, device)
-        for r in list(spans(live, size)) or [slice(0, 0)]:
-            part, here = out.of(r.stop - r.start), r.stop > r.start
-            if vocab and here:
-                h = hidden[r] if order is None else hidden.index_select(0, order[r])
-                given = (_plain(h, dtype), weight, bias, target, order, map)
-                statistics(*given, part, first=r.start, offset=offset)
+        plan = _chunk(head, live, widest, order is not None, dtype, o)
+        out = BlockStatistics.new(min(plan.rows, live), n_blocks(vocab), o.return_entropy, device)
+        for r in list(spans(live, plan.rows)) or [slice(0, 0)]:
+            part = out.of(r.stop - r.start)
+            if vocab and r.stop > r.start:
+                h = _plain(head.take(r if order is None else order[r], dtype), dtype)
+                for v in spans(vocab, plan.cols):
+                    w, bias_v = head.columns(v, dtype), None if bias is None else bias[v]
+                    given, place = (bias_v, target, order, map, part.columns(v)), offset + v.start
+                    statistics(h, w, *given, first=r.start, offset=place)
+                    del w  # it may be a copy: two do not fit
             _finish(part, rows, target, order, map, r, live, offset, vocab, shard, o)
     return rows
 
@@ -148,19 +157,21 @@ def _plain(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _chunk(
-    hidden: torch.Tensor, live: int, blocks: int, copied: bool, dtype: torch.dtype, o: Options
-) -> int:
-    """Rows whose statistics, and copies of whose hidden states, fit in memory_mib."""
-    return plan_tiles(
+def _chunk(head: Head, live: int, vocab: int, copied: bool, dtype: torch.dtype, o: Options) -> Plan:
+    """Rows whose statistics, and copies of whose hidden states, fit in memory_mib; columns of which
+    a copy does where the head has more beside it, else all."""
+    low, size = head.low_rank is not None, dtype.itemsize
+    plan = plan_tiles(
         OP,
         live,
-        1,
-        hidden.shape[1],
+        vocab if low else 1,
+        head.width,
         memory_mib=o.memory_mib,
         most_rows=max(live, 1),
-        most_cols=1,
+        most_cols=vocab if low else 1,
         tile_bytes=0,
-        edge_bytes=dtype.itemsize if copied else 0,
-        row_bytes=BlockStatistics.row_bytes(blocks, o.return_entropy),
-    ).rows
+        edge_bytes=(size if copied or low else 0, size if low else 0),
+        row_bytes=BlockStatistics.row_bytes(n_blocks(vocab), o.return_entropy),
+    )
+    # every 512 columns the statistics begin at a multiple of 16 bytes
+    return replace(plan, cols=(plan.cols // 512 * 512 or plan.cols) if low else vocab)

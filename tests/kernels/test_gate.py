@@ -117,7 +117,9 @@ def compiled(*, fn, compile, **rest):
     return True  # says: somebody else has it, do not compile
 knobs.runtime.jit_cache_hook = compiled
 
+from dataclasses import replace
 from riskpo_kernels.lm_head import backward
+from riskpo_kernels.lm_head.low_rank import LowRank
 from riskpo_kernels.lm_head.block_filter import ActiveBlocks, find_ways
 from riskpo_kernels.lm_head.tiles import Head, Options
 from riskpo_kernels.lm_head.triton_forward import triton_forward
@@ -144,6 +146,10 @@ for vocab in (1000, 1024):
         for needs in ((True, True, True), (False, False, True)):
             up = RowGradient(c, c, c, c, c)
             backward.backward_rows(head, up, active, ways, needs, o)
+        low = LowRank.new(h, torch.randn(9, 64), torch.randn(vocab, 9), 1.0, h.dtype, b.dtype)
+        triton_forward(h, w, b, head.target, head.map, None, None, o, h.dtype, low)
+        adapted, wide = replace(head, low_rank=low), dict(wide_dh=True, wide_dw=True)
+        backward.backward_rows(adapted, up, active, ways, (True, True, True), o, **wide)
     raw = torch.randn(n, vocab).half()
     row_statistics(raw, head.target, head.map, [torch.empty(n)] * 5)
     gradient(raw, head.target, None, up, head.map, raw)

@@ -1,5 +1,7 @@
 """A frozen head with LoRA on it: the numbers of the merged head, which is never made."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -9,6 +11,7 @@ from riskpo_kernels.core.matmul import Products, counting
 from riskpo_kernels.lm_head import block_filter, lora
 from riskpo_kernels.lm_head.low_rank import LowRank
 from tests.compare import assert_all_close_as_plain
+from tests.conftest import has_triton
 from tests.head_inputs import head, upstream
 
 N, V, D, R = 97, 613, 24, 5
@@ -18,6 +21,7 @@ CASES = {  # dtype of hidden and head, of A and B, and options
     "bf16": (torch.bfloat16, torch.bfloat16, {}),
     "fp16": (torch.float16, torch.float16, {}),
     "bf16, fp32 adapter": (torch.bfloat16, torch.float32, {}),
+    "fp16, fp32 adapter": (torch.float16, torch.float32, {}),
     "softcap": (torch.float32, torch.float32, {"softcap": 5.0, "scale": 1.3, "temperature": 0.7}),
     "row temperatures": (
         torch.float32,
@@ -71,6 +75,40 @@ def check(case):
     return got
 
 
+ROAD = {"backend": "triton", "memory_mib": 0.07}
+SHAPED = {"softcap": 5.0, "scale": 1.3, "temperature": 0.7}
+TRITON = {  # several tiles and groups of blocks; in the interpreter
+    "dense rows": (torch.float32, ROAD | SHAPED),
+    "sparse rows": (torch.float32, ROAD | {"temperature": torch.linspace(0.4, 1.5, N)}),
+    "a few blocks": (torch.float16, ROAD | {"tail_eps": 2.0**-12}),
+    "deterministic": (torch.float32, ROAD | {"deterministic": True}),
+}
+
+
+@pytest.mark.skipif(not has_triton(), reason="needs triton")
+@pytest.mark.parametrize("case", TRITON)
+def test_the_kernels_read_the_adapter_beside_the_head(case, monkeypatch):
+    """In two pieces of the head forward and five backward, ragged."""
+    from riskpo_kernels.lm_head import sparse_triton, triton_forward
+
+    launches, groups = Mock(wraps=triton_forward.statistics), Mock(wraps=sparse_triton._one_group)
+    monkeypatch.setattr(triton_forward, "statistics", launches)
+    monkeypatch.setattr(sparse_triton, "_one_group", groups)
+    monkeypatch.setattr(block_filter, "DENSE_SHARE", dict.fromkeys(("cpu", "cuda"), 2.0))
+    dtype, options = TRITON[case]
+    eps = {} if case == "dense rows" else {"tail_eps": 1e-30}
+    monkeypatch.setitem(CASES, case, (dtype, dtype, eps | options))
+    check(case)
+    assert [x.args[1].shape[1] for x in launches.call_args_list] == [D + R] * 2
+    pairs = [
+        sum(most[blocks])
+        for _, _, _, most, _, blocks, *_ in (x.args for x in groups.call_args_list)
+    ]
+    every = (N - 4) * 5  # rows with a coefficient, blocks of 128
+    assert len(pairs) == (0 if case == "dense rows" else 5)
+    assert 0 < sum(pairs) < every if case == "a few blocks" else sum(pairs) in (0, every)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients_are_those_of_the_merged_head(case, monkeypatch):
     if case == "sparse rows":
@@ -78,11 +116,16 @@ def test_values_and_gradients_are_those_of_the_merged_head(case, monkeypatch):
     check(case)
 
 
-@pytest.mark.parametrize("case", ["bf16", "fp16", "bf16, fp32 adapter"])
-def test_as_a_gpu_rounds_its_operands(case, monkeypatch, recomputed):
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("case", ["bf16", "fp16", "bf16, fp32 adapter", "fp16, fp32 adapter"])
+def test_as_a_gpu_rounds_its_operands(case, backend, monkeypatch, recomputed):
     """16-bit operands, float32 sums: what rounding h A^T would lose has columns of its own."""
     if torch.cuda.is_available():
         pytest.skip("the products are real here")
+    if backend == "triton" and not (has_triton() and "fp16" in case):
+        pytest.skip("the interpreter multiplies fp16")
+    if case == "fp16":  # else most rows go the dense way
+        monkeypatch.setattr(block_filter, "DENSE_SHARE", {"cpu": 2.0})
     made = Products.__init__
 
     def init(self, device, hidden, weight):
@@ -101,7 +144,7 @@ def test_as_a_gpu_rounds_its_operands(case, monkeypatch, recomputed):
     for name, f in (("__init__", init), ("into", into), ("add", add)):
         monkeypatch.setattr(Products, name, f)
     leaves, w, target = inputs(*CASES[case][:2])
-    got = results(linear_logprob, leaves, w, target)
+    got = results(linear_logprob, leaves, w, target, backend=backend)
     exact = results(reference.linear_logprob, [x.double() for x in leaves], w.double(), target)
     # u B^T is right to about 2^-16 of itself, and its terms are up to 20 here
     assert (got["logprob"] - exact["logprob"]).abs().max() < 20 * 2.0**-15
@@ -109,7 +152,7 @@ def test_as_a_gpu_rounds_its_operands(case, monkeypatch, recomputed):
         error = (got[name].double() - exact[name]).norm() / exact[name].norm()
         assert error < (2.0**-7 if leaves[0].dtype == torch.bfloat16 else 2.0**-10), name
     monkeypatch.setattr(LowRank, "_pairs", [(0, 0)])
-    rough = results(linear_logprob, leaves, w, target)["logprob"]
+    rough = results(linear_logprob, leaves, w, target, backend=backend)["logprob"]
     assert (rough - exact["logprob"]).abs().max() > 20 * 2.0**-15
 
 
@@ -174,10 +217,8 @@ def test_what_is_no_adapter_is_refused(case, backend):
         linear_logprob(h, weight, target, lora=given, backend=backend)
 
 
-def test_support_several_targets_and_kernels_beside_it_are_refused():
+def test_support_and_several_targets_beside_it_are_refused():
     (h, _, *low), w, target = inputs(torch.float32, torch.float32)
     for ids, options in ((target, {"support": target[:, None]}), (target[:, None], {})):
         with pytest.raises(ValueError, match="got lora with .*; expected one target a row"):
             linear_logprob(h, w, ids, lora=(*low, 1.0), **options)
-    with pytest.raises(ValueError, match="got lora with backend='triton'; expected auto, torch"):
-        linear_logprob(h, w, target, lora=(*low, 1.0), backend="triton")

@@ -117,12 +117,12 @@ def few_columns(rank, sizes):
             assert_all_close_as_plain(got, truth, plain)
 
 
-def adapted(op, h, w, b, target, down, up, group=None):
+def adapted(op, h, w, b, target, down, up, **own):
     """Results and gradients of a head with LoRA on it; dweight is that of B."""
     down = down.clone().requires_grad_()
 
     def head(h, up, target, **options):
-        return op(h, w, target, lora=(down, up, 0.5), vocab_group=group, **options)
+        return op(h, w, target, lora=(down, up, 0.5), **own, **options)
 
     return run(head, h, up, b, target) | {"dA": down.grad}
 
@@ -130,14 +130,19 @@ def adapted(op, h, w, b, target, down, up, group=None):
 def adapters(rank, sizes):
     """A on every rank, B spread like the head."""
     mine, group = columns_of(rank, sizes), dist.group.WORLD
-    for dtype in (torch.float64, torch.bfloat16):
+    ways = [(torch.float64, {}), (torch.bfloat16, {})]
+    ways += [(torch.float32, {"backend": "triton", "tail_eps": 1e-30})] * has_triton()
+    for dtype, own in ways:
         h, w, b, target = inputs(dtype)
         target[[3, 20]] = -100
+        if own:  # the interpreter is slow
+            h, target = h[:24], target[:24]
         down, up = torch.randn(4, D).to(dtype), torch.randn(len(w), 4).to(dtype)
         exact = (x.double() for x in (h, w, b))
         truth = adapted(reference.linear_logprob, *exact, target, down.double(), up.double())
         plain = adapted(reference.linear_logprob, h, w, b, target, down, up)
-        got = adapted(linear_logprob, h, w[mine], b[mine], target, down, up[mine], group)
+        here = (h, w[mine], b[mine], target, down, up[mine])
+        got = adapted(linear_logprob, *here, vocab_group=group, **own)
         for part in ("dweight", "dbias"):
             got[part] = whole(got[part], group)
         assert_all_close_as_plain(got, truth, plain)

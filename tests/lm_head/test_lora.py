@@ -116,14 +116,15 @@ def test_values_and_gradients_are_those_of_the_merged_head(case, monkeypatch):
     check(case)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("case", ["bf16", "fp16", "bf16, fp32 adapter", "fp16, fp32 adapter"])
+ROUNDED = [(case, "torch") for case in CASES if "16" in case]
+ROUNDED += [(case, "triton") for case in CASES if "fp16" in case] * has_triton()
+
+
+@pytest.mark.parametrize(("case", "backend"), ROUNDED)
 def test_as_a_gpu_rounds_its_operands(case, backend, monkeypatch, recomputed):
     """16-bit operands, float32 sums: what rounding h A^T would lose has columns of its own."""
     if torch.cuda.is_available():
         pytest.skip("the products are real here")
-    if backend == "triton" and not (has_triton() and "fp16" in case):
-        pytest.skip("the interpreter multiplies fp16")
     if case == "fp16":  # else most rows go the dense way
         monkeypatch.setattr(block_filter, "DENSE_SHARE", {"cpu": 2.0})
     made = Products.__init__

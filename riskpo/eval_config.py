@@ -20,27 +20,28 @@ VERIFIER_SECONDS = 5.0  # per answer
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Settings of `riskpo eval`: avg@k, pass@k and maj@k of a model or of a checkpoint folder."""
+    """Settings of `riskpo eval`, which measures avg@n, pass@k and maj@k of a model."""
 
-    # folder or hub name; a run_dir stands for its newest checkpoint; {seed} for each of the seeds
+    # folder, GGUF file or hub name; a run_dir means its newest checkpoint; {seed}: see --seeds
     model: str = "runs/demo"
-    data: str | None = None  # as of `riskpo train`; of an embedded task the held-out questions
+    data: str | None = None  # file or hub name; None or embedded:...: the task's held-out questions
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
-    reward: str = "auto"
-    questions: Count = 200
-    samples: Count = 8
-    ks: tuple[int, ...] = ()  # of pass@k and maj@k; none: 1 and samples
+    reward: str = "auto"  # auto, math, code, exact, your "module:function" or "file.py:function"
+    questions: Count = 200  # the first so many; of an embedded task, those that a run holds out
+    samples: Count = 8  # responses per question: the n of avg@n
+    ks: tuple[int, ...] = ()  # the k of pass@k and maj@k, each at most samples; none: 1 and samples
     temperature: NumberOr0 = 1.0  # 0: greedy
-    max_prompt_tokens: Count = 512
-    max_response_tokens: Count | None = None  # None: 8 for the embedded task, else 1024
-    sample_sequences: Count = 512
-    dtype: Dtype = "float32"
-    seed: CountOr0 = 0
-    seeds: tuple[CountOr0, ...] = ()  # repeat with these, and give an interval over them too
-    out: str | None = None  # write the result, with every question's texts and rewards, as JSON
+    max_prompt_tokens: Count = 512  # a longer prompt is an error
+    max_response_tokens: Count | None = None  # None: 1024, or 8 for an embedded task
+    sample_sequences: Count = 512  # responses sampled at once
+    dtype: Dtype = "float32"  # of the weights
+    seed: CountOr0 = 0  # of sampling; with an embedded task, of the held-out questions too
+    # evaluate once per seed and add an interval over seeds; {seed} in model names a run for each
+    seeds: tuple[CountOr0, ...] = ()
+    out: str | None = None  # JSON file for the results, with every question's texts and rewards
 
     def validate(self) -> None:
-        """ValueError on anything that cannot be evaluated."""
+        """ValueError for settings that cannot be evaluated."""
         check_types(self)
         if any(not 1 <= k <= self.samples for k in self.ks) or len({*self.ks}) < len(self.ks):
             reject(
@@ -49,5 +50,5 @@ class EvalConfig:
                 "Draw more samples or ask for smaller k.",
             )
         if len({*self.seeds}) < len(self.seeds):
-            reject(f"seeds={list(self.seeds)}", "different numbers", "Set seeds.")
+            reject(f"seeds={list(self.seeds)}", "different numbers", "Remove the repeated ones.")
         check_columns(self.columns)

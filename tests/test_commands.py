@@ -48,8 +48,8 @@ def run_light(folder, lines):
 GOOD = '{"question": "q", "answer": "1"}\n'
 MISTAKES = [
     ("train --config absent.toml", "config: got config='absent.toml'"),
-    ("train --config broken.toml", "broken.toml, which is no TOML"),
-    ("train --config latin.toml", "latin.toml, which is no TOML"),
+    ("train --config broken.toml", "broken.toml, which is not TOML"),
+    ("train --config latin.toml", "latin.toml, which is not TOML"),
     ("train --config .", "a file"),
     ("train --config unknown.toml", "unknown key 'lerning_rate' in unknown.toml"),
     ("train --config typed.toml", "steps='many'"),
@@ -60,7 +60,7 @@ MISTAKES = [
     ("train --steps -1", "steps=-1"),
     ("train --memory.optimizer disk", "invalid choice 'disk' for argument '--memory.optimizer'"),
     ("train stray", "stray"),
-    ("train --model m", "data=None beside the other"),
+    ("train --model m", "data=None with model='m'"),
     ("train --model ./absent --data good.jsonl", "there is no folder ./absent"),
     ("train --model empty --data good.jsonl", "neither a config.json"),
     ("train --model good.jsonl --data good.jsonl", "there is no folder good.jsonl"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 
@@ -82,7 +83,7 @@ def test_demo_overrides_only_the_demo_and_only_the_silent():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"model": "m"}, "data=None beside the other"),
+        ({"model": "m"}, "data=None with model='m'"),
         ({"backend": "cuda"}, "backend='cuda'"),
         ({"log_with": ("tensorbord",)}, "log_with='tensorbord'"),
         ({"temperature": 0.0}, "temperature=0.0"),
@@ -101,6 +102,18 @@ def test_demo_overrides_only_the_demo_and_only_the_silent():
 def test_refusals(changes, message):
     with pytest.raises(ValueError, match=message):
         validate(dataclasses.replace(TrainConfig(), **changes))
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "plan"])
+def test_help_explains_every_setting(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = re.sub(r"\x1b\[[0-9;]*m|│", "", capsys.readouterr().out)
+    # nothing between an option, with what it takes, and its default
+    assert not re.findall(r"(--\S+)(?: \S+)*(?:\n\s+|\s{2,})\(default", text)
+    assert text.count("(default") > 5
+    assert command != "train" or "--config FILE.toml" in text and "--print-config" in text
 
 
 def test_validation_errors_are_one_line_and_status_two(capsys):

@@ -2,14 +2,16 @@
 
     riskpo compare CONFIG.toml --algorithms grpo,dapo,riskpo-paper,riskpo-loo+omega=0 --seeds 0-4
 
-A system is a row of riskpo/algorithms.py, or a table [systems.NAME] of the TOML file (its algorithm
-and what is set differently for it), with more settings after each "+". Every run is a `riskpo
-train` run in OUT/SYSTEM/seed-S: what is finished is not repeated, what was interrupted resumes.
-A table [margins] names the primary outcomes, each with the largest difference that does not matter;
-the page says for each system which of them it decides.
-Without a model of yours the embedded one is warmed up once per seed, and every system starts from
-that same checkpoint, so that differences between systems can be taken seed by seed. The page
-(table and picture) is written by riskpo/compare/page.py.
+A system is an algorithm and its own settings: a row of riskpo/algorithms.py or a table
+[systems.NAME] of the TOML file, with further settings after each "+". Every run is a `riskpo train`
+run in OUT/SYSTEM/seed-S. Finished runs are kept and interrupted ones resume.
+
+A table [margins] names the primary outcomes, each with the largest difference that does not matter.
+The page then says for each system which of them are decided.
+
+With the embedded model, each seed is warmed up once and every system starts from that checkpoint,
+so that differences between systems can be taken seed by seed. riskpo/compare/page.py writes the
+page (table and picture).
 """
 
 from __future__ import annotations
@@ -51,24 +53,26 @@ START_DEPENDS_ON = ("seed", "data", "eval_questions", "temperature", "max_respon
 
 @dataclass(frozen=True)
 class System:
-    """One line of the comparison: an algorithm and what is set differently for it."""
+    """One row of the comparison: an algorithm and the settings that it alone has."""
 
-    name: str  # as it was asked for; also the folder
+    name: str  # as given to --algorithms; also the folder
     algorithm: str
     settings: dict[str, Any]
 
 
 def compare_command(given: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="riskpo compare", description=__doc__.split("\n")[0])
-    parser.add_argument("config", nargs="?", help="TOML of `riskpo train`, common to all systems")
-    parser.add_argument("--algorithms", required=True, help="a,b+setting=value,...")
-    parser.add_argument("--seeds", default="0-4", help="0-4 or 0,1,7 (default: 0-4)")
-    parser.add_argument("--steps", type=int, help="instead of the config's; longer runs serve too")
-    parser.add_argument("--out", default="runs/compare", help="folder of all runs and pages")
-    parser.add_argument("--page", default="compare", help="name of the .md, .json and .png")
-    parser.add_argument("--against", help="the system that differences are taken to; the first")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
-    parser.add_argument("--page-only", action="store_true", help="train nothing, write the page")
+    default = "(default: %(default)s)"
+    add = parser.add_argument
+    add("config", nargs="?", help="TOML of `riskpo train` settings that all systems share")
+    add("--algorithms", required=True, help="systems to train, e.g. grpo,riskpo-loo+omega=0")
+    add("--seeds", default="0-4", help=f"0-4 or 0,1,7 {default}")
+    add("--steps", type=int, help="steps per run, instead of the config's; a longer run is kept")
+    add("--out", default="runs/compare", help=f"folder for the runs and the page {default}")
+    add("--page", default="compare", help=f"file name of the .md, .json and .png {default}")
+    add("--against", help="system to subtract from the others (default: the first)")
+    add("--jobs", type=int, default=1, help=f"runs at a time {default}")
+    add("--page-only", action="store_true", help="write the page from finished runs, train nothing")
     with refusals_in_one_line(parser.prog):
         a = parser.parse_args(given)
     base, named, margins = read_config(a.config)
@@ -100,7 +104,7 @@ def compare_command(given: list[str]) -> None:
 def read_config(
     path: str | None,
 ) -> tuple[TrainConfig, dict[str, dict[str, Any]], dict[str, float]]:
-    """Common settings, [systems] and [margins] of a file; the harder embedded task without one."""
+    """(common settings, [systems], [margins]) of a file; without one, data="embedded:mixed"."""
     if path is None:
         return TrainConfig(data="embedded:mixed"), {}, {}
     given = load_toml(path)
@@ -115,7 +119,7 @@ def read_config(
 
 
 def parse_system(spec: str, named: dict[str, dict[str, Any]]) -> System:
-    """`name+setting=value+...`; values are written as in TOML, text without quotes."""
+    """The system of `name+setting=value+...`; values as in TOML, text without quotes."""
     name, *changes = spec.strip().split("+")
     settings = dict(named.get(name, {}))
     algorithm = settings.pop("algorithm", name)
@@ -139,7 +143,7 @@ def _value(text: str) -> Any:
 
 
 def parse_seeds(text: str) -> list[int]:
-    """ "0-4" or "0,1,7" -> seeds; ValueError for anything else or a seed twice."""
+    """Seeds of "0-4" or "0,1,7"; ValueError for anything else, or for a repeated seed."""
     try:
         seeds: list[int] = []
         for part in text.split(","):
@@ -160,7 +164,7 @@ def settings_of_all(
 ) -> dict[tuple[str, int], TrainConfig]:
     """The settings of every system on every seed; ValueError where one of them cannot run."""
     if base.model is None and not is_embedded(base.data):
-        validate(base)  # says what is missing
+        validate(base)  # raises: data without a model
     configs = {
         (system.name, seed): configured(base, system, seed, out)
         for seed in seeds
@@ -207,7 +211,7 @@ def _gather(
     shares: Mapping[str, Callable[[], float]],
     jobs: int,
 ) -> None:
-    """Run the jobs, one line each as they end, and in between how far they are."""
+    """Run the jobs; print a line as each ends, and the progress in between."""
     print(f"compare: {len(work)} {what}", flush=True)
     waiting = {pool.submit(_quietly, do, threads): name for name, do in work.items()}
     began, pending, failed, patience = time.monotonic(), set(waiting), list[str](), FIRST_S
@@ -237,9 +241,9 @@ def _gather(
 def how_far(
     done: int, count: int, running: Mapping[str, float], seconds: float, before: float = 0.0
 ) -> str:
-    """Jobs that are over, those that run with the share each has done, and the time left.
+    """One line of progress: jobs done, jobs running with their shares, and the time left.
 
-    `before` jobs' worth was done when the clock started: kept runs, and those that resume.
+    `before` is the work, in jobs, that was done when the clock started (kept and resumed runs).
     """
     names = ", ".join(f"{n} {share:.0%}" if share else n for n, share in running.items())
     over = done + sum(running.values())
@@ -250,7 +254,7 @@ def how_far(
 
 
 def share_done(config: TrainConfig) -> float:
-    """Of a run's steps, by the last line of its log."""
+    """Share of the run's steps that are done, by the last line of its log."""
     path = Path(config.run_dir) / METRICS
     try:
         last = path.read_text(encoding="utf-8").rpartition("\n")[0].rpartition("\n")[2]
@@ -260,7 +264,7 @@ def share_done(config: TrainConfig) -> float:
 
 
 def end_with_parent() -> None:
-    """In a worker: a command that is killed leaves no run that goes on and holds its folder."""
+    """In a worker: exit when the command is killed, so that no run goes on and locks its folder."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -272,7 +276,7 @@ def end_with_parent() -> None:
 
 
 def _quietly(do: Callable[[], str], threads: int) -> str:
-    """In a worker: `do` with its lines thrown away (the numbers are in the run's folder)."""
+    """In a worker: call `do` and discard what it prints; the run's folder has its log."""
     import torch
 
     quiet_loading_bars()
@@ -294,7 +298,7 @@ def configured(base: TrainConfig, system: System, seed: int, out: Path) -> Train
 
 
 def warm(base: TrainConfig, seed: int, out: Path) -> str:
-    """Save the embedded model of this seed after its warm start, all at once."""
+    """Save the embedded model of this seed after its warm start, atomically."""
     from riskpo.run import load_data, warmed_up
 
     config, _ = resolve(replace(base, seed=seed, data=base.data or "embedded"))
@@ -303,8 +307,8 @@ def warm(base: TrainConfig, seed: int, out: Path) -> str:
     if folder.is_dir():
         if (folder / "start.toml").read_text(encoding="utf-8") != about:
             raise ValueError(
-                f"compare: {folder} was made with other settings (see its start.toml). Restore "
-                "them or choose another --out."
+                f"compare: {folder} was made with other settings (see its start.toml); expected "
+                "these. Restore them or choose another --out."
             )
         return "kept"
     began = time.perf_counter()
@@ -320,7 +324,7 @@ def warm(base: TrainConfig, seed: int, out: Path) -> str:
 
 
 def train_run(config: TrainConfig) -> str:
-    """One run, unless it is finished."""
+    """Train one run unless it is finished; what to print of it."""
     if finished(config):
         return "kept"
     from riskpo.train import train
@@ -331,7 +335,7 @@ def train_run(config: TrainConfig) -> str:
 
 
 def finished(config: TrainConfig) -> bool:
-    """Whether the run has its steps, or more; ValueError when it was made with other settings."""
+    """Whether the run has all its steps; ValueError if it was made with other settings."""
     from riskpo.report.logs import read_records
     from riskpo.trainer.checkpoint import latest_checkpoint, read_about
 

@@ -1,4 +1,7 @@
-"""`riskpo doctor [--against LIBRARY | --model FOLDER | --report FILE.md]`."""
+"""`riskpo doctor`: check the install and the loss's numbers on this machine.
+
+riskpo doctor [--against LIBRARY | --model FOLDER | --report FILE.md]
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,10 @@ from riskpo.report.progress import quiet_loading_bars
 
 def doctor_command(given: Sequence[str]) -> None:
     """Print the findings, and write them as Markdown where --report asks for it."""
-    parser = argparse.ArgumentParser(prog="riskpo doctor", description=__doc__)
+    parser = argparse.ArgumentParser(prog="riskpo doctor", description=__doc__.split("\n")[0])
     parser.add_argument("--against", choices=sorted(PACKAGES), help="compare with this library")
-    parser.add_argument("--model", help="check the head of this model, on its own hidden states")
-    parser.add_argument("--report", help="write machine, comparisons and traps as Markdown")
+    parser.add_argument("--model", help="check the head of this model on its own hidden states")
+    parser.add_argument("--report", help="write everything into this Markdown file")
     with refusals_in_one_line(parser.prog):
         options = parser.parse_args(given)
     check_out(options.report)

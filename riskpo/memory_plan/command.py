@@ -1,7 +1,7 @@
-"""`riskpo plan`: what a model needs at a context, what each switch buys, what fits on which card.
+"""`riskpo plan`: the memory of a training step, what each switch saves, what fits on which GPU.
 
-Made from a config alone, before any weight is loaded. The terms and their derivation are in
-riskpo/memory_plan/budget.py, how far they are off in docs/long-context.md and docs/plan.md.
+The plan needs the model's config alone and loads no weight. riskpo/memory_plan/budget.py derives
+the terms; docs/long-context.md and docs/plan.md say how far they are off.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from riskpo.memory_plan.budget import (
 )
 from riskpo.memory_plan.model_shape import ModelShape, check_name, find_shape
 
-# name -> GB of memory; TFLOP/s that flash attention may reach in bf16, forward and backward: a
-# rough half of the card's peak, only good for an order of magnitude
+# name -> (GB of memory, bf16 TFLOP/s of flash attention, forward and backward). The speed is about
+# half of the card's peak: an order of magnitude.
 GPUS = {
     "4090": (24, 80),
     "3090": (24, 35),
@@ -48,8 +48,8 @@ PLAIN = MemoryConfig()
 CHECKPOINTS = replace(PLAIN, checkpointing=True)
 ON_HOST = replace(CHECKPOINTS, offload_checkpoints=True)
 TILED = replace(ON_HOST, mlp_tile_tokens=TILE)
-# What `riskpo plan` compares: one switch more in every column, the optimiser's two in turn; whether
-# the head keeps [T, V] logits.
+# The columns of the table: (label, switches, whether the head keeps [T, V] logits). Each adds one
+# switch; the last two are alternatives.
 LADDER = (
     ("mask", replace(PLAIN, attention="masked"), True),
     ("no mask", PLAIN, True),
@@ -73,16 +73,18 @@ LEGEND = (
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """Settings of `riskpo plan`."""
+    """Settings of `riskpo plan`, which predicts the memory of a training step, term by term."""
 
-    model: str  # a folder with a config.json, a name in the hub cache, or one of the built-in ones
-    context: Count = 32768  # tokens of one sequence, prompt included; also of a micro-batch
+    # folder with a config.json, GGUF file, name in the hub cache, or Qwen2.5-1.5B, Qwen2.5-7B,
+    # Llama-3.1-8B
+    model: str
+    context: Count = 32768  # tokens per sequence, prompt included; a micro-batch has as many
     gpu: tuple[str, ...] = ("24", "80", "141")  # GB, or a name: 4090, 3090, L4, A100, H100, H200
-    dtype: Dtype = "bfloat16"
-    sequences: Count = 8  # responses that are sampled at once
-    prompt: Count = 512  # tokens of their prompts, which are read at once
-    head_mib: Count = 300
-    tflops: Number | None = None  # of attention; None: a rough figure for the card
+    dtype: Dtype = "bfloat16"  # of the weights
+    sequences: Count = 8  # responses sampled at once
+    prompt: Count = 512  # tokens per prompt; all prompts are read at once
+    head_mib: Count = 300  # workspace of the fused head, in MiB
+    tflops: Number | None = None  # attention speed of the GPU in TFLOP/s; None: a rough figure
 
 
 @dataclass(frozen=True)
@@ -145,8 +147,8 @@ def show(config: PlanConfig, cards: list[Card], shape: ModelShape, console: Cons
         )
     console.print(
         f"A card counts {USABLE:.0%} of its size less {RESERVE_GIB} GiB (context, workspaces, "
-        "fragmentation). How far the plan is off: docs/long-context.md, docs/plan.md. How "
-        "many positions a model knows is a limit of its own, not looked at here."
+        "fragmentation). How far the plan is off: docs/long-context.md, docs/plan.md. The plan "
+        "does not check the model's own limit on positions."
     )
 
 

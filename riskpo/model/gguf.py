@@ -34,10 +34,10 @@ PACKAGED = {
 def fetch_model_command(given: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="riskpo fetch-model",
-        description="Prints the folder of a model, made from an installed package or a GGUF file.",
+        description="Convert a GGUF model to a Hugging Face folder, once, and print the folder.",
     )
     parser.add_argument("model", help=f"{', '.join(PACKAGED)}, or the path of a GGUF file")
-    parser.add_argument("--cache", help=f"where it is kept (default: ${CACHE}, or ~/.cache/riskpo)")
+    parser.add_argument("--cache", help=f"folder for it (default: ${CACHE}, or ~/.cache/riskpo)")
     with refusals_in_one_line(parser.prog):
         a = parser.parse_args(given)
     print(fetch_model(a.model, a.cache))

@@ -1,7 +1,7 @@
-"""`riskpo samples RUN`: what was asked, what was said and what it was worth, by step.
+"""`riskpo samples RUN_DIR`: prompts, responses, verdicts and rewards of a run, by step.
 
-Reads run_dir/rollouts.jsonl, of which a run keeps log_texts responses a step, and imports nothing
-that takes seconds. A log from before verdicts were kept has right and wrong alone.
+Reads run_dir/rollouts.jsonl, where a run keeps log_texts responses per step, and imports nothing
+slow. A row without a verdict counts as right where its reward is above zero, else as wrong.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ SHOWN = 20
 def samples_command(given: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="riskpo samples", description=__doc__.split("\n")[0])
     parser.add_argument("run_dir", help="folder of a `riskpo train` run")
-    parser.add_argument("--step", help="12 or 10-20")
-    parser.add_argument("--text", help="letters in the prompt, the response or the gold")
-    parser.add_argument("--verdict", choices=OUTCOMES)
-    parser.add_argument("--limit", type=int, default=SHOWN, help=f"0: all (default: {SHOWN})")
+    parser.add_argument("--step", help="12 or 10-20 (default: all)")
+    parser.add_argument("--text", help="text in the prompt, response or gold, in any case")
+    parser.add_argument("--verdict", choices=OUTCOMES, help="(default: all)")
+    about = f"most samples to show; 0: all (default: {SHOWN})"
+    parser.add_argument("--limit", type=int, default=SHOWN, help=about)
     with refusals_in_one_line(parser.prog):
         a = parser.parse_args(given)
     found = list(chosen(read_samples(a.run_dir), steps_of(a.step), a.text, a.verdict))
@@ -38,7 +39,7 @@ def samples_command(given: list[str]) -> None:
 
 
 def read_samples(run_dir: str | Path) -> list[Row]:
-    """The rows of a run that may be alive: its last line counts once it is whole."""
+    """The rows of a run, which may still be writing: an unfinished last line is left out."""
     path = Path(run_dir) / TEXTS
     if not path.is_file():
         raise ValueError(
@@ -53,7 +54,7 @@ def read_samples(run_dir: str | Path) -> list[Row]:
 def chosen(
     rows: Iterable[Row], steps: range | None, text: str | None, verdict: str | None
 ) -> Iterable[Row]:
-    """Rows of these steps, with this verdict, that have the text in any case of its letters."""
+    """Rows of these steps with this verdict that contain the text, in upper or lower case."""
     for row in rows:
         everything = "\n".join(str(row[name]) for name in ("prompt", "response", "gold")).lower()
         asked = (steps is None or row["step"] in steps) and verdict in (None, row["verdict"])
@@ -66,7 +67,7 @@ def steps_of(text: str | None) -> range | None:
         return None
     first, dash, last = text.partition("-")
     if not first.isdigit() or dash and not last.isdigit():
-        raise ValueError(f"samples: got --step {text}; expected 12 or 10-20. Write a number.")
+        raise ValueError(f"samples: got --step {text}; expected 12 or 10-20. Write it like that.")
     return range(int(first), int(last if dash else first) + 1)
 
 

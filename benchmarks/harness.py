@@ -16,7 +16,7 @@ harness time the bare logits GEMM in the same run; multiples of it are the unit 
     logits_in, sums_in    dtypes of the logits before the softmax and of sums of dW over tokens
     errors_over           which part of the results was compared with float64
 
-Multiples and units count all N rows, also where a case masks some.
+Multiples and units count all N rows, masked ones included.
 """
 
 from __future__ import annotations

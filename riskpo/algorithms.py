@@ -1,10 +1,12 @@
-"""The algorithms, one row each. The difference between two of them is the difference of two rows.
+"""The algorithms, one row each.
 
-Q questions, G responses each, R = Q * G rollouts, question-major. A row says how rewards become
-advantages, which questions are kept, and how the loss treats ratio, clipping and averaging. All
-numbers with their sources: arXiv 2510.00911 (RiskPO), 2402.03300 (GRPO), 2503.14476 (DAPO),
-2503.20783 (Dr. GRPO), 2507.18071 (GSPO); RLOO, MaxRL and RS-GRPO at their formulas; the losses of
-CISPO, SAPO, GMPO and IcePop in riskpo_kernels/policy_loss/formulas.py.
+A row says how rewards become advantages, which questions are kept, and how the loss treats ratio,
+clipping and averaging. Two algorithms differ in their rows and nowhere else. Q questions, G
+responses each, R = Q * G rollouts, question-major.
+
+Sources of the numbers: arXiv 2510.00911 (RiskPO), 2402.03300 (GRPO), 2503.14476 (DAPO), 2503.20783
+(Dr. GRPO), 2507.18071 (GSPO); RLOO, MaxRL and RS-GRPO at their formulas; the losses of CISPO, SAPO,
+GMPO and IcePop in riskpo_kernels/policy_loss/formulas.py.
 """
 
 from __future__ import annotations
@@ -31,13 +33,13 @@ from riskpo.group_advantages import (
 )
 from riskpo_kernels import RiskPOAdvantage, clipped_surrogate
 
-# of RiskPOAdvantage, those that the config has too; the seed is every algorithm's
+# Settings that RiskPOAdvantage and the config share. The seed belongs to every algorithm.
 RISK_SETTINGS = vars(RiskPOAdvantage().settings).keys() & vars(TrainConfig()).keys() - {"seed"}
 
 
 @dataclass(frozen=True)
 class LossOptions:
-    """What riskpo_kernels.clipped_surrogate needs to know; None means its own default."""
+    """Keyword arguments of riskpo_kernels.clipped_surrogate; None means its default."""
 
     ratio: str = "sequence"
     clip_low: float | None = None
@@ -51,17 +53,17 @@ class LossOptions:
 
 
 def keep_all(rewards_QG: torch.Tensor) -> torch.Tensor:
-    """Every question counts: bool [Q]."""
+    """Keep every question: bool [Q], all True."""
     return torch.ones(len(rewards_QG), dtype=torch.bool)
 
 
 def keep_mixed(rewards_QG: torch.Tensor) -> torch.Tensor:
-    """Questions whose responses are neither all right nor all wrong: bool [Q]."""
+    """Keep the questions whose responses differ in reward: bool [Q]."""
     return (rewards_QG != rewards_QG[:, :1]).any(1)
 
 
 def risk(preset: str, **row: Any) -> Callable[[TrainConfig], Advantage]:
-    """A factory of RiskPOAdvantage: the preset, then the row, then what the config sets."""
+    """A factory of RiskPOAdvantage. The row overrides the preset, the config overrides both."""
 
     def build(config: TrainConfig) -> Advantage:
         given = {k: getattr(config, k) for k in RISK_SETTINGS if getattr(config, k) is not None}
@@ -87,8 +89,8 @@ def group(formula: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[TrainCon
 def of_groups(
     make: Callable[[], Advantage], *, alone: bool = False
 ) -> Callable[[TrainConfig], Advantage]:
-    """A factory of an advantage without bundles, which compares the responses to a question,
-    or looks at each alone."""
+    """A factory of an advantage without bundles. `alone`: it does not compare responses, so one
+    response per question is enough."""
 
     def build(config: TrainConfig) -> Advantage:
         useless = sorted(k for k in RISK_SETTINGS if getattr(config, k) is not None)
@@ -107,7 +109,11 @@ def of_groups(
 
 @dataclass(frozen=True)
 class Strategy:
-    """One algorithm. overlong is the share of max_response_tokens that is the penalised buffer."""
+    """One algorithm.
+
+    overlong is the last share of max_response_tokens in which a response is penalised for its
+    length (`overlong_penalty`); 0: no penalty.
+    """
 
     advantage: Callable[[TrainConfig], Advantage]
     keep: Callable[[torch.Tensor], torch.Tensor] = keep_all
@@ -127,9 +133,9 @@ OFF_POLICY_MASK = LossOptions(
     ratio="token", clip_low=0.2, clip_high=0.2, off_policy_mask_threshold=0.5
 )
 
-# The paper's own baseline makes every advantage <= 0: each sample is pushed down, the bad ones
-# harder. The rows -loo, -batch and -none differ from riskpo-paper in nothing but the baseline. The
-# remaining controls are settings of one of these rows: --omega 0, --beta 1, --bundle-size 1.
+# With the paper's baseline every advantage is <= 0: each sample is pushed down, bad ones harder.
+# The rows -loo, -batch and -none change the baseline alone. Further controls are settings of these
+# rows: --omega 0, --beta 1, --bundle-size 1.
 STRATEGIES: dict[str, Strategy] = {
     "riskpo-paper": Strategy(risk("paper"), loss=PAPER),
     "riskpo-loo": Strategy(risk("paper", baseline="leave-one-out"), loss=PAPER),
@@ -164,12 +170,12 @@ STRATEGIES: dict[str, Strategy] = {
     ),
     "sapo": Strategy(group(over_std), loss=LossOptions("token", loss="sapo")),
     "gmpo": Strategy(group(over_std), loss=LossOptions("sequence", loss="gmpo")),
-    # DeepSeek-V3.2 (2512.02556): no std, and negative sequences that have strayed are left out.
-    # They stray where a batch has several updates. The threshold is TRL's example, not the paper's.
+    # DeepSeek-V3.2 (2512.02556): no std. Sequences with a negative advantage are masked once the
+    # policy has moved away from them, which takes several updates a batch. TRL's threshold.
     "off-policy-mask": Strategy(group(minus_mean), loss=OFF_POLICY_MASK),
     "prompt-mean": Strategy(group(over_std), loss=PROMPT_MEAN),  # ScaleRL (2510.13786)
-    # On-policy distillation (2306.13649, 2306.08543): what the student samples, and the divergence
-    # from the teacher at each token of it, over the whole vocabulary; riskpo/model/teacher.py.
+    # On-policy distillation (2306.13649, 2306.08543): the student samples, and the loss is its
+    # divergence from the teacher over the whole vocabulary at each token; riskpo/model/teacher.py.
     "distill": Strategy(
         of_groups(NoAdvantage, alone=True), loss=LossOptions("token", aggregate="token-mean")
     ),
@@ -177,7 +183,7 @@ STRATEGIES: dict[str, Strategy] = {
 
 
 def find_strategy(name: str) -> Strategy:
-    """The row of that name; ValueError names the nearest one."""
+    """The row of that name; ValueError suggests the most similar name."""
     if name not in STRATEGIES:
         raise ValueError(
             f"algorithm: got {name!r}; expected one of {', '.join(STRATEGIES)}. "
@@ -187,9 +193,9 @@ def find_strategy(name: str) -> Strategy:
 
 
 def loss_options(strategy: Strategy, config: TrainConfig) -> LossOptions:
-    """The row's loss with the clip bounds of the config, where it sets any.
+    """The row's loss, with the config's clip bounds in place of its own if set.
 
-    ValueError where the loss has no such bound: it is tried once, on one token.
+    ValueError if the loss has no such bound; the loss is called once, on one token, to find out.
     """
     given = {k: getattr(config, k) for k in ("clip_low", "clip_high")}
     given = {k: v for k, v in given.items() if v is not None}
@@ -202,7 +208,7 @@ def loss_options(strategy: Strategy, config: TrainConfig) -> LossOptions:
 
 
 def overlong_penalty(length: int, max_tokens: int, buffer_tokens: int) -> float:
-    """DAPO's soft punishment of long responses, in [-1, 0]; lengths in tokens.
+    """DAPO's soft overlong punishment, in [-1, 0]; lengths in tokens.
 
     0 up to max_tokens - buffer_tokens, then falling linearly to -1 at max_tokens.
     """

@@ -1,11 +1,11 @@
 """Communication between the processes of one run.
 
-Every process draws the same questions, samples and scores its share, and receives the rest. From
-there on all hold the same batch and compute the same advantages. The model and its gradients are
-the business of riskpo/trainer/parallel.py.
+Every process draws the same questions, samples and scores its share, and receives the rest. Then
+all hold the same batch and compute the same advantages. riskpo/trainer/parallel.py handles the
+model and its gradients.
 
-Gathering is by hand: torch.distributed.checkpoint.state_dict takes a model and its optimiser, and
-here the optimiser steps float32 copies of the weights.
+State is gathered by hand: torch.distributed.checkpoint.state_dict expects an optimiser over the
+model's own weights, and ours steps float32 copies.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ PATIENCE = timedelta(hours=2)  # one process may check golds, or load, while the
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among `size`, of which `local_size` run on this machine; alone by default."""
+    """This process among `size`; `local_size` of them run on this machine. Default: one process."""
 
     rank: int = 0
     size: int = 1
     local_size: int = 1
-    owns_group: bool = False  # made the group of processes, and so has to end it
+    owns_group: bool = False  # this object made the process group and ends it
 
     @classmethod
     def join(cls) -> Ranks:
@@ -66,14 +66,14 @@ class Ranks:
         return found
 
     def first(self, make: Callable[[], T]) -> T:
-        """What `make` returns, or raises, on the first rank; the others do not call it."""
+        """Call `make` on the first rank; every rank gets its result, or raises its exception."""
         if self.size == 1:
             return make()
         said: list[Any] = [None, None]
         if self.is_first:
             try:
                 said[0] = make()
-            except Exception as error:  # the others would wait for it for ever
+            except Exception as error:  # without it the other ranks would wait for ever
                 said[1] = error
         dist.broadcast_object_list(said, src=0)
         if said[1] is not None:
@@ -89,7 +89,7 @@ class Ranks:
         return x / self.size
 
     def agree(self, what: str, value: object) -> None:
-        """RuntimeError where `value` (numbers, strings, tensors, nested) is not the same on all."""
+        """RuntimeError if `value` (numbers, strings, tensors, nested) differs between the ranks."""
         if self.size > 1 and len(set(self.gather(digest(value)))) > 1:
             raise RuntimeError(
                 f"ranks: {what} differ between the processes; expected the same on all of them. "
@@ -101,7 +101,7 @@ ALONE = Ranks()
 
 
 def digest(value: object) -> str:
-    """A hash of the exact values; dicts by their order."""
+    """A hash of the exact values. The order of a dict counts."""
     if isinstance(value, torch.Tensor):
         plain = value.detach().cpu().contiguous()
         value = f"{plain.dtype} {list(plain.shape)} {plain.flatten().tolist()!r}"
@@ -113,21 +113,21 @@ def digest(value: object) -> str:
 
 
 def best_device() -> str:
-    """CUDA where there is one; hide it with CUDA_VISIBLE_DEVICES="" to work on the CPU."""
+    """ "cuda" if there is a GPU, else "cpu". CUDA_VISIBLE_DEVICES="" hides the GPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself, detached; gathered where FSDP2 holds a shard of it (all ranks call)."""
+    """The tensor, detached. A shard of FSDP2 is gathered first, so all ranks have to call."""
     detached = tensor.detach()
     return detached.full_tensor() if hasattr(detached, "full_tensor") else detached
 
 
 def to_first(tree: Any, ranks: Ranks, memo: dict[int, Any] | None = None) -> Any:
-    """`tree` (dicts, lists, tuples) with every shard gathered, one at a time; all ranks call.
+    """`tree` (dicts, lists, tuples) with its sharded tensors gathered, one at a time.
 
-    The first rank gets them whole on the CPU, the others None in their place. What is not sharded
-    stays where it is. A tensor that occurs twice is gathered once, and stays one tensor.
+    All ranks have to call. The first rank gets each whole tensor on the CPU, the others None. Other
+    tensors are passed through. A tensor that occurs twice is gathered once and stays one tensor.
     """
     memo = {} if memo is None else memo
     if isinstance(tree, dict):
@@ -144,8 +144,10 @@ def to_first(tree: Any, ranks: Ranks, memo: dict[int, Any] | None = None) -> Any
 
 
 def like_shard(tensor: Any, other: Any) -> Any:
-    """Copy a whole `tensor` to the device of `other`, and shard it alike; one of another shape (a
-    step counter) is only copied."""
+    """A copy of the whole `tensor`, on the device of `other` and sharded like it.
+
+    A tensor of another shape (a step counter) is only copied; None stays None.
+    """
     if tensor is None or tensor.shape != other.shape:
         return tensor if tensor is None else tensor.clone()
     if not hasattr(other, "device_mesh"):

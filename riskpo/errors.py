@@ -1,4 +1,4 @@
-"""What commands say: an error in one line (what came, what was expected, what to do); a wait."""
+"""Errors of the commands in one line: what came, what was expected, what to do."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OS_ADVICE = {
 
 
 def one_line(error: BaseException) -> str:
-    """What to print of an error, without its line breaks."""
+    """The text to print for an error, in one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     if any(word in text.lower() for word in FULL):
         return f"the disk is full ({text[:200]}). Free some space and give the same command again."
@@ -48,7 +48,7 @@ def one_line(error: BaseException) -> str:
 
 
 def expected(error: BaseException) -> bool:
-    """Whether an error is the caller's to mend, so that its own text says how."""
+    """Whether the user can mend the error, so that its own text is enough."""
     return (
         isinstance(error, (ValueError, OSError))
         or type(error) is RuntimeError
@@ -58,7 +58,7 @@ def expected(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def refusals_in_one_line(prog: str) -> Iterator[None]:
-    """Around a parser of arguments: ValueError for what it would print in several lines."""
+    """Turn an argument parser's refusal, several lines and an exit, into a one-line ValueError."""
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
@@ -70,7 +70,7 @@ def refusals_in_one_line(prog: str) -> Iterator[None]:
 
 
 def loading(command: str) -> None:
-    """Said once the arguments are checked, before imports that take seconds."""
+    """Say that the command now imports PyTorch, which takes seconds."""
     if "torch" not in sys.modules:
         print(f"riskpo {command}: loading PyTorch ...", file=sys.stderr, flush=True)
 

@@ -1,8 +1,8 @@
-"""`riskpo eval`: avg@k, pass@k and maj@k of a saved model, with intervals.
+"""`riskpo eval`: avg@n, pass@k and maj@k of a saved model, with intervals.
 
-With several seeds everything is repeated: a model path with "{seed}" in it names one training run
-for each (and the embedded questions that this run held out), any other path is the same model,
-sampled again on the same questions.
+With several seeds the evaluation runs once per seed. A model path with "{seed}" names a training
+run for each seed, evaluated on the embedded questions that this run held out. Any other path is one
+model, sampled anew on the same questions.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ RUN_PER_SEED = "{seed}"  # in a model's path
 
 
 def evaluate_model(config: EvalConfig) -> list[EvalResult]:
-    """Load, sample, score, print; and write config.out where one is given. A result per seed."""
+    """Load, sample, score and print; write config.out if given. Returns a result per seed."""
     own = RUN_PER_SEED in config.model
     results = []
     for seed in config.seeds or (config.seed,):
@@ -65,7 +65,7 @@ def evaluate_once(config: EvalConfig, questions: Sequence[Question]) -> EvalResu
             exact = scorer.kind_of(question) == "exact"
             return (text.strip() if exact else extract(text)[0]) or None
 
-        # Two programs that do the same are not the same text: no vote among programs.
+        # Equal programs differ as texts, so a vote among programs means nothing.
         programs = any(scorer.kind_of(question).startswith("code") for question in questions)
         result = evaluate(
             texts,
@@ -87,7 +87,7 @@ def evaluate_once(config: EvalConfig, questions: Sequence[Question]) -> EvalResu
 
 
 def questions_of(config: EvalConfig) -> list[Question]:
-    """The first `questions` of a data set, or what the demo with this seed held out."""
+    """The first config.questions of a data set, or the embedded ones that a run holds out."""
     if config.data is None or is_embedded(config.data):
         everything = task_questions(find_task(config.data), config.seed)
         return split_holdout(everything, config.questions, config.seed)[1]

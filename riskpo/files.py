@@ -11,12 +11,12 @@ METRICS, TEXTS, SETTINGS, NOTES = "metrics.jsonl", "rollouts.jsonl", "config.tom
 
 
 def run_dir(out: Path, system: str, seed: int) -> Path:
-    """Of one run of a comparison."""
+    """Folder of one run of a comparison."""
     return out / system / f"seed-{seed}"
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    """Write atomically: a reader finds the old content or the new. Makes the folder."""
+    """Write atomically: a reader finds the old content or the new. Makes missing folders."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".unfinished")
@@ -32,7 +32,7 @@ def write_json(path: str | Path, content: object) -> Path:
 
 
 def check_folder(run_dir: str) -> None:
-    """ValueError, or the system's own error, where nothing can be written into `run_dir`."""
+    """Make `run_dir`; ValueError or OSError if it cannot be made or written to."""
     path = Path(run_dir)
     path.mkdir(parents=True, exist_ok=True)
     if not os.access(path, os.W_OK | os.X_OK):
@@ -43,7 +43,7 @@ def check_folder(run_dir: str) -> None:
 
 
 def check_out(out: str | None) -> None:
-    """The same for a file that will be written at the end."""
+    """ValueError or OSError if the file `out`, written at the end of a command, cannot be."""
     if out is not None:
         if Path(out).is_dir():
             raise ValueError(f"out: {out} is a folder; expected a file. Add a name to it.")
@@ -51,7 +51,7 @@ def check_out(out: str | None) -> None:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file, or the list of names in a folder, is on the disk."""
+    """fsync a file, or a folder's list of names."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

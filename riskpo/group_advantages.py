@@ -17,9 +17,9 @@ CURVE_STEPS = 10
 
 
 class Advantage(Protocol):
-    """Rewards [R] and the question of each -> advantage [R], detached, and numbers to log.
+    """(rewards [R], question ids of the R rows) -> (advantage [R], detached; numbers to log).
 
-    prior [R], with difficulty="prior" only: see RiskPOAdvantage.
+    prior [R] is given with difficulty="prior" only, see RiskPOAdvantage.
     """
 
     def __call__(
@@ -37,11 +37,11 @@ class Advantage(Protocol):
 
 
 def check_responses(what: str, responses: int) -> None:
-    """ValueError with one response per question, where the advantage is 0 whatever happens."""
+    """ValueError for one response per question: an advantage that compares would always be 0."""
     if responses < 2:
         raise ValueError(
-            f"config: got responses_per_question={responses} with {what}; expected at least 2: it "
-            "compares the responses to a question, and would be 0 for ever. Raise "
+            f"config: got responses_per_question={responses} with {what}; expected at least 2, "
+            "since the advantage compares the responses to a question. Raise "
             "responses_per_question."
         )
 
@@ -69,11 +69,11 @@ def over_mean(r: torch.Tensor) -> torch.Tensor:
 
 
 def difficulty_weighted(r: torch.Tensor) -> torch.Tensor:
-    """RLOO with the weight 1 - .6 m, where m is the mean of the question's other responses.
+    """RLOO times 1 - .6 m, where m is the mean reward of the question's other responses.
 
-    Ours, the plain control of riskpo-matched: with rewards of 0 and 1 a question solved with
-    probability p has the weight 1 - .6 p, about that of matched bundles, but no bundle and no
-    quantile. Unbiased for that weight, since m does not depend on the response it weighs.
+    Not from a paper: the control of riskpo-matched without bundles or quantiles. With rewards of 0
+    and 1, a question solved with probability p gets the weight 1 - .6 p, about that of matched
+    bundles. The estimate is unbiased, since m does not depend on the response it weighs.
     """
     others = (r.sum(1, keepdim=True) - r) / (r.shape[1] - 1)
     return minus_others(r) * (1 - EASY_DISCOUNT * others)
@@ -113,7 +113,7 @@ class GroupAdvantage:
 
 
 class NoAdvantage(GroupAdvantage):
-    """0 for every response, whose rewards are measured and teach nothing."""
+    """0 for every response: rewards are logged, and the loss does not use them."""
 
     def __init__(self) -> None:
         super().__init__(torch.zeros_like)
@@ -130,12 +130,12 @@ class NoAdvantage(GroupAdvantage):
 
 
 class CurveAdvantage(GroupAdvantage):
-    """CurveRL (2605.24331): minus the mean, times f / F of the mean among those of earlier steps.
+    """CurveRL (2605.24331): reward minus the question's mean, times the weight f / F of that mean.
 
-    f is the share of the last 10 steps' questions with that mean reward, F that with at most it, in
-    G + 1 bins from 0 to 1; without an earlier step, among this one's. Questions whose rewards are
-    all 0 or all 1 neither count nor learn. Rewards lie in [0, 1], else ValueError. Two consequences
-    of the formula: the weight is not normalised, and 0 where no earlier question had such a mean.
+    Over the questions of the last 10 steps, f is the share with this mean reward and F the share
+    with at most it, in G + 1 bins from 0 to 1. The first step counts its own questions. Questions
+    with all rewards 0 or all 1 are not counted and get 0. The weight is not normalised; it is 0 if
+    no counted question has such a mean. ValueError for rewards outside [0, 1].
     """
 
     def __init__(self) -> None:
@@ -167,7 +167,7 @@ class CurveAdvantage(GroupAdvantage):
 
 
 def by_question(x: torch.Tensor, question_id: Sequence[str]) -> torch.Tensor:
-    """[R] -> [Q, G]; the rows must be question-major, each question G times."""
+    """[R] -> [Q, G]; ValueError unless rows are question-major with G of each question."""
     responses = next((i for i, q in enumerate(question_id) if q != question_id[0]), len(x))
     regular = len(x) % responses == 0 and all(
         question_id[i] == question_id[i - i % responses] for i in range(len(x))

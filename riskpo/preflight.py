@@ -1,6 +1,6 @@
-"""Checks before any slow import: settings, files, the reward function.
+"""Checks that need no slow import: settings, files, the reward function.
 
-Nothing here imports torch or transformers, so that a mistake costs a second, not a minute.
+Nothing here imports torch or transformers, so a mistake shows within a second.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SAMPLES = ("", "42", "The answer is 42.")  # responses that a reward of yours is
 
 
 def check_algorithm(name: str) -> None:
-    """ValueError, with the nearest one, for a name that no algorithm has."""
+    """ValueError for an unknown algorithm; suggests the most similar name."""
     if name not in ALGORITHMS:
         raise ValueError(
             f"algorithm: got {name!r}; expected one of {', '.join(ALGORITHMS)}. "
@@ -42,7 +42,7 @@ def check_algorithm(name: str) -> None:
 
 
 def check_teacher(config: TrainConfig) -> None:
-    """ValueError for a teacher that nothing learns from, and for settings without a meaning."""
+    """ValueError for "distill" without a teacher, a teacher without it, or settings it ignores."""
     distills, sampler = config.algorithm == "distill", config.sampler
     if distills != (config.teacher is not None):
         raise ValueError(
@@ -77,7 +77,7 @@ def check_data(source: str | None, columns: ColumnsConfig) -> Question | None:
 
 
 def check_model(name: str | None) -> None:
-    """ValueError for what is meant as a folder and is none, or holds no model."""
+    """ValueError for a path without a model. A hub name is not looked up."""
     if name is None or "{seed}" in name:
         return
     path = Path(name).expanduser()
@@ -99,7 +99,7 @@ def check_model(name: str | None) -> None:
 
 
 def check_log(run_dir: str) -> None:
-    """ValueError where `run_dir` has no log of a run."""
+    """ValueError if `run_dir` has no log of a run."""
     if not (Path(run_dir) / METRICS).is_file():
         raise ValueError(
             f"log: there is no {Path(run_dir) / METRICS}. Give the run_dir of a `riskpo train` run."
@@ -107,9 +107,10 @@ def check_log(run_dir: str) -> None:
 
 
 def try_reward(reward: str, question: Question | None, seconds: float) -> list[str]:
-    """Call a reward of yours on sample responses; lines that say what it gave.
+    """Call the user's own reward on sample responses; returns lines that show the results.
 
-    ValueError when it fails on all of them; RuntimeError when it cannot be imported.
+    [] for a built-in reward. ValueError if it fails on every sample, RuntimeError if it cannot be
+    imported.
     """
     if ":" not in reward:
         return []
@@ -126,8 +127,8 @@ def try_reward(reward: str, question: Question | None, seconds: float) -> list[s
         raise ValueError(
             f"reward: {reward} fails on each of {len(texts)} sample responses, such as "
             f"{texts[0][:60]!r} to question {question.id!r}: {lost[0].detail}. It takes (text, "
-            "question), a question has .gold, .prompt, .id and .meta, and it returns one finite "
-            "number. Mend it."
+            "question), where the question has .gold, .prompt, .id and .meta, and returns one "
+            "finite number. Mend it."
         )
     said = [f"{v.outcome.value}: {v.detail}" if v in lost else f"{v.reward:g}" for v in verdicts]
     return [
@@ -137,6 +138,6 @@ def try_reward(reward: str, question: Question | None, seconds: float) -> list[s
 
 
 def say(*lines: str) -> None:
-    """On the terminal at once, from the first process of a run alone."""
+    """Print the lines at once, in the first process of a run only."""
     if os.environ.get("RANK", "0") == "0":
         print(*lines, sep="\n", flush=True)

@@ -1,4 +1,4 @@
-"""Everything a run needs before its first step: fresh, or as its last checkpoint left it."""
+"""Set up a run: load, check and build everything before the first step, or resume a checkpoint."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ from riskpo.trainer.parallel import ParallelModel, skeleton
 from riskpo.types import Question
 from riskpo_kernels.causal_lm import Head, find_head
 
-WARM_START_PROBE = 100  # training questions that are sampled to measure it
+WARM_START_PROBE = 100  # training questions that measure the warm start's accuracy
 MAX_WORKERS = 8  # verifier processes
 
 
 @dataclass
 class Run:
-    """A run in progress, the same in every process of it. `step` steps are done."""
+    """A run in progress, the same in each of its processes. `step` counts the finished steps."""
 
     config: RunConfig
     policy: Policy
@@ -82,7 +82,10 @@ class Run:
 
 
 def start(given: TrainConfig) -> Run:
-    """Load, check and, where run_dir holds a checkpoint, resume. Cheap errors come first."""
+    """Load and check everything; resume if run_dir has a checkpoint. Cheap checks come first.
+
+    ValueError for settings, data or a model that cannot be used.
+    """
     config, overrides = resolve(given)
     validate(config)
     check_teacher(config)
@@ -105,7 +108,7 @@ def _start(
     ranks: Ranks,
     opened: ExitStack,
 ) -> Run:
-    """Set the run up in its locked folder; what has to be closed again goes to `opened`."""
+    """Set the run up in its locked folder; `opened` collects what has to be closed."""
     checkpoint = ranks.first(lambda: latest_checkpoint(config.run_dir))
     said: list[str] = []
     step = 0 if checkpoint is None else read_about(checkpoint, config, said.append)
@@ -117,7 +120,7 @@ def _start(
     policy = load_sharded(ranks, read) if ranks.size > 1 and config.memory.sharded else read()
     if policy.processor:
         check_vision_setup(config, ranks.size)
-    # Tried on the first rank's whole weights, before they are spread.
+    # Needs whole weights, which the first rank has until they are sharded.
     packing = ranks.first(lambda: settle_attention(policy.model, config.memory.attention))
     parallel = ParallelModel(policy.model, ranks, sharded=config.memory.sharded)
     head = parallel.look(find_head)
@@ -133,7 +136,7 @@ def _start(
     scorer = Scorer(config.reward, workers=workers, seconds=config.verifier_seconds)
     opened.callback(scorer.close)
     kept = ranks.first(lambda: usable(short, scorer, config, log.note))
-    # Before the random states are restored, which an engine resets.
+    # Before the random states are restored: an engine resets them when it starts.
     sampler = SharedSampler(build_sampler(policy, config, parallel), ranks)
     opened.callback(sampler.close)
     apply_switches(policy.model, config.memory, packing=packing)
@@ -161,7 +164,7 @@ def _start(
 
 
 def load_data(config: RunConfig) -> tuple[list[Question], list[Question]]:
-    """(training, held out) questions, the same for every run with these settings."""
+    """(training, held-out) questions, a function of the settings alone."""
     if is_embedded(config.data):
         everything = task_questions(find_task(config.data), config.seed)
         return split_holdout(everything, config.eval_questions, config.seed)
@@ -177,7 +180,7 @@ def load_data(config: RunConfig) -> tuple[list[Question], list[Question]]:
 
 
 def load_sharded(ranks: Ranks, read: Callable[..., Policy]) -> Policy:
-    """The policy on the first rank's CPU alone; the other ranks get its structure without data."""
+    """The policy, with weights on the first rank's CPU; other ranks get it on the meta device."""
     loaded: list[Policy] = []
 
     def outline() -> bytes:
@@ -197,7 +200,7 @@ def load(
     note: Callable[[str], None],
     device: str | None = None,
 ) -> Policy:
-    """The policy from the checkpoint, else the given model, else the embedded one, warmed up."""
+    """The policy: of the checkpoint, else config.model, else the embedded model after warm-up."""
     if config.model is None and checkpoint is None:
         return warmed_up(config, questions, note)
     model = str(checkpoint or config.model)
@@ -212,7 +215,7 @@ def load(
 def warmed_up(
     config: RunConfig, questions: Sequence[Question], note: Callable[[str], None]
 ) -> Policy:
-    """The embedded model after supervised steps; weights and order are a function of the seed."""
+    """The embedded model after supervised steps; the weights are a function of the seed."""
     task, tokenizer = find_task(config.data), build_tokenizer()
     policy = prepare(Policy(build_model(tokenizer, config.seed, task.model), tokenizer))
     policy.model.to(device=best_device())
@@ -248,7 +251,7 @@ def limits_of(config: RunConfig) -> SamplingLimits:
 
 
 def build_sampler(policy: Policy, config: RunConfig, parallel: ParallelModel) -> Sampler:
-    """The sampler that config.sampler names, of this process."""
+    """This process's sampler, as config.sampler says."""
     settings, limits = config.sampler, limits_of(config)
     if settings.engine == "generate":
         return GenerateSampler(
@@ -281,7 +284,7 @@ def build_optimizer(policy: Policy, config: RunConfig) -> Optimizer:
 def usable(
     questions: Sequence[Question], scorer: Scorer, config: RunConfig, note: Callable[[str], None]
 ) -> list[Question]:
-    """Training questions whose gold verifies against itself."""
+    """The questions whose gold verifies against itself; ValueError if too few are left."""
     bad = scorer.check_golds(questions)
     if bad:
         note(f"data: left out {len(bad)} questions whose gold does not verify against itself:")
@@ -292,7 +295,7 @@ def usable(
     if len(kept) < config.questions_per_step:
         raise ValueError(
             f"data: got {len(kept)} usable questions; expected at least "
-            f"questions_per_step={config.questions_per_step}. Lower it or give more data."
+            f"questions_per_step={config.questions_per_step}. Lower that or give more data."
         )
     return kept
 
@@ -300,9 +303,10 @@ def usable(
 def fitting(
     policy: Policy, config: RunConfig, questions: Sequence[Question], note: Callable[[str], None]
 ) -> tuple[list[Question], int]:
-    """Questions whose prompt has at most max_prompt_tokens tokens, and the tokens of the longest.
+    """(questions with a prompt of at most max_prompt_tokens tokens, tokens of the longest).
 
-    Says how many questions are left out.
+    Notes how many questions are left out. ValueError if the longest prompt with its response has
+    more tokens than the model has positions.
     """
     most = config.max_prompt_tokens
     lengths = [len(read_prompts(policy, [q])[0][0]) for q in questions]
@@ -320,7 +324,7 @@ def fitting(
 def open_log(
     config: RunConfig, overrides: dict[str, Any], checkpoint: Path | None, step: int
 ) -> RunLog:
-    """Open the log, and write the settings beside it."""
+    """Open the log and write the run's settings beside it."""
     log = RunLog(config, first_step=step)
     path = Path(config.run_dir) / SETTINGS
     path.write_text(to_toml(config), encoding="utf-8")

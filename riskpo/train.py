@@ -1,9 +1,8 @@
 """RiskPO training, on one page: sample -> score -> advantage -> update -> log -> evaluate -> save.
 
-Not here: a value network, a reference model and its KL, a replay buffer, an asynchronous sampler.
-Algorithms differ only in riskpo/algorithms.py; what a run is made of before its first step is in
-riskpo/run.py. Started by torchrun, every process walks this page; what they share is in
-riskpo/distributed.py.
+riskpo/run.py sets a run up, riskpo/algorithms.py holds all that differs between algorithms. Under
+torchrun every process runs this page; riskpo/distributed.py is how they communicate. There is no
+value network, reference model, replay buffer or asynchronous sampler.
 
 Q questions, G responses each, R = Q * G rollouts.
 """
@@ -29,7 +28,7 @@ from riskpo.validation import evaluate_and_log, show_answers, show_first, some_t
 
 
 def train(config: TrainConfig) -> Path:
-    """Train to config.steps, resuming where run_dir has a checkpoint; returns run_dir."""
+    """Train up to config.steps and return run_dir; resumes if run_dir has a checkpoint."""
     run = start(config)
     try:
         if run.step == 0:
@@ -54,7 +53,7 @@ def train(config: TrainConfig) -> Path:
 
 
 def train_step(run: Run, step: int) -> None:
-    """One batch of rollouts, from the questions to the line in the log."""
+    """One step: sample, score, update, log."""
     c, began = run.config, time.perf_counter()
     strategy = find_strategy(c.algorithm)
     say = run.log.note
@@ -80,7 +79,7 @@ def train_step(run: Run, step: int) -> None:
             stats = update(*given, run.teacher)
         numbers = {**risk, **stats, **numbers, **covariances(batch)}
     else:
-        run.log.note(f"step {step}: no question was kept, nothing to learn from")
+        run.log.note(f"step {step}: no question was kept, so there is no update")
     run.step = step
     run.log.texts(step, some_texts(batch, c.log_texts))
     numbers |= {metric_name(name): float(n) for name, n in batch.outcomes.items()}
@@ -108,5 +107,5 @@ def save(run: Run) -> None:
 
 
 def due(step: int, every: int, last: int) -> bool:
-    """At every `every`-th step and at the last one; 0 switches it off."""
+    """Whether `step` is a multiple of `every`, or the last step; never if every is 0."""
     return every > 0 and (step % every == 0 or step == last)

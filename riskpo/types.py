@@ -13,7 +13,7 @@ Prompt = str | list[dict[str, str]]  # text, or chat messages {"role", "content"
 
 
 def texts_of(prompt: Prompt) -> list[str]:
-    """The text, or that of each message."""
+    """[the prompt], or the content of each message."""
     return [prompt] if isinstance(prompt, str) else [m["content"] for m in prompt]
 
 
@@ -24,8 +24,8 @@ class Question:
     id      stable across runs, unique in a data set
     gold    the reference answer as text
     source  names the data set; it picks the reward
-    meta    anything else that a reward may want
-    images  encoded pictures or paths to them, see riskpo/data/images.py
+    meta    further fields of the row, for rewards and statistics
+    images  encoded images or paths to them, see riskpo/data/images.py
     """
 
     id: str
@@ -36,7 +36,8 @@ class Question:
     images: tuple[bytes | str, ...] = ()
 
 
-Support = tuple["torch.Tensor", "torch.Tensor"]  # ids, and how many of them each token has
+# (token ids, count for each response token): the tokens that could have been drawn in its place
+Support = tuple["torch.Tensor", "torch.Tensor"]
 
 
 @dataclass
@@ -45,14 +46,14 @@ class Rollouts:
 
     tokens      list of R int64 tensors, prompt followed by response (no padding)
     prompt_len  list of R ints
-    logprob     list of R float32 tensors, one entry per response token, as the sampler saw them;
-                NaN where it did not say
-    support     list of R pairs (ids, counts [response tokens]), int64: the words that each token
-                was drawn from, one token's after the other's; empty where all words may be
+    logprob     list of R float32 tensors, the sampler's log-prob of each response token; NaN where
+                the sampler gave none
+    support     list of R pairs (ids, counts [response tokens]), int64: the tokens that each
+                response token was drawn from, end to end; an empty list if that is the vocabulary
     text        list of R decoded responses
     truncated   list of R bools: the length limit was hit before an end-of-sequence token
-    inputs      by question id, what a vision-language model reads beside the prompt's tokens, a
-                batch of one; empty for text models. See riskpo/model/vision.py
+    inputs      {question id: a vision-language model's inputs besides input_ids, batch of one};
+                empty for text models. See riskpo/model/vision.py
     """
 
     tokens: list[torch.Tensor] = field(default_factory=list)
@@ -78,4 +79,4 @@ class Rollouts:
         self.inputs |= {name: x for name, x in other.inputs.items() if name in names}
 
 
-Stream = tuple[int | str, ...]  # what the random numbers of a batch of rollouts depend on
+Stream = tuple[int | str, ...]  # seeds the random numbers of a batch of rollouts

@@ -1,4 +1,4 @@
-"""What the held-out questions say about a run: numbers for the log, answers for people."""
+"""Evaluation during a run: held-out numbers for the log, sample answers for people."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHOWN_CHARACTERS = 2000  # of the first prompt and response
 
 
 def show_first(run: Run) -> None:
-    """Print one prompt as the model reads it, with special tokens, its gold, an answer, its reward.
+    """Print one prompt with its special tokens, its gold, a sampled response and its reward.
 
     Warns of settings that are known not to learn.
     """
@@ -42,7 +42,7 @@ def show_first(run: Run) -> None:
 
 
 def some_texts(batch: Batch, count: int) -> list[dict[str, Any]]:
-    """`count` of a step's responses, of as many questions as there are, kept or not."""
+    """`count` responses of a step, spread over its questions, kept or not, as rows for the log."""
     questions, each = batch.seen_QG.shape
     every = sorted(range(questions * each), key=lambda i: (i % each, i // each))
     return [
@@ -60,7 +60,7 @@ def some_texts(batch: Batch, count: int) -> list[dict[str, Any]]:
 
 
 def evaluate_and_log(run: Run) -> None:
-    """avg@n, pass@k for k up to n, and both by stratum, with random numbers of their own."""
+    """Log avg@n and pass@k (k up to n), over all held-out questions and by stratum."""
     c, began = run.config, time.perf_counter()
     if not run.held_out:
         return
@@ -112,7 +112,7 @@ def stratum_rows(questions: list[Question], result: EvalResult) -> dict[str, flo
 
 
 def show_answers(run: Run) -> None:
-    """A few held-out questions, what the policy says now, and whether it is right."""
+    """Print a few held-out questions, a response to each, and whether it is right."""
     questions = (run.held_out or run.questions)[:SHOWN_ANSWERS]
     texts = run.sampler.sample(questions, 1, (run.config.seed, "shown")).text
     verdicts = run.judge(texts, questions)

@@ -18,7 +18,7 @@ SEEDS, WINDOW, RISE = (0, 1, 2), 50, 0.10
 
 
 def measure(run_dir: Path) -> tuple[float, float, float, float]:
-    """(mean reward first, last; held-out avg@8 before, after) of a finished run."""
+    """(mean reward early, late, held-out avg@8 before, after) of a finished run."""
     rewards = [r["reward_mean"] for r in read_records(run_dir, "step")]
     held = [r["avg@8"] for r in read_records(run_dir, "eval")]
     return (

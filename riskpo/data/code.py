@@ -1,7 +1,7 @@
 """Programming tasks as questions: the prompt as text, the tests as JSON in the gold.
 
-The gold's two forms are described in riskpo/rewards/code.py. A prompt shows at most one test of
-MBPP, for the name and the signature: a model that is shown all of them can copy the answers.
+riskpo/rewards/code.py describes the gold's two forms. An MBPP prompt shows one test, for the name
+and the signature: with all tests in view a model could copy the answers.
 """
 
 from __future__ import annotations

@@ -17,10 +17,12 @@ THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")  # 1,234,567, but neither 3,5
 
 
 class Form(NamedTuple):
-    """Rows that have all of `fields` are read by `read`: row -> (prompt, gold).
+    """A kind of row, recognised by its columns.
 
-    reward goes into meta where the gold is no text to compare with: "code" for programming tasks.
-    beside names the columns that `read` takes in where a row has them.
+    fields  columns that a row of this form must have
+    read    row -> (prompt, gold)
+    reward  "code" for programming tasks; "": the gold is an answer to compare with
+    beside  optional columns that `read` uses too
     """
 
     name: str
@@ -37,7 +39,7 @@ def _verl(row: Row) -> tuple[Prompt, str]:
 
 
 def _whole(prompt: str, gold: str) -> Callable[[Row], tuple[Prompt, str]]:
-    """Rows with a prompt that needs nothing beside it."""
+    """A reader of rows whose prompt is complete in one column."""
 
     def read(row: Row) -> tuple[Prompt, str]:
         text = gold_text(row[gold], f"column {gold!r}")
@@ -62,7 +64,7 @@ def _after_hashes(row: Row, column: str = "answer") -> str:
 def _posed(
     name: str, question: str, gold: str, read_gold: Callable[[Row], str] | None = None
 ) -> Form:
-    """Rows with a question that is asked with its context and its choices."""
+    """A form whose question is asked with the row's context and choices."""
 
     def read(row: Row) -> tuple[Prompt, str]:
         text = read_gold(row) if read_gold else gold_text(row[gold], f"column {gold!r}")
@@ -105,7 +107,8 @@ def _form_of(row: Row) -> Form | None:
 
 
 def recognised(row: Row, where: str) -> tuple[Row, Form]:
-    """The row, with its columns in small letters if need be, and the form that knows them."""
+    """(row, its form); column names are lower-cased if no form matches otherwise. ValueError if
+    none matches at all."""
     if _form_of(row) is None:
         row = {str(name).lower(): value for name, value in row.items()}
     form = _form_of(row)
@@ -126,7 +129,7 @@ def recognised(row: Row, where: str) -> tuple[Row, Form]:
 
 
 def renamed(row: Row, columns: ColumnsConfig, where: str) -> tuple[Row, Form]:
-    """The row with its id, and the form, as the settings name them; "a.b" is b inside column a."""
+    """(row, form) by the user's column names; "a.b" is the field b inside column a."""
     found: Row = dict(row)
     question, gold = str(columns.question), str(columns.gold)
     for name in filter(None, (question, gold, columns.id)):

@@ -1,4 +1,4 @@
-"""Whether the hub answers, known within seconds."""
+"""Find out within seconds whether the Hugging Face hub answers."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ HUB_SECONDS = 3.0
 
 
 def hub_error(ask: Callable[[], object]) -> str | None:
-    """Why a request to the hub failed, or that HUB_SECONDS are over; None where it was answered.
+    """Why the request `ask` failed or took over HUB_SECONDS; None if it was answered.
 
-    The libraries retry for 23 s and more, and name resolution has no time limit of its own: the
-    request runs in a thread that nobody waits for.
+    It runs in a thread that may outlive the call: the libraries retry for 23 s and more, and name
+    resolution has no time limit.
     """
     errors: list[str | None] = []
 

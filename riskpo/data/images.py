@@ -1,16 +1,16 @@
-"""Pictures of image rows (Geometry3K and its like), up to a vision-language processor.
+"""Read the pictures of rows (Geometry3K and its like) and hand them to a processor.
 
 A row's pictures are in the column "images", "image" or "decoded_image", or one by one in "image_1"
 to "image_9": bytes, {"bytes", "path"}, a path beside the data file, base64 text, or a PIL picture.
 They stay encoded in Question.images and are opened when a processor asks.
 
-Each "<image>" of the prompt stands for one picture; without one the pictures come first. Numbered
-places "<image_2>", "<image 2>" or "<image2>" (OlympiadBench, MMMU, MathVision) say which picture,
-and become "<image>"; pictures that they do not name belong to the solution and are left out.
+Each "<image>" in the prompt is the place of one picture; a prompt without one starts with its
+pictures. Numbered places "<image_2>", "<image 2>" or "<image2>" (OlympiadBench, MMMU, MathVision)
+say which picture and become "<image>". Pictures that they do not name belong to the solution and
+are left out.
 
-A place whose picture was not read is an error, also in a text that only mentions the tag: a lost
-picture looks the same, and a question that cannot be answered is worse than a row to mend.
-Programming tasks, where a text may well mention it, are not looked at.
+A place without a picture is an error, even if the text only mentions the tag: it looks the same as
+a lost picture. Programming tasks are exempt, since their texts may mention it.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def _encoded(value: Any, folder: Path, where: str) -> Picture:
 
 
 def require_processor(questions: Iterable[Question], processor: Any) -> None:
-    """The door: ValueError when a question has pictures and `processor` cannot read them.
+    """ValueError if a question has pictures and `processor` cannot read them.
 
     processor  what AutoProcessor gives for the model; a tokenizer alone has no image_processor
     """
@@ -115,8 +115,8 @@ def require_processor(questions: Iterable[Question], processor: Any) -> None:
     if shown is not None:
         raise ValueError(
             f"data: question {shown.id!r} of {shown.source!r} has {len(shown.images)} pictures "
-            f"(column 'images'), but a {type(processor).__name__} reads the prompts, which has no "
-            "image processor. Read them with a vision-language model's, or drop these rows."
+            f"(column 'images'), but the model's {type(processor).__name__} has no image "
+            "processor. Choose a vision-language model, or drop these rows."
         )
 
 

@@ -1,7 +1,7 @@
-"""The texts of a row: the prompt with everything that belongs to it, and the gold.
+"""The prompt of a row, with everything that belongs to it.
 
 A question is asked with its context (OlympiadBench) and its choices (MMMU, MathVision); without
-them it would be another question, and mostly one without an answer.
+them it has mostly no answer.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def names_answer_form(prompt: Prompt) -> bool:
 
 
 def with_instruction(prompt: Prompt, instruction: str) -> Prompt:
-    """The instruction after the text or the last message; left alone where a form is asked for."""
+    """The prompt with `instruction` at its end, unless it already says how to mark the answer."""
     if names_answer_form(prompt):
         return prompt
     if isinstance(prompt, str):
@@ -56,10 +56,10 @@ def with_instruction(prompt: Prompt, instruction: str) -> Prompt:
 
 
 def prompt_of(value: Any, column: str) -> Prompt:
-    """Text, or a list of {"role", "content"}, which some files store as JSON or Python text.
+    """A column's value as a Prompt: text, or a list of {"role", "content"}.
 
-    Text that only begins like a list is text. What an assistant says last is what is to be
-    sampled: such turns are left out (`ends_in_answer` tells).
+    Some files store the list as JSON or Python text. Assistant turns at the end are left out, since
+    they are what the policy is to sample (see `ends_in_answer`). ValueError for anything else.
     """
     if isinstance(value, str):
         text = scalar_text(value, column)
@@ -128,10 +128,10 @@ def _content(value: Any, column: str) -> str:
 
 
 def asked(row: Row, column: str) -> Prompt:
-    """The text of `column`, after the row's context and before its lettered choices.
+    """The row's context, the text of `column`, then the lettered choices, one after the other.
 
-    Of a chat its last message is completed so. ValueError for a context that is no text, and for
-    choices that cannot be listed.
+    In a chat this becomes the last message. ValueError for a context that is not text or choices
+    that cannot be listed.
     """
     context = "" if missing(row.get("context")) else row["context"]
     if not isinstance(context, str):

@@ -1,16 +1,13 @@
 r"""Questions from a file or from the Hugging Face hub.
 
-Local .jsonl, .json, .csv and .parquet files are read directly (no copy in a cache, and a column may
-mix numbers and text), compressed with gzip too; any other name is a hub data set, "owner/name" or
-"owner/name:config". What a row means is told by its fields, see riskpo/data/forms.py, or by names
-of columns that you give. A value that is neither text nor number, or is missing, is refused with
-file and row: what str() makes of it would be trained on.
+Local .jsonl, .json, .csv and .parquet files, also with .gz, are read directly; a column may mix
+numbers and text. Any other name is a hub data set, "owner/name" or "owner/name:config". A row's
+fields say what it means (riskpo/data/forms.py), or the column names that the user gives. A missing
+value, or one that is neither text nor number, is refused with file and row.
 
-The same problem twice becomes one question (the official AIME file holds 30 problems 32 times):
-RiskPO groups rewards by question, and a problem drawn twice into one batch must not pass for one
-question with twice the responses. To weigh problems equally is also what avg@k needs. The number of
-rows is kept in meta["copies"]. A problem whose copies disagree about the answer is dropped with a
-warning: no reward could be right for both.
+Rows with the same problem become one question (the official AIME file holds 30 problems 32 times):
+advantages group rewards by question, and avg@n has to weigh problems equally. The number of rows is
+kept in meta["copies"]. A problem whose copies have different answers is dropped with a warning.
 """
 
 from __future__ import annotations
@@ -52,11 +49,11 @@ def load_questions(
     """All questions of a data set, each problem once, in the order of their first row.
 
     source       a file or the name of a hub data set, as above
-    split        of a hub data set; a file is its own split
+    split        split of a hub data set; ignored for a file
     limit        keep the first `limit` questions
-    instruction  sentence added to every prompt that does not yet say how to mark the answer, for
-                 example BOXED_INSTRUCTION
-    columns      names of the columns with question and gold, where no form knows them
+    instruction  sentence, such as BOXED_INSTRUCTION, added to every prompt that does not yet say
+                 how to mark the answer
+    columns      names of the columns with question and gold, if no form matches
 
     ValueError, with file and row, for a missing file, unknown fields, a row that cannot be read, or
     a picture that is missing; ConnectionError, within seconds, when the hub cannot be reached.
@@ -188,9 +185,9 @@ def _is_small(value: object) -> bool:
 
 
 def merge_copies(questions: Iterable[Question], source: str) -> list[Question]:
-    """Each problem once, with meta["copies"]; problems with contradicting golds are dropped.
+    """Each problem once, with meta["copies"]; a problem with different golds is dropped.
 
-    Two sets of tests for one program do not contradict each other: the first row's are kept.
+    Programming tasks keep the first row's tests: different tests do not contradict each other.
     """
     groups: dict[str, list[Question]] = {}
     for question in questions:
@@ -204,7 +201,7 @@ def merge_copies(questions: Iterable[Question], source: str) -> list[Question]:
 
 
 def unique_ids(questions: Sequence[Question]) -> list[Question]:
-    """Ids that clash get a hash of their problem, all of them, so that order does not matter."""
+    """Every id that occurs more than once gets a hash of its problem appended."""
     seen = Counter(q.id for q in questions)
     return [
         q if seen[q.id] == 1 else replace(q, id=f"{q.id}#{_hash(q.prompt, q.images)}")
@@ -217,13 +214,14 @@ def split_holdout(
 ) -> tuple[list[Question], list[Question]]:
     """(training, held out): `count` questions chosen by a hash of seed and id, order kept.
 
-    A question stays on its side when others are added, or the file is shuffled, as far as `count`
-    allows. ValueError unless 0 <= count < len(questions).
+    Shuffling the file moves no question to the other side; adding some moves as few as possible.
+    ValueError unless 0 <= count < len(questions).
     """
     if not 0 <= count < len(questions):
         raise ValueError(
             f"held out: got {count} of {len(questions)} questions; expected 0 to "
-            f"{len(questions) - 1}: the rest is trained on. Lower eval_questions or give eval_data."
+            f"{len(questions) - 1}, since training needs the rest. Lower eval_questions or give "
+            "eval_data."
         )
     ranked = sorted(
         (q.id for q in questions), key=lambda i: hashlib.sha256(f"{seed}/{i}".encode()).digest()

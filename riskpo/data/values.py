@@ -1,7 +1,6 @@
-"""One value of a row: text, number, list or nothing; whatever else it is, it is refused.
+"""Single values of a row: text, number, list or nothing. Anything else is refused.
 
-Nothing is made text by str(): the repr of a list, "None" or "nan" would be trained on as if
-somebody had written it.
+str() is never used to make text: it would turn None, nan or a list into text to train on.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ def refuse(came: str, expected: str, todo: str) -> ValueError:
 
 
 def missing(value: Any) -> bool:
-    """None, NaN (what pandas writes for nothing) and blank text."""
+    """Whether the value is None, NaN (as pandas writes nothing) or blank text."""
     if isinstance(value, str):
         return not value.strip()
     return value is None or isinstance(value, (float, Decimal)) and value != value

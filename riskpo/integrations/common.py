@@ -1,7 +1,7 @@
-"""What every host adapter shares: a counted advantage, its rows, and its side file.
+"""What every integration shares: an advantage that counts its batches, and its state file.
 
-Hosts that call a function give it a batch, not a step. The step is then the number of batches seen,
-which is part of the state.
+A host is the trainer that riskpo plugs into. It passes a batch and no step, so the step is the
+number of batches seen, which is part of the state.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ STATE_FILE = "riskpo_state.json"
 
 
 class CountedAdvantage:
-    """RiskPOAdvantage for a host that names no step: every call is the next one.
+    """RiskPOAdvantage for a host that passes no step: every call is the next step.
 
-    settings: preset (default "paper"), ragged, and the overrides of RiskPOAdvantage.
-    ragged="error" refuses a batch whose questions have unequal numbers of answers; "drop" leaves
-    the questions with fewer answers than the fullest out whole: advantage 0, not tracked, counted
-    in the statistics as ragged_questions. Dropping changes the number of questions, so it wants
-    leftover="drop" beside it. names_stay: whether the host knows a question by the same name when
-    it comes again; difficulty="history" needs that.
+    settings    preset (default "paper"), ragged, and the overrides of RiskPOAdvantage
+    ragged      "error" refuses a batch whose questions have unequal numbers of answers. "drop"
+                leaves out the questions with fewer answers than the fullest: advantage 0, not
+                tracked, counted as ragged_questions. The number of questions then varies, so
+                combine it with leftover="drop"
+    names_stay  whether a question has the same name each time; difficulty="history" needs that
     """
 
     def __init__(self, op: str, settings: dict[str, Any], *, names_stay: bool) -> None:
@@ -50,7 +50,7 @@ class CountedAdvantage:
         if s.bundling == "matched" and s.difficulty == "history" and not names_stay:
             raise ValueError(
                 f"{op}: got difficulty='history' with matched bundles; expected 'cross-fit': the "
-                "host names a question anew each time, so that none would ever be known. Set it."
+                "host gives a question a new name each time, so it has no history. Set it."
             )
         self.batches = 0
 
@@ -89,7 +89,7 @@ class CountedAdvantage:
         return [row for row, question in enumerate(questions) if counts[question] == most]
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers and words, fit for JSON."""
+        """The state as numbers, strings and lists, ready for JSON."""
         return {
             "batches": self.batches,
             "settings": dataclasses.asdict(self.advantage.settings),
@@ -126,12 +126,12 @@ def draw_numbers(questions: Sequence[Any], keys: Sequence[Any]) -> list[int]:
 
 
 def write_state(folder: str | os.PathLike[str], state: dict[str, Any]) -> Path:
-    """folder/riskpo_state.json, whole or not at all."""
+    """Write folder/riskpo_state.json atomically; returns its path."""
     return write_json(Path(folder) / STATE_FILE, state)
 
 
 def read_state(op: str, folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """What `write_state` wrote; ValueError where there is none."""
+    """The state that `write_state` wrote; ValueError if the folder has none."""
     path = Path(folder) / STATE_FILE
     if not path.is_file():
         raise ValueError(

@@ -1,4 +1,4 @@
-"""avg@k, pass@k and maj@k of a policy on a set of questions. Q questions, n samples each.
+"""avg@n, pass@k and maj@k of a policy on a set of questions. Q questions, n samples each.
 
     avg@n    mean reward over all Q * n responses
     pass@k   mean over questions of 1 - C(n - c, k) / C(n, k), c of the n responses being right
@@ -6,12 +6,11 @@
     maj@k    mean over questions of the chance that a vote among k of the n responses elects the
              right answer, over all C(n, k) draws: computed, not sampled, so unbiased for n > k
 
-The intervals are percentile bootstraps over questions: they say how far the numbers would move on
-other questions of the kind, given these responses. Where fewer than five questions' worth is right,
-or wrong, a bootstrap sees too little (nothing at 0 of 6): Wilson's interval is taken in too.
-`over_seeds` adds Student's t over repetitions, which says how far they move with the sampling, or
-the training, alone. Numbers are only comparable at equal decoding settings, so the result carries
-them.
+Intervals are 95 % percentile bootstraps over questions: how far a number would move on other
+questions of the kind. With fewer than five questions right, or wrong, a bootstrap is too narrow (at
+0 of 6 it has no width), so the interval is widened to Wilson's. `over_seeds` adds Student's t over
+repetitions: how far a number moves with the sampling, or the training, alone. Numbers compare only
+at equal decoding settings, so the result carries them.
 """
 
 from __future__ import annotations
@@ -52,8 +51,8 @@ class EvalResult:
     """What `evaluate` found.
 
     avg       mean reward, avg@samples, with its 95 % interval over questions
-    pass_at   {k: the same of pass@k}
-    maj_at    {k: the same of maj@k}; empty where responses have no answer to vote for
+    pass_at   {k: pass@k with its interval}
+    maj_at    {k: maj@k with its interval}; empty if responses have no answer to vote for
     counts    responses per outcome, and crashes by name (riskpo.rewards.verdict.tally)
     rewards   {question id: its `samples` rewards}, for tails and paired comparisons
     values    {"avg@8": one number per question, ...}, in the order of rewards: what is averaged

@@ -1,6 +1,6 @@
 """Intervals of a mean: Student's for few seeds, Wilson's for shares near 0 or 1.
 
-By hand, since a table of 30 numbers and one formula are no reason to install scipy.
+By hand: a table of 30 numbers and one formula do not justify scipy as a dependency.
 """
 
 from __future__ import annotations

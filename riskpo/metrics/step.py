@@ -1,8 +1,7 @@
-"""What is logged of every step beside the algorithm's own numbers: one yardstick for all of them.
+"""Numbers that every step logs, whatever the algorithm, so that runs can be compared.
 
-Lower tails, mixtures and covariances are taken at the paper's bundle size, levels and omega
-whatever the run itself uses, so that the curves of two runs can be laid over each other. The
-algorithm's own levels show in its q_alpha and q_beta. Q questions, G responses each.
+Lower tails, MVaR and covariances use the paper's bundle size, levels and omega, whatever the run's
+own. The algorithm's own levels show in its q_alpha and q_beta. Q questions, G responses each.
 """
 
 from __future__ import annotations
@@ -45,10 +44,10 @@ def all_equal(rewards_QG: torch.Tensor) -> dict[str, float]:
 
 
 def sampled_entropy(logprob: torch.Tensor) -> float:
-    """Minus the mean log-prob of the tokens that were sampled: an unbiased estimate of the token
-    entropy, in nats, over everything sampled that has a log-prob. The update's own "entropy"
-    is exact, but only sees what is learned from, which for DAPO are the questions of middle
-    difficulty.
+    """Minus the mean log-prob of all sampled tokens that have one, in nats.
+
+    An unbiased estimate of the token entropy. The update's "entropy" is exact, but covers only the
+    responses that are learned from: with DAPO, the questions of middle difficulty.
     """
     given = logprob[~logprob.isnan()]
     return -float(given.mean()) if len(given) else 0.0

@@ -1,9 +1,9 @@
-"""Gradient checkpointing whose layer inputs are in CPU memory between forward and backward.
+"""Gradient checkpointing that keeps layer inputs in CPU memory between forward and backward.
 
-torch's checkpoint saves one tensor per layer, its input [1, T, D]. Here that tensor is copied to
-pinned CPU memory on a stream of its own while the layer computes, and copied back while the layer
-above it goes backward. At most IN_FLIGHT inputs are on their way out at a time: the device holds
-that many plus two on the way back, whatever the number of layers.
+torch's checkpoint saves one tensor per layer, its input [1, T, D]. That tensor is copied to pinned
+CPU memory, on its own stream, while the layer computes, and copied back during the backward of the
+layer above. At most IN_FLIGHT copies to the CPU are under way at a time. The device thus holds
+IN_FLIGHT + 2 layer inputs, whatever the number of layers.
 
 Pinned buffers come from torch's caching host allocator, which rounds each up to a power of two.
 """
@@ -23,7 +23,7 @@ from riskpo.config import IN_FLIGHT
 
 
 class Transfers(Protocol):
-    """Copies between the device and the CPU that run beside the computation."""
+    """Asynchronous copies between the device and the CPU."""
 
     def out(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """(CPU copy, ticket); the copy may be read, and `tensor` freed, after wait(ticket)."""
@@ -32,7 +32,7 @@ class Transfers(Protocol):
         """(device copy, ticket) of a CPU copy whose own ticket was `sent`."""
 
     def wait(self, ticket: Any) -> None:
-        """Let the computation that is queued from now on wait for a copy."""
+        """Make computation queued from now on wait for a copy."""
 
 
 class CudaTransfers:
@@ -65,7 +65,7 @@ class CudaTransfers:
 
 
 class _Parked:
-    """One layer's input on the CPU, and the copy that is on its way back, if any."""
+    """One layer's input on the CPU, and the copy on its way back, if any."""
 
     def __init__(self, on_cpu: torch.Tensor, sent: Any, below: _Parked | None) -> None:
         self.on_cpu, self.sent = on_cpu, sent

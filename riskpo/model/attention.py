@@ -1,15 +1,15 @@
-"""Attention over packed sequences that never meets a [T, T] mask.
+"""Attention over packed sequences without a [T, T] mask.
 
-Three implementations, chosen by `choose`, all of them seen by the model through transformers'
-attention interface:
+`choose` picks one of three implementations, which the model calls through transformers' attention
+interface:
 
     flash_attention_2   the flash-attn package, which reads cu_seqlens itself
     riskpo_varlen       torch.nn.attention.varlen: CUDA, 16-bit
     riskpo_sequences    scaled_dot_product_attention, one sequence after the other: any device
 
-The row of a packed batch is [1, T]; without these, transformers builds a [T, T] mask from the
-position ids and its attention touches every pair. Sampling (a padded batch with a mask, or a
-cache) is left to transformers' own sdpa in both of ours.
+A packed batch is one row [1, T]. Without these, transformers builds a [T, T] mask from the position
+ids, and its attention computes every pair. Both riskpo implementations leave sampling (a padded
+batch with a mask, or a cache) to transformers' sdpa.
 
 T tokens of the row, n of one sequence, nh and nkv heads of queries and of keys, hd their width.
 """
@@ -32,16 +32,16 @@ FLASH, VARLEN, SEQUENCES = "flash_attention_2", "riskpo_varlen", "riskpo_sequenc
 CHOICES = {"flash": FLASH, "varlen": VARLEN, "sequences": SEQUENCES, "masked": "sdpa"}
 VARLEN_WIDTH = 256  # largest head that torch's kernel takes
 TOGETHER = 512  # tokens: up to here a call costs more than a copy of what it reads
-# torch 2.13 refuses fewer heads of keys than of queries unless it is told; 2.11 has no word for it
-# and hands them to the same kernel, which takes them.
+# torch 2.13 refuses fewer key heads than query heads unless enable_gqa is set. 2.11 lacks that
+# argument and accepts them.
 TELLS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def choose(requested: str, model: Any) -> str:
-    """The model's attn_implementation for MemoryConfig.attention; ValueError where it cannot run.
+    """The attn_implementation for MemoryConfig.attention; ValueError if it cannot run the model.
 
-    "auto" takes flash-attn, then torch's varlen, then sequence by sequence, whichever the device,
-    the dtype and the model's layers allow; else it leaves the model as it is.
+    "auto" takes the first that device, dtype and layers allow: flash-attn, torch's varlen, sequence
+    by sequence. If none does, the model keeps its own.
     """
     reasons = {name: _hindrance(name, model) for name in ("flash", "varlen", "sequences")}
     if requested == "auto":
@@ -56,7 +56,7 @@ def choose(requested: str, model: Any) -> str:
 
 
 def _hindrance(name: str, model: Any) -> str | None:
-    """Why an implementation cannot carry this model where it is; None: it can."""
+    """Why an implementation cannot run this model on its device; None if it can."""
     if getattr(model.config, "vision_config", None) is not None:
         return "got a vision-language model, whose vision tower is not causal"
     config = model.config.get_text_config()
@@ -93,7 +93,7 @@ def head_width(config: Any) -> int:
 def packed_keywords(
     implementation: str, cu_seqlens: torch.Tensor, lengths: Sequence[int]
 ) -> dict[str, Any]:
-    """What the decoder hands down to its attention with a packed row.
+    """Keyword arguments that tell the attention where the sequences of a packed row end.
 
     cu_seqlens [S + 1] int32 on the device, lengths the same on the CPU (no sync per layer).
     """
@@ -115,10 +115,10 @@ def by_sequence(
     sliding_window: int | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """sdpa on each sequence of the row alone; query [1, nh, T, hd], key and value [1, nkv, T, hd].
+    """sdpa on each sequence of the row; query [1, nh, T, hd], key and value [1, nkv, T, hd].
 
-    Returns [1, T, nh, hd]. Short sequences of one length share a call: the same numbers, bit for
-    bit. With a mask or a cache it is transformers' own sdpa.
+    Returns [1, T, nh, hd]. Short sequences of equal length share a call, with the same bits as
+    alone. With a mask or a cache, transformers' own sdpa runs.
     """
     if attention_mask is not None or query.shape[2] != key.shape[2]:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)

@@ -1,9 +1,9 @@
-"""No dropout in the update: the policy that is trained is the one that has sampled.
+"""No dropout in the update, so that the trained policy is the one that sampled.
 
-Log-probs under dropout are those of another, random policy: ratios move and clip though no weight
-has. So the model stays in eval mode, which every kind of it obeys (modules, functions, layer drop,
-router jitter, adapters'); only what checkpoints its activations is told that it trains, since
-transformers asks for that, and loses its own dropout.
+Dropout gives the log-probs of another, random policy: ratios leave 1 although no weight has moved.
+The model therefore stays in eval mode, which switches off every kind of dropout (modules,
+functions, layer drop, router jitter, adapters). transformers checkpoints activations in training
+mode only, so checkpointed modules are set to training mode and their dropout rates to 0.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def train_without_dropout(model: Any) -> None:
-    """Ready for an update, in place: eval mode, with activation checkpointing where it is on."""
+    """Put the model in eval mode, in place; activation checkpointing stays on if it is."""
     model.eval()
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False):

@@ -1,8 +1,7 @@
-"""GGUF files as Hugging Face folders, converted once, in float32; `riskpo fetch-model`.
+"""`riskpo fetch-model`: convert a GGUF file to a Hugging Face folder in float32, once.
 
-The cache is RISKPO_CACHE, else riskpo in XDG_CACHE_HOME or ~/.cache. A folder in it is whole: it is
-written under another name and renamed. Nothing here is downloaded, and transformers is imported
-only where a file is converted.
+Folders are kept in RISKPO_CACHE, else in riskpo/ of XDG_CACHE_HOME or ~/.cache. They appear
+atomically. Nothing is downloaded, and transformers is imported only to convert a file.
 """
 
 from __future__ import annotations
@@ -44,9 +43,9 @@ def fetch_model_command(given: list[str]) -> None:
 
 
 def fetch_model(model: str, cache: str | Path | None = None) -> Path:
-    """The folder of a name of PACKAGED or of a GGUF file, converted unless the cache has it.
+    """The folder of a model named in PACKAGED or of a GGUF file, converted unless in the cache.
 
-    ValueError, with the command that installs it, for a package that is missing.
+    ValueError for an unknown name or a missing package; it gives the command that installs it.
     """
     if is_gguf(model):
         return convert(Path(model).expanduser(), cache)
@@ -70,7 +69,7 @@ def fetch_model(model: str, cache: str | Path | None = None) -> Path:
 
 
 def as_folder(model: str) -> str:
-    """What from_pretrained takes: the converted folder of a GGUF file, anything else as it is."""
+    """A name for from_pretrained: a GGUF file's converted folder, any other name unchanged."""
     return str(fetch_model(model)) if is_gguf(model) else model
 
 
@@ -85,7 +84,7 @@ def models_in(cache: str | Path | None) -> Path:
 
 
 def convert(file: Path, cache: str | Path | None, folder: Path | None = None) -> Path:
-    """The folder of a GGUF file: one of the cache, named by what the file holds, or `folder`."""
+    """Convert a GGUF file into `folder`; default: one in the cache, named by the file's hash."""
     if not file.is_file():
         raise ValueError(f"model: there is no file {file}. Check the path.")
     folder = folder or models_in(cache) / f"{file.stem}-{_digest(file)}"

@@ -1,16 +1,16 @@
-"""Does a model keep packed sequences apart? Tried on the model itself before it is trained.
+"""Does a model keep packed sequences apart? Tested on the model itself before training.
 
 A layer that carries a state along the tokens (Mamba, linear attention, convolution, recurrence)
-hands one sequence's state to the next, whatever the attention mask says. So two things are asked:
+passes it from one packed sequence to the next, whatever the attention mask says. Two checks:
 
-    what is known   layers and settings whose reach a short trial cannot show: `known_reach`
-    what is tried   three short sequences, packed and alone: the same values, and not a trace of a
-                    gradient from one sequence to another: `_leak`
+    `known_reach`   does the model have layers or settings whose reach a short trial cannot show?
+    `_leak`         do three short sequences give the same values packed and alone, with a zero
+                    gradient from each sequence to the others?
 
-A model that fails goes through its sequences one by one, in the same micro-batches, and says so
-once. On a GPU the model's own packed path is tried first, since its kernels may take sequence
-bounds (flash-linear-attention, causal-conv1d, mamba-ssm); the trial is then longer than their
-chunks. A model whose tokens see later ones is no policy and is refused.
+A model that fails runs its sequences one by one, in the same micro-batches, with one warning. On a
+GPU its own packed path is tried first: kernels such as flash-linear-attention, causal-conv1d and
+mamba-ssm take sequence bounds. That trial is longer than their chunks. A model whose tokens see
+later ones is not causal and is refused.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ LAYER_LISTS = ("layer_types", "layers_block_type", "block_types", "attention_lay
 
 @dataclass(frozen=True)
 class Packing:
-    """How sequences go through a model: packed where `reason` is None, else one by one."""
+    """How sequences go through a model: packed if `reason` is None, else one by one."""
 
     reason: str | None = None
     own: bool = False  # packed by the model's own kernels, which want seq_idx as well
@@ -66,7 +66,7 @@ _FOUND: weakref.WeakKeyDictionary[Any, tuple[str, Packing]] = weakref.WeakKeyDic
 
 
 def packing_of(model: Any) -> Packing:
-    """Whether the model runs packed; found at the first call and after a change of attention.
+    """How the model runs, tested at the first call and after a change of attention.
 
     ValueError for a model that is not a causal language model or whose decoder cannot be called.
     """
@@ -77,9 +77,9 @@ def packing_of(model: Any) -> Packing:
 
 
 def settle_attention(model: Any, requested: str) -> Packing:
-    """Set the attention of MemoryConfig.attention, and find whether the model runs packed.
+    """Set the attention of MemoryConfig.attention and test whether the model runs packed.
 
-    With "auto", an attention that mixes packed sequences gives way to the model's own.
+    With "auto", the model's own attention stays if the chosen one mixes packed sequences.
     """
     before = str(model.config._attn_implementation)
     model.set_attn_implementation(choose(requested, model))
@@ -91,9 +91,9 @@ def settle_attention(model: Any, requested: str) -> Packing:
 
 
 def adopt_packing(model: Any, requested: str, packing: Packing) -> None:
-    """Use what was found before the weights moved, with the attention of the device they are on.
+    """Use the result of a test before the weights moved, with the attention for their new device.
 
-    What is kept apart by one of our attentions is kept apart by each of them.
+    The result holds for every attention of riskpo/model/attention.py.
     """
     if requested != "auto" or packing.reason is None:
         model.set_attn_implementation(choose(requested, model))
@@ -114,9 +114,9 @@ def _implementation(model: Any) -> str:
 
 
 def known_reach(model: Any) -> tuple[str | None, bool]:
-    """(what may carry over from one packed sequence to the next, whether kernels can cut it).
+    """(what may leak between packed sequences, whether kernels with sequence bounds prevent it).
 
-    Read from the config and from the decoder's modules; (None, True): nothing is known.
+    Read from the config and the decoder's modules; (None, True) if nothing is known to leak.
     """
     decoder = decoder_of(model)
     lists = (getattr(decoder.config, name, None) for name in LAYER_LISTS)

@@ -30,8 +30,8 @@ from riskpo.types import Question
 class Policy:
     """The model that is trained and sampled, with its tokenizer.
 
-    processor is that of a vision-language model whose data have pictures, else None; it then reads
-    all prompts.
+    processor is set for a vision-language model whose data have pictures; it then reads all
+    prompts.
     """
 
     model: Any
@@ -46,9 +46,9 @@ class Policy:
 def load_policy_for(
     questions: Sequence[Question], name: str, *, dtype: str, device: str | None = None
 ) -> Policy:
-    """The model `name` as load_policy has it, with its processor if a question has pictures.
+    """load_policy(name), with the model's processor if a question has pictures.
 
-    ValueError when there are pictures and the model has no processor that reads them.
+    ValueError if there are pictures and the model has no image processor.
     """
     processor = None
     if any(q.images for q in questions):
@@ -60,12 +60,14 @@ def load_policy_for(
 def load_policy(
     name: str, *, dtype: str = "float32", device: str | None = None, processor: Any = None
 ) -> Policy:
-    """A causal LM and its tokenizer from a folder, a GGUF file or, by name, the hub or its cache.
+    """A causal LM and its tokenizer from a folder, a GGUF file, the hub's cache or the hub.
 
-    With a processor, the vision-language model that it belongs to. device is where the weights are
-    put; attention is chosen for best_device(). A folder is known by its absolute path from here on.
-    ValueError, in one line, when there is no such model; ConnectionError, within seconds, when the
-    hub is needed and does not answer.
+    dtype      "float32" or "bfloat16"
+    device     where the weights go; None: best_device(). Attention is chosen for best_device()
+    processor  loads the vision-language model that it belongs to
+
+    ValueError if there is no such model; ConnectionError, within seconds, if the hub is needed and
+    does not answer.
     """
     name = as_folder(name)
     local = _is_local(name)
@@ -90,10 +92,10 @@ def load_policy(
 
 
 def prepare(policy: Policy) -> Policy:
-    """Left padding, a pad token, and a generation_config that bends nothing.
+    """Set left padding, a pad token, and a generation_config with end and pad tokens alone.
 
-    Only end tokens survive of the model's own generation_config (see end_tokens): its top_p, top_k,
-    penalties, suppressed and forced tokens would make the sampler another policy.
+    The model's own top_p, top_k, penalties, suppressed and forced tokens would make the sampler
+    another policy. ValueError if no end token is known.
     """
     tokenizer, model, ends = policy.tokenizer, policy.model, _end_ids(policy)
     tokenizer.padding_side = "left"
@@ -112,7 +114,7 @@ def prepare(policy: Policy) -> Policy:
 
 
 def _is_local(name: str) -> bool:
-    """Whether files on this machine will do; where not, ConnectionError unless the hub has it."""
+    """Whether local files are enough; if not, ConnectionError unless the hub has the model."""
     if Path(name).is_dir() or os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
         return True
     try:

@@ -1,8 +1,8 @@
-"""LoRA through peft: small trainable matrices beside frozen weights, the head among the frozen.
+"""LoRA through peft: small trainable matrices beside frozen weights.
 
-The model stays what it is, with adapters inside its linear layers, so that sampling, packing and
-the fused head see no difference; and since the head asks for no gradient, the fused loss computes
-none for it. A checkpoint holds the adapter and names the base model.
+Adapters sit inside the linear layers, so sampling, packing and the fused head work as without
+them. The head is frozen, and the fused loss computes no gradient for it. A checkpoint holds the
+adapter and names the base model.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from riskpo.distributed import whole_tensor
 
 
 def attach_lora(model: Any, config: LoraConfig, seed: int) -> None:
-    """Freeze `model` and give the layers named by config.targets adapters, in place.
+    """Freeze `model` and add adapters to the layers named by config.targets, in place.
 
-    The new matrices are a function of `seed`; at first they change nothing (B is zero). ValueError
-    for the head or the embedding as a target: the fused head reads a plain weight.
+    The new matrices are a function of `seed`; B is zero, so the model's outputs stay. ValueError
+    without peft, or for the head or embedding as a target.
     """
     try:
         import peft
@@ -46,7 +46,7 @@ def attach_lora(model: Any, config: LoraConfig, seed: int) -> None:
 
 
 def thaw_lora(model: Any) -> None:
-    """Make the adapters of a model that from_pretrained has read trainable, and only these."""
+    """Make the adapters of a loaded model trainable, and nothing else."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".lora_" in name)
     refuse_adapted_head(model)
@@ -70,10 +70,10 @@ def refuse_adapted_head(model: Any) -> None:
 
 
 def plain_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of every parameter as the model has it without adapters, these merged in.
+    """(name, tensor) of every parameter with its adapters merged in, under the base model's names.
 
-    One at a time, detached, so that no second copy of the model is held; names are those of
-    from_pretrained. A parameter that is shared by two modules comes once.
+    Tensors are detached and made one at a time, so that no second copy of the model is held. A
+    parameter shared by two modules comes once.
     """
     for name, parameter in model.named_parameters():
         if ".lora_" in name:

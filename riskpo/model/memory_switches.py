@@ -16,11 +16,12 @@ def apply_switches(
     transfers: Transfers | None = None,
     packing: Packing | None = None,
 ) -> None:
-    """Attention, checkpointing, offloading, tiles, in place; ValueError for one it cannot take.
+    """Set attention, checkpointing, offloading and MLP tiles, in place.
 
-    transfers  copies what is offloaded. None: from CUDA to pinned memory; a model on the CPU has
-               nowhere to offload to
-    packing    as found before the weights were sharded; None: it is found here
+    transfers  how to offload; None: from CUDA to pinned memory, and not at all on the CPU
+    packing    result of the test before the weights were sharded; None: test now
+
+    ValueError for a switch that the model cannot take.
     """
     if packing is None:
         settle_attention(model, memory.attention)
@@ -39,7 +40,7 @@ def apply_switches(
 
 
 def park_checkpoints(model: Any, checkpoints: CpuCheckpoints) -> None:
-    """Let every checkpointed layer of the model keep its input by `checkpoints`."""
+    """Make every checkpointed layer of the model save its input through `checkpoints`."""
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False):
             module._gradient_checkpointing_func = checkpoints

@@ -1,10 +1,10 @@
 """Rollouts as batches: mini-batches of questions, micro-batches of tokens, packed end to end.
 
-Sequences are packed without padding: one row of tokens, position ids restarting at 0 with every
-sequence. The attention of riskpo/model/attention.py is told where sequences end; under any other
-transformers builds a [T, T] block-diagonal mask from the position ids. A model that does not keep
-them apart is called once for each of them (riskpo/model/isolation.py). The decoder's last hidden
-states go straight into the fused head; no [tokens, V] tensor is made.
+Sequences are packed without padding into one row of tokens; position ids restart at 0 with each.
+riskpo/model/attention.py is told where they end; with any other attention, transformers builds a
+[T, T] block-diagonal mask from the position ids. A model that mixes packed sequences is called once
+per sequence (riskpo/model/isolation.py). The decoder's last hidden states go straight into the
+fused head, so there is no [tokens, V] tensor.
 
 R rollouts, T tokens of a micro-batch, S its sequences, D hidden width.
 """
@@ -44,10 +44,10 @@ class Packed:
 
 
 def micro_batches(rollouts: Rollouts, rows: Sequence[int], budget: int) -> list[list[int]]:
-    """`rows` cut, in order, into runs of at most `budget` input tokens; a longer one stands alone.
+    """`rows` cut, in order, into runs of at most `budget` input tokens.
 
-    Whole sequences stay together: a sequence ratio needs all of its tokens. One that a processor
-    has read always stands alone.
+    Sequences are never cut, since a sequence ratio needs all its tokens: one longer than the budget
+    is alone in its run, and so is one with pictures.
     """
     cuts: list[list[int]] = []
     room = 0
@@ -92,7 +92,7 @@ def pack(rollouts: Rollouts, rows: Sequence[int], device: torch.device) -> Packe
 
 
 def packed_support(rollouts: Rollouts, rows: Sequence[int], device: torch.device) -> Support | None:
-    """linear_logprob's support of the packed targets; a prompt's have none."""
+    """linear_logprob's support of the packed targets; prompt targets have none."""
     if not rollouts.support:
         return None
     counts = [torch.zeros(1, dtype=torch.int64)]
@@ -103,9 +103,9 @@ def packed_support(rollouts: Rollouts, rows: Sequence[int], device: torch.device
 
 
 def hidden_states(model: Any, batch: Packed) -> torch.Tensor:
-    """Last hidden states [T, D]; packed where the model keeps sequences apart, else one by one.
+    """Last hidden states [T, D]; packed if the model keeps sequences apart, else one by one.
 
-    ValueError for a model that is no causal language model.
+    ValueError if the model is not a causal language model.
     """
     if batch.beside:
         return vision_hidden_states(model, batch.input_ids, batch.beside)
@@ -121,7 +121,7 @@ def hidden_states(model: Any, batch: Packed) -> torch.Tensor:
 def denominator(
     rollouts: Rollouts, rows: Sequence[int], aggregate: str, constant: float | None
 ) -> float:
-    """What the mini-batch's summed terms are divided by, over all of its micro-batches."""
+    """The divisor of the mini-batch's summed terms, shared by all its micro-batches."""
     if aggregate == "token-mean":
         return float(sum(len(rollouts.logprob[row]) for row in rows))
     if aggregate == "sequence-sum-norm":

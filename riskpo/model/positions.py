@@ -1,4 +1,4 @@
-"""How long a sequence a model can read: checked before anything is sampled."""
+"""The longest sequence a model can read, checked before anything is sampled."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings", "positions_e
 
 
 def position_limit(model: Any) -> int | None:
-    """Positions of the longest sequence that `model` can read, or was made for; None: unknown.
+    """Largest number of tokens that `model` has positions for; None if unknown.
 
-    The rows of its table of learned positions; else max_position_embeddings, stretched where its
-    rotary positions are.
+    The size of its table of learned positions; else max_position_embeddings times the factor by
+    which its rotary positions are scaled.
     """
     tables = [
         # OPT's table begins with `offset` unused rows, RoBERTa's with those up to its padding.
@@ -38,7 +38,7 @@ def position_limit(model: Any) -> int | None:
 
 
 def check_positions(model: Any, prompt_tokens: int, response_tokens: int) -> None:
-    """ValueError where the longest prompt and response have more tokens than positions."""
+    """ValueError if prompt and response together have more tokens than the model has positions."""
     limit = position_limit(model)
     if limit is not None and prompt_tokens + response_tokens > limit:
         raise ValueError(

@@ -1,8 +1,8 @@
-"""The model that algorithm="distill" learns from: frozen, whole in every process.
+"""The teacher of algorithm="distill": a frozen model, whole in every process.
 
-The loss of a token is the divergence between student and teacher over the whole vocabulary
-(riskpo_kernels.linear_divergence), at the tokens that the student sampled; no [tokens, vocab]
-tensor is made of either. T tokens of a micro-batch.
+The loss at each token that the student sampled is the divergence between student and teacher over
+the whole vocabulary. riskpo_kernels.linear_divergence computes it without a [tokens, vocab] tensor
+of either. T tokens of a micro-batch.
 """
 
 from __future__ import annotations
@@ -22,14 +22,18 @@ from riskpo_kernels.causal_lm import Head, find_head
 
 @dataclass(frozen=True)
 class Teacher:
+    """A frozen model and its head."""
+
     model: Any
     head: Head
 
     def divergence(
         self, hidden: torch.Tensor, head: Head, batch: Packed, config: RunConfig
     ) -> torch.Tensor:
-        """[T] nats, 0 where the target is ignored, with the gradient to the student: its last
-        hidden states [T, D] and its head. Rows that one head has more than the other are padding.
+        """Divergence [T] in nats, 0 where the target is ignored.
+
+        hidden [T, D] and head are the student's; gradients go to both. Of two heads with different
+        numbers of rows, the surplus rows are padding and left out.
         """
         with torch.no_grad():
             theirs, their_weight = hidden_states(self.model, batch), self.head.weight.detach()
@@ -56,22 +60,25 @@ class Teacher:
 
 
 def different(ours: dict[str, int], theirs: dict[str, int]) -> list[str]:
-    """Words of two vocabularies that have two ids, or share one; not those that one alone has."""
+    """Tokens of `ours` whose id is another token's in `theirs`, or that have another id there.
+
+    A token and an id that only one vocabulary has are no conflict.
+    """
     by_id = {i: word for word, i in theirs.items()}
     return [w for w, i in ours.items() if theirs.get(w, i) != i or by_id.get(i, w) != w]
 
 
 def load_teacher(config: RunConfig, policy: Policy, head: Head) -> Teacher | None:
-    """config.teacher beside the policy, with its head; None without one.
+    """The teacher that config.teacher names; None without one.
 
-    ValueError where a word is not the same token for both, or a head has LoRA on it.
+    ValueError if the tokenizers conflict, a head has LoRA, or questions have pictures.
     """
     if config.teacher is None:
         return None
     if policy.processor is not None:
         raise ValueError(
-            "teacher: got questions with pictures; expected text, since a teacher reads tokens "
-            "alone. Leave the pictures out."
+            "teacher: got questions with pictures; expected text alone, all that a teacher reads. "
+            "Leave the pictures out."
         )
     loaded = load_policy(config.teacher, dtype=config.dtype)
     if other := different(policy.tokenizer.get_vocab(), loaded.tokenizer.get_vocab()):

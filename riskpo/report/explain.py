@@ -1,9 +1,8 @@
-"""`riskpo explain RUN`: why a run learns or does not, in sentences with the numbers behind them.
+"""`riskpo explain RUN_DIR`: why a run learns or does not, in sentences with their numbers.
 
-Everything comes from the run's own log and settings; nothing is loaded or trained. "Early" and
-"late" are the first and the last fifth of the steps. A sentence that starts with "!" names
-something to look at; the others say that a usual suspect is innocent, or what a number means. A
-number that the log does not have gives no sentence.
+It reads the run's log and settings and loads no model. "Early" and "late" are the first and the
+last fifth of the steps. "!" marks a sentence about a possible problem; the others rule a common
+problem out or say what a number means. A number that the log lacks gives no sentence.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from riskpo.report.explain_trends import moved, tracker
 from riskpo.report.findings import Finding, Log
 from riskpo.report.logs import read_records
 
-NO_SIGNAL = 0.5  # share of responses with advantage 0 from which on it is worth a word
+NO_SIGNAL = 0.5  # a larger share of responses with advantage 0 is notable
 SMALL_LOSS = 0.02  # of the order of the noise of a mean advantage
 LITTLE_GRADIENT = 1e-6
 COLLAPSED = 0.2  # of the early entropy

@@ -1,4 +1,4 @@
-"""What a run tells: a JSONL file always, a line per step on the terminal, trackers by name."""
+"""A run's log: a JSONL file, a line per step on the terminal, and optional trackers."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from riskpo.trainer.checkpoint import set_aside, truncate_log
 TEXT_CHARACTERS = 4000  # that are kept of a prompt, a response or a gold
 CRASH = "verifier_crash_"  # before the exception's name, in a step's record
 LINE = 120  # columns of a step's line
-MOSTLY_CUT = 0.5  # share of cut responses from which on a warning is due
+MOSTLY_CUT = 0.5  # a larger share of truncated responses gives a warning
 
 
 class RunLog:
     """Records go to run_dir/metrics.jsonl, one JSON object per line, flushed at once.
 
     Every record has "kind" ("step" or "eval") and "step". Names that end in _s are wall-clock
-    seconds: the only ones that may differ between two runs of the same command on one machine.
-    Texts go to run_dir/rollouts.jsonl, see `texts`. A run that resumes after first_step cuts both
-    files back to it; a new one, with first_step=0, sets old ones aside.
+    seconds; all other numbers are the same in two runs of one command on one machine. Texts go to
+    run_dir/rollouts.jsonl, see `texts`. A run that resumes after first_step cuts both files back to
+    it; a new run, with first_step=0, renames old files.
     """
 
     def __init__(self, config: TrainConfig, *, first_step: int) -> None:
@@ -64,7 +64,7 @@ class RunLog:
             self.note(
                 f"warning: {numbers['truncated_fraction']:.0%} of this step's responses were cut "
                 "at max_response_tokens, before an end\n  token: raise it, or the reward measures "
-                f"length. Texts: {TEXTS}"
+                f"length. The responses are in {TEXTS}"
             )
         if self._progress is not None:
             self._progress.update(self._bar, completed=step)
@@ -105,7 +105,7 @@ class RunLog:
 
 
 class SilentLog:
-    """The log of every process of a run but the first: the same calls, and nothing happens."""
+    """The log of all processes but the first: every call does nothing."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *given, **named: None

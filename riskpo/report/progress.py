@@ -1,4 +1,4 @@
-"""How far a long evaluation or step is, in lines that come ever more rarely."""
+"""Progress lines for a long evaluation or step, at growing intervals."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ show();
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Write run_dir/report.html, and curves.png that is in it; the page's path."""
+    """Write run_dir/report.html and the curves.png that it shows; returns the page's path."""
     folder = Path(run_dir)
     curves = base64.b64encode(plot(folder).read_bytes()).decode()
     notes = (folder / NOTES).read_text(encoding="utf-8") if (folder / NOTES).is_file() else ""

@@ -1,10 +1,13 @@
 """Does the program in a response pass its tests? Runs in verifier processes, which start sandboxes.
 
-Which part of a response is its program (text before the last </think> is dropped): the last closed
-```python block; without one the last closed block without a language; without any block the whole
-response, where it parses as Python and is more than a name or a number. A task that is a function
-to be completed also takes the continuation of its prompt. Anything else is `no_answer`; so is a
-block that is never closed.
+The program of a response, after text before the last </think> is dropped, is the first of these:
+
+  1. the last closed ```python block
+  2. the last closed block without a language
+  3. without any block, the whole response if it parses as Python and is more than a name or number
+
+For a function to be completed, the continuation of its prompt counts too. Anything else, such as a
+block that is never closed, is `no_answer`.
 
 Two kinds of tests, as JSON in the gold (made by riskpo/data/code.py):
 

@@ -1,14 +1,17 @@
 r"""Is the final answer of a response equal to the reference answer? Runs in verifier processes.
 
-Where the answer is: riskpo/rewards/answers/final.py. How it may be written:
-riskpo/rewards/answers/writing.py. What is compared as a form of its own (clock, ratio, base, words,
-plain numbers): riskpo/rewards/answers/forms.py. When two values are equal:
-riskpo/rewards/answers/values.py. The rest is math-verify's, gold first, with set-relation
-comparison, so that 1 <= x < 2 is [1,2). Never the other way round as well: verify is asymmetric on
-purpose, and with the answer in the gold's place "25" would be right for x^2+y^2=25 and {1,3} for
-(3,1). The policies stand in one table in docs/verifier.md: lenient about writing, strict about
-value. Golds that are a choice ("A", "(B)") are compared as text. Nothing here has a time limit: the
-pool kills.
+In riskpo/rewards/answers/:
+
+  final.py    finds the answer in a response
+  writing.py  brings its notation into one form
+  forms.py    compares what is not a formula: clock, ratio, base, words, plain numbers
+  values.py   decides when two values are equal
+
+The rest is math-verify's, with set-relation comparison, so that 1 <= x < 2 is [1,2). The gold is
+always its first argument: verify is asymmetric, and the other way round "25" would be right for
+x^2+y^2=25 and {1,3} for (3,1). Golds that are a choice ("A", "(B)") are compared as text. The
+policy is lenient about notation and strict about value; docs/verifier.md has the table. There is no
+time limit here: the pool kills late workers.
 """
 
 from __future__ import annotations

@@ -1,12 +1,11 @@
-"""Worker processes that can be killed: untrusted text is only ever parsed in them.
+"""Killable worker processes, the only place where untrusted text is parsed.
 
-One pair of pipes per worker and no lock shared between processes, so a worker that is stopped,
-killed or stuck in C code takes nothing with it but its own item. One thread per worker feeds it;
-the calling thread keeps the clock and sends SIGKILL at the limit (SIGALRM can be ignored, and
-math-verify's own use of it cancels anybody else's).
+Each worker has its own pair of pipes and shares no lock, so a worker that is killed or stuck in C
+code loses its own item alone. One thread per worker feeds it. The calling thread keeps the clock
+and sends SIGKILL at the limit (SIGALRM can be ignored, and math-verify's use of it cancels others).
 
-Pebble was tried first: it terminates politely for 3 s before it kills (a limit of 1 s took 4.1 s),
-its workers share one locked pipe, results travel as pickle, and spawn imports the main module.
+Pebble does not fit: it waits 3 s before it kills (a limit of 1 s took 4.1 s), its workers share one
+locked pipe, results travel as pickle, and spawn imports the main module.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ BOOT = (
 
 
 class _Worker:
-    """One process and its clock. `ask` runs in a feeding thread, `kill_if_late` in the caller's."""
+    """One process and its clock. `ask` runs in a feeding thread, `kill_if_late` in the caller."""
 
     def __init__(self, setup: dict[str, Any]) -> None:
         self._setup = setup

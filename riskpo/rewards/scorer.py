@@ -1,4 +1,4 @@
-r"""Verifiable rewards, and a count of everything that is not a verdict.
+r"""Verifiable rewards: a score for each response, and counts of the outcomes.
 
 Kinds of reward:
 
@@ -10,8 +10,8 @@ Kinds of reward:
                      riskpo/rewards/code.py and docs/sandbox.md. "code-limits-only" accepts a
                      machine that allows no namespaces, and with it a program that can read your
                      files
-  "exact"            the response is the gold, character for character but for surrounding space;
-                     nothing is parsed, so it runs here
+  "exact"            the response equals the gold after surrounding space is stripped; this runs in
+                     the calling process
   "package.module:function" or "file.py:function"
                      your own (text, question) -> float, called in the same killable processes;
                      question has the fields of riskpo.types.Question; above zero counts as right

@@ -17,7 +17,7 @@ class Outcome(str, Enum):
 
     RIGHT = "right"
     WRONG = "wrong"
-    UNEVALUATED = "unevaluated"  # equal to a plain number, but only a sum that has it as its result
+    UNEVALUATED = "unevaluated"  # 1 + 5 for the gold 6: equal, but not worked out
     NO_ANSWER = "no_answer"  # the response holds nothing that could be compared
     UNPARSABLE_GOLD = "unparsable_gold"  # the reference answer could not be read
     TIMEOUT = "timeout"  # the verifier was killed at the wall-clock limit
@@ -50,10 +50,9 @@ def failed(outcome: Outcome, detail: str = "") -> Verdict:
 
 
 def tally(verdicts: Iterable[Verdict]) -> dict[str, int]:
-    """How many verdicts had which outcome: all seven, zeros too.
+    """Counts of all seven outcomes, zeros included.
 
-    Crashes are also counted by name, as they occur: crash_KeyError, or crash_process where the
-    process died.
+    Crashes are also counted by name: crash_KeyError, or crash_process if the process died.
     """
     counts = Counter(dict.fromkeys(OUTCOMES, 0))
     for verdict in verdicts:
@@ -70,5 +69,5 @@ def crash_name(detail: str) -> str:
 
 
 def metric_name(count: str) -> str:
-    """The name under which a count of `tally` is logged; those of outcome_* add up to all."""
+    """The logged name of a count of `tally`. The outcome_* counts add up to all verdicts."""
     return f"outcome_{count}" if count in OUTCOMES else f"verifier_{count}"

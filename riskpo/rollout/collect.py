@@ -1,7 +1,7 @@
-"""Sample, score, keep: one step's batch of rollouts, resampled where the algorithm asks for it.
+"""One step's batch of rollouts: sample, score, keep, and sample again if the algorithm wants more.
 
-Which questions a step sees is a function of (seed, step, attempt) alone, and so is every random
-number of the sampler: a resumed run draws what the uninterrupted one would have drawn.
+The questions of a step and the sampler's random numbers are functions of (seed, step, attempt)
+alone, so a resumed run draws what the uninterrupted one would have drawn.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from riskpo.rewards.verdict import Judge, tally
 from riskpo.rollout.sampler import Sampler
 from riskpo.types import Question, Rollouts
 
-MAX_ATTEMPTS = 10  # of dynamic sampling, per step
+MAX_ATTEMPTS = 10  # rounds of dynamic sampling per step
 
 
 @dataclass
@@ -48,10 +48,10 @@ class Batch:
 def draw(
     questions: Sequence[Question], count: int, *, seed: int, step: int, attempt: int = 0
 ) -> list[Question]:
-    """The questions of a step: epochs of a shuffled list; later attempts are drawn at random.
+    """`count` different questions for a step.
 
-    `count` different questions. What does not fill a batch at the end of an epoch waits for the
-    next one, which is shuffled anew.
+    Attempt 0 goes through epochs of a list that is shuffled anew each time; an epoch skips its last
+    questions if they do not fill a batch. Later attempts draw at random.
     """
     if len(questions) < count:
         raise ValueError(
@@ -76,10 +76,8 @@ def collect(
     config: TrainConfig,
     step: int,
 ) -> Batch:
-    """A step's rollouts and rewards, of config.questions_per_step questions.
-
-    Fewer when dynamic sampling reaches its cap.
-    """
+    """Rollouts and rewards of config.questions_per_step questions, or of fewer when dynamic
+    sampling has used up its MAX_ATTEMPTS rounds."""
     count, seed = config.questions_per_step, config.seed
     batch, rewards, seen = Batch(), [], []
     tried: set[str] = set()
@@ -112,9 +110,10 @@ def collect(
 
 
 def shaped_rewards(batch: Batch, overlong: float, max_response_tokens: int) -> torch.Tensor:
-    """[R]: rewards plus the penalty for long responses, which never enters a bundle's score.
+    """[R]: rewards plus the penalty for long responses.
 
-    overlong is the share of max_response_tokens that is penalised, 0 for none (every bundled row).
+    overlong is the share of max_response_tokens that is penalised. Algorithms with bundles have 0,
+    so the penalty never enters a bundle's score.
     """
     buffer = int(overlong * max_response_tokens)
     penalty = [

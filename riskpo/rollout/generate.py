@@ -1,4 +1,4 @@
-"""Sampling by transformers' generate, on the very weights that are trained."""
+"""Sampling with transformers' generate, from the weights that are trained."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from riskpo.types import Question, Rollouts, Stream, Support
 
 
 class _Draw(LogitsProcessor):
-    """Draws every token from the softmax at the sampling temperature and notes its log-prob.
+    """Draws every token from the softmax at the sampling temperature and records its log-prob.
 
-    Row i's t-th token is where its cumulative probability passes uniform[i, t] (inverse transform
-    sampling): a function of that number and of the policy, whoever else is in the batch. generate
-    is left with one possible token, which its argmax finds. Temperature 0 takes the likeliest token
-    and notes its log-prob at 1. Where limits narrow the words, the softmax is over those they keep,
-    which are noted too.
+    Inverse transform sampling: row i's t-th token is where its cumulative probability passes
+    uniform[i, t]. It depends on that number and the policy alone, not on the rest of the batch. The
+    returned scores leave one token, which generate's argmax picks. Temperature 0 takes the
+    likeliest token and records its log-prob at temperature 1. With top_k, top_p or min_p, the
+    softmax is over the tokens they keep, and these are recorded too.
     """
 
     def __init__(self, limits: SamplingLimits, uniform: torch.Tensor) -> None:
@@ -56,7 +56,7 @@ class _Draw(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
 
     def supports(self) -> Iterator[Support | None]:
-        """Of each row in turn, all of its tokens'."""
+        """The support of each row in turn; None if every token could be drawn."""
         if not self.kept:
             yield from [None] * len(self.uniform)
             return
@@ -76,19 +76,18 @@ def response_noise(stream: Stream, question: Question, responses: int, length: i
 
 @dataclass(frozen=True)
 class GenerateSampler:
-    """Plain sampling, so that the log-probs are those of the policy over the words it may draw.
+    """Sampling from the policy's own distribution, restricted by `limits` and nothing else.
 
-    No penalties, and no top_p, top_k or min_p but those of `limits`, whatever the model's own
-    generation_config asks for. A question's random numbers are a function of `stream` (say seed,
-    step, attempt) and its id, not of the batch it is sampled in: cutting the batch otherwise, or
-    over several processes, changes logits by rounding and so, very rarely, a token.
+    The model's generation_config (penalties, top_p, ...) is ignored. A question's random numbers
+    are a function of `stream` (say seed, step, attempt) and its id, not of its batch. Another cut
+    into batches, or several processes, changes logits by rounding and so, very rarely, a token.
     """
 
     policy: Policy
     limits: SamplingLimits
     sequences: int = 512  # responses that are sampled at once
     static_cache: bool = False  # of fixed size; on CUDA transformers then compiles the decoding
-    whole: Callable[[], AbstractContextManager[None]] = nullcontext  # around it, if sharded
+    whole: Callable[[], AbstractContextManager[None]] = nullcontext  # gathers a sharded model
 
     @torch.no_grad()
     def sample(self, questions: Sequence[Question], responses: int, stream: Stream) -> Rollouts:
@@ -137,10 +136,10 @@ class GenerateSampler:
             append_response(done, policy.tokenizer, question, prompt, response, logprob, ends, kept)
 
     def rest(self) -> None:
-        """Nothing to give back: these are the weights that are trained."""
+        """Nothing to do: the sampler has no memory of its own."""
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Nothing to do."""
 
 
 def _batches(rows: int, size: int, group: int) -> Iterator[slice]:

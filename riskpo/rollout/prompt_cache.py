@@ -1,7 +1,6 @@
-"""A prompt is read once for all its responses, where the model allows it.
+"""Read a prompt once for all its responses, if the model allows it.
 
-transformers' generate reads the prompt of every row. With 8 responses to a question, 7 of 8 prompts
-are read for nothing.
+transformers' generate reads the prompt of every row: with 8 responses to a question, 8 times.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ _GOES_ON: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # by model
 def prompt_cache(policy: Policy, ids: torch.Tensor, mask: torch.Tensor) -> DynamicCache | None:
     """Keys and values of each row's prompt but its last token, computed once for equal prompts.
 
-    ids, mask [rows, W]. None where no prompts are equal, or where the model does not go on from
-    such a cache as it does without. Each model is tried once, on the first prompts it gets.
+    ids, mask [rows, W]. None if no prompts are equal, or if the model gives other logits with the
+    cache than without. Each model is tried once, on its first prompts.
     """
     both, row = torch.cat([ids, mask], 1).unique(dim=0, return_inverse=True)
     if policy.processor or len(both) == len(row) or ids.shape[1] == 1:
@@ -39,7 +38,7 @@ def prompt_cache(policy: Policy, ids: torch.Tensor, mask: torch.Tensor) -> Dynam
 
 
 def _read(policy: Policy, ids: torch.Tensor, mask: torch.Tensor) -> DynamicCache | None:
-    """What the model keeps of these tokens; None if it is not keys and values alone."""
+    """The model's cache of these tokens; None if it holds more than keys and values."""
     cache = getattr(_one_word(policy, ids, mask), "past_key_values", None)
     if type(cache) is not DynamicCache or not {type(x) for x in cache.layers} <= _PLAIN:
         return None
@@ -49,7 +48,7 @@ def _read(policy: Policy, ids: torch.Tensor, mask: torch.Tensor) -> DynamicCache
 def _same_next_word(
     policy: Policy, ids: torch.Tensor, mask: torch.Tensor, cache: DynamicCache
 ) -> bool:
-    """Whether logits after the cache are those without it, but for rounding in 16 bits."""
+    """Whether the next token's logits are the same with the cache, up to rounding in 16 bits."""
     try:
         ours = _one_word(policy, ids, mask, past_key_values=cache).logits[0].float()
     except (ValueError, TypeError):  # it takes none

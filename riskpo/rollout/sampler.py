@@ -1,9 +1,11 @@
-"""Who samples the responses, and what every sampler needs: prompts in, Rollouts out.
+"""The Sampler protocol, and what every sampler shares: prompts in, Rollouts out.
 
-transformers samples in riskpo/rollout/generate.py, a vLLM engine that shares the GPU in
-riskpo/rollout/vllm.py. `sample` draws responses from the policy as it is now. `rest` says that the
-weights are about to change: what sampling needs is given back, and the next `sample` starts with
-the new weights. `close` comes last. All return the log-probs of the tokens they drew.
+Samplers are in riskpo/rollout/generate.py (transformers) and riskpo/rollout/vllm.py (a vLLM engine
+that shares the GPU).
+
+    sample   draw responses from the present policy, with the log-prob of every drawn token
+    rest     the weights are about to change: free memory; the next sample uses the new weights
+    close    end the sampler
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from riskpo.types import Question, Rollouts, Stream, Support
 
 
 class Sampler(Protocol):
-    """Responses to questions; see the module."""
+    """Draws responses to questions; the module's docstring describes the calls."""
 
     def sample(self, questions: Sequence[Question], responses: int, stream: Stream) -> Rollouts: ...
 
@@ -35,23 +37,26 @@ class Sampler(Protocol):
 
 @dataclass(frozen=True)
 class SamplingLimits:
-    """What both samplers are bound by; lengths in tokens."""
+    """Limits that every sampler obeys; lengths in tokens."""
 
     max_prompt_tokens: int
     max_response_tokens: int
     temperature: float = 1.0
-    top_k: int = 0  # 0: all words may be drawn
+    top_k: int = 0  # 0: no limit
     top_p: float = 1.0
     min_p: float = 0.0
 
     @property
     def narrows(self) -> bool:
-        """Whether some words are never drawn."""
+        """Whether top_k, top_p or min_p exclude some tokens."""
         return bool(self.top_k) or self.top_p < 1 or self.min_p > 0
 
     def keep(self, z: torch.Tensor) -> torch.Tensor:
-        """Which words of logits [B, V] may be drawn, bool: top_k, of these top_p, then min_p, as
-        transformers' generate orders them. The likeliest one always may."""
+        """bool [B, V]: the tokens of logits [B, V] that may be drawn.
+
+        top_k applies first, then top_p, then min_p, as in transformers' generate. The likeliest
+        token is always kept.
+        """
         ordered, ids = z.sort(-1, descending=True)
         if self.top_k:
             ordered[:, self.top_k :] = -torch.inf
@@ -62,7 +67,7 @@ class SamplingLimits:
 
 @dataclass(frozen=True)
 class SharedSampler:
-    """A sampler that asks each process for its part of the questions and returns all answers."""
+    """A sampler over several processes: each samples its share, all get every response."""
 
     inner: Sampler
     ranks: Ranks
@@ -86,7 +91,7 @@ class SharedSampler:
 
 
 def shared_judge(judge: Judge, ranks: Ranks) -> Judge:
-    """A judge that has each process judge its part of the questions, and returns all verdicts."""
+    """A judge over several processes: each judges its share, all get every verdict."""
 
     def shared(texts: Sequence[str], questions: Sequence[Question]) -> list[Verdict]:
         each = len(texts) // max(len(questions), 1)
@@ -119,7 +124,7 @@ def prompt_tokens(tokenizer: Any, prompt: str | list[dict[str, str]]) -> list[in
 def read_prompts(
     policy: Policy, questions: Sequence[Question]
 ) -> tuple[list[list[int]], dict[str, Inputs]]:
-    """Token ids of every prompt and, with a processor, what goes with them by question id."""
+    """(token ids of every prompt, {question id: further inputs}); {} without a processor."""
     if policy.processor is None:
         return [prompt_tokens(policy.tokenizer, q.prompt) for q in questions], {}
     read = [question_inputs(policy.processor, q) for q in questions]
@@ -129,7 +134,7 @@ def read_prompts(
 def prompts_within(
     limits: SamplingLimits, policy: Policy, questions: Sequence[Question]
 ) -> tuple[list[list[int]], dict[str, Inputs]]:
-    """`read_prompts`; ValueError names a question whose prompt is empty or too long."""
+    """`read_prompts`, checked: ValueError names a question with an empty or too long prompt."""
     prompts, inputs = read_prompts(policy, questions)
     for question, ids in zip(questions, prompts, strict=True):
         if not 0 < len(ids) <= limits.max_prompt_tokens:
@@ -152,7 +157,7 @@ def append_response(
     ends: list[int],
     support: Support | None = None,
 ) -> None:
-    """One response, cut after its first end token; without one it counts as truncated."""
+    """Append one response to `done`, cut after its first end token; truncated if it has none."""
     end = next((i for i, token in enumerate(response) if token in ends), None)
     tokens = response if end is None else response[: end + 1]
     done.tokens.append(torch.tensor(prompt + tokens))

@@ -1,13 +1,13 @@
 """A vLLM engine in the trainer's own process and on its device, asleep while the weights change.
 
-Names are those of vLLM 0.20 to 0.32; `make test-vllm` runs 0.32, its CPU build. Order of the calls:
+Written for vLLM 0.20 to 0.32; `make test-vllm` runs the CPU build of 0.32. Order of the calls:
 
     sample   wake_up(["weights"]), reload_weights, reset_prefix_cache, wake_up(["kv_cache"]),
              generate; a second call before `rest` only generates
     rest     sleep(level=2): weights and key-value cache are dropped, since both will be stale
 
-Where the platform has no sleep mode (a CPU) the engine stays awake and is given the weights alike.
-After each change of weights a few log-probs of the engine are compared with the policy's own.
+Without sleep mode (on a CPU) the engine stays awake and gets new weights in the same way. After
+each change of weights, a few log-probs of the engine are compared with the policy's own.
 """
 
 from __future__ import annotations
@@ -29,29 +29,31 @@ from riskpo.types import Question, Rollouts, Stream
 SEEDS = 2**31  # vLLM adds a response's number to the seed of its question
 COLDEST, HOTTEST = 0.01, 2.0  # temperatures; vLLM raises a lower one to 0.01
 PROBES, PROBE_TOKENS = 4, 64  # responses that are compared, and tokens of each
-# Nats by which log-probs at temperature 1 may differ: in the mean, and at most. Measured on vLLM
-# 0.32's CPU build: in float32 8e-6 and 4e-5 on SmolLM2, .006 and .69 with a small model's head left
-# stale; in bfloat16 .05 and .47, so that there a gap of that size goes unseen.
+# Largest (mean, maximum) difference in nats between log-probs at temperature 1. Measured on vLLM
+# 0.32's CPU build with SmolLM2: 8e-6 and 4e-5 in float32, .05 and .47 in bfloat16. A stale head
+# gave .006 and .69 in float32, which bfloat16's limits would let pass.
 LARGEST_GAPS = {torch.float32: (0.005, 0.1), torch.bfloat16: (0.2, 3.0)}
 
 
 def check_temperature(temperature: float) -> None:
-    """ValueError for a temperature that the engine would not keep."""
+    """ValueError for a temperature that vLLM would change."""
     if not COLDEST <= temperature <= HOTTEST:
         raise ValueError(
             f"sampler: got temperature={temperature} with engine='vllm'; expected {COLDEST} to "
-            f"{HOTTEST}, which vLLM keeps as it is. Change it, or set sampler.engine='generate'."
+            f"{HOTTEST}, since vLLM changes others. Change it, or set sampler.engine='generate'."
         )
 
 
 def start_engine(
     model: str, *, dtype: str, tokens: int, sequences: int, gpu_share: float, seed: int
 ) -> Any:
-    """vllm.LLM inside this process, asleep where it can be; ValueError says how to install vLLM.
+    """A vllm.LLM inside this process, asleep if the platform can.
 
     tokens     longest prompt plus response
-    sequences  responses that are sampled at once
-    gpu_share  part of the GPU's memory that the engine may fill while it is awake, 0 to 1
+    sequences  responses sampled at once
+    gpu_share  share of GPU memory that the engine may fill while it is awake, 0 to 1
+
+    ValueError if vLLM is not installed, or for a mixture of experts on vLLM's CPU build.
     """
     # In another process the engine could not be handed tensors.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -101,8 +103,11 @@ def sampling_params(**settings: Any) -> Any:
 
 
 def drawn_logprobs(tokens: Sequence[int], steps: Sequence[Any] | None) -> list[float]:
-    """Log-prob of each drawn token, NaN where vLLM gives none: no list, no entry for the step or
-    for the token, None, or NaN. ValueError where it gives them for another number of tokens."""
+    """Log-prob of each drawn token, NaN where vLLM gave none.
+
+    vLLM may give no list, no entry for the step or the token, None, or NaN. ValueError if it gave
+    another number of steps than tokens.
+    """
     if steps is None:
         return [math.nan] * len(tokens)
     if len(steps) != len(tokens):
@@ -116,9 +121,9 @@ def drawn_logprobs(tokens: Sequence[int], steps: Sequence[Any] | None) -> list[f
 
 
 class VLLMSampler:
-    """A riskpo.rollout.sampler.Sampler on an engine such as start_engine returns.
+    """A riskpo.rollout.sampler.Sampler on an engine of start_engine.
 
-    look(function) is function(policy.model), where that is sharded too.
+    look(function) calls function(policy.model), also for a sharded model.
     """
 
     def __init__(
@@ -136,7 +141,7 @@ class VLLMSampler:
         self.awake = False
 
     def sample(self, questions: Sequence[Question], responses: int, stream: Stream) -> Rollouts:
-        """Every question's responses come from its own seed, a function of `stream` and its id."""
+        """Responses to each question, seeded by `stream` and the question's id."""
         tokenizer, ends = self.policy.tokenizer, end_tokens(self.policy)
         prompts, _ = prompts_within(self.limits, self.policy, questions)
         changed = self._wake()
@@ -157,13 +162,13 @@ class VLLMSampler:
         return done
 
     def rest(self) -> None:
-        """Weights and cache leave the GPU, the policy's weights being the only ones that count."""
+        """Drop the engine's weights and cache from the GPU; the policy keeps its own."""
         if self.awake and self.sleeps:
             self.engine.sleep(level=2)
         self.awake = False
 
     def close(self) -> None:
-        """End the engine, while the group of processes that it runs in still stands."""
+        """End the engine; has to come before the process group ends."""
         self.engine.llm_engine.engine_core.shutdown()
 
     def _settings(self, question: Question, responses: int, stream: Stream, ends: list[int]) -> Any:
@@ -186,7 +191,7 @@ class VLLMSampler:
 
     @torch.no_grad()
     def _wake(self) -> bool:
-        """Whether the engine was given new weights."""
+        """Wake the engine with the present weights; False if it was awake already."""
         if self.awake:
             return False
         if self.sleeps:
@@ -208,9 +213,9 @@ class VLLMSampler:
 
     @torch.no_grad()
     def _compare(self, done: Rollouts) -> None:
-        """RuntimeError where the engine's log-probs are not those of the policy, to rounding.
+        """RuntimeError if the engine's log-probs differ from the policy's by more than rounding.
 
-        Every process makes PROBES forward passes, since those of a sharded model meet.
+        Every process makes PROBES forward passes, since those of a sharded model are collective.
         """
         device, gaps = self.policy.device, [torch.zeros(0)]
         for i in range(PROBES):
@@ -230,8 +235,8 @@ class VLLMSampler:
             raise RuntimeError(
                 f"sampler: engine and policy differ in their log-probs by {gap.mean():.2g} nats in "
                 f"the mean of {len(gap)} tokens, {gap.max():.2g} at most, as of temperature 1; "
-                f"expected rounding, {usual} and {most}. It does not sample from the weights that "
-                "it was given: report the model and the version of vLLM, and set "
+                f"expected rounding, {usual} and {most}. The engine does not sample from the "
+                "policy's weights: report the model and the version of vLLM, and set "
                 "sampler.engine='generate'."
             )
 

@@ -1,14 +1,14 @@
-"""Checkpoints: written whole or not at all, with everything that a bitwise resume needs.
+"""Checkpoints: written atomically, with everything that a bitwise resume needs.
 
     run_dir/checkpoints/step_000100/
         model.safetensors, config.json, tokenizer files   loadable with from_pretrained
         trainer.pt     optimiser, schedule, advantage, random states
         trainer.json   step and the settings of the run
 
-A folder is written under a temporary name, flushed to the disk and renamed; a crash leaves the
-previous checkpoint in place. The last two are kept. Only the run that owns the folder removes
-anything. The data cursor is the step itself: which questions a step sees, and its random numbers,
-are functions of (seed, step).
+A folder is written under a temporary name, flushed to the disk and renamed, so a crash leaves the
+previous checkpoint in place. The last two are kept. Only the run that locks the folder removes
+anything. There is no data cursor: the questions and random numbers of a step are functions of
+(seed, step).
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ def save_checkpoint(
     advantage: Any,
     config: TrainConfig,
 ) -> Path:
-    """Write step's checkpoint atomically, drop all but the last two; returns its folder.
+    """Write the checkpoint of `step` atomically, drop all but the last two, return its folder.
 
-    Every process calls it, the first one writes: whole weights and states, whatever the number of
-    processes, so that any number may resume. They are gathered on the first one's CPU alone.
-    OSError, in every process, where the disk does not take it; the previous checkpoint stays.
+    Every process calls; the first gathers whole weights and states on its CPU and writes them, so
+    that any number of processes can resume. OSError in every process if writing fails; the previous
+    checkpoint then stays.
     """
     state = {
         "optimizer": to_first(optimizer.state_dict(), parallel.ranks),
@@ -71,7 +71,7 @@ def save_checkpoint(
 
 
 def _finish(run_dir: Path, step: int, write: Callable[[Path], None]) -> Path:
-    """Let `write` fill the folder of step's checkpoint, under another name until it is complete."""
+    """Let `write` fill the checkpoint's folder, which has another name until it is complete."""
     folder = run_dir / "checkpoints"
     final, unfinished = folder / f"step_{step:06d}", folder / f"{UNFINISHED}{step:06d}"
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -99,10 +99,10 @@ def _finish(run_dir: Path, step: int, write: Callable[[Path], None]) -> Path:
 
 @contextmanager
 def owned(folder: str | Path) -> Iterator[None]:
-    """Lock `folder` for this process; make it, and remove checkpoints that a crash left unfinished.
+    """Make `folder`, lock it for this process, and remove checkpoints that a crash left unfinished.
 
-    ValueError names the process that owns it now, or why there can be no such folder. The lock ends
-    with its process, however that ends.
+    ValueError if another process holds the lock, which it names, or if the folder cannot be made.
+    The lock ends with its process, however that ends.
     """
     import fcntl
 
@@ -134,13 +134,13 @@ def owned(folder: str | Path) -> Iterator[None]:
 
 
 def latest_checkpoint(run_dir: str | Path) -> Path | None:
-    """The newest complete checkpoint of a run, or None. Only looks, so that any reader may call."""
+    """The newest complete checkpoint of a run, or None. Changes nothing."""
     finished = _finished(run_dir)
     return finished[-1] if finished else None
 
 
 def located(config: TrainConfig) -> TrainConfig:
-    """`config` with the paths of its model and data absolute, where they are paths."""
+    """`config` with absolute paths of model, teacher and data; names that are no paths stay."""
     names = {name: getattr(config, name) for name in ("model", "teacher", "data", "eval_data")}
     found: dict[str, Any] = {
         k: str(Path(v).resolve()) for k, v in names.items() if v and Path(v).exists()
@@ -151,9 +151,9 @@ def located(config: TrainConfig) -> TrainConfig:
 def read_about(
     checkpoint: Path, config: TrainConfig, note: Callable[[str], None] = lambda text: None
 ) -> int:
-    """The checkpoint's step; notes settings that change bits, ValueError for any that change more.
+    """The checkpoint's step. ValueError if settings changed that a resumed run may not change.
 
-    Relative paths that name the same place are the same.
+    Settings that change only roundings are noted. Paths are compared by the place they name.
     """
     about = json.loads((checkpoint / "trainer.json").read_text(encoding="utf-8"))
     given, now = changes(about["config"], config), changes(about["config"], located(config))
@@ -166,14 +166,14 @@ def read_about(
         )
     if changed:
         note(
-            f"resume: {'; '.join(changed.values())}: the same mathematics, but no longer bit for "
-            "bit the run that was started"
+            f"resume: {'; '.join(changed.values())}: the run goes on, but no longer bit for bit as "
+            "it would have without the change"
         )
     return int(about["step"])
 
 
 def restore(checkpoint: Path, *, optimizer: Any, advantage: Any) -> None:
-    """Load everything but the weights, which from_pretrained has read, and the random states."""
+    """Restore optimiser, advantage and random states; from_pretrained has loaded the weights."""
     path = checkpoint / "trainer.pt"  # mapped, so that each process reads its shards alone
     state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
     saved, masters = state["optimizer"], optimizer.masters
@@ -188,7 +188,7 @@ def restore(checkpoint: Path, *, optimizer: Any, advantage: Any) -> None:
 
 
 def truncate_log(path: Path, step: int) -> None:
-    """Keep the complete lines of a JSONL log up to `step`: the others will be written again."""
+    """Cut a JSONL log after `step`, and drop an incomplete line: the run writes them again."""
     if not path.exists():
         return
     kept = []
@@ -199,7 +199,7 @@ def truncate_log(path: Path, step: int) -> None:
 
 
 def set_aside(path: Path) -> None:
-    """Rename the log of a run that left no checkpoint: it starts over and writes a new one."""
+    """Rename the log of a run that left no checkpoint, so that the new run starts its own."""
     if path.exists():
         path.replace(path.with_suffix(".previous" + path.suffix))
 

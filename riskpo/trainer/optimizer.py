@@ -1,6 +1,6 @@
 """AdamW with warm-up, gradient clipping and, for 16-bit weights, float32 master copies.
 
-A bfloat16 weight has 8 bits of mantissa: a step of 1e-6 would round to nothing.
+A bfloat16 weight has 8 significant bits, so a step of 1e-6 would round to nothing.
 
 Where the state lives (MemoryConfig.optimizer), in bytes per parameter of a 16-bit model:
 
@@ -8,8 +8,8 @@ Where the state lives (MemoryConfig.optimizer), in bytes per parameter of a 16-b
     8bit     masters 4, moments 2 (bitsandbytes), gradients as above
     host     nothing but the weights on the device; masters 4, moments 8, gradients 4 on the CPU
 
-torchao's CPUOffloadOptimizer is not used for the last: it keeps masters in 16 bits, and frees
-gradients on the device only without accumulation over micro-batches.
+"host" does not use torchao's CPUOffloadOptimizer, which keeps masters in 16 bits and frees the
+device's gradients only without accumulation over micro-batches.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from riskpo.distributed import whole_tensor
 
 
 def _master(weight: torch.nn.Parameter, state: str) -> torch.Tensor:
-    """The float32 tensor that is stepped: the weight itself where it is one, in the right place."""
+    """The tensor that AdamW steps: the weight if it is float32 and in place, else a copy."""
     device = torch.device("cpu") if state == "host" else weight.device
     if weight.dtype == torch.float32 and weight.device == device:
         return weight
@@ -40,7 +40,7 @@ def _move_gradient(master: torch.Tensor, weight: torch.Tensor) -> None:
 
 
 def _adamw(state: str, cuda: bool) -> Any:
-    """The optimiser's class with what depends on where it runs."""
+    """The AdamW class for this state and device."""
     if state == "8bit":
         try:
             from bitsandbytes.optim import AdamW8bit
@@ -55,7 +55,7 @@ def _adamw(state: str, cuda: bool) -> Any:
 
 
 class Optimizer:
-    """Steps the trainable parameters; counts and refuses steps that are not finite."""
+    """AdamW on the trainable parameters. A step with a NaN or infinity is skipped and counted."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class Optimizer:
     def step(self, loss: torch.Tensor) -> tuple[float, bool]:
         """(gradient norm before clipping, whether the step was taken); clears the gradients.
 
-        `loss` is only looked at: with a NaN or an infinity in it or in a gradient no weight moves.
+        The step is skipped if `loss` or a gradient is not finite.
         """
         for weight, master in zip(self.weights, self.masters, strict=True):
             if master is not weight and weight.grad is not None:
@@ -128,7 +128,7 @@ class Optimizer:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was saved; the weights themselves are loaded elsewhere."""
+        """Restore `state`; the weights themselves are loaded elsewhere."""
         self.adamw.load_state_dict(state["adamw"])
         self.schedule.load_state_dict(state["schedule"])
         self.skipped = state["skipped"]

@@ -1,7 +1,7 @@
 """The model as the update sees it: alone, replicated over the processes (DDP) or sharded (FSDP2).
 
-Gradients are averaged over the processes; a loss that divides by a global number is multiplied by
-the number of processes to make up for it.
+DDP and FSDP2 average gradients over the processes. A loss with a global denominator is therefore
+multiplied by the number of processes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class _Through(torch.nn.Module):
-    """Runs a function of the model inside a forward, which is where DDP and FSDP2 do their work.
+    """Calls a function of the model inside a forward, where DDP and FSDP2 hook in.
 
     The function sees the head's weight whole, as a plain tensor.
     """
@@ -55,7 +55,7 @@ class ParallelModel:
             self.outer = torch.nn.parallel.DistributedDataParallel(through, init_sync=False)
 
     def __call__(self, function: Callable[..., T], *args: Any) -> T:
-        """function(model, *args), in the forward of what holds the model."""
+        """function(model, *args), called inside the wrapper's forward."""
         if self.outer is None:
             return function(self.model, *args)
         return self.outer(function, *args)
@@ -72,7 +72,7 @@ class ParallelModel:
 
     @torch.no_grad()
     def look(self, function: Callable[..., T]) -> T:
-        """function(model); afterwards the weights are sharded again. All ranks call."""
+        """function(model) without gradients; shards the weights again. All ranks have to call."""
         found = self(function)
         if self.outer is not None and self.sharded:
             self.outer.reshard()  # a forward leaves the root's weights gathered
@@ -80,7 +80,7 @@ class ParallelModel:
 
     @contextmanager
     def accumulating(self, *, last: bool) -> Iterator[None]:
-        """Around forward and backward of a micro-batch; replicas reduce gradients in the last."""
+        """Around a micro-batch's forward and backward; DDP reduces gradients only in the last."""
         if self.outer is None or self.sharded or last:
             yield
         else:
@@ -89,7 +89,7 @@ class ParallelModel:
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """Unshard the model in every process; inside it may be called directly, without grad."""
+        """Unshard the model in every process; inside, call it directly and without gradients."""
         if self.outer is None or not self.sharded:
             yield
             return
@@ -107,7 +107,7 @@ class ParallelModel:
                 part.set_reshard_after_forward(part is not self.outer, recurse=False)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The whole model's weights, on the first rank; all ranks must call. See to_first."""
+        """The whole model's weights, on the first rank; all ranks have to call. See to_first."""
         return to_first(self.model.state_dict(keep_vars=True), self.ranks)
 
 
@@ -138,9 +138,9 @@ def _share(module: torch.nn.Module) -> None:
 
 
 def _shard(through: _Through) -> Any:
-    """FSDP2: each decoder layer a unit, the rest (embedding, norm, head) with the root.
+    """FSDP2: each decoder layer is a unit; embedding, norm and head belong to the root.
 
-    One unit at a time is whole on a rank's device. Gradients are reduced in float32.
+    A rank's device holds one whole layer at a time. Gradients are reduced in float32.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 

@@ -1,18 +1,18 @@
-"""Correct for a sampler whose log-probs are not quite the trainer's: other kernels round otherwise.
+"""Importance weights for a sampler whose log-probs differ from the trainer's (other kernels, say).
 
 r = pi_trainer / pi_sampler of a drawn token. Weighting a term by r turns the expectation over the
-sampler's draws into that over the trainer's policy. The weight is bounded, to bound the variance:
+sampler's draws into that over the trainer's policy. A cap on the weight bounds the variance:
 
     TIS   min(r, cap)                truncated (F. Yao et al., "Your efficient RL framework secretly
                                      brings you off-policy RL training", 2025)
     MIS   r where r <= cap, else 0   masked (J. Liu et al., "When speed kills stability", 2025)
 
-level="sequence" takes the product of r over the response's tokens and gives the response one
-weight; level="token" gives each token its own (under a sequence ratio their mean acts).
+level="token" gives each token its own weight; under a sequence ratio their mean acts.
+level="sequence" gives a response one weight, from the product of r over its tokens.
 
-A sampler may fail to give a log-prob (vLLM: NaN or None). Such a token is NaN in Rollouts.logprob.
-Its r is unknown: its weight, or its response's for level="sequence", is 0; it is left out of every
-mean here, and counted as sampler_missing.
+Where the sampler gave no log-prob (vLLM: NaN or None), Rollouts.logprob is NaN and r is unknown.
+The weight of such a token, or with level="sequence" of its response, is 0. The token is left out of
+every mean here and counted as sampler_missing.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from riskpo.types import Rollouts
 log = logging.getLogger("riskpo")
 
 LOG_LIMIT = 20.0  # of log r, as in the surrogate
-# Nats per token. An engine that rounds otherwise in 16 bits is some .001 to .01 off; state that
-# leaks between packed sequences, or dropout, was measured at .1 to .4.
+# Nats per token. Rounding in 16 bits gives .001 to .01; dropout, or state that leaks between packed
+# sequences, gave .1 to .4.
 SAMPLER_KL_LIMIT = 0.05
 _WARNED: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -41,7 +41,7 @@ def correction_weight(
 ) -> torch.Tensor:
     """Weights of one response from its tokens' log-probs [n]: [n], or [] for level="sequence".
 
-    0 where the sampler's is missing; a NaN of the trainer's stays one.
+    0 where the sampler's log-prob is missing; NaN where the trainer's is NaN.
     """
     r = ratio(settings, trainer, sampler)
     missing = sampler.isnan()
@@ -60,8 +60,10 @@ def ratio(settings: SamplerConfig, trainer: torch.Tensor, sampler: torch.Tensor)
 def count_mismatch(
     totals: Totals, settings: SamplerConfig, trainer: torch.Tensor, sampler: torch.Tensor
 ) -> None:
-    """Add to the sums of `mismatch_numbers`: log-probs [n] of one response, for level="token" of
-    any number end to end."""
+    """Add log-probs [n] to the sums of `mismatch_numbers`.
+
+    They are those of one response or, with level="token", of several end to end.
+    """
     given = ~sampler.isnan()
     gap = (trainer - sampler).double()[given].clamp(-LOG_LIMIT, LOG_LIMIT)
     whole = given if settings.level == "token" else given.all()
@@ -79,11 +81,12 @@ def count_mismatch(
 
 
 def mismatch_numbers(totals: Totals, settings: SamplerConfig) -> dict[str, float]:
-    """sampler_kl: KL(sampler || trainer) per token, the k3 estimate on the sampler's draws.
+    """Numbers for the log:
 
-    sampler_ratio_max: the largest r. sampler_ess: (sum w)^2 / (n sum w^2), the share of the sample
-    that its weights leave; sampler_truncated or sampler_masked: share of weights that the cap
-    changed.
+    sampler_kl         KL(sampler || trainer) in nats per token, k3 estimate on the sampler's draws
+    sampler_ratio_max  the largest r
+    sampler_ess        effective sample size as a share: (sum w)^2 / (n sum w^2)
+    sampler_truncated or sampler_masked   share of the weights that the cap changed
     """
     found = {
         "sampler_kl": totals.mean("gap_k3", "gap_tokens"),
@@ -98,7 +101,7 @@ def mismatch_numbers(totals: Totals, settings: SamplerConfig) -> dict[str, float
 
 
 def warn_of_mismatch(model: Any, sampler_kl: float) -> None:
-    """Warn, once per model, that the sampler's policy is another one, with the known causes."""
+    """Warn, once per model, if sampler_kl says that sampler and trainer hold different policies."""
     if sampler_kl > SAMPLER_KL_LIMIT and model not in _WARNED:
         _WARNED.add(model)
         log.warning(
@@ -114,7 +117,7 @@ def warn_of_mismatch(model: Any, sampler_kl: float) -> None:
 
 
 def warn_of_missing(rollouts: Rollouts, settings: SamplerConfig) -> None:
-    """One line where the sampler left out log-probs, with what that costs."""
+    """Warn if the sampler left out log-probs, and say what that costs."""
     missing = sum(int(x.isnan().sum()) for x in rollouts.logprob)
     if missing:
         rows = sum(bool(x.isnan().any()) for x in rollouts.logprob)

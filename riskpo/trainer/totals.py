@@ -1,4 +1,4 @@
-"""A step's numbers, added up over its micro-batches and over the processes."""
+"""Sums of a step's statistics over its micro-batches and over the processes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 
 from riskpo.distributed import Ranks
 
-# A number of the loss -> what it is a mean over. A unit is what a ratio belongs to: a token or a
-# sequence; "known" are the tokens whose log-prob the sampler gave.
+# statistic of the loss -> what it is a mean over. A "unit" has one ratio: a token or a sequence.
+# "known" counts the tokens whose log-prob the sampler gave.
 MEAN_OVER = {
     "clip_fraction": "units",
     "clip_low_fraction": "units",
@@ -24,7 +24,7 @@ MEAN_OVER = {
 
 
 class Totals:
-    """Sums and largest values by name; all are 0 at first."""
+    """Sums and maxima by name, 0 at first."""
 
     def __init__(self) -> None:
         self.sums: dict[str, float] = defaultdict(float)
@@ -37,7 +37,7 @@ class Totals:
             self.largest[name] = max(self.largest[name], value)
 
     def gather(self, ranks: Ranks) -> None:
-        """Add what the other processes have counted; all of them call."""
+        """Add the totals of the other processes; all ranks have to call."""
         for rank, other in enumerate(ranks.gather(self)):
             if rank != ranks.rank:
                 self.add(other.sums, other.largest)
@@ -49,10 +49,10 @@ class Totals:
 def loss_sums(
     stats: dict[str, torch.Tensor], sequences: int | None, missing: int
 ) -> dict[str, float]:
-    """A micro-batch's stats of riskpo_loss as sums.
+    """The stats of riskpo_loss for one micro-batch, as sums.
 
-    sequences  how many, where each has one ratio; None where each token has its own
-    missing    tokens whose log-prob the sampler did not give; "kl" leaves them out
+    sequences  number of sequences if each has one ratio, None if each token has its own
+    missing    tokens without a log-prob of the sampler; "kl" leaves them out
     """
     tokens = float(stats["tokens"])
     counts = {
@@ -67,7 +67,7 @@ def loss_sums(
 
 
 def loss_numbers(totals: Totals) -> dict[str, float]:
-    """What is logged of the loss. Its "kl" is that of sampler and trainer, see `surrogate`."""
+    """The loss's numbers for the log. Its "kl" becomes sampler_kl, see `surrogate`."""
     means = {n: totals.mean(n, over) for n, over in MEAN_OVER.items() if n in totals.sums}
     return means | {
         "sampler_kl": means.pop("kl"),

@@ -1,7 +1,7 @@
-"""From rollouts and advantages to new weights.
+"""The update: from rollouts and advantages to new weights.
 
-The loss of a mini-batch has one denominator, whatever number of micro-batches and of processes it
-takes. Every process holds all rollouts and takes its share of each mini-batch through the model.
+A mini-batch has one denominator, however many micro-batches and processes compute its loss. Every
+process holds all rollouts and computes its share of each mini-batch.
 
 R rollouts, T tokens of a micro-batch, S its sequences, D hidden width, V vocabulary.
 """
@@ -47,10 +47,10 @@ log = logging.getLogger("riskpo")
 
 @dataclass(frozen=True)
 class FirstPass:
-    """What is known of each of this process's rollouts before the first step, by row.
+    """Log-probs and weights from before the first optimiser step, by row of this process's share.
 
     old     the trainer's log-probs, one per input token, 0 inside the prompt
-    weight  the sampler correction's, per response token or one; empty without a correction
+    weight  importance weights, one per response token or one in all; empty without a correction
     """
 
     old: dict[int, torch.Tensor]
@@ -67,14 +67,15 @@ def update(
     config: RunConfig,
     teacher: Teacher | None = None,
 ) -> dict[str, float]:
-    """Take config.updates_per_step optimiser steps on one batch of rollouts; numbers to log.
+    """Take config.updates_per_step optimiser steps on one batch of rollouts.
 
-    advantage [R], detached. Mini-batches are whole questions in their order. With one update the
-    data are on-policy and the old log-probs are the detached new ones, so every ratio is exactly
-    1. With more, or with a correction for the sampler, the trainer computes its own log-probs
-    once, before the first step: one more forward pass, from which the correction is taken too.
-    With a teacher the divergence from it is added, a mean over the response tokens.
-    skipped_responses were left out of the update and of its numbers: their gradient is 0.
+    advantage [R], detached. Returns numbers to log. Mini-batches are whole questions, in order.
+
+    One update per batch is on-policy: the old log-probs are the detached new ones, so every ratio
+    is exactly 1. Several updates, or a sampler correction, need one more forward pass before the
+    first step, which gives the trainer's old log-probs. A teacher adds the divergence from it, a
+    mean over the response tokens. skipped_responses have a zero gradient; the update and its
+    numbers leave them out.
     """
     model, ranks, updates = parallel.model, parallel.ranks, config.updates_per_step
     device = next(model.parameters()).device
@@ -126,10 +127,10 @@ def update(
 def share_of(
     rollouts: Rollouts, rows: list[int], budget: int, ranks: Ranks, live: list[bool] | None = None
 ) -> list[list[int]]:
-    """This rank's micro-batches of a mini-batch, balanced by length; [] is one without work.
+    """This rank's micro-batches of a mini-batch, balanced by length; [] is an idle one.
 
     All ranks take the same number, at least one, since every forward is collective. Rows that are
-    not `live` stay out.
+    not `live` are left out.
     """
     if live is not None:
         rows = [row for row in rows if live[row]] or rows[:1]
@@ -143,7 +144,7 @@ def share_of(
 
 
 def packed_or_idle(rollouts: Rollouts, part: list[int], device: torch.device) -> Packed:
-    """The micro-batch; an empty one becomes a sequence in which no token counts: its loss is 0."""
+    """The micro-batch; an idle one becomes a sequence without counted tokens: its loss is 0."""
     if part:
         return pack(rollouts, part, device)
     batch = pack(rollouts, [0], device)
@@ -161,10 +162,10 @@ def surrogate(
     share: float,
     teacher: Teacher | None = None,
 ) -> SurrogateLoss:
-    """The micro-batch's part of the loss; on-policy with one update per step.
+    """The micro-batch's part of the loss.
 
-    The sampler's log-probs are the reference, with a KL coefficient of 0: the loss's "kl" measures
-    how far sampler and trainer differ.
+    The sampler's log-probs are passed as the reference, with a KL coefficient of 0, so the loss's
+    "kl" measures how far sampler and trainer differ.
     """
     off_policy = first is not None and config.updates_per_step > 1 and batch.rows
     hidden = hidden_states(model, batch)
@@ -214,12 +215,15 @@ def correction_of(batch: Packed, first: FirstPass | None, level: str) -> torch.T
 def first_pass(
     old: dict[int, torch.Tensor], rollouts: Rollouts, settings: SamplerConfig, totals: Totals
 ) -> FirstPass:
-    """The trainer's log-probs by row, compared with the sampler's."""
+    """The trainer's log-probs by row, and the importance weights against the sampler's.
+
+    Adds the mismatch of the two to `totals`.
+    """
     pairs = {
         row: (x[rollouts.prompt_len[row] - 1 :], rollouts.logprob[row].to(x.device))
         for row, x in old.items()
     }
-    # Tokens are counted in one go, whosever they are.
+    # With level="token" all responses are counted in one call.
     whole = settings.level == "sequence" or not pairs
     counted = pairs.values() if whole else [map(torch.cat, zip(*pairs.values(), strict=True))]
     for pair in counted:

@@ -183,10 +183,10 @@ def test_train_resume_and_eval(folder, tmp_path, policy, monkeypatch):
 
 def test_doors(folder, tmp_path):
     text = save_byte_model(tmp_path / "text")
-    with pytest.raises(ValueError, match="pictures.*which has no image processor"):
+    with pytest.raises(ValueError, match="pictures.*has no image processor"):
         train(settings(text, tmp_path))
     data = str(tmp_path / "rows.jsonl")
-    with pytest.raises(ValueError, match="pictures.*which has no image processor"):
+    with pytest.raises(ValueError, match="pictures.*has no image processor"):
         evaluate_model(EvalConfig(model=str(text), data=data, questions=3))
     with pytest.raises(ValueError, match="pictures do not train with lora.rank > 0"):
         train(settings(folder, tmp_path, lora=LoraConfig(rank=2)))

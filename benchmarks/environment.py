@@ -1,4 +1,4 @@
-"""What a result must carry to mean anything: machine, versions, date, command."""
+"""The facts that every result carries: machine, versions, date, command."""
 
 from __future__ import annotations
 

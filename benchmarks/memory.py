@@ -18,8 +18,8 @@ MIB = 2**20
 def peak_of(
     call: Callable[[], Any], given: dict[str, Any], device: str, *, warm: bool = False
 ) -> tuple[float, str]:
-    """(MiB, how it was measured). The call runs twice, for libraries allocate on their first; once
-    where one like it came before (`warm`).
+    """(MiB, how it was measured). The call runs twice, since libraries allocate on their first;
+    once if a similar call came before (`warm`).
 
     Results are dropped before this returns; gradients of the inputs are cleared before each call
     and their bytes, the ones that the call had to return, are subtracted. (Also where the peak came

@@ -1,4 +1,4 @@
-"""Which cases a run measures, most telling first: a budget cuts from the end."""
+"""The cases of each benchmark set, most important first: a time budget cuts from the end."""
 
 from __future__ import annotations
 

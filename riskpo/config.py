@@ -133,8 +133,8 @@ class TrainConfig:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
 
-    eval_every_steps: CountOr0 = 100  # 0: never
-    eval_questions: CountOr0 = 200  # held-out questions
+    eval_every_steps: CountOr0 = 100  # 0: only before the first step
+    eval_questions: CountOr0 = 200  # held-out questions; 0: no evaluation
     eval_samples: Count = 8  # responses to each of them: the n of avg@n
     save_every_steps: CountOr0 = 100  # 0: no checkpoints
     log_texts: CountOr0 = 8  # responses per step that are kept in run_dir/rollouts.jsonl

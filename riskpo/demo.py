@@ -8,10 +8,10 @@ Nothing is downloaded; weights are random and the tokenizer is built in memory.
 TASKS holds what can be asked for:
 
     embedded         the demo
-    embedded:mixed   its warm start hardly ever shows the longest sums, so that about a quarter of
-                     the questions is almost never right
-    embedded:large   the same idea with six digits and 21 million weights, for a GPU
-    embedded:tiny    a rehearsal of commands: learned in seconds, says nothing about algorithms
+    embedded:mixed   harder: the warm start rarely shows the longest sums, so about a quarter of the
+                     questions is almost never right
+    embedded:large   as mixed, with six digits and 21 million weights, for a GPU
+    embedded:tiny    to try commands: learned in seconds, says nothing about algorithms
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class Task:
-    """One embedded task: its questions, its model, and how far the supervised warm start goes.
+    """One embedded task: its questions, its model, and its supervised warm start.
 
-    sizes are the (at most) digits of the two operands; the pairs take turns. warm_share gives each
-    its share of the warm start; None: as often as it is among the questions.
+    sizes       largest numbers of digits of the two operands; questions take the pairs in turn
+    warm_share  share of each pair in the warm start; None: as among the questions
     """
 
     digits: int
@@ -91,7 +91,7 @@ TASKS = {
 
 
 def find_task(name: str | None) -> Task:
-    """The task of that name, None for the demo's; ValueError lists the names."""
+    """The task of that name; None: the demo's. ValueError lists the names."""
     if (name or "embedded") not in TASKS:
         raise ValueError(
             f"data: got {name!r}; expected one of {', '.join(TASKS)}, a file or a hub name. Check "

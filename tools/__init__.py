@@ -1,1 +1,1 @@
-"""Checks that need no GPU and are no tests of behaviour."""
+"""Checks, measurements and generated pages that are not part of the tests."""

@@ -1,4 +1,4 @@
-"""The rows of the memory ladder: on the CPU in small, on a GPU for 1.5 billion weights.
+"""The rows of the memory ladder: a small model on the CPU, 1.5 billion weights on a GPU.
 
 A row differs from the one it stands `over` in one switch: what it needs less is what the switch
 buys. tools/memory_ladder.py measures them, tools/ladder_page.py writes them down.

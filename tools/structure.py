@@ -1,7 +1,7 @@
 """`python -m tools.structure`: the packages as drawn by their imports.
 
-A room is a folder, or a file beside the folders. A room stands on the floor above the highest room
-it imports. Imports inside functions count too. The last lines list the files that one forward and
+A room is a folder, or a file beside the folders. Its floor is one above the highest room that it
+imports. Imports inside functions count too. The last lines list the files that one forward and
 one backward of `linear_logprob` run through (torch backend, dense and sparse rows).
 """
 

@@ -1,11 +1,14 @@
 """The numbers of a comparison: per run, over seeds, and paired with the system compared against.
 
-Two views of the same runs. "steps": every system at the last step that all of them have.
-"responses": every system at the last step up to which it had sampled no more responses than the
-thriftiest system did in all; they differ where an algorithm resamples (DAPO). Step numbers are
-means over the last tenth of the steps of the view, covariances and the share of steps clipped by
-norm over all of them; held-out numbers are those at its end, on the line between the evaluations
-around it where there is none. A step without a number, or with nan, is left out of its mean.
+Two views of the same runs:
+
+    steps      every system at the last step that all of them have
+    responses  every system at equal numbers of sampled responses: its last step within the total of
+               the system that sampled fewest. Differs from "steps" if one resamples (DAPO)
+
+Training numbers are means over the last tenth of the view's steps; covariances and the share of
+steps clipped by norm, over all of them. Held-out numbers are those at the view's end, interpolated
+between the evaluations around it. Steps without a number, or with nan, are left out of its mean.
 
 Entropy falls as reward rises, so that a system that learns less keeps more of it. "Entropy at equal
 reward" therefore compares two runs of one seed where their smoothed mean rewards first reach the

@@ -1,4 +1,4 @@
-"""How to call each library's own log-prob and loss, for benchmarks/ too; a missing one says so.
+"""Calls of each library's own log-prob and loss, shared with benchmarks/; a missing one says why.
 
 Call signatures were read in torch 2.13, trl 1.16, liger-kernel 0.8.5 and verl 0.9.1.
 """
@@ -29,7 +29,7 @@ VERL = ("verl.utils.experimental.torch_functional", "FusedLinearForPPO")
 
 @dataclass(frozen=True)
 class Op:
-    """One log-prob function that can be put to the traps."""
+    """One log-prob function to run the traps on."""
 
     name: str
     package: str

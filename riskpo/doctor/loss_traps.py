@@ -1,4 +1,4 @@
-"""Batches on which policy losses have gone wrong before, posed to each library's own loss."""
+"""Batches on which policy losses have been wrong before, run on each library's own loss."""
 
 from __future__ import annotations
 

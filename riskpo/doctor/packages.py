@@ -1,4 +1,4 @@
-"""Names of other packages, which may be missing or broken."""
+"""Attributes of optional packages, which may be missing or broken."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def first_line(error: Exception, most: int = 60) -> str:
 
 
 class Missing(ValueError):
-    """A library, or the part of it that is needed, is not to be had here."""
+    """A library, or the part of it that is needed, cannot be imported here."""
 
 
 def attribute(module: str, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""What `riskpo doctor` prints and writes; one batch through a library's path and through ours."""
+"""What `riskpo doctor` prints and writes, and the comparison with another library on one batch."""
 
 from __future__ import annotations
 

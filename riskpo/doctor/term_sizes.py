@@ -1,9 +1,9 @@
 """The size of what is summed in a head's results, for the rule of tolerance.
 
-Honest float32 rounds every product in a logit and the logit itself. A logit of size 30 is then off
-by 1e-6, whatever the error of one plain run by luck; where few rows or near-certain words are
-judged, nothing averages this out. So the size of a result is its own, and to first order what all
-logits' sizes make of it: the sum over v of |d result / d z_v| (|h| . |w_v| + |b_v|).
+float32 rounds every product in a logit and the logit itself, so a logit of size 30 is off by about
+1e-6. One plain run may be more exact by luck, and with few rows or near-certain tokens nothing
+averages the luck out. The size of a result is therefore its own magnitude plus, to first order, the
+effect of all logits' sizes: the sum over v of |d result / d z_v| (|h| . |w_v| + |b_v|).
 """
 
 from __future__ import annotations

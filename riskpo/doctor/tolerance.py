@@ -6,17 +6,16 @@ error is at most twice plain's, in the relative Frobenius norm and in the larges
 
     err(got) <= FACTOR * err(plain) + floor * size
 
-* size is the size of what was summed: of the value itself, or, for a sum whose terms have both
-  signs, the sum of the terms' magnitudes. A sum that nearly cancels keeps the errors of its terms,
-  so an error relative to the sum alone says nothing. What a head gives sums products in its logits:
-  their sizes are in riskpo/doctor/term_sizes.py, since few rows are right or wrong by luck else.
-* plain's error in such a sum is what it makes in the terms (`summed`): in one number these errors
-  may cancel by luck, and then an equally good result would fail.
-* The floor is two units in the last place of float32: plain PyTorch is sometimes exact by luck on
-  small inputs. Where everything is float64 plain is the truth itself, and the floor is 1e-12.
-* A tensor core takes the gradient of the logits rounded to 16 bits, as in every fused loss; plain's
-  is float32. So for 16-bit gradients from a GPU the floor is one such rounding, half a unit in the
-  last place: of the whole for the norm, of the largest value for the largest error.
+* size is the magnitude of the value or, for a sum whose terms have both signs, the sum of the
+  terms' magnitudes: a sum that nearly cancels keeps the errors of its terms. A head's results sum
+  products in its logits; riskpo/doctor/term_sizes.py has their sizes.
+* For such a sum, plain's error is that of its terms (`summed`). In one number the terms' errors may
+  cancel by luck, and an equally good result would then fail.
+* floor is two units in the last place of float32, since plain PyTorch is sometimes exact by luck on
+  small inputs. If all inputs are float64, plain is the truth and the floor is 1e-12.
+* A tensor core reads the logits' gradient rounded to 16 bits, as in every fused loss; plain keeps
+  it in float32. For 16-bit gradients from a GPU the floor is therefore one such rounding, half a
+  unit in the last place: of the whole for the norm, of the largest value for the largest error.
 """
 
 from __future__ import annotations

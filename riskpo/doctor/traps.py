@@ -1,8 +1,8 @@
-"""Inputs on which fused heads have gone wrong before, posed to any log-prob function.
+"""Traps: inputs on which fused heads have been wrong before, run on any log-prob function.
 
-Every trap returns what was seen: whether it holds, with the error and its limit, or the error that
-was raised, or that the function does not offer it. The truth is float64; a limit is twice the error
-of plain PyTorch with float32 logits in the same dtype, unless the trap is about an identity.
+A trap returns whether the function passes, with its error and the limit; or the exception it
+raised; or that it does not offer the feature. The truth is float64. The limit is twice the error of
+plain PyTorch with float32 logits in the same dtype, unless the trap checks an identity.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """The memory of one training step, by term, from the model's shape and the switches.
 
-Derived from what autograd keeps in a transformers decoder layer (RMSNorm, rotary attention on a
-flash kernel, SwiGLU), and compared with measurements in docs/long-context.md. The peak is the
-largest of four moments, which share the fixed terms:
+The terms follow from what autograd keeps in a transformers decoder layer (RMSNorm, rotary attention
+on a flash kernel, SwiGLU); docs/long-context.md compares them with measurements. The peak is the
+largest of four moments, each on top of the fixed terms:
 
-    update   checkpoints of all layers + what one layer needs in its backward, or the head, beside
-             the gradients: of earlier micro-batches, or those that this one has already made
-    step     the gradients, in float32, and the optimiser's temporaries
-    prompts  keys and values of all prompts + what one layer needs to read them, at once
-    sampling keys and values of the rollouts + the logits of one step
+    update   checkpoints of all layers, the backward of one layer or of the head, and gradients: of
+             earlier micro-batches, or those that this one has made so far
+    step     gradients in float32 and the optimiser's temporaries
+    prompts  keys and values of all prompts, and one layer's activations while it reads them
+    sampling keys and values of the rollouts, and the logits of one step
 
 P parameters, L layers, T tokens of a micro-batch, H hidden width, I intermediate width, nq and nk
 widths of all queries and of all keys, V vocabulary, b bytes of a weight.
@@ -38,7 +38,7 @@ ENOUGH = 2**26  # tokens; a longest context beyond it is called unlimited
 
 @dataclass(frozen=True)
 class Workload:
-    """What is trained: tokens of the largest micro-batch, and what is sampled before it."""
+    """Sizes of the work: tokens of the largest micro-batch, and the sampling before it."""
 
     tokens: int
     bytes_per_weight: int = 2  # 2: bfloat16 with float32 masters; 4: float32
@@ -47,8 +47,8 @@ class Workload:
     prompt: int = 512  # of these, where the context has as many
     on_host: bool = False  # the model itself is on the CPU: nothing can be moved off it
     plain_head: bool = False  # [T, V] logits and autograd, to compare with
-    head_tokens: int | None = None  # that meet the head, responses alone; None: all of them
-    micro_batches: int = 2  # of an update; from the second on its gradients wait beside activations
+    head_tokens: int | None = None  # tokens that go through the head (responses); None: all
+    micro_batches: int = 2  # of an update; the second finds the gradients of the first in memory
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Budget:
     prompts: dict[str, float]
     sampling: dict[str, float]
     host: dict[str, float]  # pinned and ordinary memory of the host
-    other: dict[str, float]  # of the turns of the update that need less than the one in it
+    other: dict[str, float]  # parts of the update that take turns with a larger one in `update`
 
     @property
     def moments(self) -> dict[str, float]:

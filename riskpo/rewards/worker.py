@@ -1,9 +1,9 @@
-"""The process in which a verifier meets untrusted text: one JSON line in, one JSON line out.
+"""A verifier process, which reads untrusted text: one JSON line in, one JSON line out.
 
-Started by riskpo/rewards/pool.py with `python -c`, not through multiprocessing: a spawned child
-of multiprocessing imports the parent's main module again, and with it torch. JSON rather than
-pickle, so that a worker that was taken over can say wrong things but cannot run code in the
-trainer. Imports stay light: a worker is up in about a second and holds about 100 MiB.
+riskpo/rewards/pool.py starts it with `python -c`: a child of multiprocessing would import the
+parent's main module, and with it torch. Messages are JSON, not pickle, so a compromised worker can
+give wrong rewards but cannot run code in the trainer. Imports stay light: a worker starts in about
+a second and takes about 100 MiB.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-r"""Is an answer worked out? A gold that is a plain number wants a plain number.
+r"""Is an answer worked out? If the gold is a plain number, the answer has to be one too.
 
-Question "1 + 5", gold 6, answer 1+5: equal, but only a copy of the question. A reward for it
-teaches a policy to echo. So where the gold is a number that is written out (or a list of such),
-an equal answer must be written out too.
+To the question "1 + 5" the answer 1+5 equals the gold 6, but copies the question; rewarding it
+teaches a policy to echo. A gold that is a plain number, or a list of them, therefore asks for an
+answer in plain numbers.
 """
 
 from __future__ import annotations

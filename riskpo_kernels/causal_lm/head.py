@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -71,7 +71,9 @@ class Head:
     @property
     def keywords(self) -> dict[str, Any]:
         """What linear_logprob and riskpo_loss are given of it beside the weight."""
-        return {"bias": self.bias, "lora": self.lora, **asdict(self.options)}
+        # no asdict: torch.compile does not trace Python 3.10's
+        shape = {"scale": self.options.scale, "softcap": self.options.softcap}
+        return {"bias": self.bias, "lora": self.lora, **shape}
 
 
 def proposals(config: Any) -> Iterator[HeadOptions]:

@@ -84,7 +84,8 @@ def check_positive(op: str, name: str, value: float, *, zero_ok: bool = False) -
     bound = "at least 0" if zero_ok else "above 0"
     fits = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not fits or not (0 <= value if zero_ok else 0 < value) or value == float("inf"):
-        reject(op, f"{name}={value!r}", f"a finite number {bound}", f"Set {name} accordingly.")
+        todo = f"Set {name} accordingly." if fits else f"Pass float({name})."
+        reject(op, f"{name}={value!r}", f"a finite number {bound}", todo)
 
 
 def constant(x: Any) -> Any:

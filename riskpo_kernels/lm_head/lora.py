@@ -27,7 +27,7 @@ from riskpo_kernels.core.operators import (
     schema_of,
 )
 from riskpo_kernels.core.process_groups import group_called, sum_over
-from riskpo_kernels.lm_head.low_rank import ROWS, LowRank
+from riskpo_kernels.lm_head.low_rank import LowRank
 from riskpo_kernels.lm_head.operator import (
     OP,
     RESULTS,
@@ -37,9 +37,10 @@ from riskpo_kernels.lm_head.operator import (
     saving,
     wide_of,
 )
-from riskpo_kernels.lm_head.tiles import Options
+from riskpo_kernels.lm_head.tiles import WHOLE_TILE, Options, padded
 
 Lora = tuple[torch.Tensor, torch.Tensor, float]
+ROWS = 4096  # of hidden states that are widened at a time
 
 
 def check_lora(lora: object, hidden: torch.Tensor, weight: torch.Tensor, columns: bool) -> None:
@@ -70,10 +71,37 @@ def check_lora(lora: object, hidden: torch.Tensor, weight: torch.Tensor, columns
 
 
 def _low_rank(
-    hidden: torch.Tensor, a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor, factor: float
+    hidden: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    weight: torch.Tensor,
+    factor: float,
+    pad: int,
 ) -> LowRank:
-    products = Products(hidden.device, hidden.dtype, weight.dtype)
-    return LowRank.new(hidden, a, b, factor, products.dtype, wide_of(hidden, weight))
+    products, wide = Products(hidden.device, hidden.dtype, weight.dtype), wide_of(hidden, weight)
+    if pad:  # a BLAS rounds by a row's place where a product's depth is no multiple of 4
+        a, b = _filled(a.T, 4).T, _filled(b, 4)
+    u, down = hidden.new_empty(hidden.shape[0], len(a), dtype=wide), a.to(wide).T * factor
+    for s in spans(hidden.shape[0], pad or ROWS):
+        u[s] = _times(hidden[s], down, pad)
+    return LowRank(u, b, products.dtype)
+
+
+def _times(x: torch.Tensor, m: torch.Tensor, pad: int) -> torch.Tensor:
+    """x m, as part of a product of `pad` rows where a row's bits may not depend on how many there
+    are, nor on its place among them, by which a BLAS rounds in products of few columns."""
+    wide = _filled(m, 16) if pad else m
+    return (padded(x.to(m.dtype), pad) @ wide)[: x.shape[0], : m.shape[1]]
+
+
+def _filled(x: torch.Tensor, multiple: int) -> torch.Tensor:
+    """x with columns of zeros up to a multiple."""
+    return torch.nn.functional.pad(x, (0, -x.shape[1] % multiple))
+
+
+def _pad_of(hidden: torch.Tensor, numbers: tuple[Any, ...]) -> int:
+    rows = WHOLE_TILE["cuda" if hidden.is_cuda else "cpu"][0]
+    return rows if Options(*numbers).deterministic else 0
 
 
 def _forward(
@@ -90,7 +118,7 @@ def _forward(
     *numbers: Any,
 ) -> tuple[torch.Tensor, ...]:
     with exact_products(hidden.device):
-        low_rank = _low_rank(hidden, a, b, weight, factor)
+        low_rank = _low_rank(hidden, a, b, weight, factor, _pad_of(hidden, numbers))
     tensors = hidden, weight, bias, target, row_temperature
     return forward(*tensors, ignore_index, group, *numbers, low_rank=low_rank)
 
@@ -129,8 +157,9 @@ def _backward(
     passed = (logprob, entropy, peak, log_sum, bits, dense, pairs, offset, kept)
     pass_of = (hidden, weight, bias, target, row_temperature, *passed, ignore_index, group)
     rows, nothing = needs[0] or needs[1], hidden.new_empty(0)
+    pad = _pad_of(hidden, numbers)
     with exact_products(hidden.device):
-        low_rank = _low_rank(hidden, a, b, weight, factor)
+        low_rank = _low_rank(hidden, a, b, weight, factor, pad)
         sums = [rows, needs[2], needs[3]]
         dh, db, dbias = backward_sums(
             sums, c, g, e, *pass_of, *numbers, wide=True, low_rank=low_rank
@@ -138,11 +167,11 @@ def _backward(
         dhidden = da = None
         if dh is not None:
             dh = sum_over(group_called(group), dh) if group else dh
-            dhidden, da = _of_rows(dh, hidden, a, low_rank, factor, needs)
+            dhidden, da = _of_rows(dh, hidden, a, low_rank, factor, needs, pad)
     return (
         nothing if dhidden is None else dhidden,
         nothing if da is None else da.to(a.dtype),
-        nothing if db is None else low_rank.of_b(db).to(b.dtype),
+        nothing if db is None else low_rank.of_b(db)[:, : len(a)].to(b.dtype),
         nothing if dbias is None or bias is None else dbias.to(bias.dtype),
     )
 
@@ -154,16 +183,17 @@ def _of_rows(
     low_rank: LowRank,
     factor: float,
     needs: list[bool],
+    pad: int,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """dH [N, D] rounded, dA [r, D] of the sums [N, D + width], where needed."""
     width, wide = hidden.shape[1], dh.dtype
     dhidden = torch.empty_like(hidden) if needs[0] else None
     da = torch.zeros_like(a, dtype=wide) if needs[1] else None
     up = a.to(wide) * factor
-    for s in spans(hidden.shape[0], ROWS):
-        du = low_rank.of_u(dh[s, width:])
+    for s in spans(hidden.shape[0], pad or ROWS):
+        du = low_rank.of_u(dh[s, width:])[:, : len(a)]
         if dhidden is not None:
-            dhidden[s] = torch.addmm(dh[s, :width], du, up)
+            dhidden[s] = _times(du, up, pad).add_(dh[s, :width])
         if da is not None:
             live = du.ne(0).any(1, keepdim=True)  # another row is not read: a NaN in it stays there
             da.addmm_(du.T, torch.where(live, hidden[s].to(wide), 0.0), alpha=factor)

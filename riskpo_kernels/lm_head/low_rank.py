@@ -14,10 +14,6 @@ from dataclasses import dataclass
 
 import torch
 
-from riskpo_kernels.core.matmul import spans
-
-ROWS = 4096  # of hidden states that are widened at a time
-
 
 def halves(x: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
     """x as one part where the products' dtype holds it, else two whose sum is x, nearly."""
@@ -34,19 +30,6 @@ class LowRank:
     u: torch.Tensor
     b: torch.Tensor
     dtype: torch.dtype
-
-    @staticmethod
-    def new(
-        hidden: torch.Tensor,
-        a: torch.Tensor,
-        b: torch.Tensor,
-        factor: float,
-        dtype: torch.dtype,
-        wide: torch.dtype,
-    ) -> LowRank:
-        down = a.to(wide).T * factor
-        u = [hidden[s].to(wide) @ down for s in spans(hidden.shape[0], ROWS)]
-        return LowRank(torch.cat(u) if u else hidden.new_empty(0, len(a), dtype=wide), b, dtype)
 
     @property
     def _pairs(self) -> list[tuple[int, int]]:

@@ -64,6 +64,27 @@ def test_a_row_does_not_feel_its_company(backend, options, eps, device):
                 assert torch.equal(value, whole[what][rows]), (name, what, dtype)
 
 
+@pytest.mark.parametrize("eps", [0.0, 2.0**-7])
+def test_a_row_beside_an_adapter_does_not_either(eps, device):
+    g = torch.Generator().manual_seed(4)
+    lora = (torch.randn(5, D, generator=g), torch.randn(V, 5, generator=g) / 4, 0.5)
+    n, lora = 300, (*(x.to(device) for x in lora[:2]), lora[2])
+    h, w, _, target = head(n, V, D, torch.float32, device, bias=False, sharpness=6.0)
+    c, up = (x.float() for x in upstream((n,), device))
+
+    def results(rows):
+        x = h[rows].requires_grad_()
+        given = {"lora": lora, "tail_eps": eps, "return_entropy": True, "deterministic": True}
+        out = linear_logprob(x, w, target[rows], backend="torch", **given)
+        (out.logprob * c[rows] + out.entropy * up[rows]).sum().backward()
+        return out.logprob, out.entropy, x.grad
+
+    whole = results(torch.arange(n, device=device))
+    for name, rows in company(n):
+        for x, y in zip(whole, results(rows.to(device)), strict=True):
+            assert torch.equal(x[rows.to(device)], y), name
+
+
 @pytest.mark.parametrize("eps", [0.0, 1e-30])
 def test_padded_rows_change_nothing(eps, device):
     """Numbers of rows around a whole tile: values and gradients are the reference's. (Of a single

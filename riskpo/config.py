@@ -30,6 +30,7 @@ C = TypeVar("C")
 Count = Annotated[int, Gt(0)]
 CountOr0 = Annotated[int, Ge(0)]
 Number = Annotated[float, Gt(0), AllowInfNan(False)]
+Share = Annotated[float, Gt(0), Le(1)]
 NumberOr0 = Annotated[float, Ge(0), AllowInfNan(False)]
 Dtype = Literal["float32", "bfloat16"]
 
@@ -57,9 +58,9 @@ class SamplerConfig:
     engine: Literal["generate", "vllm"] = "generate"  # generate: transformers' own
     sequences: Count = 512  # responses sampled at once
     static_cache: bool = False  # generate only: a fixed-size cache, so that CUDA decoding compiles
-    gpu_share: Number = 0.4  # vllm only: share of GPU memory while it is awake, above 0
+    gpu_share: Share = 0.4  # vllm only: share of GPU memory while it is awake, above 0, at most 1
     top_k: CountOr0 = 0  # sample from the k likeliest tokens; 0: all. Training uses the same set
-    top_p: Annotated[float, Gt(0), Le(1)] = 1.0  # the likeliest tokens that reach this probability
+    top_p: Share = 1.0  # the likeliest tokens that reach this probability
     min_p: Annotated[float, Ge(0), Lt(1)] = 0.0  # tokens with this share of the likeliest's or more
     correction: Literal["none", "tis", "mis"] = "none"  # tis truncates weights, mis masks them
     level: Literal["token", "sequence"] = "token"  # one weight per token or per response

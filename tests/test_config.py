@@ -95,6 +95,7 @@ def test_demo_overrides_only_the_demo_and_only_the_silent():
         ({"sampler": SamplerConfig(correction="is")}, "sampler.correction='is'"),
         ({"sampler": SamplerConfig(level="word")}, "sampler.level='word'"),
         ({"sampler": SamplerConfig(cap=0.0)}, "sampler.cap=0.0"),
+        ({"sampler": SamplerConfig(gpu_share=1.5)}, "sampler.gpu_share=1.5"),
         ({"lora": LoraConfig(rank=4)}, "lora.rank with the embedded model"),
         ({"updates_per_step": 3}, "questions_per_step=40 with updates_per_step=3"),
     ],

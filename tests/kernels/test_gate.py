@@ -146,7 +146,7 @@ for vocab in (1000, 1024):
         for needs in ((True, True, True), (False, False, True)):
             up = RowGradient(c, c, c, c, c)
             backward.backward_rows(head, up, active, ways, needs, o)
-        low = LowRank.new(h, torch.randn(9, 64), torch.randn(vocab, 9), 1.0, h.dtype, b.dtype)
+        low = LowRank(torch.randn(len(h), 9), torch.randn(vocab, 9), h.dtype)
         triton_forward(h, w, b, head.target, head.map, None, None, o, h.dtype, low)
         adapted, wide = replace(head, low_rank=low), dict(wide_dh=True, wide_dw=True)
         backward.backward_rows(adapted, up, active, ways, (True, True, True), o, **wide)

@@ -44,7 +44,9 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         which.add_argument(f"--{name}", dest="set", action="store_const", const=name)
     parser.set_defaults(set="cpu")
     parser.add_argument(
-        "--budget-seconds", type=float, default=600.0, help="stops cleanly (600; inf: no limit)"
+        "--budget-seconds",
+        type=float,
+        help="stops cleanly (400, and 300 for each case of a pretrained head; inf: no limit)",
     )
     parser.add_argument("--model", help="a Hugging Face folder, measured on its own answers")
     parser.add_argument("--rows", help="a .safetensors file with hidden [n, r], weight [v, r]")
@@ -60,10 +62,12 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def settings(a: argparse.Namespace) -> Settings:
+def settings(a: argparse.Namespace, pretrained: list[sets.Case]) -> Settings:
     """How this set measures: long enough to settle, short enough for its budget."""
     fast = a.set in ("quick", "dry")
-    seconds = a.seconds_per_row
+    seconds, budget = a.seconds_per_row, a.budget_seconds
+    if budget is None:
+        budget = 400.0 + 300.0 * len(pretrained)
     if seconds is None:
         seconds = 0.0 if fast else 0.7 if a.set == "gpu" else 2.0
     return Settings(
@@ -75,18 +79,18 @@ def settings(a: argparse.Namespace) -> Settings:
         rows=a.rows,
         only=tuple(a.only),
         skip=tuple(a.skip),
-        deadline=time.monotonic() + a.budget_seconds,
+        deadline=time.monotonic() + budget,
     )
 
 
-def cases(a: argparse.Namespace) -> list[sets.Case]:
-    """Those of a set; before a CPU's, the heads of the pretrained models that are here."""
+def pretrained_cases(a: argparse.Namespace) -> list[sets.Case]:
+    """Before a CPU's cases, the heads of the pretrained models that are here."""
     if a.set != "cpu":
-        return sets.SETS[a.set]()
+        return []
     found = real_rows.register(a.model)
     if not found:
         print("no pretrained model here: make demo-llm makes one, --model FOLDER names one")
-    return sets.pretrained(found) + sets.cpu()
+    return sets.pretrained(found)
 
 
 def expand(case: sets.Case) -> Iterator[tuple[Any, str, dict[str, Any]]]:
@@ -131,13 +135,14 @@ def main(words: list[str] | None = None) -> int:
     if a.threads or a.set in ("quick", "dry"):
         torch.set_num_threads(a.threads or 1)  # rehearsals leave the machine to others
     peers.run_alone("verl", "verl.utils")  # its package imports Ray; its ops need none
-    start, s = time.monotonic(), settings(a)
+    pretrained = pretrained_cases(a)
+    start, s = time.monotonic(), settings(a, pretrained)
     report: dict[str, Any] = {"schema": SCHEMA, "set": a.set, "fields": list(FIELDS)}
     report["note"] = a.note
     report |= {"environment": environment.describe(s.device), "rows": [], "left_out": s.left_out}
     path = destination(a)
     print(f"{report['environment']['command']}  ({a.set}, {report['environment']['date']})")
-    for case in cases(a):
+    for case in pretrained + sets.SETS[a.set]():
         if (a.op and case.op not in a.op) or a.case not in case.name:
             continue
         for module, name, sizes in expand(case):

@@ -122,7 +122,8 @@ def linear_logprob(
             backward: lower it where many calls wait for one backward.
         deterministic: results repeat bitwise run to run, and a row's results and dH have the same
             bits whatever rows are beside it (not for float16 on CUDA, whose gradients are scaled by
-            the largest upstream one). Slower: products of 128 rows, some of them padding.
+            the largest upstream one, nor on a CPU where D is no multiple of 4). Slower: products of
+            128 rows, some of them padding.
         backend: "auto", "triton", "torch" or "reference"; see backend_report().
 
     Returns:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import __main__ as command
 from benchmarks import (
     bench_linear_logprob,
     harness,
@@ -174,7 +175,11 @@ def test_a_pretrained_models_rows_are_its_own_answers(tmp_path):
     with torch.no_grad():
         logits = policy.model(asked).logits[0, -1]
     torch.testing.assert_close(sharp.hidden[0] @ sharp.weight.T, logits / 0.6)
-    assert all(case.sizes["regime"] in real_rows.REGIMES for case in sets.pretrained(found))
+    given = command.parse(["--model", str(tmp_path / "tiny")])
+    cases = command.pretrained_cases(given)
+    assert len(cases) == 3 and all(x.sizes["regime"] in real_rows.REGIMES for x in cases)
+    left = [command.settings(given, x).deadline - time.monotonic() for x in ([], cases)]
+    assert left == pytest.approx([400, 1300], abs=5)  # what the others have is not taken from them
     with pytest.raises(ValueError, match=r"head \[V, D\] of \[258, 32\], not \[100, 32\]"):
         regimes.make(96, 32, 100, "tiny at 1", dtype=torch.float32, device=CPU)
 

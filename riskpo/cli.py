@@ -10,7 +10,8 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import tyro
 
@@ -56,14 +57,21 @@ prints the effective settings as TOML and trains nothing. A group is a table in 
 COMMANDS = {
     "train": "riskpo.cli:train_command",
     "eval": "riskpo.cli:eval_command",
-    "plot": "riskpo.cli:plot_command",
     "plan": "riskpo.memory_plan.command:plan_command",
     "compare": "riskpo.compare.launch:compare_command",
-    "explain": "riskpo.cli:explain_command",
     "samples": "riskpo.report.samples:samples_command",
-    "report": "riskpo.cli:report_command",
     "fetch-model": "riskpo.model.gguf:fetch_model_command",
     "doctor": "riskpo.doctor.command:doctor_command",
+}
+# Commands whose only argument is the folder of a run: what to call with it, and their help. They
+# print what the function returns.
+RUN_COMMANDS = {
+    "plot": ("riskpo.report.plots:plot", "Draw a run's curves into a PNG and print its path."),
+    "explain": ("riskpo.report.explain:report", "Say why a run learns or does not, from its log."),
+    "report": (
+        "riskpo.report.run_page:write_report",
+        "Write curves, samples, settings and memory of a run into one HTML file.",
+    ),
 }
 
 
@@ -76,17 +84,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # flush each line, into a file or a pipe too
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(line_buffering=True)
-    if not given or given[0] not in COMMANDS:
+    if not given or given[0] not in COMMANDS | RUN_COMMANDS:
         if given and given[0] not in ("-h", "--help"):
-            hint = nearest(given[0], COMMANDS, "`riskpo --help` lists them.")
+            hint = nearest(given[0], COMMANDS | RUN_COMMANDS, "`riskpo --help` lists them.")
             print(f"riskpo: there is no command {given[0]!r}. {hint}", file=sys.stderr)
             return 2
         print(USAGE)
         return 0 if given else 2
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        module, name = COMMANDS[given[0]].split(":")
-        getattr(importlib.import_module(module), name)(given[1:])
+        if given[0] in RUN_COMMANDS:
+            run_command(*given)
+        else:
+            load(COMMANDS[given[0]])(given[1:])
     except KeyboardInterrupt:
         print("riskpo: interrupted; the same command goes on from what is saved.", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -146,6 +156,7 @@ def eval_command(given: list[str]) -> None:
         config = tyro.cli(EvalConfig, prog="riskpo eval", args=given)
     config.validate()
     check_out(config.out)
+    preflight.check_split(config.data, config.split)
     question = preflight.check_data(config.data, config.columns)
     preflight.check_model(config.model)
     preflight.say(f"riskpo eval: {config.model}; loading PyTorch and transformers ...")
@@ -156,34 +167,19 @@ def eval_command(given: list[str]) -> None:
     evaluate_model(config)
 
 
-def plot_command(given: list[str]) -> None:
-    run_dir = _run_dir("plot", given, "Draw a run's curves into a PNG and print its path.")
-    from riskpo.report.plots import plot
-
-    print(plot(run_dir))
-
-
-def explain_command(given: list[str]) -> None:
-    run_dir = _run_dir("explain", given, "Say why a run learns or does not, from its log.")
-    from riskpo.report.explain import explain, report
-
-    print(report(explain(run_dir)))
+def load(place: str) -> Callable[..., Any]:
+    """The function of "module:function"."""
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
 
 
-def report_command(given: list[str]) -> None:
-    about = "Write curves, samples, settings and memory of a run into one HTML file."
-    run_dir = _run_dir("report", given, about)
-    from riskpo.report.run_page import write_report
-
-    print(write_report(run_dir))
-
-
-def _run_dir(command: str, given: list[str], about: str) -> str:
-    """The one argument: a folder with a log in it."""
+def run_command(command: str, *given: str) -> None:
+    """One of RUN_COMMANDS, after a look at whether its folder has a log in it."""
+    place, about = RUN_COMMANDS[command]
     parser = argparse.ArgumentParser(prog=f"riskpo {command}", description=about)
     parser.add_argument("run_dir", help="folder of a `riskpo train` run")
     with refusals_in_one_line(parser.prog):
         run_dir: str = parser.parse_args(given).run_dir
     preflight.check_log(run_dir)
     preflight.say(f"riskpo {command}: loading libraries ...")
-    return run_dir
+    print(load(place)(run_dir))

@@ -75,7 +75,7 @@ def evaluate_once(config: EvalConfig, questions: Sequence[Question]) -> EvalResu
             ks=config.ks or tuple(dict.fromkeys((1, config.samples))),
             settings=EvalSettings(
                 model=model,
-                data=config.data or "embedded",
+                data=(config.data or "embedded") + f", split {config.split}" * bool(config.split),
                 temperature=config.temperature,
                 max_response_tokens=length,
                 seed=config.seed,
@@ -93,7 +93,11 @@ def questions_of(config: EvalConfig) -> list[Question]:
         return split_holdout(everything, config.questions, config.seed)[1]
     instruction = BOXED_INSTRUCTION if config.reward in MATH_KINDS else None
     return load_questions(
-        config.data, limit=config.questions, instruction=instruction, columns=config.columns
+        config.data,
+        split=config.split or "train",
+        limit=config.questions,
+        instruction=instruction,
+        columns=config.columns,
     )
 
 

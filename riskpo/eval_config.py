@@ -25,6 +25,7 @@ class EvalConfig:
     # folder, GGUF file or hub name; a run_dir means its newest checkpoint; {seed}: see --seeds
     model: str = "runs/demo"
     data: str | None = None  # file or hub name; None or embedded:...: the task's held-out questions
+    split: str | None = None  # of a hub data set; None: train, which `riskpo train` reads too
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     reward: str = "auto"  # auto, math, code, exact, your "module:function" or "file.py:function"
     questions: Count = 200  # the first so many; of an embedded task, those that a run holds out

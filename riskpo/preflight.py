@@ -76,6 +76,15 @@ def check_data(source: str | None, columns: ColumnsConfig) -> Question | None:
     return questions[0]
 
 
+def check_split(source: str | None, split: str | None) -> None:
+    """ValueError for the split of anything but a hub data set."""
+    if split is not None and (source is None or is_embedded(source) or is_file(source)):
+        raise ValueError(
+            f"eval: got split={split!r} with data={source!r}; expected a data set of the hub: a "
+            "file and an embedded task have no splits. Remove it."
+        )
+
+
 def check_model(name: str | None) -> None:
     """ValueError for a path without a model. A hub name is not looked up."""
     if name is None or "{seed}" in name:

@@ -56,16 +56,14 @@ def fake_run(out, system, seed, rewards, *, responses=10, passes=(0.2, 0.5)):
 
 
 def test_systems_and_seeds(tmp_path):
-    system = parse_system("riskpo-loo+omega=0+clip_low=0.01+scale=none", {})
-    assert (system.name, system.algorithm) == ("riskpo-loo+omega=0+clip_low=0.01+scale=none",) + (
-        "riskpo-loo",
-    )
-    config = configured(SMALL, system, 3, tmp_path)
+    name = "riskpo-loo+omega=0+clip_low=0.01+scale=none"
+    config = configured(SMALL, name, parse_system(name, {}), 3, tmp_path)
+    assert (config.algorithm, config.run_dir) == ("riskpo-loo", str(tmp_path / name / "seed-3"))
     assert (config.omega, config.clip_low, config.scale, config.seed) == (0.0, 0.01, "none", 3)
     assert config.model == str(tmp_path / "start" / "seed-3")
     named = {"ours": {"algorithm": "riskpo-paper", "beta": 0.9}}
-    system = parse_system("ours+alpha=0.1", named)
-    assert (system.algorithm, system.settings) == ("riskpo-paper", {"beta": 0.9, "alpha": 0.1})
+    settings = {"algorithm": "riskpo-paper", "beta": 0.9, "alpha": 0.1}
+    assert parse_system("ours+alpha=0.1", named) == settings
     assert named == {"ours": {"algorithm": "riskpo-paper", "beta": 0.9}}
     assert parse_seeds("0-3") == [0, 1, 2, 3] and parse_seeds("4,0-1") == [4, 0, 1]
 
@@ -131,7 +129,7 @@ def test_runs_share_a_start_and_are_kept(tmp_path, monkeypatch):
         warm(replace(SMALL, temperature=0.5), 0, tmp_path)
     logs = {}
     for name in ("grpo", "riskpo-paper"):
-        config = configured(SMALL, parse_system(name, {}), 0, tmp_path)
+        config = configured(SMALL, name, parse_system(name, {}), 0, tmp_path)
         assert not finished(config)
         train_run(config)
         assert finished(config) and train_run(config) == "kept"
@@ -142,7 +140,7 @@ def test_runs_share_a_start_and_are_kept(tmp_path, monkeypatch):
     for held in first.values():
         held.pop("time_s")
     assert first["grpo"] == first["riskpo-paper"]  # the same weights and questions
-    grpo = configured(SMALL, parse_system("grpo", {}), 0, tmp_path)
+    grpo = configured(SMALL, "grpo", parse_system("grpo", {}), 0, tmp_path)
     assert finished(replace(grpo, steps=1))  # a longer run serves
     assert not finished(replace(grpo, steps=3))
     train_run(replace(grpo, steps=3))

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from riskpo.demo import build_questions, build_tokenizer
 from riskpo.model.load import Policy, prepare
-from riskpo.rewards.verdict import Outcome, Verdict
+from riskpo.rewards.verdict import Outcome, Verdict, tally
 from riskpo.rollout.generate import GenerateSampler
 from riskpo.rollout.sampler import SamplingLimits
 from riskpo.types import Rollouts
@@ -56,6 +56,12 @@ def sample(
 def verdicts_of(rewards) -> list[Verdict]:
     """A verdict for each reward, right above 0."""
     return [Verdict(r, Outcome.RIGHT if r > 0 else Outcome.WRONG) for r in rewards]
+
+
+def scored(scorer, texts, questions) -> tuple[list[float], dict[str, int]]:
+    """Rewards of R responses, question by question, and the counts of their outcomes."""
+    verdicts = scorer.verdicts(texts, questions)
+    return [v.reward for v in verdicts], tally(verdicts)
 
 
 def random_rollouts(vocab: int, *, questions: int = 5, responses: int = 4, seed: int = 0):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from riskpo.data.questions import load_questions
 from riskpo.rewards.scorer import Scorer
-from riskpo.rewards.verdict import OUTCOMES, Outcome
+from riskpo.rewards.verdict import OUTCOMES, Outcome, tally
 from riskpo.types import Question
 from tools.agreement import heading, line
 
@@ -40,16 +40,14 @@ def references(scorer: Scorer, questions: list[Question]) -> Counter[str]:
 def completions(scorer: Scorer, path: Path, tasks: list[Question]) -> Counter[str]:
     known = {task.id.partition("/")[2]: task for task in tasks}
     rows = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
-    _, counts = scorer.score([r["completion"] for r in rows], [known[r["task_id"]] for r in rows])
-    return Counter(counts)
+    chosen = [known[r["task_id"]] for r in rows]
+    return Counter(tally(scorer.verdicts([r["completion"] for r in rows], chosen)))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("folder", type=Path, help="holds the .jsonl files")
-    parser.add_argument("--workers", type=int, default=2, help="programs at a time")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=10.0, help="for all tests of a program")
     options = parser.parse_args()
     heading("programs", "rows", *OUTCOMES, "seconds")
@@ -62,7 +60,7 @@ def main() -> None:
             line(name, len(questions), *(counts[side] for side in OUTCOMES), spent)
         start = time.monotonic()
         questions = load_questions(str(options.folder / f"{UNSOLVED}.jsonl"))
-        _, counts = scorer.score([WRONG_LINE] * len(questions), questions)
+        counts = Counter(tally(scorer.verdicts([WRONG_LINE] * len(questions), questions)))
         spent = f"{time.monotonic() - start:.0f}"
         line(f"{UNSOLVED}, wrong line", sum(counts.values()), *(counts[x] for x in OUTCOMES), spent)
         start = time.monotonic()

@@ -60,7 +60,7 @@ def draw(seed: int) -> Problem:
 def cancelling(problem: Problem) -> Problem | None:
     """Its positive advantages scaled so that the loss is about 1e-6 of its terms; None where these
     have one sign."""
-    new = ours(problem.to(torch.float64), backend="reference").values["logprob"]
+    new = ours(problem.to(torch.float64), backend="reference")["logprob"]
     terms = sums(new, problem)["loss"]
     falls, rises = -terms.clamp(max=0).sum(), terms.clamp(min=0).sum()
     if not falls or not rises:
@@ -74,7 +74,7 @@ def shares(problem: Problem, dtype: str, backend: str) -> dict[str, tuple[float,
     """(right, spoilt) by name of result."""
     cast = problem.to(DTYPES[dtype])
     yard = Yardstick.of(problem, plain(cast, logits32=True))
-    got = ours(cast, backend=backend).values
+    got = ours(cast, backend=backend)
     found = {}
     for name, value in got.items():
         spoilt = share(yard.bounds(name, value * (1 + PLANTED)))
@@ -88,7 +88,7 @@ def cancelled(problem: Problem, dtype: str, backend: str) -> tuple[float, float]
     """(right, spoilt) of the loss of a problem whose loss nearly cancels."""
     cast = problem.to(DTYPES[dtype])
     yard = Yardstick.of(problem, plain(cast, logits32=True))
-    loss = ours(cast, backend=backend).values["loss"]
+    loss = ours(cast, backend=backend)["loss"]
     off = PLANTED * yard.size["loss"].to(loss)
     return share(yard.bounds("loss", loss)), share(yard.bounds("loss", loss + off))
 
@@ -177,12 +177,10 @@ def study(problems: Iterable[int], threads: int, backend: str = "torch") -> Shar
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--problems", type=int, default=200, help="how many")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="each in turn")
-    parser.add_argument("--backend", default="torch", help="torch or triton")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--problems", type=int, default=200)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--backend", default="torch")
     options = parser.parse_args()
     print(f"{options.problems} problems; the worst of {', '.join(DTYPES)}\n")
     print("| threads | result | right, largest | spoilt, smallest |\n|---|---|---|---|")

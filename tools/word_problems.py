@@ -80,11 +80,9 @@ def warm_start(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", help="a Hugging Face folder")
-    parser.add_argument("folder", type=Path, help="is written")
+    parser.add_argument("folder", type=Path)
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
     parts = problems(random.Random(0))

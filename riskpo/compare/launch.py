@@ -25,8 +25,8 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from dataclasses import dataclass, replace
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,19 +45,10 @@ from riskpo.config import (
 from riskpo.errors import loading, refusals_in_one_line
 from riskpo.files import METRICS, check_folder, run_dir
 from riskpo.preflight import check_algorithm, check_data, check_model
-from riskpo.report.progress import EVERY_S, FIRST_S, quiet_loading_bars, spoken
+from riskpo.report.progress import FIRST_S, quiet_loading_bars, spoken, told
 
 START = "start"  # folder of the warm starts, beside the systems'
 START_DEPENDS_ON = ("seed", "data", "eval_questions", "temperature", "max_response_tokens", "dtype")
-
-
-@dataclass(frozen=True)
-class System:
-    """One row of the comparison: an algorithm and the settings that it alone has."""
-
-    name: str  # as given to --algorithms; also the folder
-    algorithm: str
-    settings: dict[str, Any]
 
 
 def compare_command(given: list[str]) -> None:
@@ -77,13 +68,14 @@ def compare_command(given: list[str]) -> None:
         a = parser.parse_args(given)
     base, named, margins = read_config(a.config)
     base = base if a.steps is None else replace(base, steps=a.steps)
-    systems = [parse_system(spec, named) for spec in a.algorithms.split(",")]
+    names = [spec.strip() for spec in a.algorithms.split(",")]
+    systems = {name: parse_system(name, named) for name in names}
     seeds = parse_seeds(a.seeds)
-    against = a.against or systems[0].name
-    if against not in [s.name for s in systems]:
+    against = a.against or names[0]
+    if against not in systems:
         raise ValueError(
-            f"compare: got against={against!r}; expected one of "
-            f"{', '.join(s.name for s in systems)}. Add it to --algorithms."
+            f"compare: got against={against!r}; expected one of {', '.join(systems)}. Add it to "
+            "--algorithms."
         )
     if a.jobs < 1:
         raise ValueError(f"compare: got jobs={a.jobs}; expected at least 1. Raise it.")
@@ -97,7 +89,7 @@ def compare_command(given: list[str]) -> None:
             run_all(base, configs, seeds, out, jobs=a.jobs)
     from riskpo.compare.page import write_page
 
-    for path in write_page(out, a.page, [s.name for s in systems], seeds, against, margins):
+    for path in write_page(out, a.page, list(systems), seeds, against, margins):
         print(path)
 
 
@@ -118,12 +110,11 @@ def read_config(
     return with_settings(TrainConfig(), given, path), systems, margins
 
 
-def parse_system(spec: str, named: dict[str, dict[str, Any]]) -> System:
-    """The system of `name+setting=value+...`; values as in TOML, text without quotes."""
-    name, *changes = spec.strip().split("+")
-    settings = dict(named.get(name, {}))
-    algorithm = settings.pop("algorithm", name)
-    check_algorithm(algorithm)
+def parse_system(spec: str, named: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The settings that `name+setting=value+...` alone has, its algorithm among them; values as in
+    TOML, text without quotes. named: the tables [systems.NAME]."""
+    name, *changes = spec.split("+")
+    settings = {"algorithm": name, **named.get(name, {})}
     for change in changes:
         setting, equals, value = change.partition("=")
         if not equals:
@@ -132,7 +123,8 @@ def parse_system(spec: str, named: dict[str, dict[str, Any]]) -> System:
                 "Write it like riskpo-loo+omega=0."
             )
         settings[setting] = _value(value)
-    return System(spec.strip(), algorithm, settings)
+    check_algorithm(settings["algorithm"])
+    return settings
 
 
 def _value(text: str) -> Any:
@@ -160,15 +152,15 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def settings_of_all(
-    base: TrainConfig, systems: list[System], seeds: list[int], out: Path
+    base: TrainConfig, systems: dict[str, dict[str, Any]], seeds: list[int], out: Path
 ) -> dict[tuple[str, int], TrainConfig]:
     """The settings of every system on every seed; ValueError where one of them cannot run."""
     if base.model is None and not is_embedded(base.data):
         validate(base)  # raises: data without a model
     configs = {
-        (system.name, seed): configured(base, system, seed, out)
+        (name, seed): configured(base, name, settings, seed, out)
         for seed in seeds
-        for system in systems
+        for name, settings in systems.items()
     }
     for config in configs.values():
         validate(resolve(config)[0])
@@ -212,25 +204,26 @@ def _gather(
     jobs: int,
 ) -> None:
     """Run the jobs; print a line as each ends, and the progress in between."""
-    print(f"compare: {len(work)} {what}", flush=True)
-    waiting = {pool.submit(_quietly, do, threads): name for name, do in work.items()}
-    began, pending, failed, patience = time.monotonic(), set(waiting), list[str](), FIRST_S
+    say = partial(print, flush=True)
+    say(f"compare: {len(work)} {what}")
     before = sum(share() for share in shares.values())
-    while pending:
-        ended, pending = wait(pending, timeout=patience, return_when=FIRST_COMPLETED)
-        for done, future in enumerate(ended, len(waiting) - len(pending) - len(ended) + 1):
+    waiting = {pool.submit(_quietly, do, threads): name for name, do in work.items()}
+    failed = list[str]()
+
+    def progress(passed: float) -> str:
+        # in the order they were given; the pool calls the next one "running" before it is
+        running = [name for future, name in waiting.items() if future.running()][:jobs]
+        parts = {name: shares[name]() if name in shares else 0.0 for name in running}
+        done = sum(future.done() for future in waiting) - len(failed)
+        line = how_far(done, len(waiting) - len(failed), parts, passed, before)
+        return line + (f"; failed: {len(failed)}" if failed else "")
+
+    with told(progress, say, FIRST_S):
+        for done, future in enumerate(as_completed(waiting), 1):
             name, error = waiting[future], future.exception()
             if error is not None:
                 failed.append(f"{name}: {type(error).__name__}: {error}")
-            print(f"[{done}/{len(waiting)}] {name}: {error or future.result()}", flush=True)
-        if not ended:
-            patience = min(2 * patience, EVERY_S)
-            # in the order they were given; the pool calls the next one "running" before it is
-            running = [name for f, name in waiting.items() if f in pending and f.running()][:jobs]
-            parts = {name: shares[name]() if name in shares else 0.0 for name in running}
-            count = len(waiting) - len(failed)
-            told = how_far(count - len(pending), count, parts, time.monotonic() - began, before)
-            print(told + (f"; failed: {len(failed)}" if failed else ""), flush=True)
+            say(f"[{done}/{len(waiting)}] {name}: {error or future.result()}")
     if failed:
         raise ValueError(
             f"compare: {len(failed)} of {len(waiting)} jobs failed; the first: {failed[0]}. Mend "
@@ -249,8 +242,8 @@ def how_far(
     over = done + sum(running.values())
     known = over - before > 0.02  # of a job: what starts up says nothing of the rest
     left = spoken(seconds / (over - before) * (count - over)) if known else ""
-    told = f"about {left} left" if known else "no estimate yet"
-    return f"compare: {done} of {count} done after {spoken(seconds)}, {told}; running: {names}"
+    estimate = f"about {left} left" if known else "no estimate yet"
+    return f"compare: {done} of {count} done after {spoken(seconds)}, {estimate}; running: {names}"
 
 
 def share_done(config: TrainConfig) -> float:
@@ -285,12 +278,12 @@ def _quietly(do: Callable[[], str], threads: int) -> str:
         return do()
 
 
-def configured(base: TrainConfig, system: System, seed: int, out: Path) -> TrainConfig:
-    """The run's own settings: the common ones, then the system's, then where it starts."""
-    config: TrainConfig = with_settings(base, system.settings, system.name)
-    config = replace(
-        config, algorithm=system.algorithm, seed=seed, run_dir=str(run_dir(out, system.name, seed))
-    )
+def configured(
+    base: TrainConfig, name: str, settings: dict[str, Any], seed: int, out: Path
+) -> TrainConfig:
+    """A run's settings: the common ones, then those of the system `name`, then where it starts."""
+    config: TrainConfig = with_settings(base, settings, name)
+    config = replace(config, seed=seed, run_dir=str(run_dir(out, name, seed)))
     if config.model is None:
         start = str(out / START / f"seed-{seed}")
         config = replace(config, model=start, data=config.data or "embedded")

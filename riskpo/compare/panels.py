@@ -1,21 +1,21 @@
-"""What each panel of a comparison's picture draws, and the numbers it takes from the logs.
+"""The panels of a comparison's picture: what each takes from the logs, and how it draws it.
 
-Lines are means over seeds; numbers by step are smoothed first. Bands and bars are 95 % t-intervals
-over seeds of what is drawn: of the levels as they are, or of differences taken seed by seed, from
-which the seeds' own levels (their warm starts) drop out. A share's interval ends at 0 and at 1. A
-system is told by its colour and its marker, so that it shows where lines coincide; the style of a
-line tells which number it is where a panel has several.
+The numbers are tables with a row per (system, seed) and a column per step, k or stratum. A line is
+the mean over seeds; numbers by step are smoothed first. Bands and bars are 95 % t-intervals over
+seeds. Differences are taken seed by seed first, so that the level of each seed's warm start drops
+out. The interval of a share ends at 0 and at 1. Colour and marker together name the system, also
+where lines coincide. Where a panel has several numbers, the style of the line names the number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from riskpo.compare.numbers import BOUND, EVAL, Runs, responses
+from riskpo.compare.numbers import BOUND, EVAL, Runs, paired, responses
 from riskpo.metrics.intervals import t_points
 from riskpo.report.plots import INK
 
@@ -26,7 +26,6 @@ COLOURS = (
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h")
 LINES = ("-", "--", ":")
 MARKS = 5  # markers on a line, about
-Series = dict[str, pd.DataFrame]  # system -> a row per seed, a column per step (or k, or stratum)
 Draw = Callable[[Any, "Page"], None]
 
 
@@ -45,31 +44,21 @@ class Page:
         self.steps = len(next(iter(runs.values())).loc[1:])
         self.window = max(self.steps // 15, 1) // 2 * 2 + 1  # centred
 
-    def rows(self, of: Callable[[pd.DataFrame], pd.Series]) -> Series:
-        """`of` every run, by system and seed; a system without any number is left out."""
-        found: Series = {}
-        for system in self.systems:
-            rows = {seed: of(run) for (name, seed), run in self.runs.items() if name == system}
-            if any(row.notna().any() for row in rows.values()):
-                found[system] = pd.DataFrame.from_dict(rows, orient="index")
-        return found
+    def rows(self, of: Callable[[pd.DataFrame], pd.Series]) -> pd.DataFrame:
+        """`of` every run, a row per (system, seed); a system without any number is left out."""
+        rows = pd.DataFrame({key: of(run) for key, run in self.runs.items()}).T
+        rows.index.names = ["system", "seed"]
+        return rows[rows.notna().any(axis=1).groupby(level="system").transform("any")]
 
-    def logged(self, name: str) -> Series:
+    def logged(self, name: str) -> pd.DataFrame:
         """That number by step, nan where a step has none."""
         return self.rows(lambda run: run.loc[1:].get(name, pd.Series(dtype=float)))
 
-    def series(self, name: str) -> Series:
+    def series(self, name: str) -> pd.DataFrame:
         """The same, smoothed over `window` steps."""
-        return {s: smoothed(y, self.window) for s, y in self.logged(name).items()}
+        return smoothed(self.logged(name), self.window)
 
-    def minus_against(self, series: Series) -> Series:
-        """Every other system's series minus that of `against`, seed by seed."""
-        reference = series.get(self.against)
-        if reference is None:
-            return {}
-        return {s: y - reference for s, y in series.items() if s != self.against}
-
-    def held_out(self, prefix: str, which: int) -> Series:
+    def held_out(self, prefix: str, which: int) -> pd.DataFrame:
         """The held-out numbers that begin with `prefix` in an evaluation (0 first, -1 last).
 
         Only systems of which every run was evaluated, and the names that all of those have.
@@ -80,9 +69,15 @@ class Page:
             found = evals.iloc[which] if len(evals) else pd.Series(dtype=float)
             return found.filter(regex=f"^{EVAL}{prefix}").rename(lambda k: k[len(EVAL + prefix) :])
 
-        every = {s: y for s, y in self.rows(numbers).items() if not y.isna().all(axis=1).any()}
-        shared = pd.concat(every).dropna(axis=1).columns if every else []
-        return {s: y[shared] for s, y in every.items() if len(shared)}
+        rows = self.rows(numbers)
+        every = rows[rows.notna().any(axis=1).groupby(level="system").transform("all")]
+        shared = every.dropna(axis=1)
+        return shared if len(shared.columns) else shared[:0]
+
+
+def by_system(rows: pd.DataFrame) -> Iterable[tuple[str, pd.DataFrame]]:
+    """Each system with its rows, one per seed."""
+    return rows.groupby(level="system", sort=False)
 
 
 def smoothed(y: pd.DataFrame, window: int) -> pd.DataFrame:
@@ -123,13 +118,14 @@ def by_step(
     """
 
     def draw(axis: Any, page: Page) -> None:
-        logged: Series = {}
-        drawn: Series = {}
         for name, line in reversed([*zip(names, LINES, strict=False)]):  # the first on top
-            logged = page.series(name)
-            drawn = page.minus_against(logged) if minus else logged
+            logged = drawn = page.series(name)
+            if minus and page.against in logged.index:
+                drawn = paired(logged, page.against)
+            elif minus:
+                drawn = logged[:0]
             _lines(axis, page, drawn, line=line, band=band, share=share)
-        if logged and not drawn:
+        if len(logged) and drawn.empty:
             say(axis, "nothing to compare with")
         elif _missing(axis, page, logged):
             if zero:
@@ -147,11 +143,8 @@ def by_step(
 def covariances(axis: Any, page: Page) -> None:
     """The difference over all steps as the sum of its terms; the lower one is omega cov_lower."""
     gap, upper = page.logged("cov_gap"), page.logged("cov_upper")
-    shown = {}
-    for system in [s for s in upper if s in gap]:
-        terms = {"difference": gap[system], "= upper term": upper[system]}
-        terms["+ lower term"] = gap[system] - upper[system]
-        shown[system] = pd.DataFrame({name: y.mean(axis=1) for name, y in terms.items()})
+    terms = {"difference": gap, "= upper term": upper, "+ lower term": gap - upper}
+    shown = pd.DataFrame({name: y.mean(axis=1) for name, y in terms.items()}).dropna()
     if _points(axis, page, shown, "not logged"):
         _zero(axis)
     axis.set_xlabel("mean over all steps")
@@ -159,15 +152,16 @@ def covariances(axis: Any, page: Page) -> None:
 
 def by_responses(axis: Any, page: Page) -> None:
     """Mean reward against the responses sampled for it."""
-    _lines(axis, page, page.series("reward_mean"), x=page.rows(lambda r: responses(r) / 1000))
+    sampled = page.rows(lambda run: responses(run) / 1000)
+    _lines(axis, page, page.series("reward_mean"), x=sampled)
     axis.set_xlabel("responses sampled (thousands)")
 
 
 def entropy_by_reward(axis: Any, page: Page) -> None:
     """Token entropy against mean reward, a large marker at the last step."""
     reward, entropy = page.series("reward_mean"), page.series("sampled_entropy")
-    for system in [s for s in reward if s in entropy]:
-        style, x, y = page.style[system], middle(reward[system]), middle(entropy[system])
+    for system, rows in by_system(entropy[entropy.index.isin(reward.index)]):
+        style, x, y = page.style[system], middle(reward.loc[system]), middle(rows)
         axis.plot(x, y, color=style["color"], linewidth=0.9, alpha=0.6)
         x, y = x.iloc[-1:], y.iloc[-1:]
         axis.plot(x, y, **style, markersize=9, markeredgecolor="white", zorder=4)
@@ -179,14 +173,13 @@ def pass_at_k(axis: Any, page: Page) -> None:
     """Held-out pass@k at the end, means only, over the mean start."""
     start = page.held_out("pass@", 0)
     if _points(axis, page, page.held_out("pass@", -1), bars=False, line="-"):
-        axis.plot(middle(pd.concat(start)).to_numpy(), color=INK, linestyle=":", linewidth=1.5)
+        axis.plot(middle(start).to_numpy(), color=INK, linestyle=":", linewidth=1.5)
     axis.set_xlabel("k")
 
 
 def pass_rise(axis: Any, page: Page) -> None:
     """Its rise since the start of the same run."""
-    start = page.held_out("pass@", 0)
-    rise = {s: y - start[s] for s, y in page.held_out("pass@", -1).items()}
+    rise = page.held_out("pass@", -1) - page.held_out("pass@", 0)
     if _points(axis, page, rise, line="-"):
         _zero(axis)
     axis.set_xlabel("k")
@@ -194,7 +187,7 @@ def pass_rise(axis: Any, page: Page) -> None:
 
 def strata(axis: Any, page: Page) -> None:
     """Held-out mean reward at the end, by stratum of the data."""
-    lack = "no strata" if page.held_out("", -1) else "no held-out questions"
+    lack = "no held-out questions" if page.held_out("", -1).empty else "no strata"
     _points(axis, page, page.held_out("reward_", -1), lack)
     axis.set_xlabel("stratum")
 
@@ -212,23 +205,23 @@ def gradient_norm(axis: Any, page: Page) -> None:
 def _lines(
     axis: Any,
     page: Page,
-    series: Series,
+    series: pd.DataFrame,
     *,
-    x: Series | None = None,
+    x: pd.DataFrame | None = None,
     line: str = "-",
     band: bool = False,
     share: bool = False,
 ) -> None:
     """A line per system, its markers above all lines and not where another system has its."""
-    for system, seeds in series.items():
-        style, y = page.style[system], middle(seeds)
-        at = seeds.columns if x is None else middle(x[system])
+    for system, rows in by_system(series):
+        style, y = page.style[system], middle(rows)
+        at = rows.columns if x is None else middle(x.loc[system])
         axis.plot(at, y, color=style["color"], linestyle=line, linewidth=1.3)
         place = (page.systems.index(system) + 0.5) / len(page.systems)
         every = max(len(y) // MARKS, 1)
         axis.plot(at, y, **style, linestyle="", markersize=5, markeredgewidth=0, zorder=3,
                   markevery=(min(int(place * every), len(y) - 1), every))  # fmt: skip
-        half = half_width(seeds)
+        half = half_width(rows)
         if band and half.any():
             ends = [e.clip(0, 1) if share else e for e in (y - half, y + half)]
             axis.fill_between(at, *ends, color=style["color"], alpha=0.12, linewidth=0)
@@ -237,7 +230,7 @@ def _lines(
 def _points(
     axis: Any,
     page: Page,
-    shown: Series,
+    shown: pd.DataFrame,
     lack: str = "no held-out questions",
     *,
     bars: bool = True,
@@ -247,15 +240,16 @@ def _points(
 
     False, and `lack` in the panel, where there is nothing to show.
     """
-    for i, (system, y) in enumerate(shown.items()):
-        aside = ((i + 0.5) / len(shown) - 0.5) * (0.5 if line else 0.7) * bars
+    if shown.empty:
+        say(axis, lack)
+        return False
+    count = len(shown.index.unique("system"))
+    for i, (system, y) in enumerate(by_system(shown)):
+        aside = ((i + 0.5) / count - 0.5) * (0.5 if line else 0.7) * bars
         axis.errorbar(np.arange(y.shape[1]) + aside, middle(y), half_width(y) if bars else None,
                       **page.style[system], linestyle=line, linewidth=1.1, markersize=4,
                       elinewidth=0.8, capsize=0)  # fmt: skip
-    if not shown:
-        say(axis, lack)
-        return False
-    names = list(next(iter(shown.values())).columns)
+    names = list(shown.columns)
     axis.set_xticks(range(len(names)), names, rotation=30 if sum(map(len, names)) > 40 else 0)
     return True
 
@@ -264,15 +258,15 @@ def _zero(axis: Any) -> None:
     axis.axhline(0, color=INK, linewidth=0.9, linestyle=(0, (1, 2)), zorder=1.5)
 
 
-def _missing(axis: Any, page: Page, shown: Series) -> bool:
+def _missing(axis: Any, page: Page, shown: pd.DataFrame) -> bool:
     """Say which systems do not log a number; False where none does."""
-    without = [system for system in page.systems if system not in shown]
-    if not shown:
+    without = [system for system in page.systems if system not in shown.index]
+    if shown.empty:
         say(axis, "not logged")
     elif without:
         whom = ", ".join(without) if len(without) <= 3 else f"{len(without)} systems"
         axis.set_xlabel(f"step (not logged by {whom})")
-    return bool(shown)
+    return not shown.empty
 
 
 def say(axis: Any, text: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.nn import functional
@@ -111,14 +112,14 @@ def with_op(name: str, problem: Problem) -> Results:
     op = ops()[name]
     h, w, _ = leaves(problem)
     logprob, entropy = op.call(h, w, problem.target, 1.0)
-    loss, note = clipped_mean(logprob.float(), problem), f"{op.name}; loss in plain PyTorch"
-    return results(problem, (h, w), loss, note, logprob=logprob, entropy=entropy)
+    loss = clipped_mean(logprob.float(), problem)
+    return results(problem, (h, w), loss, logprob=logprob, entropy=entropy)
 
 
 def liger_loss(problem: Problem) -> Results:
     """Liger's fused head and loss in one, beside its log-prob function."""
     loss_of = attribute("liger_kernel.chunked_loss", "LigerFusedLinearGRPOLoss")
-    op = with_op("liger", problem).values
+    op = with_op("liger", problem)
     h, w, _ = leaves(problem)
     grpo = loss_of(
         loss_type="grpo", beta=0.0, use_ref_model=False, epsilon_low=0.2, epsilon_high=0.2,
@@ -126,8 +127,7 @@ def liger_loss(problem: Problem) -> Results:
     )  # fmt: skip
     given = (h, w, problem.target, problem.mask.to(h.dtype), problem.advantage)
     loss, _ = grpo(*given, old_per_token_logps=problem.old_logprob)
-    mine = results(problem, (h, w), loss).values
-    return Results({**op, **mine}, "log-prob: fused scaled CE; loss: LigerFusedLinearGRPOLoss")
+    return op | results(problem, (h, w), loss)
 
 
 def verl_loss(problem: Problem) -> Results:
@@ -148,14 +148,14 @@ def verl_loss(problem: Problem) -> Results:
         loss_agg_mode="seq-mean-token-mean",
         config=config,
     )
-    note = "FusedLinearForPPO; vanilla policy loss"
-    return results(problem, (h, w), loss, note, logprob=logprob, entropy=entropy)
+    return results(problem, (h, w), loss, logprob=logprob, entropy=entropy)
 
 
-LIBRARIES: dict[str, Callable[[Problem], Results]] = {
-    "torch": lambda problem: with_op("torch", problem),
-    "trl": trainer_loss,
-    "liger": liger_loss,
-    "verl": verl_loss,
-    "plain": plain,
+# name -> (its results, what is called for them)
+LIBRARIES: dict[str, tuple[Callable[[Problem], Results], str]] = {
+    "torch": (partial(with_op, "torch"), "F.linear_cross_entropy; loss in plain PyTorch"),
+    "trl": (trainer_loss, "GRPOTrainer._compute_loss"),
+    "liger": (liger_loss, "log-prob: fused scaled CE; loss: LigerFusedLinearGRPOLoss"),
+    "verl": (verl_loss, "FusedLinearForPPO; vanilla policy loss"),
+    "plain": (plain, "logits in the input dtype"),
 }

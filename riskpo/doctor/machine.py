@@ -7,12 +7,11 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from importlib import metadata
-from typing import NamedTuple
 
 import torch
 
-from riskpo.doctor.packages import first_line
+from riskpo.doctor.check import Check, first_line
+from riskpo.doctor.packages import version
 from riskpo.doctor.problem import Problem, Yardstick, make_problem, ours, plain, with_bias
 from riskpo_kernels import backend_report
 
@@ -30,26 +29,6 @@ REMEDY = {
     "reference": WRONG,
     "triton": "Use backend='torch' meanwhile, clear ~/.triton/cache, match triton to torch.",
 }
-
-
-class Check(NamedTuple):
-    """One line of the report. ok None: could not be checked, and why is in the text."""
-
-    ok: bool | None
-    text: str
-    remedy: str = ""
-
-    def __str__(self) -> str:
-        word = {True: "ok     ", False: "FAILED ", None: "skipped"}[self.ok]
-        return f"{word} {self.text}" + (f"\n        -> {self.remedy}" if self.remedy else "")
-
-
-def version(package: str) -> str:
-    """Installed version of a distribution, or 'not installed'."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def versions() -> dict[str, str]:
@@ -80,7 +59,7 @@ def numerics(backend: str, dtype: str, device: str, problem: Problem | None = No
     what = f"{backend} {dtype} on {device}"
     try:
         moved = problem.to(DTYPES[dtype]).on(device)
-        got = ours(moved, backend=backend).values
+        got = ours(moved, backend=backend)
     except Exception as error:  # any failure of a backend is the finding
         return Check(False, f"{what}: {first_line(error, 160)}", REMEDY[backend])
     seen = {name: yard.bounds(name, got[name]) for name in yard.truth}

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from riskpo.doctor.machine import DTYPES, Check, numerics
+from riskpo.doctor.check import Check
+from riskpo.doctor.machine import DTYPES, numerics
 from riskpo.doctor.problem import step_on
 from riskpo.doctor.term_sizes import head_sizes
 from riskpo.doctor.tolerance import bounds

@@ -1,11 +1,14 @@
-"""Attributes of optional packages, which may be missing or broken."""
+"""The other libraries, which may be missing or broken, and their versions."""
 
 from __future__ import annotations
 
 import importlib
+from importlib import metadata
 from typing import Any
 
-# of the libraries that ours is compared with, by the name that --against takes
+from riskpo.doctor.check import first_line
+
+# those that ours is compared with, by the name that --against takes
 PACKAGES = {
     "liger": "liger-kernel",
     "plain": "torch",
@@ -13,12 +16,6 @@ PACKAGES = {
     "trl": "trl",
     "verl": "verl",
 }
-
-
-def first_line(error: Exception, most: int = 60) -> str:
-    """The first `most` letters of an error's first line, after its type."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:most]}"
 
 
 class Missing(ValueError):
@@ -34,3 +31,11 @@ def attribute(module: str, name: str) -> Any:
             f"doctor: {module}.{name} is not to be had here ({first_line(error, 120)}). Install "
             "the package, or leave it out."
         ) from None
+
+
+def version(package: str) -> str:
+    """Installed version of a distribution, or 'not installed'."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"

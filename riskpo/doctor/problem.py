@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
 
 import torch
 
@@ -41,12 +40,9 @@ class Problem:
         return replace(self, **{k: change(k, x) for k, x in given.items() if x is not None})
 
 
-class Results(NamedTuple):
-    """What one head and loss gave: of logprob, entropy, lse, loss, ratio_mean, clip_fraction,
-    dhidden, dweight and dbias those that there are; per token on the response's tokens only."""
-
-    values: dict[str, torch.Tensor]
-    note: str = ""
+# What one head and loss gave: of logprob, entropy, lse, loss, ratio_mean, clip_fraction, dhidden,
+# dweight and dbias those that there are; per token on the response's tokens only.
+Results = dict[str, torch.Tensor]
 
 
 def peaked(
@@ -131,28 +127,18 @@ def leaves(problem: Problem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor |
     return fresh(problem.hidden), fresh(problem.weight), bias
 
 
-def ours(problem: Problem, *, backend: str, ratio: str = "token") -> Results:
+def ours(problem: Problem, *, backend: str) -> Results:
     """Log-prob, entropy, clipped loss (0.2 / 0.2, mean over sequences), stats and gradients."""
     h, w, b = leaves(problem)
     head = (problem.hidden, problem.weight, problem.target)
     with torch.no_grad():
         token = linear_logprob(*head, bias=problem.bias, return_entropy=True, backend=backend)
     loss, stats = riskpo_loss(
-        h,
-        w,
-        problem.target,
-        problem.old_logprob,
-        problem.advantage,
-        bias=b,
-        mask=problem.mask,
-        ratio=ratio,
-        clip_low=0.2,
-        clip_high=0.2,
-        backend=backend,
-    )
-    found = results(problem, (h, w, b), loss, **token._asdict())
+        h, w, problem.target, problem.old_logprob, problem.advantage, bias=b, mask=problem.mask,
+        ratio="token", clip_low=0.2, clip_high=0.2, backend=backend,
+    )  # fmt: skip
     more = {name: stats[name].detach() for name in ("ratio_mean", "clip_fraction")}
-    return Results(found.values | more)
+    return results(problem, (h, w, b), loss, **token._asdict()) | more
 
 
 def plain(problem: Problem, *, logits32: bool = False) -> Results:
@@ -168,8 +154,8 @@ def plain(problem: Problem, *, logits32: bool = False) -> Results:
     logprob = logp.gather(-1, problem.target[..., None])[..., 0]
     loss, lse = clipped_mean(logprob, problem), logits.logsumexp(-1)
     found = results(problem, (h, w, b), loss, logprob=logprob, entropy=entropy, lse=lse)
-    totals = {k: x.sum() for k, x in sums(found.values["logprob"], problem).items()}
-    return Results(totals | found.values, "logits in the input dtype")
+    totals = {k: x.sum() for k, x in sums(found["logprob"], problem).items()}
+    return totals | found
 
 
 def clipped_mean(logprob: torch.Tensor, problem: Problem) -> torch.Tensor:
@@ -202,7 +188,6 @@ def results(
     problem: Problem,
     wanted: Sequence[torch.Tensor | None],
     loss: torch.Tensor,
-    note: str = "",
     **per_token: torch.Tensor | None,
 ) -> Results:
     """The loss, its gradients by `wanted` (hidden, weight, bias), and what each token gave [B, T],
@@ -212,7 +197,7 @@ def results(
     for name, x in zip(LEAVES, wanted, strict=False):
         if x is not None and x.grad is not None:
             found[f"d{name}"] = x.grad
-    return Results({k: x.detach() for k, x in found.items()}, note)
+    return {k: x.detach() for k, x in found.items()}
 
 
 @dataclass(frozen=True)
@@ -223,15 +208,15 @@ class Yardstick:
     terms cancel. size: of the terms that each sums, in logits, gradients and totals.
     """
 
-    truth: dict[str, torch.Tensor]
-    honest: dict[str, torch.Tensor]
-    size: dict[str, torch.Tensor]
+    truth: Results
+    honest: Results
+    size: Results
 
     @classmethod
     def of(cls, problem: Problem, honest: Results) -> Yardstick:
         """honest: plain PyTorch's results of `problem` in the dtype that is judged."""
-        truth = ours(problem.to(torch.float64), backend="reference").values
-        values, size = dict(honest.values), _sizes(problem, truth["logprob"])
+        truth = ours(problem.to(torch.float64), backend="reference")
+        values, size = dict(honest), _sizes(problem, truth["logprob"])
         exact, rounded = (sums(x["logprob"], problem) for x in (truth, values))
         for name in exact:
             truth[name], values[name], terms = summed(exact[name], rounded[name])

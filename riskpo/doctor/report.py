@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
+from riskpo.doctor.check import Check
 from riskpo.doctor.libraries import LIBRARIES, ops
-from riskpo.doctor.loss_traps import LOSS_TRAPS, Loss, LossTrap, pose_loss
-from riskpo.doctor.machine import Check, machine_checks, version, versions
-from riskpo.doctor.packages import PACKAGES, Missing
+from riskpo.doctor.loss_traps import LOSS_TRAPS, LossTrap, pose_loss
+from riskpo.doctor.machine import machine_checks, versions
+from riskpo.doctor.packages import PACKAGES, Missing, version
 from riskpo.doctor.problem import Problem, Results, Yardstick, make_problem, ours, plain
-from riskpo.doctor.seen import rows
-from riskpo.doctor.tolerance import errors, within
-from riskpo.doctor.traps import TRAPS, Trap, pose
+from riskpo.doctor.tolerance import errors
+from riskpo.doctor.traps import TRAPS, Trap, pose, rows
 
-HEADER = ("dtype", "quantity", "theirs - ours", "theirs - fp64", "ours - fp64", "plain - fp64")
 REPORTED = ("torch", "liger", "trl", "verl")
 QUANTITIES = ("logprob", "entropy", "loss", "dhidden", "dweight")  # that libraries give
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-@dataclass(frozen=True)
-class Row:
-    """One quantity in one dtype; all numbers are largest absolute differences."""
+class Row(NamedTuple):
+    """One quantity in one dtype; the errors are largest absolute differences."""
 
     dtype: str
     quantity: str
@@ -33,48 +31,34 @@ class Row:
     theirs: float  # theirs - float64
     ours: float  # ours - float64
     plain: float  # plain PyTorch in this dtype - float64; of the loss: summed over its terms
-    size: float = 1.0  # the largest magnitude, or that of a sum's terms together
-
-    @property
-    def verdict(self) -> str:
-        limit = {"theirs": self.theirs, "ours": self.ours}
-        off = [name for name, error in limit.items() if not within(error, self.plain, self.size)]
-        return "agree" if not off else f"beyond 2x plain PyTorch's error: {', '.join(off)}"
+    verdict: str
 
 
-def against(name: str) -> tuple[list[Row], str]:
-    """Rows for every quantity that library `name` gives, and what was called.
+HEADER = ("dtype", "quantity", "theirs - ours", "theirs - fp64", "ours - fp64", "plain - fp64",
+          "verdict")  # fmt: skip
 
-    Raises ValueError when the library is unknown or cannot be used here.
-    """
-    if name not in LIBRARIES:
-        raise ValueError(
-            f"doctor: got --against {name}; expected one of {', '.join(LIBRARIES)}. Check the "
-            "spelling."
-        )
-    problem = make_problem()
-    rows, note = [], ""
-    for dtype, kind in DTYPES.items():
-        cast = problem.to(kind)
-        theirs = LIBRARIES[name](cast)
-        note = theirs.note or note
-        rows += compare(dtype, theirs, cast)
-    return rows, note
+
+def against(name: str) -> list[Row]:
+    """A row for every quantity that library `name` gives; ValueError where it is not installed."""
+    problem, (library, _) = make_problem(), LIBRARIES[name]
+    casts = {dtype: problem.to(kind) for dtype, kind in DTYPES.items()}
+    return [row for dtype, x in casts.items() for row in compare(dtype, library(x), x)]
 
 
 def compare(dtype: str, theirs: Results, problem: Problem) -> list[Row]:
     """One row for each quantity that `theirs` has."""
-    mine = ours(problem, backend="auto").values
-    yard = Yardstick.of(problem, plain(problem))
+    mine, yard = ours(problem, backend="auto"), Yardstick.of(problem, plain(problem))
     found = []
     for quantity in QUANTITIES:
-        if quantity not in theirs.values:
+        if quantity not in theirs:
             continue
-        got, own, truth = theirs.values[quantity], mine[quantity], yard.truth[quantity]
-        pairs = (got, own), (got, truth), (own, truth), (yard.honest[quantity], truth)
-        numbers = [errors(a, b)[1] for a, b in pairs]
-        numbers.append(float(yard.size.get(quantity, truth).abs().max()))
-        found.append(Row(dtype, quantity, *numbers))
+        got, own, truth = theirs[quantity], mine[quantity], yard.truth[quantity]
+        far, near = (yard.bounds(quantity, x)[1] for x in (got, own))
+        off = ", ".join(who for who, x in (("theirs", far), ("ours", near)) if not x.holds)
+        verdict = f"beyond 2x plain PyTorch's error: {off}" if off else "agree"
+        _, apart = errors(got.double() - own.double(), torch.zeros(()))
+        _, honest = errors(yard.honest[quantity], truth)
+        found.append(Row(dtype, quantity, apart, far.error, near.error, honest, verdict))
     return found
 
 
@@ -103,19 +87,15 @@ def checks_of(model: str | None) -> Iterable[Check]:
 
 def print_comparison(name: str) -> None:
     """Largest differences between library `name` and ours, and the verdict."""
-    found, note = against(name)
     package = PACKAGES[name]
-    print(f"{package} {version(package)}: {note}")
-    print("largest absolute differences; same hidden states, advantages, masks and old log-probs\n")
-    line = "{:<6} {:<9} " + "{:>14} " * 4 + " {}"
-    print(line.format(*HEADER, "verdict"))
-    for row in found:
-        print(line.format(*cells(row), row.verdict))
+    print("Largest absolute differences; same hidden states, advantages, masks and old log-probs.")
+    print(f"{package} {version(package)}: {comparison(name)}", end="")
 
 
-def cells(row: Row) -> list[str]:
-    numbers = (row.difference, row.theirs, row.ours, row.plain)
-    return [row.dtype, row.quantity, *(f"{x:.1e}" for x in numbers)]
+def comparison(name: str) -> str:
+    """What was called of a library, and a table of its rows."""
+    lines = ([f"{x:.1e}" if isinstance(x, float) else x for x in row] for row in against(name))
+    return f"{LIBRARIES[name][1]}.\n\n{table(HEADER, lines)}"
 
 
 def report(say: Callable[[str], None], old: str = "") -> str:
@@ -128,19 +108,15 @@ def report(say: Callable[[str], None], old: str = "") -> str:
     parts += ["## This machine\n", "```", *map(str, machine_checks()), "```\n"]
     for name in REPORTED:
         say(f"comparing with {name}")
-        parts += [f"## Against {name}\n", *comparison(name)]
+        try:
+            found = comparison(name)
+        except ValueError as error:
+            found = f"Not compared: {error}\n"
+        parts += [f"## Against {name}\n", found]
     say("setting the traps")
     parts += ["## Log-prob functions and the traps\n", TRAPS_NOTE, trap_matrix()]
     parts += ["## Policy losses and the traps\n", LOSS_NOTE, loss_matrix()]
     return "\n".join(parts)
-
-
-def comparison(name: str) -> list[str]:
-    try:
-        found, note = against(name)
-    except ValueError as error:
-        return [f"Not compared: {error}\n"]
-    return [f"{note}.\n", table((*HEADER, "verdict"), ([*cells(r), r.verdict] for r in found))]
 
 
 def installed(try_it: Callable[[], object]) -> bool:
@@ -154,22 +130,19 @@ def installed(try_it: Callable[[], object]) -> bool:
 
 def trap_matrix() -> str:
     """Traps down, the log-prob functions that are installed across."""
-    probe = rows(2, 8, 16)
-    columns = [op for op in ops().values() if installed(partial(op.call, *probe, 1.0))]
+    columns = [op for op in ops().values() if installed(partial(op.call, *rows(2, 8, 16), 1.0))]
     head = [f"{op.name}<br>{op.package} {version(op.package)}" for op in columns]
-    lines = ([linked(trap), *(str(pose(trap, op)) for op in columns)] for trap in TRAPS)
+    lines = ([linked(trap), *(pose(trap, op).cell for op in columns)] for trap in TRAPS)
     return table(("trap", *head), lines)
 
 
 def loss_matrix() -> str:
     """Traps down, the policy losses that are installed across."""
-    problem = make_problem()
-    losses: dict[str, Loss] = {"riskpo": partial(ours, backend="auto"), **LIBRARIES}
+    problem, losses = make_problem(), {name: loss for name, (loss, _) in LIBRARIES.items()}
     del losses["torch"]  # it has no policy loss of its own
+    losses = {"riskpo": partial(ours, backend="auto"), **losses}
     found = {k: loss for k, loss in losses.items() if installed(partial(loss, problem))}
-    lines = (
-        [linked(trap), *(str(pose_loss(trap, x)) for x in found.values())] for trap in LOSS_TRAPS
-    )
+    lines = ([linked(t), *(pose_loss(t, x).cell for x in found.values())] for t in LOSS_TRAPS)
     return table(("trap", *found), lines)
 
 

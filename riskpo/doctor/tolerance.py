@@ -49,11 +49,6 @@ class Sum(NamedTuple):
     size: torch.Tensor
 
 
-def within(error: float, plain_error: float, size: float = 1.0, floor: float = FLOOR) -> bool:
-    """The rule for one number of float32 or 16 bits. NaN is not within."""
-    return error <= FACTOR * plain_error + floor * size
-
-
 def tensor_core(x: torch.Tensor) -> bool:
     """Whether x was made where 16-bit products are (test_rounded_products.py pretends)."""
     return x.is_cuda

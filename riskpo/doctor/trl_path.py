@@ -35,8 +35,7 @@ def trainer_loss(problem: Problem) -> Results:
             model, ids, attention, T, compute_entropy=True
         )
     loss = trainer._compute_loss(model, inputs)
-    note = "GRPOTrainer._compute_loss"
-    return results(problem, (hidden, weight), loss, note, logprob=logprob, entropy=entropy)
+    return results(problem, (hidden, weight), loss, logprob=logprob, entropy=entropy)
 
 
 def build_trainer(problem: Problem, folder: str) -> Any:

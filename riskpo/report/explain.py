@@ -39,11 +39,11 @@ def explain(run_dir: str | Path) -> list[Finding]:
     return [replace(f, topic=topic) for topic, ask in QUESTIONS.items() for f in ask(log)]
 
 
-def report(findings: Iterable[Finding]) -> str:
-    """The sentences under their topics, at most WIDTH wide, notable ones marked with "!"."""
+def report(run_dir: str | Path) -> str:
+    """`explain`'s sentences under their topics, at most WIDTH wide; "!" marks notable ones."""
     lines: list[str] = []
     topic = ""
-    for finding in findings:
+    for finding in explain(run_dir):
         if finding.topic != topic:
             topic = finding.topic
             lines.append(f"{topic}:")

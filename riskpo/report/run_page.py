@@ -13,7 +13,7 @@ from pathlib import Path
 from string import Template
 
 from riskpo.files import NOTES, SETTINGS, TEXTS, write_text
-from riskpo.report.explain import explain, report
+from riskpo.report.explain import report
 from riskpo.report.logs import read_records
 from riskpo.report.plots import plot
 from riskpo.report.samples import read_samples
@@ -85,7 +85,7 @@ def write_report(run_dir: str | Path) -> Path:
     texts = {
         "name": folder.name,
         "summary": "; ".join(_summary(folder)) or "no step yet",
-        "findings": report(explain(folder)) if steps else "No step is finished.",
+        "findings": report(folder) if steps else "No step is finished.",
         # once, also where a resumed run has said it again
         "memory": "".join(dict.fromkeys(x for x in notes.splitlines(True) if x.startswith(MEMORY))),
         "settings": (folder / SETTINGS).read_text(encoding="utf-8"),

@@ -1,8 +1,8 @@
 """Killable worker processes, the only place where untrusted text is parsed.
 
 Each worker has its own pair of pipes and shares no lock, so a worker that is killed or stuck in C
-code loses its own item alone. One thread per worker feeds it. The calling thread keeps the clock
-and sends SIGKILL at the limit (SIGALRM can be ignored, and math-verify's use of it cancels others).
+code loses its own item alone. A thread talks to it, and a timer kills it at the limit with SIGKILL
+(SIGALRM can be ignored, and math-verify's use of it cancels others).
 
 Pebble does not fit: it waits 3 s before it kills (a limit of 1 s took 4.1 s), its workers share one
 locked pipe, results travel as pickle, and spawn imports the main module.
@@ -16,146 +16,24 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import weakref
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any
+from queue import SimpleQueue
+from typing import Any, TypeVar
 
 from riskpo.rewards.verdict import OUT_OF_MEMORY, Outcome, Verdict, failed
 
 START_SECONDS = 120.0  # imports on a busy machine
-POLL_SECONDS = 0.02  # how far past the limit a verifier may run
 REPLY_BYTES = 65536
 ATTEMPTS = 2
 BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from riskpo.rewards.worker import main; main()"
 )
-
-
-class _Worker:
-    """One process and its clock. `ask` runs in a feeding thread, `kill_if_late` in the caller."""
-
-    def __init__(self, setup: dict[str, Any]) -> None:
-        self._setup = setup
-        self._lock = threading.Lock()
-        self._deadline: float | None = None
-        self._process: subprocess.Popen[bytes] | None = None
-        self._closed = False
-        self.late = False
-
-    def launch(self) -> None:
-        """Start a process without waiting for it."""
-        with self._lock:
-            if self._closed:
-                raise RuntimeError("VerifierPool: closed while it was working.")
-            self._process = subprocess.Popen(
-                # A console script does not look into the current folder, where a reward may be.
-                [sys.executable, "-c", BOOT, json.dumps([*sys.path, os.getcwd()])],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
-                start_new_session=True,  # so that what a verifier started dies with it
-            )
-
-    def ready(self) -> None:
-        """Wait for the imports; RuntimeError when the verifier cannot be imported."""
-        reply = self._exchange(self._setup, START_SECONDS)
-        if reply is None:
-            fate = f"not ready after {START_SECONDS:.0f} s" if self.late else self.fate()
-            self.stop()
-            raise RuntimeError(f"verifier {self._setup['function']}: its process {fate}.")
-        if "error" in reply:
-            self.stop()
-            raise RuntimeError(
-                f"verifier {self._setup['function']} cannot be imported: {reply['error']}. "
-                f"Check the path, and that it imports on its own in {os.getcwd()}."
-            )
-
-    def ensure(self) -> None:
-        """A live process: the present one, or a fresh one in place of a dead one."""
-        if self._process is None or self._process.poll() is not None:
-            self.stop()
-            self.launch()
-            self.ready()
-
-    def ask(self, arguments: Sequence[Any]) -> Verdict | None:
-        """The verdict on one item, or None when the process died or was killed over it."""
-        reply = self._exchange({"arguments": list(arguments)}, self._setup["seconds"])
-        try:
-            if reply is None:
-                return None
-            return Verdict(float(reply["reward"]), Outcome(reply["outcome"]), str(reply["detail"]))
-        except (KeyError, TypeError, ValueError):
-            self.kill()  # not our protocol: do not trust this process any further
-            return None
-
-    def _exchange(self, message: object, seconds: float) -> dict[str, Any] | None:
-        process = self._process
-        assert process is not None and process.stdin is not None and process.stdout is not None
-        with self._lock:
-            self.late, self._deadline = False, time.monotonic() + seconds
-        try:
-            process.stdin.write(json.dumps(message, default=str).encode() + b"\n")
-            process.stdin.flush()
-            line = process.stdout.readline(REPLY_BYTES)
-            reply = json.loads(line) if line.endswith(b"\n") else None
-        except (OSError, json.JSONDecodeError):
-            reply = None
-        finally:
-            with self._lock:
-                self._deadline = None
-        return reply if isinstance(reply, dict) else None
-
-    def kill_if_late(self) -> None:
-        with self._lock:
-            if self._deadline is not None and time.monotonic() > self._deadline:
-                self.late, self._deadline = True, None
-                self.kill()
-
-    def kill(self) -> None:
-        """SIGKILL to the process and to whatever it started; nothing once it was reaped.
-
-        A child that a verifier forked may hold our pipe open after the process itself is gone,
-        hence the group, and hence no look at whether the process still runs.
-        """
-        if self._process is None or self._process.returncode is not None:
-            return
-        with suppress(ProcessLookupError):
-            if hasattr(os, "killpg"):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            else:
-                self._process.kill()
-
-    def fate(self) -> str:
-        """How the dead process ended, for the log."""
-        assert self._process is not None
-        self.kill()
-        code = self._process.wait()
-        if code < 0:
-            return f"was killed by signal {-code}"
-        return f"exited with status {code}" + (" (out of memory)" if code == OUT_OF_MEMORY else "")
-
-    def stop(self) -> None:
-        """End the process, reap it, close its pipes. Idempotent."""
-        process = self._process
-        if process is None:
-            return
-        self.kill()
-        process.wait()
-        self._process = None
-        for pipe in (process.stdin, process.stdout):
-            with suppress(OSError):  # unsent bytes of a dead worker
-                if pipe is not None:
-                    pipe.close()
-
-    def close(self) -> None:
-        """Stop for good: a feeding thread that is still at work starts no new process."""
-        with self._lock:
-            self._closed = True
-        self.stop()
+X = TypeVar("X")
+Y = TypeVar("Y")
 
 
 class VerifierPool:
@@ -182,70 +60,41 @@ class VerifierPool:
                 "expected all above 0. Set verifier_workers and verifier_seconds accordingly."
             )
         setup = {"function": verify, "seconds": seconds, "memory_mib": memory_mib}
-        self.seconds = seconds
-        self._workers = [_Worker(setup) for _ in range(workers)]
-        self._busy = threading.Lock()
-        self._finalizer = weakref.finalize(self, _stop_all, self._workers)
-        try:
-            for worker in self._workers:
-                worker.launch()
-            self._drive(_Worker.ready)
-        except BaseException:
-            self.close()
-            raise
+        every = [_Worker(setup) for _ in range(workers)]
+        self._idle: SimpleQueue[_Worker] = SimpleQueue()
+        for worker in every:
+            self._idle.put(worker)
+        self._threads = ThreadPoolExecutor(workers)
+        self._finalizer = weakref.finalize(self, _close_all, every)
+        self._each(_Worker.ensure, every)
 
     def run(self, items: Sequence[Sequence[Any]]) -> list[Verdict]:
-        """One verdict per item, in order. One call at a time; others wait."""
-        verdicts: list[Verdict | None] = [None] * len(items)
-        queue = iter(range(len(items)))
-        queue_lock = threading.Lock()
-
-        def feed(worker: _Worker) -> None:
-            while True:
-                with queue_lock:
-                    index = next(queue, None)
-                if index is None:
-                    return
-                verdicts[index] = self._judge(worker, items[index])
-
+        """One verdict per item, in order."""
         if not self._finalizer.alive:
             raise ValueError(
                 "VerifierPool: got a closed pool; expected an open one. Make a new one."
             )
-        with self._busy:
-            self._drive(feed)
-        return [v for v in verdicts if v is not None]
+        return self._each(self._judge, items)
 
-    def _judge(self, worker: _Worker, item: Sequence[Any]) -> Verdict:
-        fate = ""
-        for _ in range(ATTEMPTS):
-            worker.ensure()
-            verdict = worker.ask(item)
-            if verdict is not None:
-                return verdict
-            if worker.late:
-                return failed(Outcome.TIMEOUT, f"killed after {self.seconds:g} s")
-            fate = worker.fate()
-        return failed(Outcome.CRASH, f"verifier process {fate}, {ATTEMPTS} times")
-
-    def _drive(self, job: Callable[[_Worker], None]) -> None:
-        """Run `job` on every worker, each in a thread, while this thread keeps the clock."""
-        threads = ThreadPoolExecutor(len(self._workers))
-        jobs = [threads.submit(job, worker) for worker in self._workers]
-        threads.shutdown(wait=False)  # when they are done
+    def _judge(self, item: Sequence[Any]) -> Verdict:
+        worker = self._idle.get()
         try:
-            while wait(jobs, POLL_SECONDS).not_done:
-                for worker in self._workers:
-                    worker.kill_if_late()
-        except BaseException:  # Ctrl-C: leave no process behind
+            return worker.judge(item)
+        finally:
+            self._idle.put(worker)
+
+    def _each(self, job: Callable[[X], Y], given: Iterable[X]) -> list[Y]:
+        """`job` of each, a thread for every worker; no process is left if one raises."""
+        try:
+            return list(self._threads.map(job, given))
+        except BaseException:  # Ctrl-C too
             self.close()
             raise
-        for done in jobs:
-            done.result()
 
     def close(self) -> None:
         """Kill and reap every worker; the pool cannot be used afterwards."""
         self._finalizer()
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     def __enter__(self) -> VerifierPool:
         return self
@@ -254,6 +103,130 @@ class VerifierPool:
         self.close()
 
 
-def _stop_all(workers: list[_Worker]) -> None:
+class _Worker:
+    """One process at a time, in which `verify` is called. One thread at a time uses it."""
+
+    def __init__(self, setup: dict[str, Any]) -> None:
+        self._setup = setup
+        self._closing = threading.Lock()
+        self._closed = False
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def judge(self, item: Sequence[Any]) -> Verdict:
+        """The verdict on one item; a process that dies over it is replaced, and asked once more."""
+        seconds, fate = self._setup["seconds"], ""
+        for _ in range(ATTEMPTS):
+            process = self.ensure()
+            reply, late = _exchange(process, {"arguments": list(item)}, seconds)
+            with suppress(KeyError, TypeError, ValueError):  # no verdict: trust it no further
+                outcome, detail = Outcome(reply["outcome"]), str(reply["detail"])
+                return Verdict(float(reply["reward"]), outcome, detail)
+            fate = _fate(process)
+            if late:
+                return failed(Outcome.TIMEOUT, f"killed after {seconds:g} s")
+        return failed(Outcome.CRASH, f"verifier process {fate}, {ATTEMPTS} times")
+
+    def ensure(self) -> subprocess.Popen[bytes]:
+        """A live process: the present one, or a fresh one in place of a dead one.
+
+        RuntimeError when the verifier cannot be imported.
+        """
+        if self._process is not None and self._process.poll() is None:
+            return self._process
+        process, verify = self._launch(), f"verifier {self._setup['function']}"
+        reply, late = _exchange(process, self._setup, START_SECONDS)
+        if "ready" in reply:
+            return process
+        fate = f"not ready after {START_SECONDS:.0f} s" if late else _fate(process)
+        self._stop()
+        if "error" not in reply:
+            raise RuntimeError(f"{verify}: its process {fate}.")
+        raise RuntimeError(
+            f"{verify} cannot be imported: {reply['error']}. Check the path, and that it imports "
+            f"on its own in {os.getcwd()}."
+        )
+
+    def _launch(self) -> subprocess.Popen[bytes]:
+        with self._closing:
+            if self._closed:
+                raise RuntimeError("VerifierPool: closed while it was working.")
+            self._stop()
+            self._process = subprocess.Popen(
+                # A console script does not look into the current folder, where a reward may be.
+                [sys.executable, "-c", BOOT, json.dumps([*sys.path, os.getcwd()])],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+                start_new_session=True,  # so that what a verifier started dies with it
+            )
+            return self._process
+
+    def _stop(self) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        _kill(process)
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            with suppress(OSError):  # unsent bytes of a dead worker
+                if pipe is not None:
+                    pipe.close()
+
+    def close(self) -> None:
+        """Kill and reap for good: a thread that is still at work starts no new process."""
+        with self._closing:
+            self._closed = True
+            self._stop()
+
+
+def _exchange(
+    process: subprocess.Popen[bytes], message: object, seconds: float
+) -> tuple[dict[str, Any], bool]:
+    """(the reply, whether the process was killed because it took too long); {} without a reply."""
+    assert process.stdin is not None and process.stdout is not None
+    late = threading.Event()
+
+    def expire() -> None:
+        late.set()
+        _kill(process)
+
+    clock = threading.Timer(seconds, expire)
+    clock.daemon = True
+    clock.start()
+    reply: Any = None
+    with suppress(OSError, ValueError):  # its end of a pipe is closed, or this is no JSON
+        process.stdin.write(json.dumps(message, default=str).encode() + b"\n")
+        process.stdin.flush()
+        reply = json.loads(process.stdout.readline(REPLY_BYTES))
+    clock.cancel()
+    clock.join()  # so that it kills no later exchange
+    return reply if isinstance(reply, dict) else {}, late.is_set()
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL to the process and to whatever it started; nothing once it was reaped.
+
+    A child that a verifier forked may hold our pipe open after the process itself is gone, hence
+    the group, and hence no look at whether the process still runs.
+    """
+    if process.returncode is not None:
+        return
+    with suppress(ProcessLookupError):
+        if hasattr(os, "killpg"):
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()
+
+
+def _fate(process: subprocess.Popen[bytes]) -> str:
+    """End the process; how it ended, for the log."""
+    _kill(process)
+    code = process.wait()
+    if code < 0:
+        return f"was killed by signal {-code}"
+    return f"exited with status {code}" + (" (out of memory)" if code == OUT_OF_MEMORY else "")
+
+
+def _close_all(workers: Sequence[_Worker]) -> None:
     for worker in workers:
         worker.close()

@@ -30,11 +30,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
-
 from riskpo.rewards.pool import VerifierPool
 from riskpo.rewards.sandbox.run import require
-from riskpo.rewards.verdict import OUTCOMES, Outcome, Verdict, crash_name, failed, right, tally
+from riskpo.rewards.verdict import OUTCOMES, Outcome, Verdict, crash_name, failed, right
 from riskpo.types import Question
 
 __all__ = ["Outcome", "Scorer", "Verdict", "VerifierPool", "verify_exact"]
@@ -93,21 +91,14 @@ class Scorer:
     """Rewards for the training loop and for evaluation; a context manager.
 
     reward      one of the kinds above
-    workers, seconds, memory_mib   see VerifierPool; the processes start when first needed. For
-                code, seconds is the time of a program over all its tests, without the sandbox's own
+    workers, seconds   see VerifierPool; the processes start when first needed. For code, seconds is
+                the time of a program over all its tests, without the sandbox's own
 
     ValueError for an unknown reward; RuntimeError when a reward function cannot be imported, or
     (SandboxUnavailable) when programs cannot be isolated on this machine.
     """
 
-    def __init__(
-        self,
-        reward: str = "auto",
-        *,
-        workers: int = 2,
-        seconds: float = 5.0,
-        memory_mib: int = 2048,
-    ) -> None:
+    def __init__(self, reward: str = "auto", *, workers: int = 2, seconds: float = 5.0) -> None:
         kinds = ("auto", "exact", *BUILT_IN)
         if reward not in kinds and ":" not in reward:
             raise ValueError(
@@ -116,26 +107,17 @@ class Scorer:
             )
         self.reward = reward
         self.seconds = seconds
-        self._options = {"workers": workers, "memory_mib": memory_mib}
+        self._workers = workers
         self._pools: dict[str, VerifierPool] = {}
         self.crashes: dict[str, str] = {}  # by exception: its text, and what it was raised over
         if ":" in reward or reward in BUILT_IN and BUILT_IN[reward].sandbox:
             self._pool(reward)  # told now, not after the first rollouts
 
-    def score(
-        self, texts: Sequence[str], questions: Sequence[Question]
-    ) -> tuple[torch.Tensor, dict[str, int]]:
-        """Rewards float32 [R] and how many of the R responses had which outcome.
-
-        texts are R responses, question-major: with Q questions, rows i * R / Q .. belong to
-        question i (R = Q is one response each). All seven outcomes are in the counts, zeros too,
-        and crashes by name: see riskpo.rewards.verdict.tally.
-        """
-        verdicts = self.verdicts(texts, questions)
-        return torch.tensor([v.reward for v in verdicts], dtype=torch.float32), tally(verdicts)
-
     def verdicts(self, texts: Sequence[str], questions: Sequence[Question]) -> list[Verdict]:
-        """One Verdict per response, in order; rows as in `score`."""
+        """One Verdict for each of R responses, in order.
+
+        texts are question-major: with Q questions, texts i * R / Q .. belong to question i.
+        """
         if (len(texts) % len(questions)) if questions else len(texts):
             raise ValueError(
                 f"Scorer: got {len(texts)} texts for {len(questions)} questions; expected a "
@@ -201,7 +183,7 @@ class Scorer:
             if own.sandbox:
                 require(own.sandbox)
                 seconds += CODE_EXTRA_SECONDS
-            self._pools[kind] = VerifierPool(own.function, seconds=seconds, **self._options)
+            self._pools[kind] = VerifierPool(own.function, workers=self._workers, seconds=seconds)
         return self._pools[kind]
 
     def close(self) -> None:

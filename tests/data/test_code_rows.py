@@ -10,6 +10,7 @@ from riskpo.rewards.code import last_block, verify_code
 from riskpo.rewards.scorer import Outcome, Scorer
 from tests.isolation import needs_sandbox
 from tests.rewards.test_code_reward import outcome
+from tests.toy import scored
 
 
 @needs_sandbox
@@ -32,8 +33,8 @@ def test_real_completions_of_a_weak_model_hang_nothing(shared_data):
     }
     rows = [json.loads(line) for line in path.read_text().splitlines()][::35]
     with Scorer("code", workers=2, seconds=3) as scorer:
-        _, counts = scorer.score(
-            [row["completion"] for row in rows], [tasks[row["task_id"]] for row in rows]
+        _, counts = scored(
+            scorer, [row["completion"] for row in rows], [tasks[row["task_id"]] for row in rows]
         )
     assert sum(counts.values()) == len(rows) and counts["crash"] == counts["unparsable_gold"] == 0
     assert counts["right"] and counts["wrong"]

@@ -14,6 +14,7 @@ from riskpo.data.images import messages_with_images, processor_inputs, require_p
 from riskpo.data.questions import load_questions
 from riskpo.rewards.scorer import Scorer
 from riskpo.types import Question
+from tests.toy import scored
 
 
 def png(colour):
@@ -73,7 +74,7 @@ def test_the_picture_is_part_of_the_question(tmp_path):
     assert len({q.id for q in questions}) == 2
     assert "images" not in questions[0].meta
     with Scorer("tests.verifiers:half_for_short", workers=1) as scorer:  # no bytes cross as JSON
-        assert scorer.score(["3"], questions[:1])[0].tolist() == [0.5]
+        assert scored(scorer, ["3"], questions[:1])[0] == [0.5]
 
 
 @pytest.mark.parametrize("form", ["path", "base64", "data"])

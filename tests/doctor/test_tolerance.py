@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from riskpo.doctor import machine
-from riskpo.doctor.problem import Results, Yardstick, make_problem, ours, sums
+from riskpo.doctor.problem import Yardstick, make_problem, ours, sums
 from riskpo.doctor.problem import plain as plain_results
 from riskpo.doctor.term_sizes import head_sizes
-from riskpo.doctor.tolerance import bounds, errors, summed, within
+from riskpo.doctor.tolerance import bounds, errors, summed
 from riskpo_kernels import linear_logprob
 from tools.tolerance_study import CANCELS, study
 
@@ -84,7 +84,6 @@ def test_the_limit_of_what_does_not_cancel_is_twice_plains_error():
         assert all(m.holds for m in bounds(got, truth, plain)) is holds
     nan = torch.tensor([3.0, float("nan")])
     assert not any(m.holds for m in bounds(nan, truth, plain))
-    assert within(2e-3, 1e-3) and not within(2.01e-3, 1e-3) and not within(float("nan"), 1.0)
 
 
 def test_where_the_truth_is_zero_only_zero_passes():
@@ -100,7 +99,7 @@ def test_where_the_truth_is_zero_only_zero_passes():
 def test_no_problem_leaves_its_loss_or_a_branch_to_rounding():
     for seed in range(50):
         problem = make_problem(seed=seed)
-        new = ours(problem.to(torch.float64), backend="reference").values["logprob"]
+        new = ours(problem.to(torch.float64), backend="reference")["logprob"]
         terms = sums(new, problem)["loss"]
         assert terms.sum().abs() > 0.49 * terms.abs().sum(), seed
         ratio = (new - problem.old_logprob[problem.mask]).exp()
@@ -112,8 +111,8 @@ def test_doctor_names_a_result_that_is_off_by_a_thousandth(monkeypatch, name):
     right = machine.ours
 
     def broken(problem, *, backend):
-        found = right(problem, backend=backend).values
-        return Results(found | {name: found[name] * 1.001})
+        found = right(problem, backend=backend)
+        return found | {name: found[name] * 1.001}
 
     monkeypatch.setattr(machine, "ours", broken)
     bad = machine.numerics("torch", "fp32", "cpu")

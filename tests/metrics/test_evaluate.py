@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from riskpo.cli import main
+from riskpo.eval import questions_of
+from riskpo.eval_config import EvalConfig
 from riskpo.files import write_json
 from riskpo.metrics.evaluate import EvalSettings, evaluate, over_seeds
 from riskpo.metrics.intervals import t_interval, t_points, wilson
@@ -192,6 +194,19 @@ def test_eval_command_over_seeds(tmp_path, capsys):
     assert [r["settings"]["seed"] for r in written["seeds"]] == [0, 1]
     assert written["seeds"][0]["rewards"].keys() != written["seeds"][1]["rewards"].keys()
     assert set(written["numbers"]) == {"avg@2", "pass@1", "pass@2", "maj@1", "maj@2"}
+
+
+def test_eval_reads_the_split_that_is_asked_for(monkeypatch):
+    asked = []
+
+    def read_hub(source, split):
+        asked.append((source, split))
+        return [{"question": "1+1", "answer": "2"}]
+
+    monkeypatch.setattr("riskpo.data.questions.read_hub", read_hub)
+    for split in ("test", None):
+        questions_of(EvalConfig(data="owner/name", split=split))
+    assert asked == [("owner/name", "test"), ("owner/name", "train")]
 
 
 # Near 0 and 1 ---------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from riskpo.rewards.sandbox.wire import decode, encode
 from riskpo.rewards.scorer import Outcome, Scorer
 from riskpo.types import Question
 from tests.isolation import CLOSED, VARIABLE, needs_sandbox, skip_or_fail
+from tests.toy import scored
 
 HUMANEVAL = {
     "task_id": "HumanEval/x",
@@ -291,8 +292,8 @@ def test_the_scorer_counts_programs_by_the_same_names(tmp_path):
     number = Question("n", "1+1", "2", "gsm8k")
     texts = ["```python\ndef f(x): return 2 * x\n```", "```python\nprint(1)\n```", "\\boxed{2}"]
     with Scorer(workers=1, seconds=5) as scorer:
-        rewards, counts = scorer.score(texts, [functions, streams, number])
-        assert rewards.tolist() == [1, 0, 1]
+        rewards, counts = scored(scorer, texts, [functions, streams, number])
+        assert rewards == [1, 0, 1]
         assert (counts["right"], counts["wrong"], sum(counts.values())) == (2, 1, 3)
         assert scorer.check_golds([functions, streams, number]) == []
 

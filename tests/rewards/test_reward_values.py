@@ -13,6 +13,7 @@ from riskpo.rewards.worker import to_verdict
 from riskpo.rollout.generate import _Draw
 from riskpo.rollout.sampler import SamplingLimits
 from riskpo.types import Question
+from tests.toy import scored
 from tests.verifiers import odd_values
 
 GOOD = {"tensor": 0.5, "numpy": 0.5, "bool": 1.0, "int": 2.0}
@@ -35,13 +36,13 @@ def test_one_finite_number_or_a_crash_with_a_name(what):
 def test_crashes_are_counted_by_name_told_once_and_all_of_them_stop(caplog):
     questions = [Question(str(i), "?", "1") for i in range(3)]
     with Scorer("tests.verifiers:picky", workers=1) as scorer:
-        rewards, counts = scorer.score(["42", "x", "y"], questions)
-        assert rewards.tolist() == [1.0, 0.0, 0.0]
+        rewards, counts = scored(scorer, ["42", "x", "y"], questions)
+        assert rewards == [1.0, 0.0, 0.0]
         assert (counts["crash"], counts["crash_KeyError"], counts["wrong"]) == (2, 2, 0)
         stop_if_all_crashed(counts, scorer)
         told = [r.message for r in caplog.records if r.levelno == logging.WARNING]
         assert len(told) == 1 and "KeyError: 'x'" in told[0] and "question '1'" in told[0]
-        _, counts = scorer.score(["x", "y", "z"], questions)
+        _, counts = scored(scorer, ["x", "y", "z"], questions)
         with pytest.raises(ValueError, match="all 3 verdicts of .*picky crashed: KeyError: 'x'"):
             stop_if_all_crashed(counts, scorer)
         stop_if_all_crashed({}, scorer)

@@ -1,5 +1,0 @@
-"""Moved to riskpo.integrations.slime."""
-
-from riskpo.hosts import moved
-
-moved(__name__, "riskpo.integrations.slime")

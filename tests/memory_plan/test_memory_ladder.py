@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from functools import partial
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -158,5 +159,5 @@ def test_points_are_added_to_what_was_measured_before(tmp_path):
     kept = json.loads((tmp_path / "memory-ladder-dry.json").read_text())
     assert [r["measured"] for r in kept["records"]] == [7.0, *(r["measured"] for r in rest)]
     assert kept["about"]["command"] == "python -m tools.memory_ladder --dry"
-    assert kept["about"]["packages"]["torch"] == torch.__version__
+    assert kept["about"]["packages"]["torch"] == version("torch")
     assert (tmp_path / "memory-ladder-dry.png").stat().st_size > 0

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from riskpo_kernels import reference
-from riskpo_kernels.core.backends import BACKENDS
 from riskpo_kernels.core.checks import (
+    BACKENDS,
     check_choice,
     check_constant,
     check_device,
@@ -35,10 +35,10 @@ from riskpo_kernels.core.checks import (
     constant,
     reject,
 )
-from riskpo_kernels.core.matmul import no_autocast
+from riskpo_kernels.core.operators import no_autocast
 from riskpo_kernels.core.process_groups import name_of
+from riskpo_kernels.core.softmax import DEFAULT_EPS
 from riskpo_kernels.linear_logprob import linear_logprob
-from riskpo_kernels.lm_head.block_filter import DEFAULT_EPS
 from riskpo_kernels.lm_head.divergence import KINDS, OP, divergence_operator
 from riskpo_kernels.lm_head.divergence_stats import LOWEST
 

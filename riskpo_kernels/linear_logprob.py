@@ -11,11 +11,11 @@
 Cost in units of N D V (one product = 2): forward 2; backward 6 (recompute, dH, dW) times the share
 of (row, vocabulary block) pairs that hold probability. An ignored row enters no product, a row
 without upstream gradient none in the backward. On a CPU the forward keeps some logits, all of a
-small head's, which saves their recompute (core/softmax.py).
+small head's, which saves their recompute.
 
-To read on: the operator that PyTorch sees is in lm_head/operator.py, its loops are in
-lm_head/tiles.py and lm_head/sparse_torch.py. The mathematics of a tile is in core/softmax.py, that
-of dropping in lm_head/block_filter.py, that of shards in lm_head/vocab_parallel.py.
+To read on: the forward is lm_head/operator.py; a tile's product is core/matmul.py, what is made of
+it core/softmax.py. Of the backward lm_head/backward_operator.py is the first page. Shards of a
+vocabulary are lm_head/vocab_parallel.py.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from typing import Any
 import torch
 
 from riskpo_kernels import reference
-from riskpo_kernels.core.backends import BACKENDS
 from riskpo_kernels.core.checks import (
+    BACKENDS,
     check_choice,
     check_flags,
     check_head,
@@ -35,9 +35,9 @@ from riskpo_kernels.core.checks import (
     constant,
     live_rows,
 )
-from riskpo_kernels.core.matmul import no_autocast
+from riskpo_kernels.core.operators import no_autocast
 from riskpo_kernels.core.process_groups import NO_GROUP, name_of
-from riskpo_kernels.lm_head.block_filter import DEFAULT_EPS
+from riskpo_kernels.core.softmax import DEFAULT_EPS
 from riskpo_kernels.lm_head.lora import Lora, check_lora, lora_operator
 from riskpo_kernels.lm_head.operator import head_operator
 from riskpo_kernels.lm_head.support import (
@@ -107,7 +107,7 @@ def linear_logprob(
         tail_eps: a block of 128 vocabulary columns whose softmax mass in a row is below this (below
             less for a near-certain row, or near a softcap) gets no gradient from that row. A row
             loses at most 32 tail_eps |upstream| in the 1-norm of its logits' gradient
-            (lm_head/block_filter.py). 0 is exact. Default: 2^-14 for bf16, 2^-18 for fp16, 0 for
+            (core/softmax.py). 0 is exact. Default: 2^-14 for bf16, 2^-18 for fp16, 0 for
             fp32 and fp64. A row of the head that is below the threshold for every token gets a zero
             gradient, so under Adam rows that are never a target move less (half as far in a short
             run).

@@ -6,9 +6,11 @@ torch.library.custom_op: that one imports the whole compiler at the first eager 
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from types import GenericAlias
@@ -46,12 +48,12 @@ def register(
     Args:
         schema: "(Tensor x, float s) -> Tensor" as PyTorch writes it, from schema_of; no argument is
             written to and no result shares memory with another tensor.
-        kernel: what runs; its arguments are the schema's, all positional.
+        kernel: what runs, under exact_products; its arguments are the schema's, all positional.
         fake: the same from shapes alone.
         setup_context, backward: as in torch.library.register_autograd, both or neither. A backward
             through the gradients that `backward` returns raises.
     """
-    own = f"{name}_{zlib.crc32(schema.encode(), SOURCES):08x}"
+    kernel, own = _exact(kernel), f"{name}_{zlib.crc32(schema.encode(), SOURCES):08x}"
     _library.define(own + schema)
     _library.impl(own, kernel, "CompositeExplicitAutograd")
     qualified = f"{NAMESPACE}::{own}"
@@ -62,6 +64,40 @@ def register(
         differentiable = _differentiable(operator, setup_context, _once(name, backward))
         _library.impl(own, differentiable, "Autograd", with_keyset=True)
     return operator
+
+
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Autocast off, on a device that has it."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def exact_products(device: torch.device) -> Iterator[None]:
+    """Neither autocast nor TF32 nor sums in fp16 may touch the products inside: an op's precision
+    is its own."""
+    with no_autocast(device):
+        if device.type != "cuda":
+            yield
+            return
+        # not allow_tf32: reading that raises once anyone has used fp32_precision
+        matmul = torch.backends.cuda.matmul
+        before = matmul.fp32_precision, matmul.allow_fp16_accumulation
+        matmul.fp32_precision, matmul.allow_fp16_accumulation = "ieee", False
+        try:
+            yield
+        finally:
+            matmul.fp32_precision, matmul.allow_fp16_accumulation = before
+
+
+def _exact(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(kernel)
+    def run(*args: Any) -> Any:
+        with exact_products(next(x.device for x in args if isinstance(x, torch.Tensor))):
+            return kernel(*args)
+
+    return run
 
 
 def _differentiable(
@@ -115,12 +151,25 @@ def schema_of(kernel: Callable[..., Any], options: type, results: int) -> str:
     return torch.library.infer_schema(prototype, mutates_args=())
 
 
+def saving(tensors: int, differentiable: int, skip: int | None = None) -> Callable[..., None]:
+    """The `setup_context` of gradients_through: keeps the first `tensors` inputs and all outputs
+    but the one at `skip`; the first `differentiable` outputs have gradients."""
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        kept = (x for i, x in enumerate(output) if i != skip)
+        ctx.save_for_backward(*inputs[:tensors], *kept)
+        ctx.options = inputs[tensors:]
+        ctx.set_materialize_grads(False)  # a gradient nobody sent costs nothing
+        ctx.mark_non_differentiable(*output[differentiable:])
+
+    return setup_context
+
+
 def gradients_through(
     operator: Callable[..., Any], sent: int, inputs: int = 3
 ) -> Callable[..., Any]:
     """The `backward` that calls operator(needs, *upstream, *saved, *options), of the first `sent`
-    results' upstream gradients, for those of the first `inputs`; ctx is as `saving` of
-    lm_head/operator.py left it."""
+    results' upstream gradients, for those of the first `inputs`; ctx is as `saving` left it."""
 
     def gradients(ctx: Any, *upstream: Any) -> tuple[torch.Tensor | None, ...]:
         needs, own = list(ctx.needs_input_grad[:inputs]), upstream[:sent]

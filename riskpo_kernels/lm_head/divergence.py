@@ -37,21 +37,20 @@ from typing import Any
 
 import torch
 
-from riskpo_kernels.core.backends import choose
-from riskpo_kernels.core.matmul import Plan, exact_products, plan_tiles, spans
+from riskpo_kernels.core.checks import choose
+from riskpo_kernels.core.gradient import Accumulator
+from riskpo_kernels.core.matmul import Head, Plan, plan_tiles, products_of, put_among, spans
 from riskpo_kernels.core.operators import (
     gradients_fake,
     gradients_through,
     register,
+    saving,
     schema_of,
 )
 from riskpo_kernels.core.process_groups import group_called, max_over, sum_over
-from riskpo_kernels.core.softmax import BLOCK, LogitMap
+from riskpo_kernels.core.softmax import BLOCK, CAP, ActiveBlocks, LogitMap, keep_blocks, n_blocks
 from riskpo_kernels.lm_head import divergence_stats
-from riskpo_kernels.lm_head.block_filter import CAP, ActiveBlocks, keep_blocks, n_blocks
 from riskpo_kernels.lm_head.divergence_stats import Fold, Pair, Room, Stats
-from riskpo_kernels.lm_head.operator import put_among, saving
-from riskpo_kernels.lm_head.tiles import Accumulator, Head, products_of
 from riskpo_kernels.lm_head.vocab_parallel import VocabShard
 
 OP = "linear_divergence"
@@ -176,31 +175,28 @@ def _forward(
     apart = None if w.kind == "jsd" else pair.apart(0 if w.kind == "reverse_kl" else 1)
     if apart is not None and group is not None:
         apart = max_over(group, apart.float()) > 0
-    with exact_products(hidden.device):
-        for r in spans(n, plan.rows):
-            fold: Fold = arithmetic.Fold(
-                r.stop - r.start, vocab, hidden, wide, w.kind, w.tail_eps > 0
-            )
-            for v in spans(vocab, plan.cols):
-                fold.tile(v, pair.tile(r, v, room), room)
-            fold.close()
-            if group is not None:
-                fold.merge(group)
-            stats, value = fold.finish()
-            if apart is not None:
-                value.masked_fill_(apart, torch.inf)
-            own = value
-            if w.kind == "jsd":
-                sums = arithmetic.Mixture(fold, stats, w.beta)
-                value, own, bounds = _second_pass(pair, w, r, sums, plan.cols, group, room)
-            elif w.tail_eps:
-                bounds = fold.bounds(value)
-            results[:, r] = torch.stack([value, *stats, own])
-            if w.tail_eps:
-                total = bounds.sum(1) if group is None else sum_over(group, bounds.sum(1))
-                keep = keep_blocks(bounds, w.tail_eps * total.clamp(max=1.0), cap)
-                if blocks:
-                    active.record(r, keep, by_row=False)
+    for r in spans(n, plan.rows):
+        fold: Fold = arithmetic.Fold(r.stop - r.start, vocab, hidden, wide, w.kind, w.tail_eps > 0)
+        for v in spans(vocab, plan.cols):
+            fold.tile(v, pair.tile(r, v, room), room)
+        fold.close()
+        if group is not None:
+            fold.merge(group)
+        stats, value = fold.finish()
+        if apart is not None:
+            value.masked_fill_(apart, torch.inf)
+        own = value
+        if w.kind == "jsd":
+            sums = arithmetic.Mixture(fold, stats, w.beta)
+            value, own, bounds = _second_pass(pair, w, r, sums, plan.cols, group, room)
+        elif w.tail_eps:
+            bounds = fold.bounds(value)
+        results[:, r] = torch.stack([value, *stats, own])
+        if w.tail_eps:
+            total = bounds.sum(1) if group is None else sum_over(group, bounds.sum(1))
+            keep = keep_blocks(bounds, w.tail_eps * total.clamp(max=1.0), cap)
+            if blocks:
+                active.record(r, keep, by_row=False)
     rows = pair.student.rows
     return *(put_among(rows, hidden.shape[0], x) for x in results), *(
         put_among(rows, hidden.shape[0], x) for x in active
@@ -270,15 +266,12 @@ def _backward(
     sent = c != 0
     factor = c * pair.student.map.scale / pair.student.map.temperature
     tile = _Tile(pair, w, Stats(*stats), own, factor)
-    with exact_products(hidden.device):
-        for v, at in _visits(
-            active, sent, tile.plan.cols if not w.tail_eps else 0, weight.shape[0]
-        ):
-            piece = None if dw is None else dw.open(v)
-            for r in at.split(tile.plan.rows):
-                tile.add(r, v, dh, piece, db)
-            if dw is not None and piece is not None:
-                dw.close(v, piece)
+    for v, at in _visits(active, sent, tile.plan.cols if not w.tail_eps else 0, weight.shape[0]):
+        piece = None if dw is None else dw.open(v)
+        for r in at.split(tile.plan.rows):
+            tile.add(r, v, dh, piece, db)
+        if dw is not None and piece is not None:
+            dw.close(v, piece)
     if dh is not None:
         dh = (sum_over(group_called(w.group), dh) if w.group else dh).to(hidden.dtype)
         dh = dh if rows is None else torch.zeros_like(hidden).index_copy(0, rows, dh)

@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from riskpo_kernels.core.matmul import Head, products_of
 from riskpo_kernels.core.process_groups import max_over, sum_over
-from riskpo_kernels.core.softmax import BLOCK, FLOOR, RawTile, mapped
-from riskpo_kernels.lm_head.block_filter import n_blocks
-from riskpo_kernels.lm_head.tiles import Head, products_of
+from riskpo_kernels.core.softmax import BLOCK, FLOOR, RawTile, mapped, n_blocks
 
 LOWEST = -1e30  # stands for a bias of -inf: differences of such logits are numbers
 

@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 
-from riskpo_kernels.core.softmax import BLOCK
+from riskpo_kernels.core.softmax import BLOCK, n_blocks
 from riskpo_kernels.kernels import divergence_tiles
 from riskpo_kernels.lm_head import divergence_stats
-from riskpo_kernels.lm_head.block_filter import n_blocks
 from riskpo_kernels.lm_head.divergence_stats import Room, Side, Stats
 
 NUMBERS = {"forward_kl": 5, "reverse_kl": 6, "jsd": 4}  # of a block

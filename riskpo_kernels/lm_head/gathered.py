@@ -15,10 +15,9 @@ from dataclasses import dataclass
 
 import torch
 
-from riskpo_kernels.core.matmul import executed, spans
+from riskpo_kernels.core.matmul import Head, executed, products_of, spans
 from riskpo_kernels.core.process_groups import group_called, sum_over
 from riskpo_kernels.core.softmax import LogitMap, mapped
-from riskpo_kernels.lm_head.tiles import Head, products_of
 
 CPU_PAIRS = 2**18  # numbers of a piece that stay in a CPU's cache
 Sums = list[torch.Tensor | None]  # dH [n, D], dW [V, D], dbias [V], float32 or wider

@@ -2,7 +2,7 @@
 
     raw = h W^T + factor (h A^T) B^T
 
-The pass is that of lm_head/operator.py over the columns of lm_head/low_rank.py; W gets no gradient,
+The pass is that of lm_head/operator.py over the columns of core/low_rank.py; W gets no gradient,
 so that the backward's product for dW has the rank's columns only. With du = dz B, summed over the
 vocabulary like dz W, the gradients are
 
@@ -19,25 +19,26 @@ from typing import Any
 import torch
 
 from riskpo_kernels.core.checks import check_device, check_float, check_shape, reject
-from riskpo_kernels.core.matmul import SIXTEEN_BIT, Products, exact_products, spans
+from riskpo_kernels.core.low_rank import LowRank
+from riskpo_kernels.core.matmul import (
+    SIXTEEN_BIT,
+    WHOLE_TILE,
+    Options,
+    Products,
+    padded,
+    spans,
+    wide_of,
+)
 from riskpo_kernels.core.operators import (
     gradients_fake,
     gradients_through,
     register,
+    saving,
     schema_of,
 )
 from riskpo_kernels.core.process_groups import group_called, sum_over
-from riskpo_kernels.lm_head.low_rank import LowRank
-from riskpo_kernels.lm_head.operator import (
-    OP,
-    RESULTS,
-    backward_sums,
-    forward,
-    forward_fake,
-    saving,
-    wide_of,
-)
-from riskpo_kernels.lm_head.tiles import WHOLE_TILE, Options, padded
+from riskpo_kernels.lm_head.backward_operator import backward_sums
+from riskpo_kernels.lm_head.operator import OP, RESULTS, forward, forward_fake
 
 Lora = tuple[torch.Tensor, torch.Tensor, float]
 ROWS = 4096  # of hidden states that are widened at a time
@@ -117,8 +118,7 @@ def _forward(
     group: str,
     *numbers: Any,
 ) -> tuple[torch.Tensor, ...]:
-    with exact_products(hidden.device):
-        low_rank = _low_rank(hidden, a, b, weight, factor, _pad_of(hidden, numbers))
+    low_rank = _low_rank(hidden, a, b, weight, factor, _pad_of(hidden, numbers))
     tensors = hidden, weight, bias, target, row_temperature
     return forward(*tensors, ignore_index, group, *numbers, low_rank=low_rank)
 
@@ -158,16 +158,13 @@ def _backward(
     pass_of = (hidden, weight, bias, target, row_temperature, *passed, ignore_index, group)
     rows, nothing = needs[0] or needs[1], hidden.new_empty(0)
     pad = _pad_of(hidden, numbers)
-    with exact_products(hidden.device):
-        low_rank = _low_rank(hidden, a, b, weight, factor, pad)
-        sums = [rows, needs[2], needs[3]]
-        dh, db, dbias = backward_sums(
-            sums, c, g, e, *pass_of, *numbers, wide=True, low_rank=low_rank
-        )
-        dhidden = da = None
-        if dh is not None:
-            dh = sum_over(group_called(group), dh) if group else dh
-            dhidden, da = _of_rows(dh, hidden, a, low_rank, factor, needs, pad)
+    low_rank = _low_rank(hidden, a, b, weight, factor, pad)
+    sums = [rows, needs[2], needs[3]]
+    dh, db, dbias = backward_sums(sums, c, g, e, *pass_of, *numbers, wide=True, low_rank=low_rank)
+    dhidden = da = None
+    if dh is not None:
+        dh = sum_over(group_called(group), dh) if group else dh
+        dhidden, da = _of_rows(dh, hidden, a, low_rank, factor, needs, pad)
     return (
         nothing if dhidden is None else dhidden,
         nothing if da is None else da.to(a.dtype),

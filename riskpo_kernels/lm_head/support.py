@@ -14,16 +14,24 @@ from typing import Any
 
 import torch
 
-from riskpo_kernels.core.backends import choose
-from riskpo_kernels.core.checks import check_device, check_shape, describe, live_rows, reject
-from riskpo_kernels.core.matmul import exact_products
+from riskpo_kernels.core.checks import (
+    check_device,
+    check_shape,
+    choose,
+    describe,
+    live_rows,
+    reject,
+)
+from riskpo_kernels.core.gradient import RowGradient, gradient
+from riskpo_kernels.core.matmul import Head, Options, put_among, wide_of
 from riskpo_kernels.core.operators import (
     gradients_fake,
     gradients_through,
     register,
+    saving,
     schema_of,
 )
-from riskpo_kernels.core.softmax import RowGradient, RowState, RowStats, finish, fold, gradient
+from riskpo_kernels.core.softmax import RowState, RowStats, finish, fold
 from riskpo_kernels.lm_head.gathered import (
     SAME,
     Lists,
@@ -32,16 +40,8 @@ from riskpo_kernels.lm_head.gathered import (
     new_sums,
     pieces,
 )
-from riskpo_kernels.lm_head.operator import (
-    OP,
-    find_shard,
-    map_of,
-    put_among,
-    saving,
-    wide_of,
-)
-from riskpo_kernels.lm_head.tiles import Head, Options
-from riskpo_kernels.lm_head.vocab_parallel import VocabShard
+from riskpo_kernels.lm_head.operator import OP
+from riskpo_kernels.lm_head.vocab_parallel import VocabShard, find_shard
 
 Support = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 OUTSIDE = ("raise", "-inf")
@@ -164,7 +164,7 @@ def _problem(
         lists = lists_of(ids, offsets).of(keep)
     if shard is not None:
         lists = lists.within(first, weight.shape[0])
-    map = map_of(w.options, row_temperature, wide_of(hidden, weight))
+    map = w.options.map(row_temperature, wide_of(hidden, weight))
     map = map if keep is None else map.of(keep)
     return Head(hidden, weight, bias, keep, found - first, map), lists, shard
 
@@ -200,22 +200,21 @@ def _forward(
     if w.backend == "triton":
         from riskpo_kernels.lm_head import support_triton  # needs Triton
 
-        map = map_of(w.options, row_temperature, wide)
+        map = w.options.map(row_temperature, wide)
         found = support_triton.forward(tensors, map, w.ignore_index, shard, w.return_entropy)
         if w.raises:
             check_inside(found[0])
         return tuple(empty if x is None else x for x in found)
     state = RowState.new(head.n, w.return_entropy, hidden, wide)
-    with exact_products(hidden.device):
-        for piece in pieces(head, lists, w.memory_mib):
-            part = state.of(piece.rows)
-            fold(piece.z, _place(piece, head), None, part, SAME)
-            for x, y in zip(state, part, strict=True):
-                if x is not None and y is not None:
-                    x[piece.rows] = y
-        if shard is not None:
-            shard.merge(state)
-        logprob, entropy, peak, log_sum = finish(state)
+    for piece in pieces(head, lists, w.memory_mib):
+        part = state.of(piece.rows)
+        fold(piece.z, _place(piece, head), None, part, SAME)
+        for x, y in zip(state, part, strict=True):
+            if x is not None and y is not None:
+                x[piece.rows] = y
+    if shard is not None:
+        shard.merge(state)
+    logprob, entropy, peak, log_sum = finish(state)
     if w.raises:
         check_inside(logprob)
     rows = (logprob, entropy, peak + log_sum, peak, log_sum)
@@ -262,7 +261,7 @@ def _backward(
     if w.backend == "triton":
         from riskpo_kernels.lm_head import support_triton  # needs Triton
 
-        map = map_of(w.options, row_temperature, wide)
+        map = w.options.map(row_temperature, wide)
         up = RowGradient.new(stats, c, g, e, map)
         shard = find_shard(w.group, hidden, weight, target, w.options)
         return support_triton.backward(needs, tensors, map, w.ignore_index, shard, kept, up)
@@ -273,10 +272,9 @@ def _backward(
     up = RowGradient.new(stats, c, g, e, head.map)
     lists = Lists(lists.ids, lists.starts, lists.counts * up.live())
     sums = new_sums(head, needs)
-    with exact_products(hidden.device):
-        for piece in pieces(head, lists, w.memory_mib):
-            dz = gradient(piece.z, _place(piece, head), None, up.of(piece.rows), SAME, piece.z)
-            piece.send(dz, sums, deterministic=w.deterministic)
+    for piece in pieces(head, lists, w.memory_mib):
+        dz = gradient(piece.z, _place(piece, head), None, up.of(piece.rows), SAME, piece.z)
+        piece.send(dz, sums, deterministic=w.deterministic)
     return finish_sums(head, sums, w.group)
 
 

@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
+from riskpo_kernels.core.gradient import RowGradient
 from riskpo_kernels.core.process_groups import sum_over
-from riskpo_kernels.core.softmax import IGNORED, LogitMap, RowGradient, RowState, finish
+from riskpo_kernels.core.softmax import IGNORED, LogitMap, RowState, finish
 from riskpo_kernels.kernels.support_gradient import pair_gradients, segment_sums
 from riskpo_kernels.kernels.support_pairs import Pairs, fold_pairs, pair_logits
 from riskpo_kernels.lm_head.vocab_parallel import VocabShard

@@ -18,28 +18,19 @@ from typing import Any
 import torch
 
 from riskpo_kernels.core.checks import live_rows
-from riskpo_kernels.core.matmul import exact_products
+from riskpo_kernels.core.matmul import Head, Options, wide_of
 from riskpo_kernels.core.operators import (
     gradients_fake,
     gradients_through,
     register,
+    saving,
     schema_of,
 )
 from riskpo_kernels.core.process_groups import max_over
+from riskpo_kernels.lm_head.backward_operator import backward_sums
 from riskpo_kernels.lm_head.gathered import Lists, finish_sums, pieces
-from riskpo_kernels.lm_head.operator import (
-    OP,
-    RESULTS,
-    backward_sums,
-    find_shard,
-    forward,
-    forward_fake,
-    map_of,
-    resolve,
-    saving,
-    wide_of,
-)
-from riskpo_kernels.lm_head.tiles import Head, Options
+from riskpo_kernels.lm_head.operator import OP, RESULTS, forward, forward_fake
+from riskpo_kernels.lm_head.vocab_parallel import find_shard
 
 
 def _live(target: torch.Tensor, ignore_index: int | None) -> torch.Tensor:
@@ -49,7 +40,7 @@ def _live(target: torch.Tensor, ignore_index: int | None) -> torch.Tensor:
 
 def _head(tensors: tuple[Any, ...], o: Options, wide: torch.dtype) -> Head:
     hidden, weight, bias, target, row_temperature = tensors
-    return Head(hidden, weight, bias, None, target[:, 0], map_of(o, row_temperature, wide))
+    return Head(hidden, weight, bias, None, target[:, 0], o.map(row_temperature, wide))
 
 
 def _local(target: torch.Tensor, wanted: torch.Tensor, offset: Any, columns: int) -> Lists:
@@ -69,21 +60,20 @@ def _forward(
     *numbers: Any,
 ) -> tuple[torch.Tensor, ...]:
     tensors = hidden, weight, bias, target, row_temperature
-    o, wide = resolve(hidden, weight, numbers), wide_of(hidden, weight)
+    o, wide = Options.of(hidden, weight, numbers), wide_of(hidden, weight)
     shard = find_shard(group, hidden, weight, target, o)
     offset, vocab = (shard.offset, shard.total) if shard else (0, weight.shape[0])
     live_rows(OP, target.reshape(-1), vocab, ignore_index)
     live = _live(target, ignore_index)
     head = _head(tensors, o, wide)
     z = torch.full(target.shape, -torch.inf, dtype=wide, device=hidden.device)
-    with exact_products(hidden.device):
-        rows = live.any(1)
-        lists = _local(target, live, offset, weight.shape[0])
-        lists = Lists(lists.ids, lists.starts, lists.counts * rows)
-        for piece in pieces(head, lists, o.memory_mib):
-            z[piece.rows, piece.columns] = piece.z
-        if shard is not None:
-            max_over(shard.group, z)
+    rows = live.any(1)
+    lists = _local(target, live, offset, weight.shape[0])
+    lists = Lists(lists.ids, lists.starts, lists.counts * rows)
+    for piece in pieces(head, lists, o.memory_mib):
+        z[piece.rows, piece.columns] = piece.z
+    if shard is not None:
+        max_over(shard.group, z)
     first = target.gather(1, z.argmax(1, keepdim=True))
     found = forward(*tensors[:3], first[:, 0], row_temperature, ignore_index, group, *numbers)
     first_logprob, entropy, lse, peak, log_sum, *rest = found
@@ -126,7 +116,7 @@ def _backward(
     *numbers: Any,
 ) -> tuple[torch.Tensor, ...]:
     tensors = hidden, weight, bias, target, row_temperature
-    o, wide = resolve(hidden, weight, numbers), logprob.dtype
+    o, wide = Options.of(hidden, weight, numbers), logprob.dtype
     others, mine = torch.zeros_like(logprob), None
     if c is not None:
         c = c.to(wide).masked_fill(~_live(target, ignore_index), 0.0)
@@ -140,11 +130,10 @@ def _backward(
     factor = (head.map.scale / head.map.column()) * others
     lists = _local(target, others != 0, offset if group else 0, weight.shape[0])
     lists = Lists(lists.ids, lists.starts, lists.counts * (others != 0).any(1))
-    with exact_products(hidden.device):
-        for piece in pieces(head, lists, o.memory_mib):
-            dz = factor[piece.rows, piece.columns]
-            piece.send(dz, sums, deterministic=o.deterministic)
-        return finish_sums(head, sums, group)
+    for piece in pieces(head, lists, o.memory_mib):
+        dz = factor[piece.rows, piece.columns]
+        piece.send(dz, sums, deterministic=o.deterministic)
+    return finish_sums(head, sums, group)
 
 
 _backward_operator = register(

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from riskpo_kernels import linear_logprob, reference
+from riskpo_kernels.core import softmax as block_selection
 from riskpo_kernels.core import softmax as kept_logits
 from riskpo_kernels.core.matmul import counting
-from riskpo_kernels.lm_head import block_filter as block_selection
 from riskpo_kernels.lm_head.operator import head_operator
 from tests.compare import assert_all_close_as_plain
 from tests.conftest import has_triton

@@ -20,6 +20,7 @@ vocabulary are lm_head/vocab_parallel.py.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from riskpo_kernels.core.checks import (
     constant,
     live_rows,
 )
+from riskpo_kernels.core.matmul import Options
 from riskpo_kernels.core.operators import no_autocast
 from riskpo_kernels.core.process_groups import NO_GROUP, name_of
 from riskpo_kernels.core.softmax import DEFAULT_EPS
@@ -186,40 +188,37 @@ def linear_logprob(
         row_temperature, temperature = temperature.reshape(-1), 1.0
     if tail_eps is None:
         tail_eps = DEFAULT_EPS.get(torch.promote_types(hidden.dtype, weight.dtype), 0.0)
-    ids = target.flatten(0, -2) if several else target.reshape(-1)
-    tensors = (hidden.reshape(-1, hidden.shape[-1]), weight, bias, ids, row_temperature)
-    words = (ignore_index, group, scale, softcap, temperature, return_entropy)
-    raises, rest = outside_support == "raise", (memory_mib, tail_eps, deterministic)
+    leaves = (hidden, weight, bias, *(lora or ())[:2])
+    o = Options(
+        scale=scale,
+        softcap=softcap,
+        temperature=temperature,
+        return_entropy=return_entropy,
+        backend=backend,
+        memory_mib=memory_mib,
+        tail_eps=tail_eps,
+        deterministic=deterministic,
+        keep=torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves),
+        ignore_index=ignore_index,
+        group=group,
+        raises=outside_support == "raise",
+    )
+    h = hidden.reshape(-1, hidden.shape[-1])
+    rest = (target.flatten(0, -2) if several else target.reshape(-1), row_temperature)
     if kept is not None:
-        more = (backend, memory_mib, deterministic, raises)
-        found = support_operator(*tensors, *kept, *words, *more)
+        found = support_operator(h, weight, bias, *rest, *kept, o)
+    elif lora is not None:
+        a, b, factor = lora
+        found = lora_operator(h, a, b, bias, weight, *rest, replace(o, factor=float(factor)))
     else:
-        found = _over_the_vocabulary(tensors, lora, several, words, backend, rest)
+        operator = targets_operator if several else head_operator
+        found = operator(h, weight, bias, *rest, o)
     logprob, lse = _shaped(found[0], target.shape), _shaped(found[2], rows)
     return TokenLogProbs(logprob, _shaped(found[1], rows) if return_entropy else None, lse)
 
 
 def _shaped(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     return x if x.shape == shape else x.view(shape)  # a view is a node of the graph: 10 us
-
-
-def _over_the_vocabulary(
-    tensors: tuple[Any, ...],
-    lora: Lora | None,
-    several: bool,
-    words: tuple[Any, ...],
-    backend: str,
-    rest: tuple[Any, ...],
-) -> tuple[torch.Tensor, ...]:
-    """The operator that makes a pass over all columns. The last word: a backward may follow."""
-    leaves = (*tensors[:3], *(lora or ())[:2])
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
-    if lora is None:
-        operator = targets_operator if several else head_operator
-        return operator(*tensors, *words, backend, *rest, keep)
-    (a, b, factor), (hidden, weight, bias, *others) = lora, tensors
-    given = (hidden, a, b, bias, weight, *others, float(factor), *words)
-    return lora_operator(*given, backend, *rest, keep)
 
 
 def _check_ids(

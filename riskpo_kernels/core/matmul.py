@@ -14,12 +14,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
 from riskpo_kernels.core.checks import SIXTEEN_BIT, choose, reject
 from riskpo_kernels.core.low_rank import LowRank
+from riskpo_kernels.core.process_groups import NO_GROUP
 from riskpo_kernels.core.softmax import LogitMap, n_blocks
 
 MIN_ROWS, MIN_COLS = 16, 128
@@ -177,7 +177,7 @@ def wide_of(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Options:
-    """Everything that is not a tensor in a pass of linear_logprob over the vocabulary."""
+    """Everything that is not a tensor in a call of linear_logprob."""
 
     scale: float
     softcap: float | None
@@ -188,16 +188,18 @@ class Options:
     tail_eps: float
     deterministic: bool
     keep: bool  # a backward may follow
+    ignore_index: int | None = None
+    group: str = NO_GROUP
+    factor: float = 1.0  # of an adapter
+    raises: bool = True  # where a target is outside its row's support
 
-    @staticmethod
-    def of(hidden: torch.Tensor, weight: torch.Tensor, numbers: tuple[Any, ...]) -> Options:
+    def resolved(self, hidden: torch.Tensor, weight: torch.Tensor, tiled: bool = True) -> Options:
         """With the backend that runs."""
-        o = Options(*numbers)
         dtype = torch.promote_types(hidden.dtype, weight.dtype)
-        backend = choose("linear_logprob", o.backend, hidden.device, dtype)
-        if hidden.device.type == "cuda" and dtype == torch.float32:
+        backend = choose("linear_logprob", self.backend, hidden.device, dtype)
+        if tiled and hidden.device.type == "cuda" and dtype == torch.float32:
             backend = "torch"  # the kernels' tiles would spill in float32; cuBLAS's do not
-        return replace(o, backend=backend)
+        return replace(self, backend=backend)
 
     def map(self, row_temperature: torch.Tensor | None, wide: torch.dtype) -> LogitMap:
         if row_temperature is None:

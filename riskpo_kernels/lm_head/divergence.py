@@ -30,9 +30,8 @@ a Triton kernel, divergence_triton.py, which has the same names.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -40,13 +39,7 @@ import torch
 from riskpo_kernels.core.checks import choose
 from riskpo_kernels.core.gradient import Accumulator
 from riskpo_kernels.core.matmul import Head, Plan, plan_tiles, products_of, put_among, spans
-from riskpo_kernels.core.operators import (
-    gradients_fake,
-    gradients_through,
-    register,
-    saving,
-    schema_of,
-)
+from riskpo_kernels.core.operators import differentiable
 from riskpo_kernels.core.process_groups import group_called, max_over, sum_over
 from riskpo_kernels.core.softmax import BLOCK, CAP, ActiveBlocks, LogitMap, keep_blocks, n_blocks
 from riskpo_kernels.lm_head import divergence_stats
@@ -56,7 +49,6 @@ from riskpo_kernels.lm_head.vocab_parallel import VocabShard
 OP = "linear_divergence"
 KINDS = ("forward_kl", "reverse_kl", "jsd")
 TILE = {"cuda": (4096, 8192), "cpu": (1024, 2048)}  # (rows, cols) of the largest one
-N_TENSORS = 8
 # divergence | peaks and log-sums of student and teacher | KL of the row's gradient | active blocks
 RESULTS = 9
 
@@ -157,9 +149,8 @@ def _forward(
     teacher_bias: torch.Tensor | None,
     mask: torch.Tensor | None,
     row_temperature: torch.Tensor | None,
-    *numbers: Any,
+    w: Words,
 ) -> tuple[torch.Tensor, ...]:
-    w = Words(*numbers)
     teacher = (teacher_hidden, teacher_weight, teacher_bias)
     pair = _pair((hidden, weight, bias, *teacher, mask, row_temperature), w)
     n, vocab, wide = pair.student.n, pair.student.vocab, pair.wide
@@ -214,52 +205,38 @@ def _find_shard(pair: Pair, w: Words) -> VocabShard:
     return VocabShard.find(OP, group_called(w.group), pair.student.weight, same)
 
 
-def _wide(tensors: tuple[Any, ...]) -> torch.dtype:
+def _wide(tensors: Sequence[Any]) -> torch.dtype:
     dtype = torch.float32
     for x in (tensors[0], tensors[1], tensors[3], tensors[4]):
         dtype = torch.promote_types(dtype, x.dtype)
     return dtype
 
 
-def _forward_fake(*args: Any) -> tuple[torch.Tensor, ...]:
-    hidden, weight, w = args[0], args[1], Words(*args[N_TENSORS:])
-    rows = (hidden.new_empty(hidden.shape[0], dtype=_wide(args)) for _ in range(6))
+def _forward_fake(*given: Any) -> tuple[torch.Tensor, ...]:
+    *tensors, w = given
+    hidden, weight = tensors[:2]
+    rows = (hidden.new_empty(hidden.shape[0], dtype=_wide(tensors)) for _ in range(6))
     blocks = ActiveBlocks.new(weight.shape[0] if w.tail_eps else 0, hidden.shape[0], hidden.device)
     return *rows, *blocks
 
 
 def _backward(
     needs: list[bool],
-    c: torch.Tensor,
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    teacher_hidden: torch.Tensor,
-    teacher_weight: torch.Tensor,
-    teacher_bias: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    row_temperature: torch.Tensor | None,
-    value: torch.Tensor,
-    p_peak: torch.Tensor,
-    p_sum: torch.Tensor,
-    q_peak: torch.Tensor,
-    q_sum: torch.Tensor,
-    own: torch.Tensor,
-    bits: torch.Tensor,
-    dense: torch.Tensor,
-    pairs: torch.Tensor,
-    *numbers: Any,
-) -> tuple[torch.Tensor, ...]:
-    w = Words(*numbers)
-    teacher = (teacher_hidden, teacher_weight, teacher_bias)
-    pair = _pair((hidden, weight, bias, *teacher, mask, row_temperature), w)
+    upstream: tuple[torch.Tensor, ...],
+    tensors: tuple[Any, ...],
+    found: tuple[torch.Tensor, ...],
+    w: Words,
+) -> tuple[torch.Tensor | None, ...]:
+    hidden, weight, bias, *_ = tensors
+    value, p_peak, p_sum, q_peak, q_sum, own, *blocks = found
+    pair, c = _pair(tensors, w), upstream[0]
     c = c.to(value.dtype)
     rows = pair.student.rows
     kept = (c, own, p_peak, p_sum, q_peak, q_sum)
     c, own, *stats = (x if rows is None else x[rows] for x in kept)
-    active = ActiveBlocks(bits, dense, pairs)
+    active = ActiveBlocks(*blocks)
     active = active if rows is None else active.of(rows)
-    wide, nothing = pair.wide, hidden.new_empty(0)
+    wide = pair.wide
     dh = hidden.new_zeros(pair.student.n, hidden.shape[1], dtype=wide) if needs[0] else None
     dw = Accumulator(weight, wide, whole=False) if needs[1] else None
     db = weight.new_zeros(weight.shape[0], dtype=wide) if needs[2] else None
@@ -276,9 +253,9 @@ def _backward(
         dh = (sum_over(group_called(w.group), dh) if w.group else dh).to(hidden.dtype)
         dh = dh if rows is None else torch.zeros_like(hidden).index_copy(0, rows, dh)
     return (
-        nothing if dh is None else dh,
-        nothing if dw is None else dw.grad,
-        nothing if db is None or bias is None else db.to(bias.dtype),
+        dh,
+        None if dw is None else dw.grad,
+        None if db is None or bias is None else db.to(bias.dtype),
     )
 
 
@@ -323,19 +300,6 @@ class _Tile:
             products.add(dw, dz.T, h)
 
 
-_backward_operator = register(
-    "linear_divergence_backward",
-    schema_of(_backward, Words, 3),
-    _backward,
-    fake=partial(gradients_fake, sent=1),
-)
-
-
-divergence_operator = register(
-    OP,
-    schema_of(_forward, Words, RESULTS),
-    _forward,
-    fake=_forward_fake,
-    setup_context=saving(N_TENSORS, 1),
-    backward=gradients_through(_backward_operator, 1),
+divergence_operator = differentiable(
+    OP, _forward, _backward, Words, fake=_forward_fake, results=RESULTS, sent=1
 )

@@ -27,7 +27,7 @@ from riskpo_kernels.core.matmul import (
     spans,
     wide_of,
 )
-from riskpo_kernels.core.operators import gradients_through, register, saving, schema_of
+from riskpo_kernels.core.operators import differentiable
 from riskpo_kernels.core.softmax import (
     BLOCK,
     CAP,
@@ -40,12 +40,12 @@ from riskpo_kernels.core.softmax import (
     row_eps,
     select,
 )
-from riskpo_kernels.lm_head.backward_operator import backward_operator
+from riskpo_kernels.lm_head.backward_operator import backward_sums
 from riskpo_kernels.lm_head.vocab_parallel import VocabShard, find_shard
 
 OP = "linear_logprob"
-# forward's: logprob, entropy, lse | peak, log_sum | bits, dense, pairs | offset | kept logits
-RESULTS = 10
+# logprob, entropy, lse, which are sent gradients | peak, log_sum | active blocks | offset | kept
+RESULTS, SENT, LSE = 10, 3, 2
 
 
 def forward(
@@ -54,17 +54,16 @@ def forward(
     bias: torch.Tensor | None,
     target: torch.Tensor,
     row_temperature: torch.Tensor | None,
-    ignore_index: int | None,
-    group: str,
-    *numbers: Any,
+    o: Options,
+    *,
     low_rank: LowRank | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    o = Options.of(hidden, weight, numbers)
-    shard = find_shard(group, hidden, weight, target, o) if group else None
+    o = o.resolved(hidden, weight)
+    shard = find_shard(hidden, weight, target, o) if o.group else None
     bias = None if bias is None else bias.contiguous()
     map = o.map(row_temperature, wide_of(hidden, weight))
-    kept = _kept(hidden, weight, group, o)
-    given = (hidden, weight, bias, target, map, ignore_index, shard, o, low_rank)
+    kept = _kept(hidden, weight, o)
+    given = (hidden, weight, bias, target, map, o.ignore_index, shard, o, low_rank)
     if o.backend == "triton":
         from riskpo_kernels.lm_head.triton_forward import triton_forward  # needs Triton
 
@@ -74,7 +73,7 @@ def forward(
     *rows, active = found
     rows = [hidden.new_empty(0, dtype=kept.dtype) if x is None else x for x in rows]
     offset = shard.offset if shard else 0
-    first = torch.full((1 if group else 0,), offset, dtype=torch.int64, device=hidden.device)
+    first = torch.full((1 if o.group else 0,), offset, dtype=torch.int64, device=hidden.device)
     active = _no_blocks(hidden) if active is None else active
     return *rows, *active, first, kept
 
@@ -158,13 +157,13 @@ def _fold(
     softmax.fold(raw, target, bias, state, head.map_of(r, len(h)), here)
 
 
-def _kept(hidden: torch.Tensor, weight: torch.Tensor, group: str, o: Options) -> torch.Tensor:
+def _kept(hidden: torch.Tensor, weight: torch.Tensor, o: Options) -> torch.Tensor:
     """Room [N, K] for logits that the backward need not recompute; rows of a group move. A GPU
     recomputes this little in microseconds."""
     wide = wide_of(hidden, weight)
     columns = 0
     # With deterministic=True a row's products may not depend on how many rows there are.
-    keeps = o.keep and not (o.deterministic or group)
+    keeps = o.keep and not (o.deterministic or o.group)
     if keeps and o.backend == "torch" and hidden.device.type == "cpu":
         columns = kept_columns(hidden.shape[0], weight.shape[0], wide.itemsize, o.memory_mib)
     return hidden.new_empty(hidden.shape[0], columns, dtype=wide)
@@ -177,29 +176,17 @@ def _no_blocks(like: torch.Tensor) -> ActiveBlocks:
 
 
 def forward_fake(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    target: torch.Tensor,
-    row_temperature: torch.Tensor | None,
-    ignore_index: int | None,
-    group: str,
-    *numbers: Any,
+    hidden: torch.Tensor, weight: torch.Tensor, _: Any, target: torch.Tensor, __: Any, o: Options
 ) -> tuple[torch.Tensor, ...]:
-    o, n = Options.of(hidden, weight, numbers), target.shape[0]
+    o, n = o.resolved(hidden, weight), target.shape[0]
     sizes = (n, n if o.return_entropy else 0, n, n, n)
     rows = (hidden.new_empty(size, dtype=wide_of(hidden, weight)) for size in sizes)
     selects = o.tail_eps != 0 and weight.shape[0] != 0
     blocks = ActiveBlocks.new(weight.shape[0], n, hidden.device) if selects else _no_blocks(hidden)
-    first = hidden.new_empty(1 if group else 0, dtype=torch.int64)
-    return *rows, *blocks, first, _kept(hidden, weight, group, o)
+    first = hidden.new_empty(1 if o.group else 0, dtype=torch.int64)
+    return *rows, *blocks, first, _kept(hidden, weight, o)
 
 
-head_operator = register(
-    OP,
-    schema_of(forward, Options, RESULTS),
-    forward,
-    fake=forward_fake,
-    setup_context=saving(5, 3, skip=2),
-    backward=gradients_through(backward_operator, 3),
+head_operator = differentiable(
+    OP, forward, backward_sums, Options, fake=forward_fake, results=RESULTS, sent=SENT, unsaved=LSE
 )

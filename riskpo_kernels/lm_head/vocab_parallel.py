@@ -65,10 +65,10 @@ class VocabShard:
 
 
 def find_shard(
-    group: str, hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, o: Options
+    hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, o: Options
 ) -> VocabShard | None:
     """This rank's, of linear_logprob's head; None without a group."""
-    if not group:
+    if not o.group:
         return None
     same: dict[str, int | torch.Tensor] = {  # what the number of collectives hangs on, and more
         "rows": target.shape[0],
@@ -79,4 +79,4 @@ def find_shard(
         "triton": o.backend == "triton",
         "memory_mib * 1024": int(o.memory_mib * 1024),
     }
-    return VocabShard.find("linear_logprob", group_called(group), weight, same)
+    return VocabShard.find("linear_logprob", group_called(o.group), weight, same)

@@ -24,8 +24,8 @@ at most tail_eps min(1, sum of B_b), halved until they hold no more than 32 thre
 
 Workspace is memory_mib; beside it one float32 dH, and 1 bit a pair until the backward.
 
-Products are PyTorch's. What is made of two tiles of them is divergence_stats.py, or, in one pass of
-a Triton kernel, divergence_triton.py, which has the same names.
+Products are PyTorch's. What a row needs is made of numbers of blocks (divergence_stats.py), and
+these of two tiles of products, in PyTorch or in one pass of a Triton kernel.
 """
 
 from __future__ import annotations
@@ -42,8 +42,14 @@ from riskpo_kernels.core.matmul import Head, Plan, plan_tiles, products_of, put_
 from riskpo_kernels.core.operators import differentiable
 from riskpo_kernels.core.process_groups import group_called, max_over, sum_over
 from riskpo_kernels.core.softmax import BLOCK, CAP, ActiveBlocks, LogitMap, keep_blocks, n_blocks
-from riskpo_kernels.lm_head import divergence_stats
-from riskpo_kernels.lm_head.divergence_stats import Fold, Pair, Room, Stats
+from riskpo_kernels.lm_head.divergence_stats import (
+    Fold,
+    Mixture,
+    Pair,
+    Room,
+    Stats,
+    TorchTiles,
+)
 from riskpo_kernels.lm_head.vocab_parallel import VocabShard
 
 OP = "linear_divergence"
@@ -70,14 +76,14 @@ class Words:
     backend: str
 
 
-def _arithmetic(pair: Pair, w: Words) -> Any:
-    """The module with Fold, Mixture and gradient_of."""
+def _tiles_of(pair: Pair, w: Words, room: Room) -> Any:
+    """What makes numbers of two tiles: statistics, mixture and gradient."""
     # the kernels see float32 products only: their inputs' type does not matter to the interpreter
     if choose(OP, w.backend, pair.student.hidden.device, pair.wide) == "triton":
-        from riskpo_kernels.lm_head import divergence_triton  # needs Triton
+        from riskpo_kernels.kernels import divergence_tiles  # needs Triton
 
-        return divergence_triton
-    return divergence_stats
+        return divergence_tiles
+    return TorchTiles(room)
 
 
 def _pair(tensors: tuple[Any, ...], w: Words) -> Pair:
@@ -99,13 +105,12 @@ def _pair(tensors: tuple[Any, ...], w: Words) -> Pair:
     return Pair(*heads)
 
 
-def _plan(pair: Pair, w: Words, arithmetic: Any, vocab: int, *, back: bool = False) -> Plan:
+def _plan(pair: Pair, w: Words, tiles: Any, vocab: int, *, back: bool = False) -> Plan:
     width = pair.student.hidden.shape[1] + pair.teacher.hidden.shape[1]
     rows, cols = TILE["cuda" if pair.student.hidden.is_cuda else "cpu"]
     # both tiles and what is made of them; of blocks what the fold and the choice among them hold
-    tile, block = 6 * pair.wide.itemsize, 6 * pair.wide.itemsize if w.tail_eps else 0
-    if arithmetic is not divergence_stats:
-        tile, block = 10, 48
+    size = pair.wide.itemsize
+    tile = 6 * size if isinstance(tiles, TorchTiles) else 10
     return plan_tiles(
         OP,
         pair.student.n,
@@ -115,8 +120,8 @@ def _plan(pair: Pair, w: Words, arithmetic: Any, vocab: int, *, back: bool = Fal
         most_rows=rows,
         most_cols=cols,
         tile_bytes=tile,
-        edge_bytes=pair.wide.itemsize,
-        row_bytes=0 if back else block * n_blocks(vocab),
+        edge_bytes=size,
+        row_bytes=0 if back else 12 * size * n_blocks(vocab),
     )
 
 
@@ -124,14 +129,14 @@ def _second_pass(
     pair: Pair,
     w: Words,
     r: slice,
-    sums: divergence_stats.Mixture,
+    sums: Mixture,
     cols: int,
     group: Any,
     room: Room,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """jsd, KL(p || m) and the bounds [R, B] of rows r."""
     for v in spans(pair.student.vocab, cols):
-        sums.tile(v, pair.tile(r, v, room), room)
+        sums.tile(v, pair.tile(r, v, room))
     sums.close()
     own, total = sums.own, sums.total
     if group is not None:
@@ -160,16 +165,17 @@ def _forward(
         group, widest, cap = shard.group, shard.widest, CAP / shard.ranks
     active = ActiveBlocks.new(vocab if w.tail_eps else 0, n, hidden.device)
     results = hidden.new_empty(6, n, dtype=wide)
-    arithmetic = _arithmetic(pair, w)
-    plan, room = _plan(pair, w, arithmetic, widest), Room(hidden)
+    room = Room(hidden)
+    tiles = _tiles_of(pair, w, room)
+    plan = _plan(pair, w, tiles, widest)
     blocks = n_blocks(vocab) if w.tail_eps else 0
     apart = None if w.kind == "jsd" else pair.apart(0 if w.kind == "reverse_kl" else 1)
     if apart is not None and group is not None:
         apart = max_over(group, apart.float()) > 0
     for r in spans(n, plan.rows):
-        fold: Fold = arithmetic.Fold(r.stop - r.start, vocab, hidden, wide, w.kind, w.tail_eps > 0)
+        fold = Fold(w.kind, tiles, r.stop - r.start, vocab, results)
         for v in spans(vocab, plan.cols):
-            fold.tile(v, pair.tile(r, v, room), room)
+            fold.tile(v, pair.tile(r, v, room))
         fold.close()
         if group is not None:
             fold.merge(group)
@@ -178,7 +184,7 @@ def _forward(
             value.masked_fill_(apart, torch.inf)
         own = value
         if w.kind == "jsd":
-            sums = arithmetic.Mixture(fold, stats, w.beta)
+            sums = Mixture(fold, stats, w.beta)
             value, own, bounds = _second_pass(pair, w, r, sums, plan.cols, group, room)
         elif w.tail_eps:
             bounds = fold.bounds(value)
@@ -280,18 +286,27 @@ class _Tile:
 
     def __init__(self, pair: Pair, w: Words, stats: Stats, own: torch.Tensor, factor: torch.Tensor):
         self.pair, self.w, self.numbers = pair, w, torch.stack([*stats, own, factor])
-        self.room, self.arithmetic = Room(own), _arithmetic(pair, w)
+        self.room = Room(own)
+        self.tiles = _tiles_of(pair, w, self.room)
         widest = min(BLOCK, pair.student.vocab) if w.tail_eps else pair.student.vocab
-        self.plan = _plan(pair, w, self.arithmetic, widest, back=True)
+        self.plan = _plan(pair, w, self.tiles, widest, back=True)
 
     def add(
         self, r: torch.Tensor, v: slice, dh: torch.Tensor | None, dw: torch.Tensor | None, db: Any
     ) -> None:
         sides, products = self.pair.tile(r, v, self.room), products_of(self.pair.student)
-        given = (sides, self.numbers.index_select(1, r), self.room, products.dtype)
-        dz, sums = self.arithmetic.gradient_of(self.w.kind, self.w.beta, *given, db is not None)
+        p, q = (x.tile for x in sides)
+        raw, numbers = p.raw, self.numbers.index_select(1, r)
+        dz, parts = raw, None
+        if products.dtype != raw.dtype:
+            dz = self.room.take("dz", products.dtype, *raw.shape)
         if db is not None:
-            db[v] += sums
+            parts = self.room.take(
+                "sums", numbers.dtype, -(-len(r) // self.tiles.ROWS), raw.shape[1]
+            )
+        self.tiles.gradient(self.w.kind, self.w.beta, p, q, numbers, dz, parts)
+        if parts is not None:
+            db[v] += parts.sum(0)
         _, h, weight = sides[0]
         if dh is not None:
             part = self.room.take("dh", dh.dtype, *h.shape)

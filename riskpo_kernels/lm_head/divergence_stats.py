@@ -104,6 +104,7 @@ class TorchTiles:
 
     def __init__(self, room: Room):
         self.room = room
+        self.near = torch.empty(0)  # what A_b counts from: of a row, its first tile's
 
     def statistics(self, kind: str, p: RawTile, q: RawTile, out: torch.Tensor, first: int) -> None:
         at = slice(first, first + n_blocks(p.raw.shape[1]))
@@ -112,7 +113,11 @@ class TorchTiles:
             top = x.amax(2)
             out[side, at] = top.T
             x.sub_(top[..., None])
+        tops = out[:2, at]
         a, b = z if kind == "reverse_kl" else z[::-1]
+        if kind == "reverse_kl" and not first:
+            near = tops[0].amax(0) - tops[1].amax(0)
+            self.near = near.masked_fill_(near.abs() > -0.1 * LOWEST, 0.0)  # one is ruled out
         d = a
         if kind != "jsd":
             d = self.room.take("beside", out.dtype, 1, a.numel()).view(a.shape)
@@ -120,9 +125,10 @@ class TorchTiles:
         for side, x in enumerate(z):
             out[2 + side, at] = x.exp_().sum(2).T
         if kind != "jsd":
-            out[4, at] = d.mul_(a).sum(2).T
+            out[4, at] = torch.mul(d, a, out=b).sum(2).T
         if kind == "reverse_kl":
-            out[5, at] = d.abs_().sum(2).T
+            d.add_((tops[0] - tops[1] - self.near).T[..., None]).abs_()
+            out[5, at] = d.mul_(a).sum(2).T
 
     def mixture(
         self,
@@ -206,7 +212,7 @@ class Fold:
 
         s = sum s_b e^(m_b - m)      u = sum over a's e^(m_b - m) (u_b + s_b (near - d0))
 
-    and A_b counts from the block's own near."""
+    and A_b counts from the block's own near, or in PyTorch from one of the row."""
 
     def __init__(self, kind: str, tiles: Any, n: int, vocab: int, like: torch.Tensor):
         self.kind, self.tiles, self.own = kind, tiles, 0 if kind == "reverse_kl" else 1
@@ -242,7 +248,9 @@ class Fold:
             # the teacher's masses bound nothing here: A_b in their place
             far = self.found[5].mul_(shrink[0])
             self.blocks = torch.stack([self.blocks[0], far.T])
-            self.anchors, self.near = self.m[[0, 0], :, None], near.T
+            self.anchors = self.m[[0, 0], :, None]
+            by_row = isinstance(self.tiles, TorchTiles)
+            self.near = self.tiles.near[:, None] if by_row else near.T
 
     def merge(self, group: Any) -> None:
         """Over the ranks of a vocabulary; an empty shard holds -inf and zeros."""

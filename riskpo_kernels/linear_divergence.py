@@ -127,15 +127,12 @@ def linear_divergence(
         theirs: dict[str, Any] = dict(zip(TEACHER, teacher[2:], strict=True))
         with no_autocast(hidden.device):
             return reference.linear_divergence(**heads, **own, **theirs)
-    row_temperature = None
-    if isinstance(temperature, torch.Tensor):
-        row_temperature, temperature = temperature.reshape(-1), 1.0
     if tail_eps is None:
         tail_eps = DEFAULT_EPS.get(torch.promote_types(hidden.dtype, weight.dtype), 0.0)
     words = Words(
         kind=kind,
         beta=beta,
-        temperature=temperature,
+        temperature=1.0 if isinstance(temperature, torch.Tensor) else temperature,
         scale=scale,
         softcap=softcap,
         teacher_scale=teacher_scale,
@@ -153,7 +150,7 @@ def linear_divergence(
         teacher_weight,
         teacher_bias,
         None if mask is None else mask.reshape(-1).bool(),
-        row_temperature,
+        temperature.reshape(-1) if isinstance(temperature, torch.Tensor) else None,
         words,
     )
     return found[0].view(rows)

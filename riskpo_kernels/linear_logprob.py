@@ -144,16 +144,8 @@ def linear_logprob(
     )
     check_head(OP, hidden, weight, target, bias, sharded_ok=vocab_group is not None)
     rows, several = tuple(hidden.shape[:-1]), target.dim() == hidden.dim()
-    check_options(
-        OP,
-        rows,
-        hidden.device,
-        temperature=temperature,
-        scale=scale,
-        softcap=softcap,
-        memory_mib=memory_mib,
-        tail_eps=tail_eps,
-    )
+    logits: dict[str, Any] = {"temperature": temperature, "scale": scale, "softcap": softcap}
+    check_options(OP, rows, hidden.device, **logits, memory_mib=memory_mib, tail_eps=tail_eps)
     check_choice(OP, "backend", backend, BACKENDS)
     check_choice(OP, "outside_support", outside_support, OUTSIDE)
     check_flags(OP, return_entropy=return_entropy, deterministic=deterministic)
@@ -171,9 +163,7 @@ def linear_logprob(
                 weight,
                 target,
                 bias=bias,
-                temperature=temperature,
-                scale=scale,
-                softcap=softcap,
+                **logits,
                 return_entropy=return_entropy,
                 ignore_index=ignore_index,
                 support=support,
@@ -183,16 +173,14 @@ def linear_logprob(
         if kept is not None and outside_support == "raise":
             check_inside(out.logprob)
         return out
-    row_temperature = None
-    if isinstance(temperature, torch.Tensor):
-        row_temperature, temperature = temperature.reshape(-1), 1.0
     if tail_eps is None:
         tail_eps = DEFAULT_EPS.get(torch.promote_types(hidden.dtype, weight.dtype), 0.0)
     leaves = (hidden, weight, bias, *(lora or ())[:2])
+    per_row = isinstance(temperature, torch.Tensor)
     o = Options(
         scale=scale,
         softcap=softcap,
-        temperature=temperature,
+        temperature=1.0 if isinstance(temperature, torch.Tensor) else temperature,
         return_entropy=return_entropy,
         backend=backend,
         memory_mib=memory_mib,
@@ -203,18 +191,33 @@ def linear_logprob(
         group=group,
         raises=outside_support == "raise",
     )
-    h = hidden.reshape(-1, hidden.shape[-1])
-    rest = (target.flatten(0, -2) if several else target.reshape(-1), row_temperature)
-    if kept is not None:
-        found = support_operator(h, weight, bias, *rest, *kept, o)
-    elif lora is not None:
-        a, b, factor = lora
-        found = lora_operator(h, a, b, bias, weight, *rest, replace(o, factor=float(factor)))
-    else:
-        operator = targets_operator if several else head_operator
-        found = operator(h, weight, bias, *rest, o)
+    found = _operated(hidden, weight, bias, target, temperature if per_row else None, kept, lora, o)
     logprob, lse = _shaped(found[0], target.shape), _shaped(found[2], rows)
     return TokenLogProbs(logprob, _shaped(found[1], rows) if return_entropy else None, lse)
+
+
+def _operated(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    row_temperature: Any,
+    kept: tuple[torch.Tensor, torch.Tensor | None] | None,
+    lora: Lora | None,
+    o: Options,
+) -> tuple[torch.Tensor, ...]:
+    """What the operator for such arguments gives over flat rows."""
+    several = target.dim() == hidden.dim()
+    h, ids = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
+    rest = (ids, None if row_temperature is None else row_temperature.reshape(-1))
+    if kept is not None:
+        return support_operator(h, weight, bias, *rest, *kept, o)
+    if lora is not None:
+        a, b, factor = lora
+        return lora_operator(h, a, b, bias, weight, *rest, replace(o, factor=float(factor)))
+    if several:
+        return targets_operator(h, weight, bias, target.flatten(0, -2), rest[1], o)
+    return head_operator(h, weight, bias, *rest, o)
 
 
 def _shaped(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

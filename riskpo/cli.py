@@ -78,8 +78,7 @@ RUN_COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Exit status 0: done, 2: a user's mistake, 1: other errors, 130: Ctrl-C."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in given or os.environ.get("RISKPO_DEBUG", "") not in ("", "0")
-    given = [word for word in given if word != "--debug"]
+    debug, given = "--debug" in given, [word for word in given if word != "--debug"]
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     for stream in (sys.stdout, sys.stderr):  # flush each line, into a file or a pipe too
         if isinstance(stream, io.TextIOWrapper):

@@ -33,17 +33,7 @@ SOURCE = "arithmetic"
 CHARACTERS = "0123456789+="
 PAD, EOS = "<pad>", "<eos>"
 WARM_START_BATCH = 64
-WARM_START_LEARNING_RATE = 1e-3
 WARM_START_MAX_STEPS = 3000
-
-
-@dataclass(frozen=True)
-class ModelSize:
-    """The embedded Qwen2; its MLP is twice as wide as `hidden`."""
-
-    hidden: int = 128
-    layers: int = 2
-    heads: int = 4  # of queries and of keys
 
 
 @dataclass(frozen=True)
@@ -59,8 +49,8 @@ class Task:
     questions: int
     warm_target: float  # sampled accuracy; above it there is signal, far below 1 there is room
     warm_share: dict[str, float] | None = None
-    model: ModelSize = ModelSize()
-    warm_learning_rate: float = WARM_START_LEARNING_RATE
+    model: tuple[int, int, int] = (128, 2, 4)  # hidden width, layers, heads
+    warm_learning_rate: float = 1e-3
 
 
 def all_sizes(digits: int) -> tuple[tuple[int, int], ...]:
@@ -83,10 +73,12 @@ TASKS = {
         40000,
         0.35,
         {"2+2": 0.32, "3+3": 0.28, "4+4": 0.22, "5+5": 0.13, "6+6": 0.05},
-        ModelSize(hidden=512, layers=8, heads=8),
-        3e-4,
+        model=(512, 8, 8),
+        warm_learning_rate=3e-4,
     ),
-    "embedded:tiny": Task(2, ((1, 1), (1, 2)), 200, 0.05, None, ModelSize(32, 1, 2), 5e-3),
+    "embedded:tiny": Task(
+        2, ((1, 1), (1, 2)), 200, 0.05, model=(32, 1, 2), warm_learning_rate=5e-3
+    ),
 }
 
 
@@ -117,17 +109,17 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(
-    tokenizer: PreTrainedTokenizerFast, seed: int, size: ModelSize | None = None
+    tokenizer: PreTrainedTokenizerFast, seed: int, size: tuple[int, int, int] = Task.model
 ) -> Qwen2ForCausalLM:
     """Random weights, the demo's third of a million by default; one seed gives the same bits."""
-    size = size or ModelSize()
+    hidden, layers, heads = size
     config = Qwen2Config(
         vocab_size=len(tokenizer),
-        hidden_size=size.hidden,
-        intermediate_size=2 * size.hidden,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        num_key_value_heads=size.heads,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
         max_position_embeddings=64,
         tie_word_embeddings=False,
         pad_token_id=tokenizer.pad_token_id,
@@ -144,15 +136,12 @@ def build_questions(
 ) -> list[Question]:
     """`count` different additions of two numbers of 1 to `digits` digits each, in random order.
 
+    It draws until it has them: count should be at most a quarter of the sums that there are.
+
     The pairs of sizes, all of them by default, take turns (the smallest sums run out first).
     Operands are padded with zeros to one width, so the same place is the same position whatever
     the difficulty: small sums teach the model their part of the large ones.
     """
-    if count > 100**digits // 4:
-        raise ValueError(
-            f"build_questions: got count={count}; expected at most {100**digits // 4}, a quarter "
-            f"of the sums of {digits}-digit numbers. Ask for fewer questions or more digits."
-        )
     rng = random.Random(seed)
     sizes = sizes or all_sizes(digits)
     chosen: dict[str, Question] = {}
@@ -174,26 +163,23 @@ def warm_start(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerFast,
     questions: Sequence[Question],
+    task: Task,
     accuracy: Callable[[], float],
     *,
-    target: float,
     seed: int,
     check_every: int = 10,
-    share: dict[str, float] | None = None,
-    learning_rate: float = WARM_START_LEARNING_RATE,
 ) -> tuple[int, float]:
-    """Supervised steps until `accuracy()`, sampled, reaches `target`; returns (steps, accuracy).
+    """Supervised steps until `accuracy()`, sampled, is task.warm_target; (steps, accuracy).
 
-    Runs on the model's device. share: how often each stratum is shown, see Task.warm_share. Without
-    a warm start every reward is zero, and so is every policy gradient.
+    Runs on the model's device. Without a warm start every reward is zero, and so is every policy
+    gradient.
     """
     device = next(model.parameters()).device
-    rng = random.Random(seed)
-    weights = None
+    rng, share, weights = random.Random(seed), task.warm_share, None
     if share is not None:  # each stratum has its share, however many questions it holds
         size = Counter(q.meta["stratum"] for q in questions)
         weights = [share[q.meta["stratum"]] / size[q.meta["stratum"]] for q in questions]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=task.warm_learning_rate)
     reached = 0.0
     for step in range(1, WARM_START_MAX_STEPS + 1):
         chosen = rng.choices(questions, weights, k=WARM_START_BATCH)
@@ -206,7 +192,7 @@ def warm_start(
         optimizer.step()
         if step % check_every == 0:
             reached = accuracy()
-            if reached >= target:
+            if reached >= task.warm_target:
                 break
     optimizer.zero_grad(set_to_none=True)
     model.eval()

@@ -37,7 +37,7 @@ def evaluate_model(config: EvalConfig) -> list[EvalResult]:
     for seed in config.seeds or (config.seed,):
         one = replace(config, model=config.model.replace(RUN_PER_SEED, str(seed)), seed=seed)
         results.append(evaluate_once(one, questions_of(one if own else config)))
-    print(report_seeds(results) if config.seeds else report(results[0]))
+    print(report(results, by_seed=bool(config.seeds)))
     if config.out is not None:
         write_json(config.out, seeds_as_json(results) if config.seeds else asdict(results[0]))
     return results
@@ -101,22 +101,19 @@ def questions_of(config: EvalConfig) -> list[Question]:
     )
 
 
-def report(result: EvalResult) -> str:
-    """Numbers with their 95 % intervals over questions, one per line, and the outcomes."""
-    lines = [
-        f"{name:<8} {e.value:.3f}  [{e.low:.3f}, {e.high:.3f}]"
-        for name, e in result.estimates().items()
-    ]
-    return "\n".join([*lines, f"{result.questions} questions: {_outcomes([result])}"])
-
-
-def report_seeds(results: Sequence[EvalResult]) -> str:
-    """The same over several seeds: both intervals side by side."""
-    lines = [f"{'':<8} {'':5}  {'over questions':<15}  over {len(results)} seeds"]
+def report(results: Sequence[EvalResult], by_seed: bool) -> str:
+    """Numbers with their 95 % intervals over questions, one per line, and the outcomes. by_seed:
+    with the intervals over seeds beside them."""
+    lines = []
+    if by_seed:
+        lines = [f"{'':<8} {'':5}  {'over questions':<15}  over {len(results)} seeds"]
     for name, (e, s) in over_seeds(results).items():
-        both = f"[{e.low:.3f}, {e.high:.3f}]   [{s.low:.3f}, {s.high:.3f}]"
-        lines.append(f"{name:<8} {e.value:.3f}  {both}")
-    return "\n".join([*lines, f"{results[0].questions} questions each: {_outcomes(results)}"])
+        line = f"{name:<8} {e.value:.3f}  [{e.low:.3f}, {e.high:.3f}]"
+        lines.append(line + f"   [{s.low:.3f}, {s.high:.3f}]" * by_seed)
+    names = dict.fromkeys(name for r in results for name in r.counts)
+    totals = {name: sum(r.counts.get(name, 0) for r in results) for name in names}
+    outcomes = "  ".join(f"{name} {count}" for name, count in totals.items() if count)
+    return "\n".join([*lines, f"{results[0].questions} questions{' each' * by_seed}: {outcomes}"])
 
 
 def seeds_as_json(results: Sequence[EvalResult]) -> dict[str, object]:
@@ -126,9 +123,3 @@ def seeds_as_json(results: Sequence[EvalResult]) -> dict[str, object]:
         for name, (e, s) in over_seeds(results).items()
     }
     return {"numbers": table, "seeds": [asdict(r) for r in results]}
-
-
-def _outcomes(results: Sequence[EvalResult]) -> str:
-    names = dict.fromkeys(name for r in results for name in r.counts)
-    totals = {name: sum(r.counts.get(name, 0) for r in results) for name in names}
-    return "  ".join(f"{name} {count}" for name, count in totals.items() if count)

@@ -229,16 +229,8 @@ def warmed_up(
         return sum(right) / len(right)
 
     note(f"warm start: supervised steps until {task.warm_target:.0%} of the answers are right")
-    steps, reached = warm_start(
-        policy.model,
-        tokenizer,
-        questions,
-        accuracy,
-        target=task.warm_target,
-        seed=config.seed,
-        share=task.warm_share,
-        learning_rate=task.warm_learning_rate,
-    )
+    given = (policy.model, tokenizer, questions, task, accuracy)
+    steps, reached = warm_start(*given, seed=config.seed)
     note(f"warm start: {steps} steps, {reached:.0%} of sampled answers right")
     for weight in policy.model.parameters():  # not .to(dtype): it would round the rotary buffers
         weight.data = weight.data.to(getattr(torch, config.dtype))

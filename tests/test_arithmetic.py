@@ -12,7 +12,6 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from riskpo.config import TrainConfig, resolve, validate
 from riskpo.demo import (
     TASKS,
-    ModelSize,
     build_model,
     build_questions,
     build_tokenizer,
@@ -125,7 +124,7 @@ def test_the_large_task_is_larger_and_fits_the_embedded_defaults():
 
 
 def test_a_size_is_what_was_asked_for():
-    model = build_model(build_tokenizer(), 0, ModelSize(hidden=48, layers=3, heads=2))
+    model = build_model(build_tokenizer(), 0, (48, 3, 2))
     config = model.config
     assert (config.hidden_size, config.intermediate_size, config.num_hidden_layers) == (48, 96, 3)
     assert config.num_attention_heads == config.num_key_value_heads == 2
@@ -153,10 +152,8 @@ def test_the_warm_start_shows_each_stratum_its_share(monkeypatch):
 
     monkeypatch.setattr(riskpo.demo, "_supervised_batch", count)
     task, tokenizer = find_task("embedded:mixed"), build_tokenizer()
-    warm_start(
-        build_model(tokenizer, 0), tokenizer, task_questions(replace(task, questions=400), 0),
-        lambda: 1.0, target=0.5, seed=0, check_every=40, share=task.warm_share,
-    )  # fmt: skip
+    model, questions = build_model(tokenizer, 0), task_questions(replace(task, questions=400), 0)
+    warm_start(model, tokenizer, questions, task, lambda: 1.0, seed=0, check_every=40)
     total = sum(shown.values())
     assert total == 40 * 64
     for stratum, share in task.warm_share.items():

@@ -103,10 +103,11 @@ def test_the_line_names_what_goes_wrong_and_fits():
     assert len(line) <= 120 and "reward 0.123" in line and line.endswith("0.12 s")
 
 
-def test_time_left_of_an_evaluation():
+def test_time_left_of_an_evaluation(monkeypatch):
     """Eight of two batches of at most 10 tokens are sampled; then an engine does it by itself."""
     model, said = torch.nn.Linear(2, 2), list[str]()
-    given = {"responses": 5, "sequences": 4, "tokens": 10, "say": said.append, "first": 0.2}
+    given = {"responses": 5, "sequences": 4, "tokens": 10, "say": said.append}
+    monkeypatch.setattr(progress, "FIRST_S", 0.2)
     with sampling_progress(model, **given):
         for _ in range(8):
             model(torch.zeros(1, 2))

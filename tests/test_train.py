@@ -216,8 +216,6 @@ def test_sums_are_right_and_different():
         assert int(q.gold[::-1]) == int(a) + int(b) and len(q.gold) == 4
     assert {q.meta["digits"] for q in questions} == {2, 3, 4, 5, 6}
     assert questions == build_questions(500, 0) != build_questions(500, 1)
-    with pytest.raises(ValueError, match="expected at most"):
-        build_questions(10**6, 0)
 
 
 def test_tokenizer_is_one_token_per_character(tmp_path):
@@ -233,7 +231,7 @@ def test_warm_start_lowers_the_loss_and_stops_at_its_target():
     model, questions = build_model(tokenizer, 0), build_questions(200, 0)
     measured = iter([0.1, 0.2, 0.5])
     steps, reached = warm_start(
-        model, tokenizer, questions, lambda: next(measured), target=0.4, seed=0, check_every=4
+        model, tokenizer, questions, find_task(None), lambda: next(measured), seed=0, check_every=4
     )
     assert (steps, reached) == (12, 0.5)
     assert all(p.grad is None for p in model.parameters())

@@ -23,7 +23,7 @@ from dataclasses import replace
 import torch
 
 from riskpo.doctor.machine import DTYPES
-from riskpo.doctor.problem import Problem, Yardstick, make_problem, ours, plain, sums, with_bias
+from riskpo.doctor.problem import Problem, Yardstick, make_problem, ours, plain, sums
 from riskpo.doctor.term_sizes import head_sizes
 from riskpo.doctor.tolerance import Bound, bounds
 from riskpo_kernels import TokenLogProbs, linear_logprob
@@ -54,7 +54,7 @@ def draw(seed: int) -> Problem:
     shape = SHAPES[seed % len(SHAPES)]
     lean = shape.get("lean", 8.0)
     sizes = {name: int(size) for name, size in shape.items() if name != "lean"}
-    return with_bias(make_problem(seed=seed, lean=lean, **sizes), seed)
+    return make_problem(seed=seed, lean=lean, bias=True, **sizes)
 
 
 def cancelling(problem: Problem) -> Problem | None:

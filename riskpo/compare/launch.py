@@ -58,7 +58,7 @@ def compare_command(given: list[str]) -> None:
     add("config", nargs="?", help="TOML of `riskpo train` settings that all systems share")
     add("--algorithms", required=True, help="systems to train, e.g. grpo,riskpo-loo+omega=0")
     add("--seeds", default="0-4", help=f"0-4 or 0,1,7 {default}")
-    add("--steps", type=int, help="steps per run, instead of the config's; a longer run is kept")
+    add("--steps", type=int, help="steps per run, instead of the config's; runs with more are kept")
     add("--out", default="runs/compare", help=f"folder for the runs and the page {default}")
     add("--page", default="compare", help=f"file name of the .md, .json and .png {default}")
     add("--against", help="system to subtract from the others (default: the first)")

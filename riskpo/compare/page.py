@@ -141,14 +141,16 @@ def markdown(tables: dict[str, Table], differences: dict[str, Table], about: dic
     lines = [
         f"# {len(table)} systems, seeds {', '.join(map(str, about['seeds']))}",
         "",
-        f"{about['steps']} steps; {about['machine']}; {about['run_hours']} hours of runs, as the "
-        "wall clock saw them. Mean over seeds ± half of a 95 % t-interval. Differences are paired: "
-        "seed by seed, from the same start; bold where the interval excludes 0 (no correction for "
-        "the number of differences on the page). Step numbers: last tenth of the steps; "
-        "covariances: all steps; clipped by norm: the share of all steps whose gradient norm, the "
-        "mean over the step's updates, was above max_grad_norm; held-out numbers: the evaluation "
-        "there, or the line between the two around it. Entropy at equal reward: "
-        "where the two smoothed rewards of a seed first reach the height that both reach.",
+        f"{about['steps']} steps; {about['machine']}. The runs took {about['run_hours']} hours.",
+        "",
+        "A cell is a mean over seeds ± half of its 95 % t-interval. Differences are taken seed by "
+        "seed, from the same start. One is bold where its interval excludes 0, without a "
+        "correction for the number of differences on the page. Numbers of training are means over "
+        "the last tenth of the steps; covariances, over all steps. Clipped by norm is the share of "
+        "all steps whose gradient norm, a mean over the step's updates, was above max_grad_norm. "
+        "Held-out numbers are those of the evaluation at that step, or on the line between the two "
+        "around it. Entropy at equal reward is that of the first step at which the smoothed reward "
+        "reaches the height that both runs of a seed reach.",
     ]
     if margins:
         outcomes = {name: f"{name.removeprefix(EVAL)} (±{margins[name]:g})" for name in margins}

@@ -141,7 +141,8 @@ def by_step(
 
 
 def covariances(axis: Any, page: Page) -> None:
-    """The difference over all steps as the sum of its terms; the lower one is omega cov_lower."""
+    """Cov(l, A_mean) - Cov(l, A_MVaR) over all steps, beside the two terms that it is the sum of:
+    cov_upper, and omega times cov_lower."""
     gap, upper = page.logged("cov_gap"), page.logged("cov_upper")
     terms = {"difference": gap, "= upper term": upper, "+ lower term": gap - upper}
     shown = pd.DataFrame({name: y.mean(axis=1) for name, y in terms.items()}).dropna()
@@ -170,7 +171,7 @@ def entropy_by_reward(axis: Any, page: Page) -> None:
 
 
 def pass_at_k(axis: Any, page: Page) -> None:
-    """Held-out pass@k at the end, means only, over the mean start."""
+    """Mean held-out pass@k at the end; dotted, the mean of all runs at the start."""
     start = page.held_out("pass@", 0)
     if _points(axis, page, page.held_out("pass@", -1), bars=False, line="-"):
         axis.plot(middle(start).to_numpy(), color=INK, linestyle=":", linewidth=1.5)
@@ -178,7 +179,7 @@ def pass_at_k(axis: Any, page: Page) -> None:
 
 
 def pass_rise(axis: Any, page: Page) -> None:
-    """Its rise since the start of the same run."""
+    """The rise of held-out pass@k since the start of the same run."""
     rise = page.held_out("pass@", -1) - page.held_out("pass@", 0)
     if _points(axis, page, rise, line="-"):
         _zero(axis)
@@ -193,7 +194,7 @@ def strata(axis: Any, page: Page) -> None:
 
 
 def gradient_norm(axis: Any, page: Page) -> None:
-    """Before it is shortened, and the length that it is shortened to."""
+    """The gradient norm before clipping; dotted, max_grad_norm of each run."""
     by_step("grad_norm")(axis, page)
     for bound in sorted({run[BOUND].iloc[0] for run in page.runs.values()} - {None}):
         axis.axhline(bound, color=INK, linestyle=":", linewidth=1.2)
@@ -212,7 +213,7 @@ def _lines(
     band: bool = False,
     share: bool = False,
 ) -> None:
-    """A line per system, its markers above all lines and not where another system has its."""
+    """A line per system. Markers lie above all lines, at other steps than other systems' do."""
     for system, rows in by_system(series):
         style, y = page.style[system], middle(rows)
         at = rows.columns if x is None else middle(x.loc[system])
@@ -270,7 +271,7 @@ def _missing(axis: Any, page: Page, shown: pd.DataFrame) -> bool:
 
 
 def say(axis: Any, text: str) -> None:
-    """In the middle of a panel that has nothing to draw."""
+    """Write the reason into a panel that has nothing to draw."""
     axis.text(0.5, 0.5, text, transform=axis.transAxes, ha="center", color=INK, fontsize=10)
     axis.set_xticks([])
     axis.set_yticks([])

@@ -1,8 +1,8 @@
 """The picture of a comparison: its panels in a grid, the systems above them.
 
-Seeds differ in their warm start far more than systems differ on one seed. Levels are therefore
-drawn without an interval where it would cover every system (the table has it), and what the systems
-do is read from the differences, taken seed by seed, in the row below.
+The warm start of a seed moves a level far more than a system does. Levels are therefore drawn
+without intervals, which would cover every system; the table has them. The row below shows the
+differences between systems, taken seed by seed, with their intervals.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import torch
 
 from riskpo.doctor.check import Check, first_line
 from riskpo.doctor.packages import version
-from riskpo.doctor.problem import Problem, Yardstick, make_problem, ours, plain, with_bias
+from riskpo.doctor.problem import Problem, Yardstick, make_problem, ours, plain
 from riskpo_kernels import backend_report
 
 PACKAGES = (
@@ -21,8 +21,8 @@ PACKAGES = (
 )  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WRONG = (
-    "Run it again with OMP_NUM_THREADS=1. Off again: do not train with this backend and dtype "
-    "here, and report this line with the versions above."
+    "Run doctor again with OMP_NUM_THREADS=1. If this fails again, do not train with this backend "
+    "and dtype here, and report this line with the versions above."
 )
 REMEDY = {
     "torch": WRONG,
@@ -54,7 +54,7 @@ def machine_checks() -> Iterator[Check]:
 
 def numerics(backend: str, dtype: str, device: str, problem: Problem | None = None) -> Check:
     """Every result of head and loss against float64, by the rule of riskpo/doctor/tolerance.py."""
-    problem = problem or with_bias(make_problem())
+    problem = problem or make_problem(bias=True)
     yard = Yardstick.of(problem, plain(problem.to(DTYPES[dtype]), logits32=True))
     what = f"{backend} {dtype} on {device}"
     try:

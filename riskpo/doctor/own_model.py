@@ -52,7 +52,7 @@ def model_checks(name: str) -> Iterator[Check]:
         hidden[mask] * head.options.scale, head.weight, target[mask], bias=head.bias,
         softcap=head.options.softcap,
     )["logprob"]  # fmt: skip
-    # two programs that multiply in other orders; what another head gives is off by far more
+    # The two multiply in different orders, so the limit is wide; another head is off by far more.
     pairs = (bounds(x, exact, y, size=size, factor=8) for x, y in ((one, other), (other, one)))
     holds = all(bound.holds for pair in pairs for bound in pair)
     gap, (vocab, width) = float((one - other).abs().max()), head.weight.shape
@@ -72,5 +72,5 @@ def model_checks(name: str) -> Iterator[Check]:
 
 
 def sixteen(x: torch.Tensor) -> torch.Tensor:
-    """Numbers near x that every 16-bit dtype holds: the truth is the same for all; float32."""
+    """x rounded to float32 numbers that both 16-bit dtypes hold: one truth serves all dtypes."""
     return x.detach().cpu().bfloat16().half().float()

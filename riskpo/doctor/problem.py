@@ -67,6 +67,7 @@ def make_problem(
     vocab: int = 509,
     seed: int = 0,
     lean: float = 8.0,
+    bias: bool = False,
 ) -> Problem:
     """Peaked rows (about half of the targets likely), ragged lengths, float32. lean: how peaked.
 
@@ -76,7 +77,10 @@ def make_problem(
     g = torch.Generator().manual_seed(seed)
     hidden, weight, target = peaked(g, (batch, tokens), width, vocab, lean)
     lengths = torch.randint(max(tokens // 2, 1), tokens + 1, (batch,), generator=g)
-    return step_on(hidden, weight, target, torch.arange(tokens) < lengths[:, None], g)
+    mask = torch.arange(tokens) < lengths[:, None]
+    own = torch.Generator().manual_seed(seed)  # so that a bias changes no other draw
+    added = (0.5 * torch.randn(vocab, generator=own)).bfloat16().float() if bias else None
+    return step_on(hidden, weight, target, mask, g, added)
 
 
 def step_on(
@@ -85,35 +89,24 @@ def step_on(
     target: torch.Tensor,
     mask: torch.Tensor,
     g: torch.Generator,
+    bias: torch.Tensor | None = None,
 ) -> Problem:
     """Old log-probs and advantages beside these, as make_problem describes them."""
     batch, tokens = target.shape
-    new = linear_logprob(hidden.double(), weight.double(), target, backend="reference").logprob
+    h, w, b = hidden.double(), weight.double(), None if bias is None else bias.double()
+    new = linear_logprob(h, w, target, bias=b, backend="reference").logprob
     old = (new.float() + 0.4 * torch.randn(batch, tokens, generator=g)).clamp(max=-1e-3)
     cuts = torch.tensor(CLIP).log()[:, None, None]
     old = torch.where(((new - old - cuts).abs() < 0.01).any(0), old - 0.05, old)
     advantage = torch.randn(batch, generator=g)
     if batch > 1:
         advantage[0] = 0.0
-    problem = Problem(hidden, weight, target, mask, old, advantage)
+    problem = Problem(hidden, weight, target, mask, old, advantage, bias)
     terms = sums(new[mask], problem)["loss"]
     falls, rises = -terms.clamp(max=0).sum(), terms.clamp(min=0).sum()
     larger = advantage.sign() == (1 if falls > rises else -1)
     ratio = (3 * torch.min(falls, rises) / torch.max(falls, rises)).clamp(min=1).float()
     return replace(problem, advantage=torch.where(larger, advantage * ratio, advantage))
-
-
-def with_bias(problem: Problem, seed: int = 0) -> Problem:
-    """The same problem with a bias on the logits; ratios stay as they are."""
-    g = torch.Generator().manual_seed(seed)
-    bias = (0.5 * torch.randn(len(problem.weight), generator=g)).bfloat16().float()
-    h, w = problem.hidden.double(), problem.weight.double()
-    before, after = (
-        linear_logprob(h, w, problem.target, bias=b, backend="reference").logprob
-        for b in (None, bias.double())
-    )
-    old = (problem.old_logprob + (after - before)).float()
-    return replace(problem, bias=bias, old_logprob=old)
 
 
 def fresh(x: torch.Tensor) -> torch.Tensor:
@@ -202,10 +195,12 @@ def results(
 
 @dataclass(frozen=True)
 class Yardstick:
-    """What a problem's results are held against, by name.
+    """What the results of a problem are held against, by name.
 
-    truth: the float64 reference. honest: plain PyTorch's, in sums without the luck that errors of
-    terms cancel. size: of the terms that each sums, in logits, gradients and totals.
+    truth   the float64 reference
+    honest  plain PyTorch's results; of a total, with all errors of its terms added up, since they
+            may cancel by luck
+    size    magnitude of the terms that a result sums, in float64
     """
 
     truth: Results
@@ -214,7 +209,7 @@ class Yardstick:
 
     @classmethod
     def of(cls, problem: Problem, honest: Results) -> Yardstick:
-        """honest: plain PyTorch's results of `problem` in the dtype that is judged."""
+        """For a problem; honest: plain PyTorch's results of it in the dtype that is judged."""
         truth = ours(problem.to(torch.float64), backend="reference")
         values, size = dict(honest), _sizes(problem, truth["logprob"])
         exact, rounded = (sums(x["logprob"], problem) for x in (truth, values))
@@ -231,7 +226,7 @@ class Yardstick:
 
 
 def _sizes(problem: Problem, logprob: torch.Tensor) -> dict[str, torch.Tensor]:
-    """head_sizes of a problem, in the shapes of its results; logprob: the true ones."""
+    """`head_sizes` in the shapes of the problem's results. logprob: the true ones."""
     at, x = problem.mask, logprob.detach().requires_grad_()
     (c,) = torch.autograd.grad(sums(x, problem)["loss"].sum(), x)
     sizes = head_sizes(

@@ -12,22 +12,23 @@ from typing import NamedTuple
 
 import torch
 
-UNIT = 2.0**-2  # a term is rounded to half a unit in the last place; the rule's floor is two
-TRUTH = 2.0**-30  # of the floor: what float64 itself cannot hold
+# In floors of the rule, which are two units in the last place of float32:
+UNIT = 2.0**-2  # the rounding of a term, half a unit
+TRUTH = 2.0**-30  # the error of float64's own truth
 
 
 class Rows(NamedTuple):
-    """What the rows' softmax gives, [N, V] but where said; float64."""
+    """Parts of the rows' softmax and their sizes, float64 [N, V] unless said otherwise."""
 
     logp: torch.Tensor
     hit: torch.Tensor  # 1 at the target
     entropy: torch.Tensor  # [N, 1]
     spread: torch.Tensor  # -d entropy / d z
-    off: torch.Tensor  # size of a logit before the softcap: of its products
-    z_off: torch.Tensor  # size of a logit
-    bend: torch.Tensor  # tanh of the softcap, 0 without
-    slope: torch.Tensor  # of the softcap
-    wide: torch.Tensor  # [N, 1]: what float64's truth is off by, in floors of the rule
+    off: torch.Tensor  # size of a logit before the softcap: the sum of its products' magnitudes
+    z_off: torch.Tensor  # size of a logit z
+    bend: torch.Tensor  # tanh of the softcap, 0 without one
+    slope: torch.Tensor  # derivative of the softcap
+    wide: torch.Tensor  # [N, 1]: error of the truth, in floors
 
 
 def head_sizes(

@@ -19,7 +19,7 @@ from riskpo.files import SETTINGS
 from riskpo.report.explain_samples import sampler, verdicts
 from riskpo.report.explain_trends import moved, tracker
 from riskpo.report.findings import Finding, Log
-from riskpo.report.logs import read_records
+from riskpo.report.logs import average_name, read_records
 
 NO_SIGNAL = 0.5  # a larger share of responses with advantage 0 is notable
 SMALL_LOSS = 0.02  # of the order of the noise of a mean advantage
@@ -65,7 +65,7 @@ def progress(log: Log) -> Iterable[Finding]:
             f"{last:.3f} late{'' if real else ', within the noise of the steps'}.",
             last < first and change is not None and change.moved,
         )
-    name = next((k for r in log.evals for k in r if k.startswith("avg@") and k[4:].isdigit()), None)
+    name = average_name(log.evals)
     if name is not None and len(log.evals) > 1:
         before, after = log.evals[0][name], log.evals[-1][name]
         yield Finding(f"Held-out {name} went from {before:.3f} to {after:.3f}.")

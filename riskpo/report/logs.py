@@ -156,6 +156,12 @@ def read_records(run_dir: str | Path, kind: str) -> list[dict[str, Any]]:
     return [record for record in records if record["kind"] == kind]
 
 
+def average_name(evaluations: Sequence[dict[str, Any]]) -> str | None:
+    """avg@n, the name under which held-out mean rewards are logged; None without an evaluation."""
+    names = (k for r in evaluations for k in r if k.startswith("avg@") and k[4:].isdigit())
+    return next(names, None)
+
+
 def _trackers(config: TrainConfig) -> Accelerator | None:
     if not config.log_with:
         return None

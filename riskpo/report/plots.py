@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 
-from riskpo.report.logs import read_records
+from riskpo.report.logs import average_name, read_records
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  the backend has to be chosen first
@@ -58,7 +58,7 @@ def _curve(axis: Any, records: list[dict[str, Any]], name: str, colour: str) -> 
 
 def _held_out(axis: Any, records: list[dict[str, Any]]) -> None:
     """avg@k with its 95 % interval over questions."""
-    name = next((k for r in records for k in r if k.startswith("avg@") and k[4:].isdigit()), None)
+    name = average_name(records)
     if name is not None:
         table = pd.DataFrame(records)
         ends = table[f"{name}_low"], table[f"{name}_high"]

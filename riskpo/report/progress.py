@@ -21,7 +21,6 @@ def sampling_progress(
     sequences: int,
     tokens: int,
     say: Callable[[str], None],
-    first: float = FIRST_S,
 ) -> Iterator[None]:
     """Around the sampling of `responses`, `sequences` at once, of at most `tokens` each.
 
@@ -36,7 +35,7 @@ def sampling_progress(
 
     handle = model.register_forward_hook(count)
     try:
-        with told(lambda passed: evaluation_line(passed, done, total), say, first):
+        with told(lambda passed: evaluation_line(passed, done, total), say, FIRST_S):
             yield
     finally:
         handle.remove()

@@ -14,7 +14,7 @@ from string import Template
 
 from riskpo.files import NOTES, SETTINGS, TEXTS, write_text
 from riskpo.report.explain import report
-from riskpo.report.logs import read_records
+from riskpo.report.logs import average_name, read_records
 from riskpo.report.plots import plot
 from riskpo.report.samples import read_samples
 
@@ -104,8 +104,8 @@ def _summary(folder: Path) -> list[str]:
     if steps:
         first, last = steps[0]["reward_mean"], steps[-1]["reward_mean"]
         found.append(f"{len(steps)} steps: mean reward {first:.3f} to {last:.3f}")
+    name = average_name(evaluations) or ""
     for record in evaluations[:1] + evaluations[1:][-1:]:
-        name = next(k for k in record if k.startswith("avg@") and k[4:].isdigit())
         low, high = record[f"{name}_low"], record[f"{name}_high"]
         where = f"held-out {name} after step {record['step']}"
         found.append(f"{where}: {record[name]:.3f} [{low:.3f}, {high:.3f}]")

@@ -17,6 +17,7 @@ import numbers
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -24,7 +25,14 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import IO, Any
 
+import psutil
+
 from riskpo.rewards.verdict import OUT_OF_MEMORY, Outcome, Verdict, failed
+
+try:
+    import resource
+except ImportError:  # Windows has no such limits
+    resource = None  # type: ignore[assignment]
 
 DETAIL_CHARACTERS = 300
 CPU_SECONDS_SLACK = 5
@@ -90,16 +98,10 @@ def limit_memory(mebibytes: int) -> None:
 
     What is mapped by now is the verifier's own: PyTorch built for CUDA alone maps gigabytes.
     """
-    try:
-        import resource
-    except ImportError:  # Windows
+    if resource is None:
         return
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-    except OSError:  # no Linux
-        pages = 0
-    wanted = pages * resource.getpagesize() + mebibytes * 2**20
+    wanted = psutil.Process().memory_info().vms + mebibytes * 2**20
     limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     with suppress(ValueError, OSError):  # macOS refuses
         resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
@@ -107,13 +109,10 @@ def limit_memory(mebibytes: int) -> None:
 
 def limit_cpu(seconds: float) -> None:
     """Let the kernel end this process even if the trainer is gone and nobody watches the clock."""
-    try:
-        import resource
-    except ImportError:
+    if resource is None:
         return
-    used = resource.getrusage(resource.RUSAGE_SELF)
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-    limit = math.ceil(used.ru_utime + used.ru_stime + seconds) + CPU_SECONDS_SLACK
+    limit = math.ceil(time.process_time() + seconds) + CPU_SECONDS_SLACK
     if hard == resource.RLIM_INFINITY or limit < hard:
         resource.setrlimit(resource.RLIMIT_CPU, (limit, hard))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -126,7 +128,8 @@ def test_doctor_passes_on_many_problems_and_thread_counts(monkeypatch):
     try:
         for seed in range(10):
             torch.set_num_threads(1 + seed % 2)
-            monkeypatch.setattr(machine, "make_problem", lambda seed=seed: make_problem(seed=seed))
+            drawn = partial(make_problem, seed=seed)
+            monkeypatch.setattr(machine, "make_problem", drawn)
             found = machine.numerics(("reference", "torch")[seed // 2 % 2], "fp32", "cpu")
             assert found.ok, (seed, found.text)
     finally:

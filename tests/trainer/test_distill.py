@@ -12,7 +12,7 @@ import riskpo.run
 from riskpo.algorithms import STRATEGIES
 from riskpo.cli import main
 from riskpo.config import RunConfig, TrainConfig
-from riskpo.demo import ModelSize, build_model, build_tokenizer
+from riskpo.demo import build_model, build_tokenizer
 from riskpo.model.isolation import settle_attention
 from riskpo.model.teacher import Teacher
 from riskpo.report.logs import read_records
@@ -64,7 +64,7 @@ def teacher(tmp_path, monkeypatch):
     """A folder: a model three times as wide as the embedded one; no supervised steps."""
     monkeypatch.setattr(riskpo.run, "warm_start", lambda *args, **kwargs: (0, 0.0))
     tokenizer = build_tokenizer()
-    model = build_model(tokenizer, 7, ModelSize(hidden=96, layers=1))
+    model = build_model(tokenizer, 7, (96, 1, 4))
     model.lm_head.weight.data.mul_(20)
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "teacher")

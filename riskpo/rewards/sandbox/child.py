@@ -18,6 +18,7 @@ import secrets
 import signal
 import sys
 import sysconfig
+import time
 from typing import Any
 
 from riskpo.rewards.sandbox import syscalls as kernel
@@ -182,8 +183,7 @@ def _limit(setup: dict[str, Any]) -> None:
             soft, hard = min(soft, ceiling), min(hard, ceiling)
         resource.setrlimit(what, (soft, hard))
 
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    cpu = int(usage.ru_utime + usage.ru_stime + setup["seconds"]) + 1
+    cpu = int(time.process_time() + setup["seconds"]) + 1
     cap(resource.RLIMIT_CORE, 0)
     cap(resource.RLIMIT_CPU, cpu, cpu + 1)
     cap(resource.RLIMIT_AS, setup["memory_mib"] * 2**20)

@@ -2,16 +2,13 @@
 
 Two levels, and never a silent step from the first to the second:
 
-  "namespaces"   own user or id, mount, process, network and IPC namespaces; a root that holds
-                 Python's library and a scratch folder in memory, and nothing else; no capability;
-                 a filter of system calls (no new process, no socket, no signal, no tracing); limits
-                 on CPU, memory, threads, open files, file size; wall clock and output watched from
-                 outside. Needs Linux 5.12 on x86_64 or aarch64, and either root with CAP_SYS_ADMIN
-                 or permission to make user namespaces.
+  "namespaces"   namespaces and a root of its own, no capability, a filter of system calls, limits
+                 on CPU, memory, threads and files; wall clock and output are watched from outside
   "limits"       the filter and the limits only. The program can read what you can read, and delete
                  what you can delete. For a machine or container that is thrown away afterwards.
 
-What is promised is tried in tests/rewards/test_sandbox.py; what is not is in docs/sandbox.md.
+docs/sandbox.md says what is promised, what is not, and which machines allow it. The promises are
+tried in tests/rewards/test_sandbox.py.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import torch
 from benchmarks import peers, regimes, truth
 from benchmarks.provider import Provider, auto_backend, device_of, too_large
 from riskpo_kernels import linear_logprob, reference
-from riskpo_kernels.lm_head.block_filter import DEFAULT_EPS
+from riskpo_kernels.core.softmax import DEFAULT_EPS
 
 PHASES = ("forward", "forward+backward", "forward+backward with entropy")
 CASES: dict[str, dict[str, Any]] = {

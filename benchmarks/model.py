@@ -26,9 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from riskpo_kernels.core.matmul import plan_tiles
+from riskpo_kernels.core.matmul import BACKWARD_TILE, plan_tiles
 from riskpo_kernels.core.softmax import BLOCK
-from riskpo_kernels.lm_head.tiles import BACKWARD_TILE
 
 GEMM_SHARE, MEMORY_SHARE = 0.80, 0.90  # 790 TFLOP/s and 4.3 TB/s were seen on an H200 by others
 GATHER_SHARE = 0.5  # of a dense product's rate: an assumption
@@ -164,7 +163,7 @@ def ours_dense(c: Call) -> Parts:
 
 
 def dense_tile(c: Call) -> tuple[int, int]:
-    """The tile of the dense backward in bf16, which memory_mib bounds: lm_head/tiles.py."""
+    """The tile of the dense backward in bf16, which memory_mib bounds: core/matmul.py."""
     outer = 0 if c.v <= c.n else 1
     edges = (8, 2) if outer == 0 else (2, 8)
     plan = plan_tiles(

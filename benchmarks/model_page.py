@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from benchmarks.model import BOTH, FORWARDS, GPUS, USUAL, Call, ours_forward, ours_sparse, total
 
-DENSE = 0.4  # share of active pairs above which rows go the dense way: lm_head/block_filter.py
+DENSE = 0.4  # share of active pairs above which rows go the dense way: core/softmax.py
 N, V = USUAL
 CASES = {
     "forward, D 1536": (FORWARDS, 1536, 0.01, 1.20),

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from riskpo_kernels import reference
-from riskpo_kernels.core.backends import BACKENDS
 from riskpo_kernels.core.checks import (
+    BACKENDS,
     check_choice,
     check_constant,
     check_device,
@@ -35,11 +35,11 @@ from riskpo_kernels.core.checks import (
     constant,
     reject,
 )
-from riskpo_kernels.core.matmul import no_autocast
+from riskpo_kernels.core.operators import no_autocast
 from riskpo_kernels.core.process_groups import name_of
+from riskpo_kernels.core.softmax import DEFAULT_EPS
 from riskpo_kernels.linear_logprob import linear_logprob
-from riskpo_kernels.lm_head.block_filter import DEFAULT_EPS
-from riskpo_kernels.lm_head.divergence import KINDS, OP, divergence_operator
+from riskpo_kernels.lm_head.divergence import KINDS, OP, Words, divergence_operator
 from riskpo_kernels.lm_head.divergence_stats import LOWEST
 
 IGNORE = -(2**40)  # no id of any vocabulary
@@ -104,10 +104,10 @@ def linear_divergence(
     names = ", ".join(f"teacher_{x}" for x in ("hidden", "weight", "bias", "scale", "softcap"))
     for op, side in ((OP, student), (f"{OP}, one of {names}", teacher)):
         _check_side(op, side, rows, vocab_group is not None, temperature, memory_mib, tail_eps)
-    words = weight.shape[0], teacher_weight.shape[0]
-    if words[0] != words[1]:
+    sizes = weight.shape[0], teacher_weight.shape[0]
+    if sizes[0] != sizes[1]:
         todo = "Cut both heads to the words they share, in one order."
-        reject(OP, f"heads of {words[0]} and {words[1]} words", "one vocabulary", todo)
+        reject(OP, f"heads of {sizes[0]} and {sizes[1]} words", "one vocabulary", todo)
     check_device(OP, hidden=hidden, teacher_hidden=teacher_hidden)
     check_constant(
         OP,
@@ -127,27 +127,31 @@ def linear_divergence(
         theirs: dict[str, Any] = dict(zip(TEACHER, teacher[2:], strict=True))
         with no_autocast(hidden.device):
             return reference.linear_divergence(**heads, **own, **theirs)
-    row_temperature = None
-    if isinstance(temperature, torch.Tensor):
-        row_temperature, temperature = temperature.reshape(-1), 1.0
     if tail_eps is None:
         tail_eps = DEFAULT_EPS.get(torch.promote_types(hidden.dtype, weight.dtype), 0.0)
+    words = Words(
+        kind=kind,
+        beta=beta,
+        temperature=1.0 if isinstance(temperature, torch.Tensor) else temperature,
+        scale=scale,
+        softcap=softcap,
+        teacher_scale=teacher_scale,
+        teacher_softcap=teacher_softcap,
+        tail_eps=tail_eps,
+        group=group,
+        memory_mib=memory_mib,
+        backend=backend,
+    )
     found = divergence_operator(
         hidden.reshape(-1, hidden.shape[-1]),
-        *student[1:3],
+        weight,
+        bias,
         teacher_hidden.reshape(-1, teacher_hidden.shape[-1]),
-        *teacher[1:3],
+        teacher_weight,
+        teacher_bias,
         None if mask is None else mask.reshape(-1).bool(),
-        row_temperature,
-        kind,
-        beta,
-        temperature,
-        *student[3:],
-        *teacher[3:],
-        tail_eps,
-        group,
-        memory_mib,
-        backend,
+        temperature.reshape(-1) if isinstance(temperature, torch.Tensor) else None,
+        words,
     )
     return found[0].view(rows)
 

@@ -11,22 +11,23 @@
 Cost in units of N D V (one product = 2): forward 2; backward 6 (recompute, dH, dW) times the share
 of (row, vocabulary block) pairs that hold probability. An ignored row enters no product, a row
 without upstream gradient none in the backward. On a CPU the forward keeps some logits, all of a
-small head's, which saves their recompute (core/softmax.py).
+small head's, which saves their recompute.
 
-To read on: the operator that PyTorch sees is in lm_head/operator.py, its loops are in
-lm_head/tiles.py and lm_head/sparse_torch.py. The mathematics of a tile is in core/softmax.py, that
-of dropping in lm_head/block_filter.py, that of shards in lm_head/vocab_parallel.py.
+To read on: the forward is lm_head/operator.py; a tile's product is core/matmul.py, what is made of
+it core/softmax.py. Of the backward lm_head/backward_operator.py is the first page. Shards of a
+vocabulary are lm_head/vocab_parallel.py.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from riskpo_kernels import reference
-from riskpo_kernels.core.backends import BACKENDS
 from riskpo_kernels.core.checks import (
+    BACKENDS,
     check_choice,
     check_flags,
     check_head,
@@ -35,9 +36,10 @@ from riskpo_kernels.core.checks import (
     constant,
     live_rows,
 )
-from riskpo_kernels.core.matmul import no_autocast
+from riskpo_kernels.core.matmul import Options
+from riskpo_kernels.core.operators import no_autocast
 from riskpo_kernels.core.process_groups import NO_GROUP, name_of
-from riskpo_kernels.lm_head.block_filter import DEFAULT_EPS
+from riskpo_kernels.core.softmax import DEFAULT_EPS
 from riskpo_kernels.lm_head.lora import Lora, check_lora, lora_operator
 from riskpo_kernels.lm_head.operator import head_operator
 from riskpo_kernels.lm_head.support import (
@@ -107,7 +109,7 @@ def linear_logprob(
         tail_eps: a block of 128 vocabulary columns whose softmax mass in a row is below this (below
             less for a near-certain row, or near a softcap) gets no gradient from that row. A row
             loses at most 32 tail_eps |upstream| in the 1-norm of its logits' gradient
-            (lm_head/block_filter.py). 0 is exact. Default: 2^-14 for bf16, 2^-18 for fp16, 0 for
+            (core/softmax.py). 0 is exact. Default: 2^-14 for bf16, 2^-18 for fp16, 0 for
             fp32 and fp64. A row of the head that is below the threshold for every token gets a zero
             gradient, so under Adam rows that are never a target move less (half as far in a short
             run).
@@ -142,16 +144,8 @@ def linear_logprob(
     )
     check_head(OP, hidden, weight, target, bias, sharded_ok=vocab_group is not None)
     rows, several = tuple(hidden.shape[:-1]), target.dim() == hidden.dim()
-    check_options(
-        OP,
-        rows,
-        hidden.device,
-        temperature=temperature,
-        scale=scale,
-        softcap=softcap,
-        memory_mib=memory_mib,
-        tail_eps=tail_eps,
-    )
+    logits: dict[str, Any] = {"temperature": temperature, "scale": scale, "softcap": softcap}
+    check_options(OP, rows, hidden.device, **logits, memory_mib=memory_mib, tail_eps=tail_eps)
     check_choice(OP, "backend", backend, BACKENDS)
     check_choice(OP, "outside_support", outside_support, OUTSIDE)
     check_flags(OP, return_entropy=return_entropy, deterministic=deterministic)
@@ -169,9 +163,7 @@ def linear_logprob(
                 weight,
                 target,
                 bias=bias,
-                temperature=temperature,
-                scale=scale,
-                softcap=softcap,
+                **logits,
                 return_entropy=return_entropy,
                 ignore_index=ignore_index,
                 support=support,
@@ -181,45 +173,55 @@ def linear_logprob(
         if kept is not None and outside_support == "raise":
             check_inside(out.logprob)
         return out
-    row_temperature = None
-    if isinstance(temperature, torch.Tensor):
-        row_temperature, temperature = temperature.reshape(-1), 1.0
     if tail_eps is None:
         tail_eps = DEFAULT_EPS.get(torch.promote_types(hidden.dtype, weight.dtype), 0.0)
-    ids = target.flatten(0, -2) if several else target.reshape(-1)
-    tensors = (hidden.reshape(-1, hidden.shape[-1]), weight, bias, ids, row_temperature)
-    words = (ignore_index, group, scale, softcap, temperature, return_entropy)
-    raises, rest = outside_support == "raise", (memory_mib, tail_eps, deterministic)
-    if kept is not None:
-        more = (backend, memory_mib, deterministic, raises)
-        found = support_operator(*tensors, *kept, *words, *more)
-    else:
-        found = _over_the_vocabulary(tensors, lora, several, words, backend, rest)
+    leaves = (hidden, weight, bias, *(lora or ())[:2])
+    per_row = isinstance(temperature, torch.Tensor)
+    o = Options(
+        scale=scale,
+        softcap=softcap,
+        temperature=1.0 if isinstance(temperature, torch.Tensor) else temperature,
+        return_entropy=return_entropy,
+        backend=backend,
+        memory_mib=memory_mib,
+        tail_eps=tail_eps,
+        deterministic=deterministic,
+        keep=torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves),
+        ignore_index=ignore_index,
+        group=group,
+        raises=outside_support == "raise",
+    )
+    found = _operated(hidden, weight, bias, target, temperature if per_row else None, kept, lora, o)
     logprob, lse = _shaped(found[0], target.shape), _shaped(found[2], rows)
     return TokenLogProbs(logprob, _shaped(found[1], rows) if return_entropy else None, lse)
 
 
+def _operated(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    row_temperature: Any,
+    kept: tuple[torch.Tensor, torch.Tensor | None] | None,
+    lora: Lora | None,
+    o: Options,
+) -> tuple[torch.Tensor, ...]:
+    """What the operator for such arguments gives over flat rows."""
+    several = target.dim() == hidden.dim()
+    h, ids = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
+    rest = (ids, None if row_temperature is None else row_temperature.reshape(-1))
+    if kept is not None:
+        return support_operator(h, weight, bias, *rest, *kept, o)
+    if lora is not None:
+        a, b, factor = lora
+        return lora_operator(h, a, b, bias, weight, *rest, replace(o, factor=float(factor)))
+    if several:
+        return targets_operator(h, weight, bias, target.flatten(0, -2), rest[1], o)
+    return head_operator(h, weight, bias, *rest, o)
+
+
 def _shaped(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     return x if x.shape == shape else x.view(shape)  # a view is a node of the graph: 10 us
-
-
-def _over_the_vocabulary(
-    tensors: tuple[Any, ...],
-    lora: Lora | None,
-    several: bool,
-    words: tuple[Any, ...],
-    backend: str,
-    rest: tuple[Any, ...],
-) -> tuple[torch.Tensor, ...]:
-    """The operator that makes a pass over all columns. The last word: a backward may follow."""
-    leaves = (*tensors[:3], *(lora or ())[:2])
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
-    if lora is None:
-        operator = targets_operator if several else head_operator
-        return operator(*tensors, *words, backend, *rest, keep)
-    (a, b, factor), (hidden, weight, bias, *others) = lora, tensors
-    given = (hidden, a, b, bias, weight, *others, float(factor), *words)
-    return lora_operator(*given, backend, *rest, keep)
 
 
 def _check_ids(

@@ -16,8 +16,8 @@ from __future__ import annotations
 import torch
 
 from riskpo_kernels import reference
-from riskpo_kernels.core.backends import BACKENDS
 from riskpo_kernels.core.checks import (
+    BACKENDS,
     check_choice,
     check_device,
     check_flags,
@@ -29,7 +29,7 @@ from riskpo_kernels.core.checks import (
     live_rows,
     reject,
 )
-from riskpo_kernels.core.matmul import no_autocast
+from riskpo_kernels.core.operators import no_autocast
 from riskpo_kernels.lm_head.logits_operator import OP, logits_operator
 from riskpo_kernels.reference import TokenLogProbs
 

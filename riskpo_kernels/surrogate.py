@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 
-from riskpo_kernels.core.backends import BACKENDS
-from riskpo_kernels.core.checks import check_choice, reject
+from riskpo_kernels.core.checks import BACKENDS, check_choice, reject
 from riskpo_kernels.core.checks import constant as guarded
-from riskpo_kernels.core.matmul import no_autocast
+from riskpo_kernels.core.operators import no_autocast
 from riskpo_kernels.core.process_groups import name_of
 from riskpo_kernels.policy_loss.checks import (
     WORDS,

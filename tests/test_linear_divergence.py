@@ -9,7 +9,7 @@ from riskpo_kernels import linear_divergence, reference, topk_divergence
 from riskpo_kernels.core.matmul import counting
 from riskpo_kernels.core.softmax import LogitMap, RawTile
 from riskpo_kernels.lm_head import divergence
-from riskpo_kernels.lm_head.divergence_stats import Fold, Room, Side
+from riskpo_kernels.lm_head.divergence_stats import Fold, Room, Side, TorchTiles
 from tests.compare import assert_all_close_as_plain
 from tests.head_inputs import head, upstream
 
@@ -124,11 +124,12 @@ def test_a_shards_bound_counts_from_its_own_peaks():
     d = torch.zeros(256, dtype=torch.float64).index_fill(0, torch.arange(128, 256), 5.0)
 
     def folded(*parts):
-        fold = Fold(4, 128 * len(parts), z, z.dtype, "reverse_kl", True)
+        fold = Fold("reverse_kl", TorchTiles(Room(z)), 4, 128 * len(parts), z)
         for i, part in enumerate(parts):
             logits = (x[:, part].clone() for x in (z, z - d))
             sides = (Side(RawTile(x, None, LogitMap(1.0, None, 1.0)), z, z) for x in logits)
-            fold.tile(slice(128 * i, 128 * (i + 1)), tuple(sides), Room(z))
+            fold.tile(slice(128 * i, 128 * (i + 1)), tuple(sides))
+        fold.close()
         return fold
 
     one, other = slice(128), slice(128, 256)
@@ -170,11 +171,12 @@ class Largest(TorchDispatchMode):
 
 def both_passes(n, vocab, kind, tail_eps, memory_mib):
     """Called as functions: a dispatch mode does not see into an operator."""
-    h, w = torch.randn(n, 4), torch.randn(vocab, 4)
-    tensors = (h, w, None, h / 2, w, None, None, None)
+    h, head = torch.randn(n, 4), torch.randn(vocab, 4)
+    tensors = (h, head, None, h / 2, head, None, None, None)
     words = (kind, 0.5, 1.0, 1.0, None, 1.0, None, tail_eps, "", memory_mib, "torch")
-    found = divergence._forward(*tensors, *words)
-    divergence._backward([True, True, False], torch.ones(n), *tensors, *found, *words)
+    w = divergence.Words(*words)
+    found = divergence._forward(*tensors, w)
+    divergence._backward([True, True, False], (torch.ones(n),), tensors, found, w)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -208,7 +210,7 @@ def test_tiles_share_their_memory(kind, tail_eps, monkeypatch):
     """Twice as many tiles make no more tensors of half a tile's size (a block's, backward)."""
     monkeypatch.setattr(divergence, "TILE", {"cpu": (256, 256)})
     counts = []
-    for vocab in (1024, 2048):
+    for vocab in (512, 1024):
         with Fresh(256 * 64) as fresh:
             both_passes(256, vocab, kind, tail_eps, 300)
         counts.append(fresh.count)

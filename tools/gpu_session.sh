@@ -13,7 +13,7 @@
 # The tests: first those marked gpu, then, whole, every file of kernel tests whose device is the GPU
 # where there is one (TEST_FILES: these files instead of both). Where only the checkout travels, put
 # wheels/ and the rows into an ignored folder and take it along. LIMIT_SECONDS (560) bounds the whole,
-# TEST_SECONDS (230, or all of it) the tests; the sweep gets what is left.
+# TEST_SECONDS (230, or all of it) the tests; the sweep gets what is left, less KEEP_SECONDS (25).
 cd "$(dirname "$0")/.." || exit 1
 
 if [ "${1:-}" = "--fetch" ]; then
@@ -95,8 +95,9 @@ fi
 swept=0
 if [[ $phases == *sweep* ]]; then
     name=gpu-sweep sweep=${DRY:+dry}
-    left=$(($(seconds_left) - 25)) # the last case may end after its budget
-    timeout -k 10 $((left + 20)) "$python" -m benchmarks "--${sweep:-gpu}" \
+    keep=${KEEP_SECONDS:-25} # the last case may end after its budget; then come the tables
+    left=$(($(seconds_left) - keep))
+    timeout -k 10 $((left + keep - 5)) "$python" -m benchmarks "--${sweep:-gpu}" \
         --budget-seconds "$left" --note "${verdict:-no tests in this run}" --out "$out/$name.json" \
         ${ROWS:+--rows "$ROWS"} "$@" 2>&1 | tee "$out/$name.log"
     swept=${PIPESTATUS[0]}

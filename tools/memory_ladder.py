@@ -21,7 +21,6 @@ torch.cuda.max_memory_allocated.
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import os
 import subprocess
@@ -47,7 +46,7 @@ from riskpo.trainer.optimizer import Optimizer
 from riskpo.trainer.parallel import ParallelModel
 from riskpo.trainer.update import update
 from riskpo.types import Rollouts
-from riskpo_kernels import SurrogateLoss, clipped_surrogate
+from riskpo_kernels import TokenLogProbs
 from riskpo_kernels.causal_lm import find_head
 from tools.ladder_page import device_of, write
 from tools.ladder_rows import CPU, DRY, EVERY, FUSED, GPU, LADDERS, Ladder, Row, pretrained
@@ -78,7 +77,7 @@ def measure(ladder: Ladder, row: Row, contexts: list[int]) -> Iterator[dict[str,
         state=memory.optimizer,
     )
     if row.head != FUSED:
-        riskpo.trainer.update.riskpo_loss = partial(loss_of_logits, row.head == EVERY)
+        riskpo.trainer.update.linear_logprob = partial(logprob_of_logits, row.head == EVERY)
     head, loss = find_head(model), LossOptions()
     for tokens in (SHORT, *contexts):
         batch = rollouts(tokens, row.sequences, model.config.vocab_size)
@@ -149,18 +148,10 @@ def about_point(ladder: Ladder, row: Row, tokens: int) -> dict[str, Any]:
     }
 
 
-def loss_of_logits(
-    every: bool,
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    target: torch.Tensor,
-    old_logprob: None,
-    advantage: torch.Tensor,
-    *,
-    cu_seqlens: torch.Tensor,
-    **options: Any,
-) -> SurrogateLoss:
-    """riskpo_loss as one writes it without a fused head: on-policy, temperature 1.
+def logprob_of_logits(
+    every: bool, hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, **options: Any
+) -> TokenLogProbs:
+    """linear_logprob as one writes it without a fused head, at temperature 1.
 
     every: the head meets the prompts' tokens too, as a model's own forward does. The entropy is
     taken without gradient and ROWS rows at a time: it adds nothing to the peak.
@@ -176,16 +167,8 @@ def loss_of_logits(
     def spread(found: torch.Tensor) -> torch.Tensor:
         return found.new_zeros(target.shape).masked_scatter(rows, found)
 
-    logprob = spread(log_p.gather(-1, taken)[:, 0])
-    theirs = inspect.signature(clipped_surrogate).parameters
-    return clipped_surrogate(
-        logprob,
-        logprob.detach(),
-        advantage,
-        cu_seqlens=cu_seqlens,
-        mask=counted,
-        entropy=spread(entropy),
-        **{name: value for name, value in options.items() if name in theirs},
+    return TokenLogProbs(
+        spread(log_p.gather(-1, taken)[:, 0]), spread(entropy), target.new_empty(0)
     )
 
 

@@ -11,7 +11,6 @@ R rollouts, T tokens of a micro-batch, S its sequences, D hidden width.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -35,7 +34,6 @@ class Packed:
     input_ids: torch.Tensor  # [1, T]
     position_ids: torch.Tensor  # [1, T], restarting at 0
     target: torch.Tensor  # [T], the next token, or IGNORE where that is part of the prompt
-    sampled: torch.Tensor  # [T] float32, the sampler's log-prob of target, 0 where ignored
     cu_seqlens: torch.Tensor  # [S + 1] int32
     lengths: list[int]  # [S] the same on the CPU
     prompt_tokens: torch.Tensor  # [S] response tokens of all the rollouts of the same question
@@ -64,30 +62,29 @@ def micro_batches(rollouts: Rollouts, rows: Sequence[int], budget: int) -> list[
 
 def pack(rollouts: Rollouts, rows: Sequence[int], device: torch.device) -> Packed:
     """The chosen rollouts as one row without padding."""
-    inputs, positions, targets, sampled, lengths = [], [], [], [], []
-    of_question: Counter[str] = Counter()
+    lengths = [len(rollouts.tokens[row]) - 1 for row in rows]
+    names = [rollouts.question_id[row] for row in rows]
+    of_question = dict.fromkeys(names, 0)
     for name, response in zip(rollouts.question_id, rollouts.logprob, strict=True):
-        of_question[name] += len(response)
-    for row in rows:
-        tokens, prompt = rollouts.tokens[row], rollouts.prompt_len[row]
-        target = tokens[1:].clone()
-        target[: prompt - 1] = IGNORE
-        inputs.append(tokens[:-1])
-        positions.append(torch.arange(len(tokens) - 1))
-        targets.append(target)
-        sampled.append(torch.cat([torch.zeros(prompt - 1), rollouts.logprob[row]]))
-        lengths.append(len(tokens) - 1)
+        if name in of_question:
+            of_question[name] += len(response)
+    whole = torch.cat([rollouts.tokens[row] for row in rows])
+    size = torch.tensor(lengths)
+    ends = size.cumsum(0)
+    sequence = torch.arange(len(rows)).repeat_interleave(size)
+    position = torch.arange(sum(lengths)) - (ends - size)[sequence]
+    at = torch.arange(sum(lengths)) + sequence  # in `whole`, which has one token more of each row
+    prompt = torch.tensor([rollouts.prompt_len[row] for row in rows])[sequence]
     return Packed(
         list(rows),
-        torch.cat(inputs)[None].to(device),
-        torch.cat(positions)[None].to(device),
-        torch.cat(targets).to(device),
-        torch.cat(sampled).to(device),
+        whole[at][None].to(device),
+        position[None].to(device),
+        whole[at + 1].masked_fill(position < prompt - 1, IGNORE).to(device),
         torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device),
         lengths,
-        torch.tensor([of_question[rollouts.question_id[row]] for row in rows], device=device),
+        torch.tensor([of_question[name] for name in names], device=device),
         packed_support(rollouts, rows, device),
-        rollouts.inputs.get(rollouts.question_id[rows[0]], {}),
+        rollouts.inputs.get(names[0], {}),
     )
 
 

@@ -71,6 +71,7 @@ def count_mismatch(
     w = correction_weight(settings, trainer, sampler).double()[whole]
     sums = {
         "gap_tokens": float(len(gap)),
+        "missing": float(len(given) - len(gap)),
         "gap_k3": float((torch.expm1(gap) - gap).sum()),
         "weights": float(r.numel()),
         "weight": float(w.sum()),
@@ -85,12 +86,14 @@ def mismatch_numbers(totals: Totals, settings: SamplerConfig) -> dict[str, float
 
     sampler_kl         KL(sampler || trainer) in nats per token, k3 estimate on the sampler's draws
     sampler_ratio_max  the largest r
+    sampler_missing    tokens without a log-prob of the sampler
     sampler_ess        effective sample size as a share: (sum w)^2 / (n sum w^2)
     sampler_truncated or sampler_masked   share of the weights that the cap changed
     """
     found = {
         "sampler_kl": totals.mean("gap_k3", "gap_tokens"),
         "sampler_ratio_max": totals.largest["sampler_ratio"],
+        "sampler_missing": totals.sums["missing"],
     }
     if settings.correction == "none":
         return found
@@ -118,7 +121,7 @@ def warn_of_mismatch(model: Any, sampler_kl: float) -> None:
 
 def warn_of_missing(rollouts: Rollouts, settings: SamplerConfig) -> None:
     """Warn if the sampler left out log-probs, and say what that costs."""
-    missing = sum(int(x.isnan().sum()) for x in rollouts.logprob)
+    missing = int(torch.cat(rollouts.logprob).isnan().sum())
     if missing:
         rows = sum(bool(x.isnan().any()) for x in rollouts.logprob)
         cost = {"token": "these tokens have weight 0", "sequence": "these responses have weight 0"}

@@ -10,7 +10,6 @@ import torch
 from riskpo.distributed import Ranks
 
 # statistic of the loss -> what it is a mean over. A "unit" has one ratio: a token or a sequence.
-# "known" counts the tokens whose log-prob the sampler gave.
 MEAN_OVER = {
     "clip_fraction": "units",
     "clip_low_fraction": "units",
@@ -18,7 +17,6 @@ MEAN_OVER = {
     "ratio_mean": "units",
     "zero_coefficient_fraction": "tokens",
     "entropy": "tokens",
-    "kl": "known",
     "divergence": "tokens",  # with a teacher
 }
 
@@ -46,32 +44,19 @@ class Totals:
         return self.sums[name] / max(self.sums[over], 1.0)
 
 
-def loss_sums(
-    stats: dict[str, torch.Tensor], sequences: int | None, missing: int
-) -> dict[str, float]:
-    """The stats of riskpo_loss for one micro-batch, as sums.
+def loss_sums(stats: dict[str, torch.Tensor], sequences: int | None) -> dict[str, float]:
+    """The stats of clipped_surrogate for one micro-batch, as sums.
 
     sequences  number of sequences if each has one ratio, None if each token has its own
-    missing    tokens without a log-prob of the sampler; "kl" leaves them out
     """
     tokens = float(stats["tokens"])
-    counts = {
-        "tokens": tokens,
-        "units": tokens if sequences is None else float(sequences),
-        "known": tokens - missing,
-        "sampler_missing": float(missing),
-    }
+    counts = {"tokens": tokens, "units": tokens if sequences is None else float(sequences)}
     return counts | {
         name: counts[over] * float(stats[name]) for name, over in MEAN_OVER.items() if name in stats
     }
 
 
 def loss_numbers(totals: Totals) -> dict[str, float]:
-    """The loss's numbers for the log. Its "kl" becomes sampler_kl, see `surrogate`."""
+    """The loss's numbers for the log."""
     means = {n: totals.mean(n, over) for n, over in MEAN_OVER.items() if n in totals.sums}
-    return means | {
-        "sampler_kl": means.pop("kl"),
-        "sampler_missing": totals.sums["sampler_missing"],
-        "ratio_max": totals.largest["ratio_max"],
-        "tokens": totals.sums["tokens"],
-    }
+    return means | {"ratio_max": totals.largest["ratio_max"], "tokens": totals.sums["tokens"]}

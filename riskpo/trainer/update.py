@@ -39,7 +39,7 @@ from riskpo.trainer.rollout_correction import (
 )
 from riskpo.trainer.totals import Totals, loss_numbers, loss_sums
 from riskpo.types import Rollouts
-from riskpo_kernels import SurrogateLoss, linear_logprob, riskpo_loss
+from riskpo_kernels import SurrogateLoss, TokenLogProbs, clipped_surrogate, linear_logprob
 from riskpo_kernels.causal_lm import Head
 
 log = logging.getLogger("riskpo")
@@ -49,7 +49,8 @@ log = logging.getLogger("riskpo")
 class FirstPass:
     """Log-probs and weights from before the first optimiser step, by row of this process's share.
 
-    old     the trainer's log-probs, one per input token, 0 inside the prompt
+    old     the trainer's log-probs, one per input token, 0 inside the prompt; a row without them is
+            on-policy: its old log-probs are the detached new ones
     weight  importance weights, one per response token or one in all; empty without a correction
     """
 
@@ -71,11 +72,11 @@ def update(
 
     advantage [R], detached. Returns numbers to log. Mini-batches are whole questions, in order.
 
-    One update per batch is on-policy: the old log-probs are the detached new ones, so every ratio
-    is exactly 1. Several updates, or a sampler correction, need one more forward pass before the
-    first step, which gives the trainer's old log-probs. A teacher adds the divergence from it, a
-    mean over the response tokens. skipped_responses have a zero gradient; the update and its
-    numbers leave them out.
+    The first update is on-policy: the old log-probs are the detached new ones, so every ratio is
+    exactly 1. Later updates need one more forward pass over their rows before the first step, which
+    gives the trainer's old log-probs; a sampler correction needs it over all rows. A teacher adds
+    the divergence from it, a mean over the response tokens. skipped_responses have a zero gradient;
+    the update and its numbers leave them out.
     """
     model, ranks, updates = parallel.model, parallel.ranks, config.updates_per_step
     device = next(model.parameters()).device
@@ -85,12 +86,13 @@ def update(
     skip = config.memory.skip_zero_advantage and not (config.entropy_coef or teacher)
     live = advantage.ne(0).tolist() if skip else None
     cuts = [share_of(rollouts, rows, config.micro_batch_tokens, ranks, live) for rows in batches]
-    totals, first, steps = Totals(), None, []
+    totals, steps, own = Totals(), [], dict[int, torch.Tensor]()
     warn_of_missing(rollouts, config.sampler)
-    if updates > 1 or config.sampler.correction != "none":
-        old = recompute(parallel, head, rollouts, sum(cuts, []), config)
-        first = first_pass(old, rollouts, config.sampler, totals)
-    for rows, parts in zip(batches, cuts, strict=True):
+    corrects = config.sampler.correction != "none"
+    old = recompute(parallel, head, rollouts, sum(cuts if corrects else cuts[1:], []), config)
+    later = first_pass(old, rollouts, config.sampler, totals)
+    for turn, (rows, parts) in enumerate(zip(batches, cuts, strict=True)):
+        first = later if turn else replace(later, old={})
         # Gradients are averaged over the ranks, so that each divides by its part of the whole.
         share = denominator(rollouts, rows, loss.aggregate, loss.constant) / ranks.size
         total = torch.zeros((), device=device)
@@ -98,12 +100,12 @@ def update(
             batch = packed_or_idle(rollouts, part, device)
             with parallel.accumulating(last=i == len(parts) - 1):
                 given = (batch, first, advantage[part or [0]], loss, config, share, teacher)
-                result = parallel(surrogate, head, *given)
+                result, logprob = parallel(surrogate, head, *given)
                 result.loss.backward()
+            if not (turn or corrects):
+                own |= by_row(part, batch, logprob)
             total += result.loss.detach()
-            missing = int(batch.sampled.isnan().sum()) if part else 0
-            sequences = len(part) if loss.ratio == "sequence" else None
-            sums = loss_sums(result.stats, sequences, missing)
+            sums = loss_sums(result.stats, len(part) if loss.ratio == "sequence" else None)
             totals.add(sums, {"ratio_max": float(result.stats["ratio_max"])})
         total = ranks.mean(total)
         norm, taken = optimizer.step(total)
@@ -112,11 +114,11 @@ def update(
             log.warning(told, float(total), norm, optimizer.skipped)
         steps.append((float(total), norm))
     model.eval()
+    first_pass(own, rollouts, config.sampler, totals)
     totals.gather(ranks)
     mean_loss, mean_norm = (sum(x) / len(steps) for x in zip(*steps, strict=True))
     numbers = loss_numbers(totals) | {"loss": mean_loss, "grad_norm": mean_norm}
-    if first is not None:
-        numbers |= mismatch_numbers(totals, config.sampler)
+    numbers |= mismatch_numbers(totals, config.sampler)
     warn_of_mismatch(model, numbers["sampler_kl"])
     return numbers | {
         "skipped_updates": float(optimizer.skipped),
@@ -151,56 +153,70 @@ def packed_or_idle(rollouts: Rollouts, part: list[int], device: torch.device) ->
     return replace(batch, rows=[], target=torch.full_like(batch.target, IGNORE))
 
 
+def by_row(part: list[int], batch: Packed, logprob: torch.Tensor) -> dict[int, torch.Tensor]:
+    """logprob [T] cut by rollout; an idle batch has a piece and no row."""
+    return dict(zip(part, logprob.detach().split(batch.lengths), strict=False))
+
+
+def token_logprob(
+    hidden: torch.Tensor, head: Head, batch: Packed, config: RunConfig, **options: Any
+) -> TokenLogProbs:
+    """linear_logprob of the batch's targets, [T]."""
+    return linear_logprob(
+        hidden,
+        head.weight,
+        batch.target,
+        temperature=config.temperature,
+        support=batch.support,
+        memory_mib=config.memory.head_mib,
+        backend=config.backend,
+        **head.keywords,
+        **options,
+    )
+
+
 def surrogate(
     model: Any,
     head: Head,
     batch: Packed,
-    first: FirstPass | None,
+    first: FirstPass,
     advantage: torch.Tensor,
     loss: LossOptions,
     config: RunConfig,
     share: float,
     teacher: Teacher | None = None,
-) -> SurrogateLoss:
-    """The micro-batch's part of the loss.
-
-    The sampler's log-probs are passed as the reference, with a KL coefficient of 0, so the loss's
-    "kl" measures how far sampler and trainer differ.
-    """
-    off_policy = first is not None and config.updates_per_step > 1 and batch.rows
+) -> tuple[SurrogateLoss, torch.Tensor]:
+    """(the micro-batch's part of the loss, the log-probs [T] that it was computed from)."""
     hidden = hidden_states(model, batch)
-    result = riskpo_loss(
-        hidden,
-        head.weight,
-        batch.target,
-        torch.cat([first.old[row] for row in batch.rows]) if first and off_policy else None,
+    token = token_logprob(hidden, head, batch, config, return_entropy=True)
+    old = [first.old[row] for row in batch.rows if row in first.old]
+    result = clipped_surrogate(
+        token.logprob,
+        torch.cat(old) if old else token.logprob.detach(),
         advantage,
         cu_seqlens=batch.cu_seqlens,
-        temperature=config.temperature,
-        support=batch.support,
-        return_entropy=True,
-        memory_mib=config.memory.head_mib,
+        mask=batch.target != IGNORE,
+        entropy=token.entropy,
         backend=config.backend,
         entropy_coef=config.entropy_coef,
         denominator=share,
         prompt_tokens=batch.prompt_tokens,
-        ref_logprob=batch.sampled,
         correction=correction_of(batch, first, config.sampler.level),
         advantage_per="sequence",
         correction_per=config.sampler.level,
-        **head.keywords,
         **asdict(loss),
     )
-    if teacher is None:
-        return result
-    apart = teacher.divergence(hidden, head, batch, config).sum()
-    mean = apart.detach() / result.stats["tokens"].clamp(min=1)
-    return SurrogateLoss(result.loss + apart / share, result.stats | {"divergence": mean})
+    if teacher is not None:
+        apart = teacher.divergence(hidden, head, batch, config).sum()
+        mean = apart.detach() / result.stats["tokens"].clamp(min=1)
+        stats = result.stats | {"divergence": mean}
+        result = SurrogateLoss(result.loss + apart / share, stats)
+    return result, token.logprob
 
 
-def correction_of(batch: Packed, first: FirstPass | None, level: str) -> torch.Tensor | None:
+def correction_of(batch: Packed, first: FirstPass, level: str) -> torch.Tensor | None:
     """[S] weights, or [T] with 1 inside the prompts; None without a correction."""
-    if first is None or not first.weight or not batch.rows:
+    if not first.weight or not batch.rows:
         return None
     weights = [first.weight[row] for row in batch.rows]
     if level == "sequence":
@@ -245,21 +261,11 @@ def recompute(
     """The trainer's own log-probs by row: one entry per input token, 0 inside the prompt."""
 
     def logprob(model: Any, batch: Packed) -> torch.Tensor:
-        return linear_logprob(
-            hidden_states(model, batch),
-            head.weight,
-            batch.target,
-            temperature=config.temperature,
-            support=batch.support,
-            memory_mib=config.memory.head_mib,
-            backend=config.backend,
-            **head.keywords,
-        ).logprob
+        return token_logprob(hidden_states(model, batch), head, batch, config).logprob
 
     device = next(parallel.model.parameters()).device
     found: dict[int, torch.Tensor] = {}
     for part in parts:
         batch = packed_or_idle(rollouts, part, device)
-        pieces = parallel(logprob, batch).split(batch.cu_seqlens.diff().tolist())
-        found.update(zip(part, pieces, strict=False))  # an idle batch has a piece and no row
+        found |= by_row(part, batch, parallel(logprob, batch))
     return found

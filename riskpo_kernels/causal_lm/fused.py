@@ -19,8 +19,13 @@ import torch
 from riskpo_kernels.causal_lm.decoder import decoder_of, unwrapped
 from riskpo_kernels.causal_lm.head import Head, find_head
 from riskpo_kernels.causal_lm.head_weight import refuse_wrapped_head
-from riskpo_kernels.core.backends import BACKENDS
-from riskpo_kernels.core.checks import check_choice, check_flags, check_positive, reject
+from riskpo_kernels.core.checks import (
+    BACKENDS,
+    check_choice,
+    check_flags,
+    check_positive,
+    reject,
+)
 from riskpo_kernels.linear_logprob import linear_logprob
 from riskpo_kernels.reference import TokenLogProbs
 from riskpo_kernels.sharding import full_weight

@@ -1,13 +1,22 @@
-"""What the arguments of an op may be. Every error says what came, what was expected, what to do."""
+"""What the arguments of an op may be, and which backend runs it.
+
+Every error says what came, what was expected, what to do.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import logging
+import os
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 
+BACKENDS = ("auto", "triton", "torch", "reference")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+log = logging.getLogger("riskpo_kernels")
 
 
 def reject(op: str, came: str, expected: str, todo: str) -> NoReturn:
@@ -100,6 +109,64 @@ def constant(x: Any) -> Any:
     from torch.fx.experimental.symbolic_shapes import guard_scalar  # slow to import
 
     return guard_scalar(x)
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    """The reason why the Triton kernels cannot run there, or None when they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if dtype == torch.float64:
+        return "the Triton kernels compute in float32 and the input is float64"
+    if device.type == "cuda":
+        capability = _capability(device.index if device.index is not None else 0)
+        if capability < (8, 0):
+            return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+        return None
+    if not _interpreting():
+        return f"device {device.type} is not CUDA and TRITON_INTERPRET=1 is not set"
+    if dtype == torch.bfloat16:
+        return "the Triton interpreter computes wrong bfloat16 products"
+    return None
+
+
+def choose(
+    op: str, backend: str, device: torch.device, dtype: torch.dtype, obstacle: str | None = None
+) -> str:
+    """Resolve `backend` for `op`; an explicit one that cannot run raises ValueError. obstacle: why
+    the Triton kernels cannot take this call, whatever the machine."""
+    check_choice(op, "backend", backend, BACKENDS)
+    if backend in ("torch", "reference"):
+        return backend
+    obstacle = obstacle or why_not_triton(device, dtype)
+    if backend == "triton":
+        if obstacle is not None:
+            reject(op, "backend='triton'", "a machine where it can run", f"Here {obstacle}.")
+        return "triton"
+    choice = auto_choice(obstacle, device)
+    _log_once(op, device.type, *choice)
+    return choice[0]
+
+
+def auto_choice(obstacle: str | None, device: torch.device) -> tuple[str, str]:
+    if obstacle is not None:
+        return "torch", obstacle
+    if device.type != "cuda":
+        return "torch", "the Triton interpreter is for tests; the torch backend is faster on a CPU"
+    return "triton", "CUDA device with compute capability 8.0 or newer"
+
+
+@functools.cache
+def _log_once(op: str, device: str, backend: str, reason: str) -> None:
+    log.info("%s on %s: backend %s (%s)", op, device, backend, reason)
 
 
 class LiveRows(NamedTuple):

@@ -1,4 +1,4 @@
-"""How big the tiles are, how they are multiplied, and how much is multiplied.
+"""The product of hidden states with a head, tile by tile: its operands, its tiles, its precision.
 
 The tiled ops work on one [rows, cols] tile of logits at a time. `plan_tiles` turns the caller's
 memory_mib into that tile; `Products` multiplies with float32 accumulation on every device.
@@ -13,13 +13,23 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from riskpo_kernels.core.checks import SIXTEEN_BIT, reject
+from riskpo_kernels.core.checks import SIXTEEN_BIT, choose, reject
+from riskpo_kernels.core.low_rank import LowRank
+from riskpo_kernels.core.process_groups import NO_GROUP
+from riskpo_kernels.core.softmax import LogitMap, n_blocks
 
 MIN_ROWS, MIN_COLS = 16, 128
+# (rows, cols) of the largest tile. On CUDA wide tiles, so that dH and dW are touched rarely; the
+# forward's are those of PyTorch's road, which float32 products take there.
+FORWARD_TILE = {"cuda": (4096, 8192), "cpu": (2048, 2048)}
+BACKWARD_TILE = {"cuda": (8192, 8192), "cpu": (2048, 2048)}
+# With deterministic=True every product has this many rows, some of them padding, and columns that
+# do not depend on the batch: the bits of a product's row depend on the product's shape.
+WHOLE_TILE = {"cuda": (128, 65_536), "cpu": (128, 2048)}
 
 
 @dataclass(frozen=True)
@@ -145,26 +155,185 @@ class Products:
             torch.addmm(out, a, b, **wide, out=out)  # type: ignore[call-overload]
 
 
-def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Autocast off, on a device that has it."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
+def padded(x: torch.Tensor, rows: int, value: float = 0.0) -> torch.Tensor:
+    """x with rows of `value` below it, `rows` in all; without rows to reach x itself, else always a
+    copy: a product's bits may depend on how its operands lie in memory."""
+    if not rows:
+        return x
+    out = x.new_full((max(rows, x.shape[0]), *x.shape[1:]), value)
+    out[: x.shape[0]] = x
+    return out
 
 
-@contextlib.contextmanager
-def exact_products(device: torch.device) -> Iterator[None]:
-    """Neither autocast nor TF32 nor sums in fp16 may touch the products inside: an op's precision
-    is its own."""
-    with no_autocast(device):
-        if device.type != "cuda":
-            yield
-            return
-        # not allow_tf32: reading that raises once anyone has used fp32_precision
-        matmul = torch.backends.cuda.matmul
-        before = matmul.fp32_precision, matmul.allow_fp16_accumulation
-        matmul.fp32_precision, matmul.allow_fp16_accumulation = "ieee", False
-        try:
-            yield
-        finally:
-            matmul.fp32_precision, matmul.allow_fp16_accumulation = before
+def put_among(keep: torch.Tensor | None, n: int, x: torch.Tensor) -> torch.Tensor:
+    """Live rows' numbers (along the last dimension) among all n rows; zero elsewhere."""
+    return x if keep is None else x.new_zeros(*x.shape[:-1], n).index_copy(-1, keep, x)
+
+
+def wide_of(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
+    """What their products are summed in."""
+    return torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything that is not a tensor in a call of linear_logprob."""
+
+    scale: float
+    softcap: float | None
+    temperature: float
+    return_entropy: bool
+    backend: str
+    memory_mib: float
+    tail_eps: float
+    deterministic: bool
+    keep: bool  # a backward may follow
+    ignore_index: int | None = None
+    group: str = NO_GROUP
+    factor: float = 1.0  # of an adapter
+    raises: bool = True  # where a target is outside its row's support
+
+    def resolved(self, hidden: torch.Tensor, weight: torch.Tensor, tiled: bool = True) -> Options:
+        """With the backend that runs."""
+        dtype = torch.promote_types(hidden.dtype, weight.dtype)
+        backend = choose("linear_logprob", self.backend, hidden.device, dtype)
+        if tiled and hidden.device.type == "cuda" and dtype == torch.float32:
+            backend = "torch"  # the kernels' tiles would spill in float32; cuBLAS's do not
+        return replace(self, backend=backend)
+
+    def map(self, row_temperature: torch.Tensor | None, wide: torch.dtype) -> LogitMap:
+        if row_temperature is None:
+            return LogitMap(self.scale, self.softcap, self.temperature)
+        return LogitMap(self.scale, self.softcap, row_temperature.to(wide).contiguous())
+
+
+@dataclass(frozen=True)
+class Head:
+    """hidden [N, D], weight [V, D], bias [V]; n of the rows, by index (None: all), with targets.
+    low_rank: columns beside them; then no gradient is taken of the weight's own. kept: raw logits
+    of the first columns of all of hidden, which the backward need not compute again."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    rows: torch.Tensor | None
+    target: torch.Tensor
+    map: LogitMap
+    kept: torch.Tensor | None = None  # [N, K]: the forward writes it, the backward reads it
+    low_rank: LowRank | None = None
+
+    @property
+    def n(self) -> int:
+        return self.target.numel()
+
+    @property
+    def vocab(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def width(self) -> int:
+        return self.hidden.shape[1] + (0 if self.low_rank is None else self.low_rank.width)
+
+    def columns(self, v: slice, dtype: torch.dtype) -> torch.Tensor:
+        w = self.weight[v].to(dtype)
+        return w if self.low_rank is None else torch.cat((w, self.low_rank.beside_weight(v)), 1)
+
+    def trained(self, h: torch.Tensor) -> torch.Tensor:
+        """What a gradient of logits is multiplied with to give that of the weight."""
+        return h if self.low_rank is None else h[:, h.shape[1] - self.low_rank.width :]
+
+    def of(self, keep: torch.Tensor) -> Head:
+        """Some of the rows."""
+        rows = keep if self.rows is None else self.rows[keep]
+        return replace(self, rows=rows, target=self.target[keep], map=self.map.of(keep))
+
+    def take(self, s: slice | torch.Tensor, dtype: torch.dtype, pad: int = 0) -> torch.Tensor:
+        """Hidden states of rows s, and rows of zeros up to `pad`."""
+        h, low = self.hidden[self.at(s)].to(dtype), self.low_rank
+        return padded(h if low is None else torch.cat((h, low.beside_hidden(self.at(s))), 1), pad)
+
+    def targets(self, s: slice | torch.Tensor, v: slice, pad: int = 0) -> torch.Tensor:
+        """Targets of rows s, counted from the first of columns v."""
+        return padded(self.target[s], pad) - v.start
+
+    def map_of(self, s: slice | torch.Tensor, pad: int = 0) -> LogitMap:
+        map = self.map.of(s)
+        if isinstance(map.temperature, torch.Tensor):
+            return map._replace(temperature=padded(map.temperature, pad, 1.0))
+        return map
+
+    def at(self, s: slice | torch.Tensor) -> slice | torch.Tensor:
+        """Where rows s lie in hidden."""
+        return s if self.rows is None else self.rows[s]
+
+    def known(self, v: slice) -> int:
+        """Of how many of the columns v, from the first on, logits are kept."""
+        most = 0 if self.kept is None else self.kept.shape[1]
+        return min(max(most - v.start, 0), v.stop - v.start)
+
+    def keep(self, s: slice, v: slice, raw: torch.Tensor) -> None:
+        """Keep what fits of a tile."""
+        known = self.known(v)
+        if self.kept is not None and known:
+            self.kept[self.at(s), v.start : v.start + known] = raw[:, :known]
+
+    def logits(
+        self,
+        products: Products,
+        s: slice | torch.Tensor,
+        v: slice,
+        h: torch.Tensor,
+        w: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """Raw logits of rows s and columns v into `out`: h @ w.T, unless they were kept."""
+        known, at = self.known(v), self.at(s)
+        if self.kept is not None and known:
+            columns = self.kept[:, v.start : v.start + known]
+            if isinstance(at, slice):
+                out[:, :known] = columns[at]
+            else:
+                torch.index_select(columns, 0, at, out=out[:, :known])
+        if known < w.shape[0]:
+            products.into(out[:, known:], h, w[known:].T)
+
+    def bias_of(self, v: slice, dtype: torch.dtype) -> torch.Tensor | None:
+        return None if self.bias is None else self.bias[v].to(dtype)
+
+
+def products_of(head: Head) -> Products:
+    return Products(head.hidden.device, head.hidden.dtype, head.weight.dtype)
+
+
+def plan_for(
+    head: Head, o: Options, products: Products, vocab: int, *, outer: int | None = None
+) -> Plan:
+    """The tile that memory_mib allows, for `vocab` columns. outer: in a backward, the axis whose
+    sums are opened and closed piece by piece (0: rows)."""
+    back = outer is not None
+    device = "cuda" if head.hidden.device.type == "cuda" else "cpu"
+    rows, cols = (BACKWARD_TILE if back else FORWARD_TILE)[device]
+    if o.deterministic:
+        rows, cols = WHOLE_TILE[device]
+    wide = products.wide.itemsize
+    edges = [3 * wide if back else wide] * 2
+    if outer is not None and products.mixed and not o.deterministic:
+        # of that axis the sums and what they are rounded to; of the other a 16-bit copy at most
+        edges[outer] = 8 if products.dtype == torch.bfloat16 else 12
+        edges[1 - outer] = 2
+    # the logits; further tiles are temporaries of the torch formulas; Triton makes dz at once
+    tile = wide * (1 + int(o.return_entropy) + int(back and o.softcap is not None))
+    if o.backend == "triton":
+        tile = products.dtype.itemsize
+    return plan_tiles(
+        "linear_logprob",
+        rows if o.deterministic else head.n,
+        vocab,
+        head.width,
+        memory_mib=o.memory_mib - (0 if head.kept is None else head.kept.nbytes / 2**20),
+        most_rows=rows,
+        most_cols=cols,
+        tile_bytes=tile + (2 if products.mixed and back and o.backend == "torch" else 0),
+        edge_bytes=(edges[0], edges[1]),
+        row_bytes=0 if back or not o.tail_eps else (4 + o.return_entropy) * wide * n_blocks(vocab),
+    )

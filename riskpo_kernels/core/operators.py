@@ -6,9 +6,11 @@ torch.library.custom_op: that one imports the whole compiler at the first eager 
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from types import GenericAlias
@@ -46,12 +48,12 @@ def register(
     Args:
         schema: "(Tensor x, float s) -> Tensor" as PyTorch writes it, from schema_of; no argument is
             written to and no result shares memory with another tensor.
-        kernel: what runs; its arguments are the schema's, all positional.
+        kernel: what runs, under exact_products; its arguments are the schema's, all positional.
         fake: the same from shapes alone.
         setup_context, backward: as in torch.library.register_autograd, both or neither. A backward
             through the gradients that `backward` returns raises.
     """
-    own = f"{name}_{zlib.crc32(schema.encode(), SOURCES):08x}"
+    kernel, own = _exact(kernel), f"{name}_{zlib.crc32(schema.encode(), SOURCES):08x}"
     _library.define(own + schema)
     _library.impl(own, kernel, "CompositeExplicitAutograd")
     qualified = f"{NAMESPACE}::{own}"
@@ -62,6 +64,40 @@ def register(
         differentiable = _differentiable(operator, setup_context, _once(name, backward))
         _library.impl(own, differentiable, "Autograd", with_keyset=True)
     return operator
+
+
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Autocast off, on a device that has it."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def exact_products(device: torch.device) -> Iterator[None]:
+    """Neither autocast nor TF32 nor sums in fp16 may touch the products inside: an op's precision
+    is its own."""
+    with no_autocast(device):
+        if device.type != "cuda":
+            yield
+            return
+        # not allow_tf32: reading that raises once anyone has used fp32_precision
+        matmul = torch.backends.cuda.matmul
+        before = matmul.fp32_precision, matmul.allow_fp16_accumulation
+        matmul.fp32_precision, matmul.allow_fp16_accumulation = "ieee", False
+        try:
+            yield
+        finally:
+            matmul.fp32_precision, matmul.allow_fp16_accumulation = before
+
+
+def _exact(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(kernel)
+    def run(*args: Any) -> Any:
+        with exact_products(next(x.device for x in args if isinstance(x, torch.Tensor))):
+            return kernel(*args)
+
+    return run
 
 
 def _differentiable(
@@ -96,50 +132,116 @@ def _differentiable(
 def schema_of(kernel: Callable[..., Any], options: type, results: int) -> str:
     """The schema of kernel(*tensors, *numbers), which gives `results` tensors. Each argument is
     spelled once: tensors where the kernel names them, the others as fields of `options`."""
-    named = list(inspect.signature(kernel).parameters.values())
-    own = [p for p in named if p.kind is p.POSITIONAL_OR_KEYWORD]
-    numbers = [
-        inspect.Parameter(f.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=f.type)
-        for f in fields(options)
-    ]
+    return _schema(_positional(kernel), options, results)
+
+
+def _schema(own: list[inspect.Parameter], options: type, results: int) -> str:
+    words = [_argument(f.name, f.type) for f in fields(options)]
+    several = GenericAlias(tuple, (torch.Tensor,) * results)
 
     def prototype() -> None:
         """Stands for the kernel; its annotations are read where torch is imported: here."""
 
     prototype.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        own + numbers,
-        return_annotation=GenericAlias(tuple, (torch.Tensor,) * results)
-        if results > 1
-        else torch.Tensor,
+        [*own, *words], return_annotation=several if results > 1 else torch.Tensor
     )
     return torch.library.infer_schema(prototype, mutates_args=())
 
 
-def gradients_through(
-    operator: Callable[..., Any], sent: int, inputs: int = 3
+def _positional(kernel: Callable[..., Any]) -> list[inspect.Parameter]:
+    named = inspect.signature(kernel).parameters.values()
+    return [p for p in named if p.kind is p.POSITIONAL_OR_KEYWORD]
+
+
+def _argument(name: str, annotation: Any) -> inspect.Parameter:
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return inspect.Parameter(name, kind, annotation=annotation)
+
+
+def saving(tensors: int, differentiable: int, skip: int | None = None) -> Callable[..., None]:
+    """A `setup_context` that keeps the first `tensors` inputs and all outputs but the one at
+    `skip`; the first `differentiable` outputs have gradients."""
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        kept = (x for i, x in enumerate(output) if i != skip)
+        ctx.save_for_backward(*inputs[:tensors], *kept)
+        ctx.options = inputs[tensors:]
+        ctx.set_materialize_grads(False)  # a gradient nobody sent costs nothing
+        ctx.mark_non_differentiable(*output[differentiable:])
+
+    return setup_context
+
+
+def differentiable(
+    name: str,
+    forward: Callable[..., Any],
+    backward: Callable[..., Any],
+    options: type,
+    *,
+    fake: Callable[..., Any],
+    results: int,
+    sent: int,
+    unsaved: int | None = None,
+    gradients: int = 3,
 ) -> Callable[..., Any]:
-    """The `backward` that calls operator(needs, *upstream, *saved, *options), of the first `sent`
-    results' upstream gradients, for those of the first `inputs`; ctx is as `saving` of
-    lm_head/operator.py left it."""
+    """Register an operator and the one behind its backward; return what calls the first. `operator`
+    and `backward` of that are PyTorch's own, which take the fields of `options` one by one.
 
-    def gradients(ctx: Any, *upstream: Any) -> tuple[torch.Tensor | None, ...]:
-        needs, own = list(ctx.needs_input_grad[:inputs]), upstream[:sent]
-        nothing = (None,) * len(ctx.needs_input_grad)
-        if all(x is None for x in own) or not any(needs):
-            return nothing
-        found = operator(needs, *own, *ctx.saved_tensors, *ctx.options)
-        return *(x if n else None for x, n in zip(found, needs, strict=True)), *nothing[inputs:]
+    forward, fake    (*tensors, o) -> `results` tensors; the first `sent` of them are differentiable
+    backward         (needs, upstream, tensors, found, o) -> gradients of the first `gradients`
+                     tensors, None where `needs` says so; upstream: `sent` gradients or Nones;
+                     found: the forward's results but the one at `unsaved`
+    """
+    own = _positional(forward)[:-1]
+    n, kept = len(own), results - (unsaved is not None)
 
-    return gradients
+    def flat(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *given: kernel(*given[:n], options(*given[n:]))
 
+    def flat_backward(needs: list[bool], *given: Any) -> tuple[torch.Tensor, ...]:
+        upstream, tensors = given[:sent], given[sent : sent + n]
+        found, words = given[sent + n : sent + n + kept], given[sent + n + kept :]
+        made = backward(needs, upstream, tensors, found, options(*words))
+        return tuple(tensors[0].new_empty(0) if x is None else x for x in made)
 
-def gradients_fake(needs: list[bool], *args: Any, sent: int = 3) -> tuple[torch.Tensor, ...]:
-    """The shapes of such an operator's results, after `sent` upstream gradients."""
-    hidden = args[sent]
-    return tuple(
-        hidden.new_empty(x.shape, dtype=x.dtype) if n and x is not None else hidden.new_empty(0)
-        for x, n in zip(args[sent : sent + len(needs)], needs, strict=True)
+    def flat_fake(needs: list[bool], *given: Any) -> tuple[torch.Tensor, ...]:
+        tensors = given[sent : sent + gradients]
+        none = tensors[0].new_empty(0)
+        wanted = (none if x is None or not y else x for x, y in zip(tensors, needs, strict=True))
+        return tuple(x.new_empty(x.shape) for x in wanted)
+
+    upstream = [_argument(f"upstream_{i}", "torch.Tensor | None") for i in range(sent)]
+    found = [_argument(f"found_{i}", "torch.Tensor") for i in range(kept)]
+    given = [_argument("needs", "list[bool]"), *upstream, *own, *found]
+    below = register(
+        f"{name}_backward",
+        _schema(given, options, gradients),
+        flat_backward,
+        fake=flat_fake,
     )
+
+    def through(ctx: Any, *upstream: Any) -> tuple[torch.Tensor | None, ...]:
+        needs, nothing = list(ctx.needs_input_grad[:gradients]), (None,) * len(ctx.needs_input_grad)
+        if all(x is None for x in upstream[:sent]) or not any(needs):
+            return nothing
+        made = below(needs, *upstream[:sent], *ctx.saved_tensors, *ctx.options)
+        return *(x if y else None for x, y in zip(made, needs, strict=True)), *nothing[gradients:]
+
+    operator = register(
+        name,
+        _schema(own, options, results),
+        flat(forward),
+        fake=flat(fake),
+        setup_context=saving(n, sent, unsaved),
+        backward=through,
+    )
+    names = tuple(f.name for f in fields(options))  # torch 2.11's Dynamo traces no vars()
+
+    def call(*given: Any) -> tuple[torch.Tensor, ...]:
+        return operator(*given[:-1], *(getattr(given[-1], name) for name in names))
+
+    call.operator, call.backward = operator, below  # type: ignore[attr-defined]
+    return call
 
 
 class _Refused(torch.autograd.Function):

@@ -21,8 +21,9 @@ import torch
 import triton
 import triton.language as tl
 
+from riskpo_kernels.core.gradient import RowGradient
 from riskpo_kernels.core.matmul import executed
-from riskpo_kernels.core.softmax import BLOCK, LogitMap, RowGradient
+from riskpo_kernels.core.softmax import BLOCK, LogitMap
 from riskpo_kernels.core.softmax import FLOOR as LOG_FLOOR
 from riskpo_kernels.kernels import Configuration, multiprocessors
 from riskpo_kernels.kernels.head_tile import (

@@ -9,7 +9,7 @@ row and block of 128 columns, y = z - top,
     u = sum e^y_a (y_a - y_b)   far = sum e^y_a |y_a - y_b|
 
 The row's peaks are not in them: programs may run in any order, and a common offset of a side's
-logits loses nothing. lm_head/divergence_triton.py makes of them what a row needs.
+logits loses nothing. lm_head/divergence_stats.py makes of them what a row needs.
 
 mixture (jsd, given the row's peaks and log-sums): with log m = log(beta q + (1 - beta) p), sums of
 q (log q - log m), p (log p - log m), p |log p - log m| and p.

@@ -4,7 +4,7 @@ a program has one row.
     l_b = top_b - m + rest_b     m = max top_b     s = sum e^l_b     u = sum e^l_b (l_b - gap_b)
 
 are the row's statistics without the target's column; results and the choice of active blocks
-follow as in core/softmax.py and lm_head/block_filter.py. Rows beyond R (ignored ones) get zeros.
+follow as in core/softmax.py and core/softmax.py. Rows beyond R (ignored ones) get zeros.
 
     tensor                                shape            dtype
     top, rest, gap, z_t                   [R, B], z_t [R]  fp32
@@ -37,7 +37,7 @@ def active_blocks(
     lse, m_o, own, peak, log_sum, q, z_t, entropy, eps, cap, temperature, softcap,
     ENTROPY: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HALVINGS: tl.constexpr,
 ):  # fmt: skip
-    # lm_head/block_filter.py's select, for blocks [BR, NB] of rows [BR]; own marks the target's
+    # core/softmax.py's select, for blocks [BR, NB] of rows [BR]; own marks the target's
     eps = tl.full(peak.shape, 1.0, tl.float32) * eps
     if HAS_SOFTCAP:
         high, at_t = peak * temperature / softcap, z_t * temperature / softcap

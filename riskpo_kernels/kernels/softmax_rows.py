@@ -30,9 +30,10 @@ import torch
 import triton
 import triton.language as tl
 
+from riskpo_kernels.core.gradient import RowGradient
 from riskpo_kernels.core.softmax import FLOOR as LOG_FLOOR
 from riskpo_kernels.core.softmax import IGNORED as UNREAD
-from riskpo_kernels.core.softmax import LogitMap, RowGradient
+from riskpo_kernels.core.softmax import LogitMap
 from riskpo_kernels.kernels import Configuration, at_most, signature_of
 from riskpo_kernels.kernels.tl_math import (
     LN2,

@@ -24,9 +24,10 @@ import torch
 import triton
 import triton.language as tl
 
+from riskpo_kernels.core.gradient import RowGradient
 from riskpo_kernels.core.matmul import executed
 from riskpo_kernels.core.softmax import FLOOR as LOG_FLOOR
-from riskpo_kernels.core.softmax import LogitMap, RowGradient
+from riskpo_kernels.core.softmax import LogitMap
 from riskpo_kernels.kernels import Configuration, signature_of
 from riskpo_kernels.kernels.support_pairs import BD, BP, TYPES, WARPS, Pairs
 from riskpo_kernels.kernels.tl_math import logits_gradient, logits_of

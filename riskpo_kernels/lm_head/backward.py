@@ -4,7 +4,7 @@ At most one float32 buffer of a whole gradient is made, and none for a float32 w
 whichever is smaller, or of dW where dense and sparse rows meet. Rows that are many go through in
 pieces, whose dH is summed apart.
 
-One host synchronisation on a GPU, before anything else: lm_head/block_filter.py. None while a CUDA
+One host synchronisation on a GPU, before anything else: lm_head/ways.py. None while a CUDA
 graph is captured: then sizes are those of the worst case, and the way is one for all rows. With the
 Triton kernels and a tail_eps it is the sparse one, whose groups of blocks have room for every row
 in every block: N V / 128 pairs of 276 bytes, 3 / 8 memory_mib at a time; else the dense one, with a
@@ -18,20 +18,11 @@ from dataclasses import replace
 
 import torch
 
-from riskpo_kernels.core import softmax
-from riskpo_kernels.core.matmul import Products, spans
-from riskpo_kernels.core.softmax import RowGradient
-from riskpo_kernels.lm_head.block_filter import ActiveBlocks, Ways, find_ways, unasked_ways
+from riskpo_kernels.core.gradient import Accumulator, Gradients, RowGradient, gradient
+from riskpo_kernels.core.matmul import Head, Options, Products, plan_for, products_of, spans
+from riskpo_kernels.core.softmax import ActiveBlocks
 from riskpo_kernels.lm_head.sparse_torch import sparse_backward
-from riskpo_kernels.lm_head.tiles import (
-    Accumulator,
-    Gradients,
-    Head,
-    Options,
-    plan_for,
-    products_of,
-    rows_of,
-)
+from riskpo_kernels.lm_head.ways import Ways, find_ways, unasked_ways
 
 ROUNDING_STEP = 4096  # rows of a float32 buffer that are rounded at a time
 
@@ -197,7 +188,7 @@ def _torch_dz(head: Head, products: Products, size: int, db: torch.Tensor | None
         bias, map = head.bias_of(v, products.wide), head.map_of(r, pad)
         # dbias is summed before the rounding; where there is none dz is raw under another name
         out = dz if products.mixed and db is None else raw
-        softmax.gradient(raw, head.targets(r, v, pad), bias, up, map, out)
+        gradient(raw, head.targets(r, v, pad), bias, up, map, out)
         if db is not None:
             db[v] += raw.sum(0)
             if products.mixed:
@@ -247,7 +238,7 @@ def dense_backward(
 
     def one_tile(r: slice, v: slice, dh: torch.Tensor | None, dw: torch.Tensor | None) -> None:
         h, w = head.take(r, products.dtype, pad), head.columns(v, products.dtype)
-        dz = dz_of(h, w, r, v, rows_of(up, r, pad), pad)
+        dz = dz_of(h, w, r, v, up.of(r, pad), pad)
         if dh is not None:
             products.add(dh, dz, w, apart=o.deterministic)
         if dw is not None:

@@ -24,40 +24,37 @@ at most tail_eps min(1, sum of B_b), halved until they hold no more than 32 thre
 
 Workspace is memory_mib; beside it one float32 dH, and 1 bit a pair until the backward.
 
-Products are PyTorch's. What is made of two tiles of them is divergence_stats.py, or, in one pass of
-a Triton kernel, divergence_triton.py, which has the same names.
+Products are PyTorch's. What a row needs is made of numbers of blocks (divergence_stats.py), and
+these of two tiles of products, in PyTorch or in one pass of a Triton kernel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 
-from riskpo_kernels.core.backends import choose
-from riskpo_kernels.core.matmul import Plan, exact_products, plan_tiles, spans
-from riskpo_kernels.core.operators import (
-    gradients_fake,
-    gradients_through,
-    register,
-    schema_of,
-)
+from riskpo_kernels.core.checks import choose
+from riskpo_kernels.core.gradient import Accumulator
+from riskpo_kernels.core.matmul import Head, Plan, plan_tiles, products_of, put_among, spans
+from riskpo_kernels.core.operators import differentiable
 from riskpo_kernels.core.process_groups import group_called, max_over, sum_over
-from riskpo_kernels.core.softmax import BLOCK, LogitMap
-from riskpo_kernels.lm_head import divergence_stats
-from riskpo_kernels.lm_head.block_filter import CAP, ActiveBlocks, keep_blocks, n_blocks
-from riskpo_kernels.lm_head.divergence_stats import Fold, Pair, Room, Stats
-from riskpo_kernels.lm_head.operator import put_among, saving
-from riskpo_kernels.lm_head.tiles import Accumulator, Head, products_of
+from riskpo_kernels.core.softmax import BLOCK, CAP, ActiveBlocks, LogitMap, keep_blocks, n_blocks
+from riskpo_kernels.lm_head.divergence_stats import (
+    Fold,
+    Mixture,
+    Pair,
+    Room,
+    Stats,
+    TorchTiles,
+)
 from riskpo_kernels.lm_head.vocab_parallel import VocabShard
 
 OP = "linear_divergence"
 KINDS = ("forward_kl", "reverse_kl", "jsd")
 TILE = {"cuda": (4096, 8192), "cpu": (1024, 2048)}  # (rows, cols) of the largest one
-N_TENSORS = 8
 # divergence | peaks and log-sums of student and teacher | KL of the row's gradient | active blocks
 RESULTS = 9
 
@@ -79,14 +76,14 @@ class Words:
     backend: str
 
 
-def _arithmetic(pair: Pair, w: Words) -> Any:
-    """The module with Fold, Mixture and gradient_of."""
+def _tiles_of(pair: Pair, w: Words, room: Room) -> Any:
+    """What makes numbers of two tiles: statistics, mixture and gradient."""
     # the kernels see float32 products only: their inputs' type does not matter to the interpreter
     if choose(OP, w.backend, pair.student.hidden.device, pair.wide) == "triton":
-        from riskpo_kernels.lm_head import divergence_triton  # needs Triton
+        from riskpo_kernels.kernels import divergence_tiles  # needs Triton
 
-        return divergence_triton
-    return divergence_stats
+        return divergence_tiles
+    return TorchTiles(room)
 
 
 def _pair(tensors: tuple[Any, ...], w: Words) -> Pair:
@@ -108,13 +105,12 @@ def _pair(tensors: tuple[Any, ...], w: Words) -> Pair:
     return Pair(*heads)
 
 
-def _plan(pair: Pair, w: Words, arithmetic: Any, vocab: int, *, back: bool = False) -> Plan:
+def _plan(pair: Pair, w: Words, tiles: Any, vocab: int, *, back: bool = False) -> Plan:
     width = pair.student.hidden.shape[1] + pair.teacher.hidden.shape[1]
     rows, cols = TILE["cuda" if pair.student.hidden.is_cuda else "cpu"]
     # both tiles and what is made of them; of blocks what the fold and the choice among them hold
-    tile, block = 6 * pair.wide.itemsize, 6 * pair.wide.itemsize if w.tail_eps else 0
-    if arithmetic is not divergence_stats:
-        tile, block = 10, 48
+    size = pair.wide.itemsize
+    tile = 6 * size if isinstance(tiles, TorchTiles) else 10
     return plan_tiles(
         OP,
         pair.student.n,
@@ -124,8 +120,8 @@ def _plan(pair: Pair, w: Words, arithmetic: Any, vocab: int, *, back: bool = Fal
         most_rows=rows,
         most_cols=cols,
         tile_bytes=tile,
-        edge_bytes=pair.wide.itemsize,
-        row_bytes=0 if back else block * n_blocks(vocab),
+        edge_bytes=size,
+        row_bytes=0 if back else 12 * size * n_blocks(vocab),
     )
 
 
@@ -133,14 +129,14 @@ def _second_pass(
     pair: Pair,
     w: Words,
     r: slice,
-    sums: divergence_stats.Mixture,
+    sums: Mixture,
     cols: int,
     group: Any,
     room: Room,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """jsd, KL(p || m) and the bounds [R, B] of rows r."""
     for v in spans(pair.student.vocab, cols):
-        sums.tile(v, pair.tile(r, v, room), room)
+        sums.tile(v, pair.tile(r, v, room))
     sums.close()
     own, total = sums.own, sums.total
     if group is not None:
@@ -158,9 +154,8 @@ def _forward(
     teacher_bias: torch.Tensor | None,
     mask: torch.Tensor | None,
     row_temperature: torch.Tensor | None,
-    *numbers: Any,
+    w: Words,
 ) -> tuple[torch.Tensor, ...]:
-    w = Words(*numbers)
     teacher = (teacher_hidden, teacher_weight, teacher_bias)
     pair = _pair((hidden, weight, bias, *teacher, mask, row_temperature), w)
     n, vocab, wide = pair.student.n, pair.student.vocab, pair.wide
@@ -170,37 +165,35 @@ def _forward(
         group, widest, cap = shard.group, shard.widest, CAP / shard.ranks
     active = ActiveBlocks.new(vocab if w.tail_eps else 0, n, hidden.device)
     results = hidden.new_empty(6, n, dtype=wide)
-    arithmetic = _arithmetic(pair, w)
-    plan, room = _plan(pair, w, arithmetic, widest), Room(hidden)
+    room = Room(hidden)
+    tiles = _tiles_of(pair, w, room)
+    plan = _plan(pair, w, tiles, widest)
     blocks = n_blocks(vocab) if w.tail_eps else 0
     apart = None if w.kind == "jsd" else pair.apart(0 if w.kind == "reverse_kl" else 1)
     if apart is not None and group is not None:
         apart = max_over(group, apart.float()) > 0
-    with exact_products(hidden.device):
-        for r in spans(n, plan.rows):
-            fold: Fold = arithmetic.Fold(
-                r.stop - r.start, vocab, hidden, wide, w.kind, w.tail_eps > 0
-            )
-            for v in spans(vocab, plan.cols):
-                fold.tile(v, pair.tile(r, v, room), room)
-            fold.close()
-            if group is not None:
-                fold.merge(group)
-            stats, value = fold.finish()
-            if apart is not None:
-                value.masked_fill_(apart, torch.inf)
-            own = value
-            if w.kind == "jsd":
-                sums = arithmetic.Mixture(fold, stats, w.beta)
-                value, own, bounds = _second_pass(pair, w, r, sums, plan.cols, group, room)
-            elif w.tail_eps:
-                bounds = fold.bounds(value)
-            results[:, r] = torch.stack([value, *stats, own])
-            if w.tail_eps:
-                total = bounds.sum(1) if group is None else sum_over(group, bounds.sum(1))
-                keep = keep_blocks(bounds, w.tail_eps * total.clamp(max=1.0), cap)
-                if blocks:
-                    active.record(r, keep, by_row=False)
+    for r in spans(n, plan.rows):
+        fold = Fold(w.kind, tiles, r.stop - r.start, vocab, results)
+        for v in spans(vocab, plan.cols):
+            fold.tile(v, pair.tile(r, v, room))
+        fold.close()
+        if group is not None:
+            fold.merge(group)
+        stats, value = fold.finish()
+        if apart is not None:
+            value.masked_fill_(apart, torch.inf)
+        own = value
+        if w.kind == "jsd":
+            sums = Mixture(fold, stats, w.beta)
+            value, own, bounds = _second_pass(pair, w, r, sums, plan.cols, group, room)
+        elif w.tail_eps:
+            bounds = fold.bounds(value)
+        results[:, r] = torch.stack([value, *stats, own])
+        if w.tail_eps:
+            total = bounds.sum(1) if group is None else sum_over(group, bounds.sum(1))
+            keep = keep_blocks(bounds, w.tail_eps * total.clamp(max=1.0), cap)
+            if blocks:
+                active.record(r, keep, by_row=False)
     rows = pair.student.rows
     return *(put_among(rows, hidden.shape[0], x) for x in results), *(
         put_among(rows, hidden.shape[0], x) for x in active
@@ -218,74 +211,57 @@ def _find_shard(pair: Pair, w: Words) -> VocabShard:
     return VocabShard.find(OP, group_called(w.group), pair.student.weight, same)
 
 
-def _wide(tensors: tuple[Any, ...]) -> torch.dtype:
+def _wide(tensors: Sequence[Any]) -> torch.dtype:
     dtype = torch.float32
     for x in (tensors[0], tensors[1], tensors[3], tensors[4]):
         dtype = torch.promote_types(dtype, x.dtype)
     return dtype
 
 
-def _forward_fake(*args: Any) -> tuple[torch.Tensor, ...]:
-    hidden, weight, w = args[0], args[1], Words(*args[N_TENSORS:])
-    rows = (hidden.new_empty(hidden.shape[0], dtype=_wide(args)) for _ in range(6))
+def _forward_fake(*given: Any) -> tuple[torch.Tensor, ...]:
+    *tensors, w = given
+    hidden, weight = tensors[:2]
+    rows = (hidden.new_empty(hidden.shape[0], dtype=_wide(tensors)) for _ in range(6))
     blocks = ActiveBlocks.new(weight.shape[0] if w.tail_eps else 0, hidden.shape[0], hidden.device)
     return *rows, *blocks
 
 
 def _backward(
     needs: list[bool],
-    c: torch.Tensor,
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    teacher_hidden: torch.Tensor,
-    teacher_weight: torch.Tensor,
-    teacher_bias: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    row_temperature: torch.Tensor | None,
-    value: torch.Tensor,
-    p_peak: torch.Tensor,
-    p_sum: torch.Tensor,
-    q_peak: torch.Tensor,
-    q_sum: torch.Tensor,
-    own: torch.Tensor,
-    bits: torch.Tensor,
-    dense: torch.Tensor,
-    pairs: torch.Tensor,
-    *numbers: Any,
-) -> tuple[torch.Tensor, ...]:
-    w = Words(*numbers)
-    teacher = (teacher_hidden, teacher_weight, teacher_bias)
-    pair = _pair((hidden, weight, bias, *teacher, mask, row_temperature), w)
+    upstream: tuple[torch.Tensor, ...],
+    tensors: tuple[Any, ...],
+    found: tuple[torch.Tensor, ...],
+    w: Words,
+) -> tuple[torch.Tensor | None, ...]:
+    hidden, weight, bias, *_ = tensors
+    value, p_peak, p_sum, q_peak, q_sum, own, *blocks = found
+    pair, c = _pair(tensors, w), upstream[0]
     c = c.to(value.dtype)
     rows = pair.student.rows
     kept = (c, own, p_peak, p_sum, q_peak, q_sum)
     c, own, *stats = (x if rows is None else x[rows] for x in kept)
-    active = ActiveBlocks(bits, dense, pairs)
+    active = ActiveBlocks(*blocks)
     active = active if rows is None else active.of(rows)
-    wide, nothing = pair.wide, hidden.new_empty(0)
+    wide = pair.wide
     dh = hidden.new_zeros(pair.student.n, hidden.shape[1], dtype=wide) if needs[0] else None
     dw = Accumulator(weight, wide, whole=False) if needs[1] else None
     db = weight.new_zeros(weight.shape[0], dtype=wide) if needs[2] else None
     sent = c != 0
     factor = c * pair.student.map.scale / pair.student.map.temperature
     tile = _Tile(pair, w, Stats(*stats), own, factor)
-    with exact_products(hidden.device):
-        for v, at in _visits(
-            active, sent, tile.plan.cols if not w.tail_eps else 0, weight.shape[0]
-        ):
-            piece = None if dw is None else dw.open(v)
-            for r in at.split(tile.plan.rows):
-                tile.add(r, v, dh, piece, db)
-            if dw is not None and piece is not None:
-                dw.close(v, piece)
+    for v, at in _visits(active, sent, tile.plan.cols if not w.tail_eps else 0, weight.shape[0]):
+        piece = None if dw is None else dw.open(v)
+        for r in at.split(tile.plan.rows):
+            tile.add(r, v, dh, piece, db)
+        if dw is not None and piece is not None:
+            dw.close(v, piece)
     if dh is not None:
         dh = (sum_over(group_called(w.group), dh) if w.group else dh).to(hidden.dtype)
         dh = dh if rows is None else torch.zeros_like(hidden).index_copy(0, rows, dh)
     return (
-        nothing if dh is None else dh,
-        nothing if dw is None else dw.grad,
-        nothing if db is None or bias is None else db.to(bias.dtype),
+        dh,
+        None if dw is None else dw.grad,
+        None if db is None or bias is None else db.to(bias.dtype),
     )
 
 
@@ -310,18 +286,27 @@ class _Tile:
 
     def __init__(self, pair: Pair, w: Words, stats: Stats, own: torch.Tensor, factor: torch.Tensor):
         self.pair, self.w, self.numbers = pair, w, torch.stack([*stats, own, factor])
-        self.room, self.arithmetic = Room(own), _arithmetic(pair, w)
+        self.room = Room(own)
+        self.tiles = _tiles_of(pair, w, self.room)
         widest = min(BLOCK, pair.student.vocab) if w.tail_eps else pair.student.vocab
-        self.plan = _plan(pair, w, self.arithmetic, widest, back=True)
+        self.plan = _plan(pair, w, self.tiles, widest, back=True)
 
     def add(
         self, r: torch.Tensor, v: slice, dh: torch.Tensor | None, dw: torch.Tensor | None, db: Any
     ) -> None:
         sides, products = self.pair.tile(r, v, self.room), products_of(self.pair.student)
-        given = (sides, self.numbers.index_select(1, r), self.room, products.dtype)
-        dz, sums = self.arithmetic.gradient_of(self.w.kind, self.w.beta, *given, db is not None)
+        p, q = (x.tile for x in sides)
+        raw, numbers = p.raw, self.numbers.index_select(1, r)
+        dz, parts = raw, None
+        if products.dtype != raw.dtype:
+            dz = self.room.take("dz", products.dtype, *raw.shape)
         if db is not None:
-            db[v] += sums
+            parts = self.room.take(
+                "sums", numbers.dtype, -(-len(r) // self.tiles.ROWS), raw.shape[1]
+            )
+        self.tiles.gradient(self.w.kind, self.w.beta, p, q, numbers, dz, parts)
+        if parts is not None:
+            db[v] += parts.sum(0)
         _, h, weight = sides[0]
         if dh is not None:
             part = self.room.take("dh", dh.dtype, *h.shape)
@@ -330,19 +315,6 @@ class _Tile:
             products.add(dw, dz.T, h)
 
 
-_backward_operator = register(
-    "linear_divergence_backward",
-    schema_of(_backward, Words, 3),
-    _backward,
-    fake=partial(gradients_fake, sent=1),
-)
-
-
-divergence_operator = register(
-    OP,
-    schema_of(_forward, Words, RESULTS),
-    _forward,
-    fake=_forward_fake,
-    setup_context=saving(N_TENSORS, 1),
-    backward=gradients_through(_backward_operator, 1),
+divergence_operator = differentiable(
+    OP, _forward, _backward, Words, fake=_forward_fake, results=RESULTS, sent=1
 )

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from riskpo_kernels.core.matmul import Head, products_of
 from riskpo_kernels.core.process_groups import max_over, sum_over
-from riskpo_kernels.core.softmax import BLOCK, FLOOR, RawTile, mapped
-from riskpo_kernels.lm_head.block_filter import n_blocks
-from riskpo_kernels.lm_head.tiles import Head, products_of
+from riskpo_kernels.core.softmax import BLOCK, FLOOR, RawTile, mapped, n_blocks
 
+NUMBERS = {"forward_kl": 5, "reverse_kl": 6, "jsd": 4}  # of a block
 LOWEST = -1e30  # stands for a bias of -inf: differences of such logits are numbers
 
 
@@ -44,11 +44,6 @@ class Side(NamedTuple):
     tile: RawTile
     hidden: torch.Tensor  # [R, D]
     weight: torch.Tensor  # [C, D]
-
-    def logits(self, wide: torch.dtype, *, slope: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """z [R, C] where the products were, and the softcap's slope where it is wanted."""
-        z, capped = mapped(*self.tile, slope=slope)
-        return z.to(wide), capped
 
 
 class Pair(NamedTuple):
@@ -100,110 +95,162 @@ class Stats(NamedTuple):
     q_peak: torch.Tensor
     q_sum: torch.Tensor
 
-    def log_probs(self, zp: torch.Tensor, zq: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """In place."""
-        p_peak, p_sum, q_peak, q_sum = (x[:, None] for x in self)
-        return zp.sub_(p_peak).sub_(p_sum), zq.sub_(q_peak).sub_(q_sum)
+
+class TorchTiles:
+    """The three passes of kernels/divergence_tiles.py in PyTorch, in memory that all tiles share.
+    The contracts are those of its functions; p and q are overwritten."""
+
+    ROWS = 2**31  # of a partial column sum
+
+    def __init__(self, room: Room):
+        self.room = room
+        self.near = torch.empty(0)  # what A_b counts from: of a row, its first tile's
+
+    def statistics(self, kind: str, p: RawTile, q: RawTile, out: torch.Tensor, first: int) -> None:
+        at = slice(first, first + n_blocks(p.raw.shape[1]))
+        z = [in_blocks(mapped(*x, slope=False)[0].to(out.dtype), LOWEST) for x in (p, q)]
+        for side, x in enumerate(z):
+            top = x.amax(2)
+            out[side, at] = top.T
+            x.sub_(top[..., None])
+        tops = out[:2, at]
+        a, b = z if kind == "reverse_kl" else z[::-1]
+        if kind == "reverse_kl" and not first:
+            near = tops[0].amax(0) - tops[1].amax(0)
+            self.near = near.masked_fill_(near.abs() > -0.1 * LOWEST, 0.0)  # one is ruled out
+        d = a
+        if kind != "jsd":
+            d = self.room.take("beside", out.dtype, 1, a.numel()).view(a.shape)
+            torch.sub(a, b, out=d)
+        for side, x in enumerate(z):
+            out[2 + side, at] = x.exp_().sum(2).T
+        if kind != "jsd":
+            out[4, at] = torch.mul(d, a, out=b).sum(2).T
+        if kind == "reverse_kl":
+            d.add_((tops[0] - tops[1] - self.near).T[..., None]).abs_()
+            out[5, at] = d.mul_(a).sum(2).T
+
+    def mixture(
+        self,
+        beta: float,
+        p: RawTile,
+        q: RawTile,
+        numbers: torch.Tensor,
+        out: torch.Tensor,
+        first: int,
+    ) -> None:
+        log_p, log_q, _ = self._log_probs(p, q, numbers)
+        spare = self.room.beside("spare", log_p)
+        log_m = self._log_mixture(log_p, log_q, beta, spare)
+        mass_q = torch.exp(log_q, out=spare)
+        sums = [block_sums(log_q.sub_(log_m).mul_(mass_q))]
+        gap, mass = torch.sub(log_p, log_m, out=log_m), log_p.exp_()
+        sums.append(block_sums(gap.mul_(mass)))
+        sums += [block_sums(gap.abs_()), block_sums(mass)]
+        for number, x in enumerate(sums):
+            out[number, first : first + x.shape[1]] = x.T
+
+    def gradient(
+        self,
+        kind: str,
+        beta: float,
+        p: RawTile,
+        q: RawTile,
+        numbers: torch.Tensor,
+        out: torch.Tensor,
+        sums: torch.Tensor | None,
+    ) -> None:
+        log_p, log_q, slope = self._log_probs(p, q, numbers)
+        own, factor = numbers[4:, :, None]
+        if kind == "forward_kl":
+            dz = log_p.exp_().sub_(log_q.exp_())
+        else:
+            if kind == "jsd":
+                log_q, factor = self._log_mixture(log_p, log_q, beta, log_q), factor * (1 - beta)
+            mass = torch.exp(log_p, out=self.room.beside("mass", log_p))
+            dz = log_p.sub_(log_q).sub_(own).mul_(mass)
+        dz.mul_(factor)
+        if slope is not None:
+            dz.mul_(slope)
+        if sums is not None:
+            torch.sum(dz, 0, keepdim=True, out=sums)
+        out.copy_(dz)
+
+    def _log_probs(
+        self, p: RawTile, q: RawTile, numbers: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Of both sides, and the slope of the student's softcap."""
+        (z_p, slope), (z_q, _) = mapped(*p, slope=True), mapped(*q, slope=False)
+        p_peak, p_sum, q_peak, q_sum = numbers[:4, :, None]
+        log_p = z_p.to(numbers.dtype).sub_(p_peak).sub_(p_sum)
+        return log_p, z_q.to(numbers.dtype).sub_(q_peak).sub_(q_sum), slope
+
+    def _log_mixture(
+        self, log_p: torch.Tensor, log_q: torch.Tensor, beta: float, spare: torch.Tensor
+    ) -> torch.Tensor:
+        """log m of jsd; `spare`, which may be log_q, is overwritten."""
+        out = torch.add(log_p, math.log1p(-beta), out=self.room.beside("log m", log_p))
+        return torch.logaddexp(torch.add(log_q, math.log(beta), out=spare), out, out=out)
 
 
-def mixture(
-    log_p: torch.Tensor, log_q: torch.Tensor, beta: float, out: torch.Tensor, spare: torch.Tensor
-) -> torch.Tensor:
-    """log m of jsd into `out`; `spare`, which may be log_q, is overwritten."""
-    torch.add(log_p, math.log1p(-beta), out=out)
-    return torch.logaddexp(torch.add(log_q, math.log(beta), out=spare), out, out=out)
-
-
-def gradient_of(
-    kind: str,
-    beta: float,
-    sides: tuple[Side, Side],
-    numbers: torch.Tensor,
-    room: Room,
-    dtype: torch.dtype,
-    sums: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """That of the divergence in the raw student's logits, [R, C] in `dtype`, in the tiles' memory,
-    and its column sums where wanted. numbers [6, R]: Stats, KL(p || q) (of jsd KL(p || m)) and a
-    factor."""
-    wide = numbers.dtype
-    zp, slope = sides[0].logits(wide, slope=True)
-    log_p, log_q = Stats(*numbers[:4]).log_probs(zp, sides[1].logits(wide, slope=False)[0])
-    kl, factor = numbers[4:, :, None]
-    if kind == "forward_kl":
-        dz = log_p.exp_().sub_(log_q.exp_())
-    else:
-        spare = room.beside("beside", log_p)
-        if kind == "jsd":
-            log_q.copy_(mixture(log_p, log_q, beta, spare, log_q))
-        p = torch.exp(log_p, out=spare)
-        dz = log_p.sub_(log_q).sub_(kl).mul_(p)
-        dz = dz.mul_(1 - beta) if kind == "jsd" else dz
-    dz.mul_(factor)
-    if slope is not None:
-        dz.mul_(slope)
-    return dz.to(dtype), dz.sum(0) if sums else None
+def in_blocks(x: torch.Tensor, value: float) -> torch.Tensor:
+    """[R, ceil(C / 128), 128], the last block filled with `value`."""
+    short = -x.shape[1] % BLOCK
+    x = torch.nn.functional.pad(x, (0, short), value=value) if short else x
+    return x.unflatten(1, (-1, BLOCK))
 
 
 def block_sums(x: torch.Tensor) -> torch.Tensor:
-    """[R, ceil(C / 128)] sums over blocks."""
-    short = -x.shape[1] % BLOCK
-    x = torch.nn.functional.pad(x, (0, short)) if short else x
-    return x.unflatten(1, (-1, BLOCK)).sum(2)
+    """[R, ceil(C / 128)]"""
+    return in_blocks(x, 0.0).sum(2)
 
 
 class Fold:
-    """The statistics of rows, tile by tile. blocks: two columns of numbers a block, [2, R, B], each
-    relative to the largest logit when its tile was folded (anchors [2, R, B])."""
+    """The statistics of n rows. Each tile leaves numbers of its blocks of 128 columns; `close`
+    makes of them the row's own. With a the side that weighs, b the other one, m_b and m the peaks
+    of a block and of the row, near = m_b,a - m_b,b and d0 = m_a - m_b,
 
-    def __init__(
-        self, n: int, vocab: int, like: torch.Tensor, wide: torch.dtype, kind: str, bounded: bool
-    ):
-        """bounded: the bounds of blocks will be asked for."""
+        s = sum s_b e^(m_b - m)      u = sum over a's e^(m_b - m) (u_b + s_b (near - d0))
 
-        def full(*size: int, value: float = 0.0) -> torch.Tensor:
-            return torch.full(size, value, dtype=wide, device=like.device)
+    and A_b counts from the block's own near, or in PyTorch from one of the row."""
 
-        self.m, self.s = full(2, n, value=-torch.inf), full(2, n)  # of student, teacher
-        self.u, self.d0 = full(n), full(n, value=-torch.inf)
-        self.near = self.d0[:, None]  # what A_b counts from, [R, 1] or [R, B]; merge leaves it
-        n_here = n_blocks(vocab) if bounded else 0
-        self.blocks, self.anchors = full(2, n, n_here), full(2, n, n_here)
-        self.kind, self.own = kind, 0 if kind == "reverse_kl" else 1
+    def __init__(self, kind: str, tiles: Any, n: int, vocab: int, like: torch.Tensor):
+        self.kind, self.tiles, self.own = kind, tiles, 0 if kind == "reverse_kl" else 1
+        # the numbers of a block side by side: a kernel writes all its rows at once
+        self.found = like.new_empty(NUMBERS[kind], n_blocks(vocab), n)
+        self.m, self.s = like.new_full((2, n), -torch.inf), like.new_zeros(2, n)
+        self.u, self.d0 = like.new_zeros(n), like.new_full((n,), -torch.inf)
+        self.blocks = self.anchors = like.new_zeros(2, n, 0)
+        self.near = self.d0[:, None]
 
-    def tile(self, v: slice, sides: tuple[Side, Side], room: Room) -> None:
-        """Both sides, whose products are overwritten."""
-        z = [x.logits(self.m.dtype, slope=False)[0] for x in sides]
-        own, at = self.own, slice(v.start // BLOCK, n_blocks(v.stop))
-        m = torch.maximum(self.m, torch.stack([x.amax(1) for x in z]))
-        shrink = torch.exp((self.m - m).clamp(min=FLOOR))
-        if v.start == 0:
-            d0 = m[own] - m[1 - own]
-            self.d0.copy_(d0.masked_fill(d0.abs() > -0.1 * LOWEST, 0.0))  # one side is ruled out
-        self.s.mul_(shrink)
-        self.u.mul_(shrink[own])
-        d = None
-        if self.kind != "jsd":
-            d = torch.sub(z[own], z[1 - own], out=room.beside("beside", z[own]))
-            d.sub_(self.d0[:, None])
-        for side, x in enumerate(z):
-            e = x.sub_(m[side, :, None]).exp_()
-            sums = block_sums(e)
-            self.s[side] += sums.sum(1)
-            if self.blocks.shape[2]:
-                self.blocks[side, :, at] = sums
-                self.anchors[side, :, at] = m[side, :, None]
-            if side == own and d is not None:
-                self.u.add_(d.mul_(e).sum(1))
-                if self.kind == "reverse_kl" and self.blocks.shape[2]:
-                    weighed = block_sums(d.abs_())
-        if self.kind == "reverse_kl" and self.blocks.shape[2]:
-            # the teacher's masses bound nothing here: A_b in their place
-            self.blocks[1, :, at], self.anchors[1, :, at] = weighed, m[0, :, None]
-        self.m.copy_(m)
+    def tile(self, v: slice, sides: tuple[Side, Side]) -> None:
+        """Both sides, whose products may be overwritten."""
+        p, q = (x.tile for x in sides)
+        self.tiles.statistics(self.kind, p, q, self.found, v.start // BLOCK)
 
     def close(self) -> None:
         """All tiles were folded."""
+        if not self.found.shape[1]:
+            return
+        (top, s), own = (self.found[:2], self.found[2:4]), self.own
+        self.m = top.amax(1)
+        self.d0 = self.m[own] - self.m[1 - own]
+        shrink = torch.exp(top - self.m[:, None])
+        s.mul_(shrink)
+        self.s = s.sum(1)
+        # two columns of numbers a block [2, R, B], each relative to a largest logit
+        self.blocks, self.anchors = s.transpose(1, 2), self.m[..., None]
+        if self.kind == "jsd":
+            return
+        near = top[own] - top[1 - own]
+        self.u = (s[own] * (near - self.d0)).addcmul_(self.found[4], shrink[own]).sum(0)
+        if self.kind == "reverse_kl":
+            # the teacher's masses bound nothing here: A_b in their place
+            far = self.found[5].mul_(shrink[0])
+            self.blocks = torch.stack([self.blocks[0], far.T])
+            self.anchors = self.m[[0, 0], :, None]
+            by_row = isinstance(self.tiles, TorchTiles)
+            self.near = self.tiles.near[:, None] if by_row else near.T
 
     def merge(self, group: Any) -> None:
         """Over the ranks of a vocabulary; an empty shard holds -inf and zeros."""
@@ -235,27 +282,18 @@ class Fold:
 
 
 class Mixture:
-    """jsd's sums over rows, once their statistics are known."""
+    """jsd's sums over rows, once their statistics are known; those of blocks make room for them."""
 
     def __init__(self, fold: Fold, stats: Stats, beta: float):
-        self.stats, self.beta = stats, beta
-        self.total, self.own = torch.zeros_like(fold.m)  # KL(q || m), KL(p || m)
-        self.p_sum, self.far = torch.zeros_like(fold.blocks)  # sums of p, p |log p - log m|
+        self.tiles, self.beta = fold.tiles, beta
+        self.numbers, self.found = torch.stack([*stats]), fold.found
 
-    def tile(self, v: slice, sides: tuple[Side, Side], room: Room) -> None:
-        """Both sides, whose products are overwritten."""
-        zp, zq = (x.logits(self.total.dtype, slope=False)[0] for x in sides)
-        log_p, log_q = self.stats.log_probs(zp, zq)
-        spare = room.beside("spare", log_p)
-        log_m = mixture(log_p, log_q, self.beta, room.beside("beside", log_p), spare)
-        q = torch.exp(log_q, out=spare)
-        self.total += log_q.sub_(log_m).mul_(q).sum(1)
-        gap = torch.sub(log_p, log_m, out=log_m)
-        p = log_p.exp_()
-        self.own += gap.mul_(p).sum(1)
-        if self.far.shape[1]:
-            at = slice(v.start // BLOCK, n_blocks(v.stop))
-            self.p_sum[:, at], self.far[:, at] = block_sums(p), block_sums(gap.abs_())
+    def tile(self, v: slice, sides: tuple[Side, Side]) -> None:
+        """Both sides, whose products may be overwritten."""
+        p, q = (x.tile for x in sides)
+        self.tiles.mixture(self.beta, p, q, self.numbers, self.found, v.start // BLOCK)
 
     def close(self) -> None:
-        """All tiles were folded."""
+        """KL(q || m), KL(p || m) [R]; of blocks [R, B] sums of p |log p - log m| and p."""
+        self.total, self.own = self.found[:2].sum(1)
+        self.far, self.p_sum = self.found[2:].transpose(1, 2)

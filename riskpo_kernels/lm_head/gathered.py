@@ -15,10 +15,9 @@ from dataclasses import dataclass
 
 import torch
 
-from riskpo_kernels.core.matmul import executed, spans
+from riskpo_kernels.core.matmul import Head, executed, products_of, spans
 from riskpo_kernels.core.process_groups import group_called, sum_over
 from riskpo_kernels.core.softmax import LogitMap, mapped
-from riskpo_kernels.lm_head.tiles import Head, products_of
 
 CPU_PAIRS = 2**18  # numbers of a piece that stay in a CPU's cache
 Sums = list[torch.Tensor | None]  # dH [n, D], dW [V, D], dbias [V], float32 or wider
@@ -150,16 +149,15 @@ def new_sums(head: Head, needs: Sequence[bool]) -> Sums:
     ]
 
 
-def finish_sums(head: Head, sums: Sums, group: str) -> tuple[torch.Tensor, ...]:
-    """The gradients of all rows, summed over ranks, rounded once; an operator's results."""
+def finish_sums(head: Head, sums: Sums, group: str) -> tuple[torch.Tensor | None, ...]:
+    """The gradients of all rows, summed over ranks, rounded once."""
     dh, dw, db = sums
-    hidden, nothing = head.hidden, head.hidden.new_empty(0)
     if dh is not None:
-        dh = (sum_over(group_called(group), dh) if group else dh).to(hidden.dtype)
+        dh = (sum_over(group_called(group), dh) if group else dh).to(head.hidden.dtype)
         if head.rows is not None:
-            dh = torch.zeros_like(hidden).index_copy(0, head.rows, dh)
+            dh = torch.zeros_like(head.hidden).index_copy(0, head.rows, dh)
     return (
-        nothing if dh is None else dh,
-        nothing if dw is None else dw.to(head.weight.dtype),
-        nothing if db is None or head.bias is None else db.to(head.bias.dtype),
+        dh,
+        None if dw is None else dw.to(head.weight.dtype),
+        None if db is None or head.bias is None else db.to(head.bias.dtype),
     )

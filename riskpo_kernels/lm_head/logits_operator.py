@@ -9,12 +9,11 @@ from typing import Any
 import torch
 
 from riskpo_kernels.core import softmax
-from riskpo_kernels.core.backends import choose
-from riskpo_kernels.core.checks import live_rows
-from riskpo_kernels.core.matmul import no_autocast, spans
-from riskpo_kernels.core.operators import register, schema_of
-from riskpo_kernels.core.softmax import IGNORED, LogitMap, RowGradient, RowState, RowStats, finish
-from riskpo_kernels.lm_head.operator import saving
+from riskpo_kernels.core.checks import choose, live_rows
+from riskpo_kernels.core.gradient import RowGradient, gradient
+from riskpo_kernels.core.matmul import spans
+from riskpo_kernels.core.operators import no_autocast, register, saving, schema_of
+from riskpo_kernels.core.softmax import IGNORED, LogitMap, RowState, RowStats, finish
 
 OP = "logits_logprob"
 ROWS, COLS = 1024, 4096  # tile of the torch backend: 16 MiB of float32
@@ -84,7 +83,7 @@ def _torch_gradient(
         for v in spans(z.shape[1], COLS):
             tile = _tile(z, rows, v, up.peak.dtype)
             t = target[rows] - v.start
-            softmax.gradient(tile, t, None, at, map.of(rows), tile)
+            gradient(tile, t, None, at, map.of(rows), tile)
             out[rows, v] = tile.to(out.dtype)
         out[r].masked_fill_(~active[r, None], 0)
 
@@ -92,10 +91,10 @@ def _torch_gradient(
 def _gradient(z: torch.Tensor, *rest: Any, backend: str) -> None:
     if backend == "torch":
         return _torch_gradient(z, *rest)
-    from riskpo_kernels.kernels.softmax_rows import gradient  # needs Triton: only on demand
+    from riskpo_kernels.kernels import softmax_rows  # needs Triton: only on demand
 
     target, *others = rest
-    gradient(z, target, None, *others)
+    softmax_rows.gradient(z, target, None, *others)
     return None
 
 
@@ -129,12 +128,11 @@ def _forward(
             into = [x[rows] if x.numel() else None for x in made]
             row_statistics(z, ids[rows], map.of(rows), into)
         return tuple(made)
-    with no_autocast(logits.device):
-        state = RowState.new(n, o.return_entropy, logits, wide)
-        for rows, z in _matrices(logits):
-            _torch_fold(z, ids[rows], state.of(rows), map.of(rows), o.ignore_index is None)
-        logprob, entropy, peak, log_sum = finish(state)
-        rows_of = (logprob, entropy, peak + log_sum, peak, log_sum)
+    state = RowState.new(n, o.return_entropy, logits, wide)
+    for rows, z in _matrices(logits):
+        _torch_fold(z, ids[rows], state.of(rows), map.of(rows), o.ignore_index is None)
+    logprob, entropy, peak, log_sum = finish(state)
+    rows_of = (logprob, entropy, peak + log_sum, peak, log_sum)
     results = (logits.new_empty(0, dtype=wide) if x is None else x for x in rows_of)
     return tuple(
         x if ignored is None or not x.numel() else x.masked_fill(ignored, 0) for x in results
@@ -181,10 +179,9 @@ def _backward(
     g = g if o.return_entropy else None  # a compiled graph sends zeros instead of nothing
     c, g, e = (None if x is None else x.to(wide) for x in (c, g, e))
     up = RowGradient.new(stats, c, g, e, map)
-    with no_autocast(logits.device):
-        for rows, z in _matrices(logits):
-            dz = z if inplace else out.view(-1, out.shape[-1])[rows]
-            _gradient(z, ids[rows], up.of(rows), map.of(rows), dz, backend=o.backend)
+    for rows, z in _matrices(logits):
+        dz = z if inplace else out.view(-1, out.shape[-1])[rows]
+        _gradient(z, ids[rows], up.of(rows), map.of(rows), dz, backend=o.backend)
     return out
 
 
@@ -220,7 +217,8 @@ def _gradients(
     ctx.spent = True
     logits, *rest = ctx.saved_tensors
     plain = logits.detach()
-    out = _backward(c, g, e, plain, *rest, *ctx.options, inplace=True)
+    with no_autocast(plain.device):
+        out = _backward(c, g, e, plain, *rest, *ctx.options, inplace=True)
     torch.autograd.graph.increment_version(logits)  # whoever saved them must notice
     return out, *nothing[1:]
 

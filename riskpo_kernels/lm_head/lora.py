@@ -2,7 +2,7 @@
 
     raw = h W^T + factor (h A^T) B^T
 
-The pass is that of lm_head/operator.py over the columns of lm_head/low_rank.py; W gets no gradient,
+The pass is that of lm_head/operator.py over the columns of core/low_rank.py; W gets no gradient,
 so that the backward's product for dW has the rank's columns only. With du = dz B, summed over the
 vocabulary like dz W, the gradients are
 
@@ -19,25 +19,20 @@ from typing import Any
 import torch
 
 from riskpo_kernels.core.checks import check_device, check_float, check_shape, reject
-from riskpo_kernels.core.matmul import SIXTEEN_BIT, Products, exact_products, spans
-from riskpo_kernels.core.operators import (
-    gradients_fake,
-    gradients_through,
-    register,
-    schema_of,
-)
-from riskpo_kernels.core.process_groups import group_called, sum_over
-from riskpo_kernels.lm_head.low_rank import LowRank
-from riskpo_kernels.lm_head.operator import (
-    OP,
-    RESULTS,
-    backward_sums,
-    forward,
-    forward_fake,
-    saving,
+from riskpo_kernels.core.low_rank import LowRank
+from riskpo_kernels.core.matmul import (
+    SIXTEEN_BIT,
+    WHOLE_TILE,
+    Options,
+    Products,
+    padded,
+    spans,
     wide_of,
 )
-from riskpo_kernels.lm_head.tiles import WHOLE_TILE, Options, padded
+from riskpo_kernels.core.operators import differentiable
+from riskpo_kernels.core.process_groups import group_called, sum_over
+from riskpo_kernels.lm_head.backward_operator import backward_sums
+from riskpo_kernels.lm_head.operator import LSE, OP, RESULTS, SENT, forward, forward_fake
 
 Lora = tuple[torch.Tensor, torch.Tensor, float]
 ROWS = 4096  # of hidden states that are widened at a time
@@ -75,13 +70,13 @@ def _low_rank(
     a: torch.Tensor,
     b: torch.Tensor,
     weight: torch.Tensor,
-    factor: float,
-    pad: int,
+    o: Options,
 ) -> LowRank:
     products, wide = Products(hidden.device, hidden.dtype, weight.dtype), wide_of(hidden, weight)
+    pad = _pad_of(hidden, o)
     if pad:  # a BLAS rounds by a row's place where a product's depth is no multiple of 4
         a, b = _filled(a.T, 4).T, _filled(b, 4)
-    u, down = hidden.new_empty(hidden.shape[0], len(a), dtype=wide), a.to(wide).T * factor
+    u, down = hidden.new_empty(hidden.shape[0], len(a), dtype=wide), a.to(wide).T * o.factor
     for s in spans(hidden.shape[0], pad or ROWS):
         u[s] = _times(hidden[s], down, pad)
     return LowRank(u, b, products.dtype)
@@ -99,9 +94,8 @@ def _filled(x: torch.Tensor, multiple: int) -> torch.Tensor:
     return torch.nn.functional.pad(x, (0, -x.shape[1] % multiple))
 
 
-def _pad_of(hidden: torch.Tensor, numbers: tuple[Any, ...]) -> int:
-    rows = WHOLE_TILE["cuda" if hidden.is_cuda else "cpu"][0]
-    return rows if Options(*numbers).deterministic else 0
+def _pad_of(hidden: torch.Tensor, o: Options) -> int:
+    return WHOLE_TILE["cuda" if hidden.is_cuda else "cpu"][0] if o.deterministic else 0
 
 
 def _forward(
@@ -112,67 +106,38 @@ def _forward(
     weight: torch.Tensor,
     target: torch.Tensor,
     row_temperature: torch.Tensor | None,
-    factor: float,
-    ignore_index: int | None,
-    group: str,
-    *numbers: Any,
+    o: Options,
 ) -> tuple[torch.Tensor, ...]:
-    with exact_products(hidden.device):
-        low_rank = _low_rank(hidden, a, b, weight, factor, _pad_of(hidden, numbers))
-    tensors = hidden, weight, bias, target, row_temperature
-    return forward(*tensors, ignore_index, group, *numbers, low_rank=low_rank)
+    low_rank = _low_rank(hidden, a, b, weight, o)
+    return forward(hidden, weight, bias, target, row_temperature, o, low_rank=low_rank)
 
 
-def _forward_fake(*args: Any) -> tuple[torch.Tensor, ...]:
-    hidden, _, _, bias, weight, target, row_temperature, _, *rest = args
-    return forward_fake(hidden, weight, bias, target, row_temperature, *rest)
+def _forward_fake(*given: Any) -> tuple[torch.Tensor, ...]:
+    hidden, _, _, bias, weight, *rest = given
+    return forward_fake(hidden, weight, bias, *rest)
 
 
 def _backward(
     needs: list[bool],
-    c: torch.Tensor | None,
-    g: torch.Tensor | None,
-    e: torch.Tensor | None,
-    hidden: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    bias: torch.Tensor | None,
-    weight: torch.Tensor,
-    target: torch.Tensor,
-    row_temperature: torch.Tensor | None,
-    logprob: torch.Tensor,
-    entropy: torch.Tensor,
-    peak: torch.Tensor,
-    log_sum: torch.Tensor,
-    bits: torch.Tensor,
-    dense: torch.Tensor,
-    pairs: torch.Tensor,
-    offset: torch.Tensor,
-    kept: torch.Tensor,
-    factor: float,
-    ignore_index: int | None,
-    group: str,
-    *numbers: Any,
-) -> tuple[torch.Tensor, ...]:
-    passed = (logprob, entropy, peak, log_sum, bits, dense, pairs, offset, kept)
-    pass_of = (hidden, weight, bias, target, row_temperature, *passed, ignore_index, group)
-    rows, nothing = needs[0] or needs[1], hidden.new_empty(0)
-    pad = _pad_of(hidden, numbers)
-    with exact_products(hidden.device):
-        low_rank = _low_rank(hidden, a, b, weight, factor, pad)
-        sums = [rows, needs[2], needs[3]]
-        dh, db, dbias = backward_sums(
-            sums, c, g, e, *pass_of, *numbers, wide=True, low_rank=low_rank
-        )
-        dhidden = da = None
-        if dh is not None:
-            dh = sum_over(group_called(group), dh) if group else dh
-            dhidden, da = _of_rows(dh, hidden, a, low_rank, factor, needs, pad)
+    upstream: tuple[torch.Tensor | None, ...],
+    tensors: tuple[Any, ...],
+    found: tuple[torch.Tensor, ...],
+    o: Options,
+) -> tuple[torch.Tensor | None, ...]:
+    hidden, a, b, bias, weight, *rest = tensors
+    low_rank = _low_rank(hidden, a, b, weight, o)
+    sums = [needs[0] or needs[1], *needs[2:]]
+    pass_of = (hidden, weight, bias, *rest)
+    dh, db, dbias = backward_sums(sums, upstream, pass_of, found, o, wide=True, low_rank=low_rank)
+    dhidden = da = None
+    if dh is not None:
+        dh = sum_over(group_called(o.group), dh) if o.group else dh
+        dhidden, da = _of_rows(dh, hidden, a, low_rank, o, needs)
     return (
-        nothing if dhidden is None else dhidden,
-        nothing if da is None else da.to(a.dtype),
-        nothing if db is None else low_rank.of_b(db)[:, : len(a)].to(b.dtype),
-        nothing if dbias is None or bias is None else dbias.to(bias.dtype),
+        dhidden,
+        None if da is None else da.to(a.dtype),
+        None if db is None else low_rank.of_b(db)[:, : len(a)].to(b.dtype),
+        None if dbias is None else dbias.to(bias.dtype),
     )
 
 
@@ -181,38 +146,32 @@ def _of_rows(
     hidden: torch.Tensor,
     a: torch.Tensor,
     low_rank: LowRank,
-    factor: float,
+    o: Options,
     needs: list[bool],
-    pad: int,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """dH [N, D] rounded, dA [r, D] of the sums [N, D + width], where needed."""
-    width, wide = hidden.shape[1], dh.dtype
+    width, wide, pad = hidden.shape[1], dh.dtype, _pad_of(hidden, o)
     dhidden = torch.empty_like(hidden) if needs[0] else None
     da = torch.zeros_like(a, dtype=wide) if needs[1] else None
-    up = a.to(wide) * factor
+    up = a.to(wide) * o.factor
     for s in spans(hidden.shape[0], pad or ROWS):
         du = low_rank.of_u(dh[s, width:])[:, : len(a)]
         if dhidden is not None:
             dhidden[s] = _times(du, up, pad).add_(dh[s, :width])
         if da is not None:
             live = du.ne(0).any(1, keepdim=True)  # another row is not read: a NaN in it stays there
-            da.addmm_(du.T, torch.where(live, hidden[s].to(wide), 0.0), alpha=factor)
+            da.addmm_(du.T, torch.where(live, hidden[s].to(wide), 0.0), alpha=o.factor)
     return dhidden, da
 
 
-_backward_operator = register(
-    "linear_logprob_lora_backward",
-    schema_of(_backward, Options, 4),
-    _backward,
-    fake=gradients_fake,
-)
-
-
-lora_operator = register(
-    "linear_logprob_lora",
-    schema_of(_forward, Options, RESULTS),
+lora_operator = differentiable(
+    f"{OP}_lora",
     _forward,
+    _backward,
+    Options,
     fake=_forward_fake,
-    setup_context=saving(7, 3, skip=2),
-    backward=gradients_through(_backward_operator, 3, inputs=4),
+    results=RESULTS,
+    sent=SENT,
+    unsaved=LSE,
+    gradients=4,
 )

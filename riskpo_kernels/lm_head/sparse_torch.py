@@ -12,18 +12,10 @@ from collections.abc import Iterator
 
 import torch
 
-from riskpo_kernels.core import softmax
-from riskpo_kernels.core.softmax import BLOCK, RowGradient
-from riskpo_kernels.lm_head.block_filter import ActiveBlocks, block_groups
-from riskpo_kernels.lm_head.tiles import (
-    WHOLE_TILE,
-    Gradients,
-    Head,
-    Options,
-    padded,
-    products_of,
-    rows_of,
-)
+from riskpo_kernels.core.gradient import Gradients, RowGradient, gradient
+from riskpo_kernels.core.matmul import WHOLE_TILE, Head, Options, padded, products_of
+from riskpo_kernels.core.softmax import BLOCK, ActiveBlocks
+from riskpo_kernels.lm_head.ways import block_groups
 
 FULL = 0.7  # of a block's rows active: then the others cost less than gathering (kernel-notes.md)
 STRIP = 8  # blocks of a run that are computed at once
@@ -82,12 +74,12 @@ class _Strips:
     ) -> None:
         head, products, into = self.head, self.products, self.into
         h = padded(self.hidden(r), self.pad)
-        part = rows_of(self.up, r, self.pad)
+        part = self.up.of(r, self.pad)
         raw = self.logits[: h.shape[0] * w.shape[0]].view(h.shape[0], -1)
         head.logits(products, r, v, h, w, raw)
         target, bias = head.targets(r, v, self.pad), head.bias_of(v, products.wide)
         map = head.map_of(r, self.pad)
-        softmax.gradient(raw, target, bias, part, map, raw)
+        gradient(raw, target, bias, part, map, raw)
         dz = raw.to(products.dtype)
         if self.dh is not None and self.scattered is not None:
             if isinstance(r, slice):

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from riskpo_kernels.core.matmul import executed, spans
-from riskpo_kernels.core.softmax import BLOCK, RowGradient
+from riskpo_kernels.core.gradient import Accumulator, Gradients, RowGradient
+from riskpo_kernels.core.matmul import Head, Options, executed, products_of, spans
+from riskpo_kernels.core.softmax import BLOCK, ActiveBlocks, n_blocks
 from riskpo_kernels.kernels import at_most, multiprocessors
 from riskpo_kernels.kernels.sparse_blocks import (
     BK,
@@ -27,8 +28,7 @@ from riskpo_kernels.kernels.sparse_blocks import (
 from riskpo_kernels.kernels.sparse_hidden import BD, GATHER_WARPS, dh_kernel, gather_kernel
 from riskpo_kernels.kernels.sparse_weight import BD as BD_W
 from riskpo_kernels.kernels.sparse_weight import REGISTERS, dw_kernel, fold_kernel
-from riskpo_kernels.lm_head.block_filter import ActiveBlocks, block_groups, n_blocks
-from riskpo_kernels.lm_head.tiles import Accumulator, Gradients, Head, Options, products_of
+from riskpo_kernels.lm_head.ways import block_groups
 
 # A job of dW is an eighth of a multiprocessor's share at most, but 16 tiles, beside which its sums
 # are little to write and read again. Counted, not measured.

@@ -9,21 +9,21 @@ lm_head/support_triton.py. A target outside its row's support has log-prob -inf,
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from riskpo_kernels.core.backends import choose
-from riskpo_kernels.core.checks import check_device, check_shape, describe, live_rows, reject
-from riskpo_kernels.core.matmul import exact_products
-from riskpo_kernels.core.operators import (
-    gradients_fake,
-    gradients_through,
-    register,
-    schema_of,
+from riskpo_kernels.core.checks import (
+    check_device,
+    check_shape,
+    describe,
+    live_rows,
+    reject,
 )
-from riskpo_kernels.core.softmax import RowGradient, RowState, RowStats, finish, fold, gradient
+from riskpo_kernels.core.gradient import RowGradient, gradient
+from riskpo_kernels.core.matmul import Head, Options, put_among, wide_of
+from riskpo_kernels.core.operators import differentiable
+from riskpo_kernels.core.softmax import RowState, RowStats, finish, fold
 from riskpo_kernels.lm_head.gathered import (
     SAME,
     Lists,
@@ -32,48 +32,12 @@ from riskpo_kernels.lm_head.gathered import (
     new_sums,
     pieces,
 )
-from riskpo_kernels.lm_head.operator import (
-    OP,
-    find_shard,
-    map_of,
-    put_among,
-    saving,
-    wide_of,
-)
-from riskpo_kernels.lm_head.tiles import Head, Options
-from riskpo_kernels.lm_head.vocab_parallel import VocabShard
+from riskpo_kernels.lm_head.operator import LSE, OP, SENT
+from riskpo_kernels.lm_head.vocab_parallel import VocabShard, find_shard
 
 Support = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 OUTSIDE = ("raise", "-inf")
 PADDING = -1
-
-
-@dataclass(frozen=True)
-class Words:
-    """What is not a tensor."""
-
-    ignore_index: int | None
-    group: str
-    scale: float
-    softcap: float | None
-    temperature: float
-    return_entropy: bool
-    backend: str
-    memory_mib: float
-    deterministic: bool
-    raises: bool
-
-    @staticmethod
-    def of(hidden: torch.Tensor, weight: torch.Tensor, numbers: tuple[Any, ...]) -> Words:
-        """With the backend that runs."""
-        w, dtype = Words(*numbers), torch.promote_types(hidden.dtype, weight.dtype)
-        return replace(w, backend=choose(OP, w.backend, hidden.device, dtype))
-
-    @property
-    def options(self) -> Options:
-        numbers = (self.scale, self.softcap, self.temperature, self.return_entropy)
-        rest = (self.memory_mib, 0.0, self.deterministic, False)
-        return Options(*numbers, self.backend, *rest)
 
 
 def check_support(
@@ -150,21 +114,21 @@ def check_lists(
 
 
 def _problem(
-    tensors: tuple[Any, ...], w: Words, *, check: bool
+    tensors: tuple[Any, ...], o: Options, *, check: bool
 ) -> tuple[Head, Lists, VocabShard | None]:
     """The live rows' head and lists, both of this rank's columns."""
     hidden, weight, bias, target, row_temperature, ids, offsets = tensors
-    shard = find_shard(w.group, hidden, weight, target, w.options)
+    shard = find_shard(hidden, weight, target, o)
     first, vocab = (shard.offset, shard.total) if shard else (0, weight.shape[0])
     checked = 1.0 if row_temperature is None else row_temperature
-    keep, found = live_rows(OP, target, vocab, w.ignore_index, checked)
+    keep, found = live_rows(OP, target, vocab, o.ignore_index, checked)
     if check:
-        lists = check_lists(ids, offsets, vocab, target, w.ignore_index).of(keep)
+        lists = check_lists(ids, offsets, vocab, target, o.ignore_index).of(keep)
     else:
         lists = lists_of(ids, offsets).of(keep)
     if shard is not None:
         lists = lists.within(first, weight.shape[0])
-    map = map_of(w.options, row_temperature, wide_of(hidden, weight))
+    map = o.map(row_temperature, wide_of(hidden, weight))
     map = map if keep is None else map.of(keep)
     return Head(hidden, weight, bias, keep, found - first, map), lists, shard
 
@@ -191,23 +155,20 @@ def _forward(
     row_temperature: torch.Tensor | None,
     ids: torch.Tensor,
     offsets: torch.Tensor | None,
-    *numbers: Any,
+    o: Options,
 ) -> tuple[torch.Tensor, ...]:
+    """logprob, entropy, lse, peak, log_sum, and of the Triton backend the pairs' logits"""
     tensors = (hidden, weight, bias, target, row_temperature, ids, offsets)
-    w, wide = Words.of(hidden, weight, numbers), wide_of(hidden, weight)
-    head, lists, shard = _problem(tensors, w, check=True)
-    empty = hidden.new_empty(0, dtype=wide)
-    if w.backend == "triton":
+    o, wide = o.resolved(hidden, weight, tiled=False), wide_of(hidden, weight)
+    head, lists, shard = _problem(tensors, o, check=True)
+    if o.backend == "triton":
         from riskpo_kernels.lm_head import support_triton  # needs Triton
 
-        map = map_of(w.options, row_temperature, wide)
-        found = support_triton.forward(tensors, map, w.ignore_index, shard, w.return_entropy)
-        if w.raises:
-            check_inside(found[0])
-        return tuple(empty if x is None else x for x in found)
-    state = RowState.new(head.n, w.return_entropy, hidden, wide)
-    with exact_products(hidden.device):
-        for piece in pieces(head, lists, w.memory_mib):
+        map = o.map(row_temperature, wide)
+        rows = support_triton.forward(tensors, map, o.ignore_index, shard, o.return_entropy)
+    else:
+        state = RowState.new(head.n, o.return_entropy, hidden, wide)
+        for piece in pieces(head, lists, o.memory_mib):
             part = state.of(piece.rows)
             fold(piece.z, _place(piece, head), None, part, SAME)
             for x, y in zip(state, part, strict=True):
@@ -216,83 +177,64 @@ def _forward(
         if shard is not None:
             shard.merge(state)
         logprob, entropy, peak, log_sum = finish(state)
-    if w.raises:
-        check_inside(logprob)
-    rows = (logprob, entropy, peak + log_sum, peak, log_sum)
-    n = target.shape[0]
-    return *(empty if x is None else put_among(head.rows, n, x) for x in rows), empty.clone()
+        n, found = target.shape[0], (logprob, entropy, peak + log_sum, peak, log_sum)
+        rows = (*(None if x is None else put_among(head.rows, n, x) for x in found), None)
+    if o.raises:
+        check_inside(rows[0])
+    return tuple(hidden.new_empty(0, dtype=wide) if x is None else x for x in rows)
 
 
-def _forward_fake(*args: Any) -> tuple[torch.Tensor, ...]:
-    hidden, weight, _, target = args[:4]
-    n, dtype, w = target.shape[0], wide_of(hidden, weight), Words.of(hidden, weight, args[7:])
-    kept = args[5].numel() if w.backend == "triton" else 0
-    sizes = (n, n if w.return_entropy else 0, n, n, n, kept)
-    return tuple(hidden.new_empty(size, dtype=dtype) for size in sizes)
+def _forward_fake(*given: Any) -> tuple[torch.Tensor, ...]:
+    hidden, weight, _, target, _, ids, _, o = given
+    o, n = o.resolved(hidden, weight, tiled=False), target.shape[0]
+    pairs = ids.numel() if o.backend == "triton" else 0
+    sizes = (n, n if o.return_entropy else 0, n, n, n, pairs)
+    return tuple(hidden.new_empty(size, dtype=wide_of(hidden, weight)) for size in sizes)
 
 
 def _backward(
     needs: list[bool],
-    c: torch.Tensor | None,
-    g: torch.Tensor | None,
-    e: torch.Tensor | None,
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    target: torch.Tensor,
-    row_temperature: torch.Tensor | None,
-    ids: torch.Tensor,
-    offsets: torch.Tensor | None,
-    logprob: torch.Tensor,
-    entropy: torch.Tensor,
-    peak: torch.Tensor,
-    log_sum: torch.Tensor,
-    kept: torch.Tensor,  # logits of the pairs, of the Triton backend
-    *numbers: Any,
-) -> tuple[torch.Tensor, ...]:
-    tensors = (hidden, weight, bias, target, row_temperature, ids, offsets)
-    w = Words.of(hidden, weight, numbers)
-    stats = RowStats(logprob, entropy, peak, log_sum)
-    wide = stats.logprob.dtype
-    c, g, e = (None if x is None else x.to(wide) for x in (c, g, e))
+    upstream: tuple[torch.Tensor | None, ...],
+    tensors: tuple[Any, ...],
+    found: tuple[torch.Tensor, ...],
+    o: Options,
+) -> tuple[torch.Tensor | None, ...]:
+    hidden, weight, _, target, row_temperature, *_ = tensors
+    o, wide = o.resolved(hidden, weight, tiled=False), found[0].dtype
+    *rows, kept = found
+    stats = RowStats(*rows)
+    c, g, e = (None if x is None else x.to(wide) for x in upstream)
     if c is not None:
         c = c.masked_fill(stats.logprob == -torch.inf, 0.0)  # a constant there
-    if not w.return_entropy:
+    if not o.return_entropy:
         g, stats = None, stats._replace(entropy=None)
-    if w.backend == "triton":
+    if o.backend == "triton":
         from riskpo_kernels.lm_head import support_triton  # needs Triton
 
-        map = map_of(w.options, row_temperature, wide)
+        map = o.map(row_temperature, wide)
         up = RowGradient.new(stats, c, g, e, map)
-        shard = find_shard(w.group, hidden, weight, target, w.options)
-        return support_triton.backward(needs, tensors, map, w.ignore_index, shard, kept, up)
-    head, lists, _ = _problem(tensors, w, check=False)
+        shard = find_shard(hidden, weight, target, o)
+        return support_triton.backward(needs, tensors, map, o.ignore_index, shard, kept, up)
+    head, lists, _ = _problem(tensors, o, check=False)
     if head.rows is not None:
         c, g, e = (None if x is None else x[head.rows] for x in (c, g, e))
         stats = stats.of(head.rows)
     up = RowGradient.new(stats, c, g, e, head.map)
     lists = Lists(lists.ids, lists.starts, lists.counts * up.live())
     sums = new_sums(head, needs)
-    with exact_products(hidden.device):
-        for piece in pieces(head, lists, w.memory_mib):
-            dz = gradient(piece.z, _place(piece, head), None, up.of(piece.rows), SAME, piece.z)
-            piece.send(dz, sums, deterministic=w.deterministic)
-    return finish_sums(head, sums, w.group)
+    for piece in pieces(head, lists, o.memory_mib):
+        dz = gradient(piece.z, _place(piece, head), None, up.of(piece.rows), SAME, piece.z)
+        piece.send(dz, sums, deterministic=o.deterministic)
+    return finish_sums(head, sums, o.group)
 
 
-_backward_operator = register(
-    "linear_logprob_support_backward",
-    schema_of(_backward, Words, 3),
-    _backward,
-    fake=gradients_fake,
-)
-
-
-support_operator = register(
-    "linear_logprob_support",
-    schema_of(_forward, Words, 6),
+support_operator = differentiable(
+    f"{OP}_support",
     _forward,
+    _backward,
+    Options,
     fake=_forward_fake,
-    setup_context=saving(7, 3, skip=2),
-    backward=gradients_through(_backward_operator, 3),
+    results=6,
+    sent=SENT,
+    unsaved=LSE,
 )

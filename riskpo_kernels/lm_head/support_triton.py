@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
+from riskpo_kernels.core.gradient import RowGradient
 from riskpo_kernels.core.process_groups import sum_over
-from riskpo_kernels.core.softmax import IGNORED, LogitMap, RowGradient, RowState, finish
+from riskpo_kernels.core.softmax import IGNORED, LogitMap, RowState, finish
 from riskpo_kernels.kernels.support_gradient import pair_gradients, segment_sums
 from riskpo_kernels.kernels.support_pairs import Pairs, fold_pairs, pair_logits
 from riskpo_kernels.lm_head.vocab_parallel import VocabShard
@@ -63,12 +64,12 @@ def backward(
     shard: VocabShard | None,
     x: torch.Tensor,
     up: RowGradient,
-) -> tuple[torch.Tensor, ...]:
-    """dH, dW and dbias, empty where none is needed; x: the forward's logits."""
+) -> tuple[torch.Tensor | None, ...]:
+    """dH, dW and dbias, None where none is needed; x: the forward's logits."""
     hidden, weight, bias, target = tensors[:4]
     first = 0 if shard is None else shard.offset
     pairs = pairs_of(tensors, up.live() & _live(target, ignore_index), first)
-    dh, dw, db = (hidden.new_empty(0),) * 3
+    dh = dw = db = None
     with torch.cuda.device_of(hidden):
         h, w, _ = _plain(hidden, weight, bias)
         dz = pair_gradients(x, pairs, target.long() - first, map, up)
@@ -84,7 +85,7 @@ def backward(
             if needs[2] and bias is not None:
                 db = torch.zeros_like(bias, memory_format=torch.contiguous_format)
                 segment_sums(x.new_ones(1, 1), torch.zeros_like(rows), dz, begin, ids, db[:, None])
-    if needs[0] and shard is not None:
+    if dh is not None and shard is not None:
         dh = sum_over(shard.group, dh).to(hidden.dtype)
     return dh, dw, db
 

@@ -18,28 +18,13 @@ from typing import Any
 import torch
 
 from riskpo_kernels.core.checks import live_rows
-from riskpo_kernels.core.matmul import exact_products
-from riskpo_kernels.core.operators import (
-    gradients_fake,
-    gradients_through,
-    register,
-    schema_of,
-)
+from riskpo_kernels.core.matmul import Head, Options, wide_of
+from riskpo_kernels.core.operators import differentiable
 from riskpo_kernels.core.process_groups import max_over
+from riskpo_kernels.lm_head.backward_operator import backward_sums
 from riskpo_kernels.lm_head.gathered import Lists, finish_sums, pieces
-from riskpo_kernels.lm_head.operator import (
-    OP,
-    RESULTS,
-    backward_sums,
-    find_shard,
-    forward,
-    forward_fake,
-    map_of,
-    resolve,
-    saving,
-    wide_of,
-)
-from riskpo_kernels.lm_head.tiles import Head, Options
+from riskpo_kernels.lm_head.operator import LSE, OP, RESULTS, SENT, forward, forward_fake
+from riskpo_kernels.lm_head.vocab_parallel import find_shard
 
 
 def _live(target: torch.Tensor, ignore_index: int | None) -> torch.Tensor:
@@ -49,7 +34,7 @@ def _live(target: torch.Tensor, ignore_index: int | None) -> torch.Tensor:
 
 def _head(tensors: tuple[Any, ...], o: Options, wide: torch.dtype) -> Head:
     hidden, weight, bias, target, row_temperature = tensors
-    return Head(hidden, weight, bias, None, target[:, 0], map_of(o, row_temperature, wide))
+    return Head(hidden, weight, bias, None, target[:, 0], o.map(row_temperature, wide))
 
 
 def _local(target: torch.Tensor, wanted: torch.Tensor, offset: Any, columns: int) -> Lists:
@@ -64,28 +49,24 @@ def _forward(
     bias: torch.Tensor | None,
     target: torch.Tensor,
     row_temperature: torch.Tensor | None,
-    ignore_index: int | None,
-    group: str,
-    *numbers: Any,
+    o: Options,
 ) -> tuple[torch.Tensor, ...]:
-    tensors = hidden, weight, bias, target, row_temperature
-    o, wide = resolve(hidden, weight, numbers), wide_of(hidden, weight)
-    shard = find_shard(group, hidden, weight, target, o)
+    wide = wide_of(hidden, weight)
+    shard = find_shard(hidden, weight, target, o.resolved(hidden, weight))
     offset, vocab = (shard.offset, shard.total) if shard else (0, weight.shape[0])
-    live_rows(OP, target.reshape(-1), vocab, ignore_index)
-    live = _live(target, ignore_index)
-    head = _head(tensors, o, wide)
+    live_rows(OP, target.reshape(-1), vocab, o.ignore_index)
+    live = _live(target, o.ignore_index)
+    head = _head((hidden, weight, bias, target, row_temperature), o, wide)
     z = torch.full(target.shape, -torch.inf, dtype=wide, device=hidden.device)
-    with exact_products(hidden.device):
-        rows = live.any(1)
-        lists = _local(target, live, offset, weight.shape[0])
-        lists = Lists(lists.ids, lists.starts, lists.counts * rows)
-        for piece in pieces(head, lists, o.memory_mib):
-            z[piece.rows, piece.columns] = piece.z
-        if shard is not None:
-            max_over(shard.group, z)
+    rows = live.any(1)
+    lists = _local(target, live, offset, weight.shape[0])
+    lists = Lists(lists.ids, lists.starts, lists.counts * rows)
+    for piece in pieces(head, lists, o.memory_mib):
+        z[piece.rows, piece.columns] = piece.z
+    if shard is not None:
+        max_over(shard.group, z)
     first = target.gather(1, z.argmax(1, keepdim=True))
-    found = forward(*tensors[:3], first[:, 0], row_temperature, ignore_index, group, *numbers)
+    found = forward(hidden, weight, bias, first[:, 0], row_temperature, o)
     first_logprob, entropy, lse, peak, log_sum, *rest = found
     logprob = (z - peak[:, None]).sub_(log_sum[:, None]).clamp_(max=0.0)
     logprob = torch.where(target == first, first_logprob[:, None], logprob)
@@ -93,8 +74,8 @@ def _forward(
     return logprob, entropy, lse, first[:, 0], first_logprob, peak, log_sum, *rest
 
 
-def _forward_fake(*args: Any) -> tuple[torch.Tensor, ...]:
-    hidden, weight, bias, target, *rest = args
+def _forward_fake(*given: Any) -> tuple[torch.Tensor, ...]:
+    hidden, weight, bias, target, *rest = given
     found = forward_fake(hidden, weight, bias, target[:, 0], *rest)
     logprob = hidden.new_empty(target.shape, dtype=found[0].dtype)
     return logprob, found[1], found[2], torch.empty_like(target[:, 0]), *found[:1], *found[3:]
@@ -102,64 +83,42 @@ def _forward_fake(*args: Any) -> tuple[torch.Tensor, ...]:
 
 def _backward(
     needs: list[bool],
-    c: torch.Tensor | None,
-    g: torch.Tensor | None,
-    e: torch.Tensor | None,
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    target: torch.Tensor,
-    row_temperature: torch.Tensor | None,
-    logprob: torch.Tensor,
-    entropy: torch.Tensor,
-    first: torch.Tensor,  # the likeliest target, its log-prob, and what the pass keeps
-    first_logprob: torch.Tensor,
-    peak: torch.Tensor,
-    log_sum: torch.Tensor,
-    bits: torch.Tensor,
-    dense: torch.Tensor,
-    pairs: torch.Tensor,
-    offset: torch.Tensor,
-    kept: torch.Tensor,
-    ignore_index: int | None,
-    group: str,
-    *numbers: Any,
-) -> tuple[torch.Tensor, ...]:
-    tensors = hidden, weight, bias, target, row_temperature
-    o, wide = resolve(hidden, weight, numbers), logprob.dtype
+    upstream: tuple[torch.Tensor | None, ...],
+    tensors: tuple[Any, ...],
+    found: tuple[torch.Tensor, ...],
+    o: Options,
+) -> tuple[torch.Tensor | None, ...]:
+    hidden, weight, bias, target, row_temperature = tensors
+    # the likeliest target, its log-prob, and what the pass keeps
+    logprob, entropy, first, first_logprob, *kept = found
+    (c, g, e), wide = upstream, logprob.dtype
     others, mine = torch.zeros_like(logprob), None
     if c is not None:
-        c = c.to(wide).masked_fill(~_live(target, ignore_index), 0.0)
+        c = c.to(wide).masked_fill(~_live(target, o.ignore_index), 0.0)
         same = target == first[:, None]
         mine, others = (c * same).sum(1), c.masked_fill(same, 0.0)
         e = -others.sum(1) if e is None else e.to(wide) - others.sum(1)
-    passed = (first_logprob, entropy, peak, log_sum, bits, dense, pairs, offset, kept)
-    pass_of = (hidden, weight, bias, first, row_temperature, *passed, ignore_index, group)
-    sums = list(backward_sums(needs, mine, g, e, *pass_of, *numbers, wide=True))
+    pass_of = (hidden, weight, bias, first, row_temperature)
+    passed = (first_logprob, entropy, *kept)
+    sums = list(backward_sums(needs, (mine, g, e), pass_of, passed, o, wide=True))
     head = _head(tensors, o, wide)
     factor = (head.map.scale / head.map.column()) * others
-    lists = _local(target, others != 0, offset if group else 0, weight.shape[0])
+    offset = kept[-2] if o.group else 0
+    lists = _local(target, others != 0, offset, weight.shape[0])
     lists = Lists(lists.ids, lists.starts, lists.counts * (others != 0).any(1))
-    with exact_products(hidden.device):
-        for piece in pieces(head, lists, o.memory_mib):
-            dz = factor[piece.rows, piece.columns]
-            piece.send(dz, sums, deterministic=o.deterministic)
-        return finish_sums(head, sums, group)
+    for piece in pieces(head, lists, o.memory_mib):
+        dz = factor[piece.rows, piece.columns]
+        piece.send(dz, sums, deterministic=o.deterministic)
+    return finish_sums(head, sums, o.group)
 
 
-_backward_operator = register(
-    "linear_logprob_targets_backward",
-    schema_of(_backward, Options, 3),
-    _backward,
-    fake=gradients_fake,
-)
-
-
-targets_operator = register(
-    "linear_logprob_targets",
-    schema_of(_forward, Options, RESULTS + 2),
+targets_operator = differentiable(
+    f"{OP}_targets",
     _forward,
+    _backward,
+    Options,
     fake=_forward_fake,
-    setup_context=saving(5, 3, skip=2),
-    backward=gradients_through(_backward_operator, 3),
+    results=RESULTS + 2,
+    sent=SENT,
+    unsaved=LSE,
 )

@@ -8,7 +8,7 @@
 The statistics take 8 bytes per row and block, 12 with an entropy. Rows whose statistics do not fit
 in memory_mib together go in chunks, two or three launches each: at 300 MiB and V = 151,936 that is
 beyond 33,000 rows, or 22,000 with an entropy. A shard of the vocabulary runs finish_kernel twice,
-before and after the ranks' statistics are merged. Beside an adapter (lm_head/low_rank.py) the
+before and after the ranks' statistics are merged. Beside an adapter (core/low_rank.py) the
 head's columns are copied, as many at a time as fit too, and each piece has a launch of its own.
 """
 
@@ -19,15 +19,13 @@ from typing import NamedTuple
 
 import torch
 
-from riskpo_kernels.core.matmul import Plan, plan_tiles, spans
-from riskpo_kernels.core.softmax import LogitMap, RowState
+from riskpo_kernels.core import softmax
+from riskpo_kernels.core.low_rank import LowRank
+from riskpo_kernels.core.matmul import Head, Options, Plan, Products, plan_tiles, spans
+from riskpo_kernels.core.softmax import ActiveBlocks, LogitMap, RowState, n_blocks
 from riskpo_kernels.kernels.finish_rows import FROM_STATE, TO_STATE, WHOLE, finish
 from riskpo_kernels.kernels.head_forward import BlockStatistics, statistics
 from riskpo_kernels.kernels.live_rows import live_first
-from riskpo_kernels.lm_head import block_filter
-from riskpo_kernels.lm_head.block_filter import ActiveBlocks, n_blocks
-from riskpo_kernels.lm_head.low_rank import LowRank
-from riskpo_kernels.lm_head.tiles import Head, Options
 from riskpo_kernels.lm_head.vocab_parallel import VocabShard
 
 OP = "linear_logprob"
@@ -53,12 +51,11 @@ def triton_forward(
     ignore_index: int | None,
     shard: VocabShard | None,
     o: Options,
-    dtype: torch.dtype,
     low_rank: LowRank | None = None,
 ) -> Rows:
-    """hidden [N, D], weight [V, D], target [N], temperatures of `map` [N]; dtype: what the
-    products' operands are cast to, where they are not."""
+    """hidden [N, D], weight [V, D], target [N], temperatures of `map` [N]."""
     n, vocab, device = target.shape[0], weight.shape[0], hidden.device
+    dtype = Products(device, hidden.dtype, weight.dtype).dtype
     offset, total, widest = (0, vocab, vocab)
     if shard is not None:
         offset, total, widest = shard.offset, shard.total, shard.widest
@@ -111,7 +108,7 @@ def _finish(
     results |= {"bits": bits, "pairs": pairs}
     results["dense"] = None if dense is None else dense.view(torch.uint8)
     ranks = 1 if shard is None else shard.ranks
-    share = block_filter.DENSE_SHARE["cuda" if target.is_cuda else "cpu"]
+    share = softmax.DENSE_SHARE["cuda" if target.is_cuda else "cpu"]
 
     def launch(stage: int, state: torch.Tensor | None) -> None:
         finish(
@@ -126,8 +123,8 @@ def _finish(
             offset=offset,
             vocab=vocab,
             eps=o.tail_eps,
-            cap=block_filter.CAP / ranks,
-            halvings=block_filter.HALVINGS,
+            cap=softmax.CAP / ranks,
+            halvings=softmax.HALVINGS,
             dense_share=share,
             state=state,
             stage=stage,

@@ -17,7 +17,7 @@ all_reduce sum (s, u)         once a chunk of rows             1 number a row, 2
 all_reduce sum dH             once in the backward             [rows with a coefficient, D] float32
 
 Chunks of rows are planned for the widest shard, so all ranks have as many; an empty shard takes
-part in every collective. Blocks of columns are dropped rank by rank (lm_head/block_filter.py); the
+part in every collective. Blocks of columns are dropped rank by rank (core/softmax.py); the
 mass that a row may lose is divided by the number of ranks, so its bound is that of a single rank.
 """
 
@@ -28,7 +28,8 @@ from typing import Any
 
 import torch
 
-from riskpo_kernels.core.process_groups import agree, max_over, sum_over
+from riskpo_kernels.core.matmul import Options, wide_of
+from riskpo_kernels.core.process_groups import agree, group_called, max_over, sum_over
 from riskpo_kernels.core.softmax import RowState, relative_to
 
 
@@ -61,3 +62,21 @@ class VocabShard:
         state.s.copy_(sums[0])
         if state.u is not None:
             state.u.copy_(sums[1])
+
+
+def find_shard(
+    hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, o: Options
+) -> VocabShard | None:
+    """This rank's, of linear_logprob's head; None without a group."""
+    if not o.group:
+        return None
+    same: dict[str, int | torch.Tensor] = {  # what the number of collectives hangs on, and more
+        "rows": target.shape[0],
+        "hidden width": hidden.shape[1],
+        "bytes of a sum": wide_of(hidden, weight).itemsize,
+        "sum of the targets": target.sum(),
+        "return_entropy": o.return_entropy,
+        "triton": o.backend == "triton",
+        "memory_mib * 1024": int(o.memory_mib * 1024),
+    }
+    return VocabShard.find("linear_logprob", group_called(o.group), weight, same)

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from riskpo_kernels.core.matmul import no_autocast
 from riskpo_kernels.core.operators import register, schema_of
 from riskpo_kernels.core.process_groups import group_called, max_over, sum_over
 from riskpo_kernels.policy_loss.checks import Options, check_bounds
@@ -71,15 +70,14 @@ def _forward(
     o, wide = Options(*options), _wide(logprob)
     if cu_seqlens is not None:
         check_bounds(OP, cu_seqlens, logprob.numel())
-    with no_autocast(logprob.device):
-        s = Sequences.of(logprob, cu_seqlens, mask, group_called(group))
-        a = _weighted(o, s, (logprob, cu_seqlens), advantage, correction)
-        length = {"sequence-mean": s.lengths, "prompt-mean": prompt_tokens}.get(o.aggregate)
-        new, old = s.tokens(logprob, wide), s.tokens(old, wide)
-        ref, h = (None if x is None else s.tokens(x, wide) for x in (ref, entropy))
-        p = one_pass(o, s, a, s.weight(wide, length), new, old, ref, h)
-        share = _denominator(o, s, prompt_tokens, total, wide)
-        loss, stats = p.loss / share, _stats(p, s.group)
+    s = Sequences.of(logprob, cu_seqlens, mask, group_called(group))
+    a = _weighted(o, s, (logprob, cu_seqlens), advantage, correction)
+    length = {"sequence-mean": s.lengths, "prompt-mean": prompt_tokens}.get(o.aggregate)
+    new, old = s.tokens(logprob, wide), s.tokens(old, wide)
+    ref, h = (None if x is None else s.tokens(x, wide) for x in (ref, entropy))
+    p = one_pass(o, s, a, s.weight(wide, length), new, old, ref, h)
+    share = _denominator(o, s, prompt_tokens, total, wide)
+    loss, stats = p.loss / share, _stats(p, s.group)
     no_slope = logprob.new_empty(0, dtype=wide)
     dentropy = no_slope if p.dentropy is None else p.dentropy.view(logprob.shape)
     return loss, stats, s.lengths.sum(), p.dlogprob.view(logprob.shape), dentropy, share

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from riskpo_kernels import clipped_surrogate, linear_logprob, logits_logprob
-from riskpo_kernels.core.matmul import exact_products
+from riskpo_kernels.core.operators import exact_products
 from tests.head_inputs import head
 from tests.surrogate_inputs import tokens
 

@@ -225,11 +225,11 @@ def test_an_operator_of_another_schema_or_source_has_another_name(monkeypatch):
 def test_head_operator_is_sound(eps, entropy):
     h, w, b, target, *_ = inputs()
     leaves = [x.requires_grad_() for x in (h, w, b)]
-    numbers = (1.0, None, 0.7, entropy, "torch", 300.0, eps, False, True)
-    torch.library.opcheck(head_operator, (*leaves, target, None, -100, "", *numbers))
+    words = (1.0, None, 0.7, entropy, "torch", 300.0, eps, False, True, -100, "", 0.5, True)
+    torch.library.opcheck(head_operator.operator, (*leaves, target, None, *words))
     low = [torch.randn(*shape, requires_grad=True) for shape in ((2, D), (V, 2))]
     tensors = (leaves[0], *low, leaves[2], w.detach(), target, None)
-    torch.library.opcheck(lora_operator, (*tensors, 0.5, -100, "", *numbers))
+    torch.library.opcheck(lora_operator.operator, (*tensors, *words))
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -239,8 +239,9 @@ def test_support_operator_is_sound(backend):
     h, w, b, target, *_ = inputs()
     leaves = [x.requires_grad_() for x in (h[:6].clone(), w, b)]
     ids = torch.arange(24).reshape(6, 4)
-    numbers = (-100, "", 1.0, None, 0.7, True, backend, 300.0, False, False)
-    torch.library.opcheck(support_operator, (*leaves, target[:6], None, ids, None, *numbers))
+    words = (1.0, None, 0.7, True, backend, 300.0, 0.0, False, True, -100, "", 1.0, False)
+    given = (*leaves, target[:6], None, ids, None, *words)
+    torch.library.opcheck(support_operator.operator, given)
 
 
 def test_logits_and_surrogate_operators_are_sound():

@@ -6,9 +6,8 @@ import sys
 import pytest
 import torch
 
-from riskpo_kernels.core.matmul import Products
+from riskpo_kernels.core.matmul import BACKWARD_TILE, Head, Options, Products, plan_for
 from riskpo_kernels.core.softmax import LogitMap
-from riskpo_kernels.lm_head.tiles import BACKWARD_TILE, Head, Options, plan_for
 
 PROGRAM = """
 import re, torch

@@ -6,7 +6,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from riskpo_kernels import linear_logprob, logits_logprob, reference, riskpo_loss
+from riskpo_kernels.core.matmul import Options
 from riskpo_kernels.lm_head import backward as head_backward
+from riskpo_kernels.lm_head import backward_operator as head_back
 from riskpo_kernels.lm_head import logits_operator as logits_op
 from riskpo_kernels.lm_head import operator as head_op
 from tests.compare import errors
@@ -18,14 +20,23 @@ BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.skipif(not has_tri
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique")
 
 
+def head_forward(*given):
+    return head_op.forward(*given[:5], Options(*given[5:]))
+
+
+def head_backward_pass(needs, *given):
+    upstream, tensors, found = given[:3], given[3:8], given[8:17]
+    return head_back.backward_sums(needs, upstream, tensors, found, Options(*given[17:]))
+
+
 class NoWait(TorchDispatchMode):
     """Raises at every operator that would make the host wait for a GPU."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         forwards = {
-            head_op.head_operator: head_op.forward,
+            head_op.head_operator.operator: head_forward,
             logits_op.logits_operator: logits_op._forward,
-            head_op._backward_operator: head_op._backward,
+            head_op.head_operator.backward: head_backward_pass,
         }
         for own, forward in forwards.items():
             if func is own:  # opaque: what it calls is what matters

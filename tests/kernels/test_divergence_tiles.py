@@ -9,7 +9,7 @@ from riskpo_kernels import linear_divergence, reference
 from riskpo_kernels.core.matmul import counting, spans
 from riskpo_kernels.core.softmax import LogitMap, RawTile
 from riskpo_kernels.lm_head import divergence
-from riskpo_kernels.lm_head.divergence_stats import Room, Side
+from riskpo_kernels.lm_head.divergence_stats import Fold, Side
 from tests.compare import assert_all_close_as_plain
 from tests.conftest import has_triton
 from tests.test_linear_divergence import KINDS, OPTIONS, double, inputs, results
@@ -161,14 +161,14 @@ def test_blocks_of_a_later_tile_and_a_gradient_in_16_bits():
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl"])
 def test_the_bound_of_a_block_is_its_formula(kind):
     """log p - log q of the first block lies 5 from that of the others."""
-    from riskpo_kernels.lm_head.divergence_triton import Fold
+    from riskpo_kernels.kernels import divergence_tiles as kernels
 
     rows, cols = 21, 300
     p, q, zp, zq = tiles(rows, cols)
-    fold = Fold(rows, cols, p.raw, torch.float32, kind, True)
+    fold = Fold(kind, kernels, rows, cols, p.raw)
     for v in spans(cols, 128):
         cut = (x._replace(raw=x.raw[:, v].contiguous(), bias=x.bias[v]) for x in (p, q))
-        fold.tile(v, tuple(Side(x, x.raw, x.raw) for x in cut), Room(p.raw))
+        fold.tile(v, tuple(Side(x, x.raw, x.raw) for x in cut))
     fold.close()
     kl = fold.finish()[1]
     log_p, log_q = zp.log_softmax(1), zq.log_softmax(1)
@@ -193,7 +193,9 @@ def test_small_shapes_keep_the_blocks_that_pytorch_keeps(kind, shape):
     strided = b[: 2 * vocab : 2], torch.linspace(0.4, 1.5, 2 * n)[::2]
     tensors = (h[:n], w[:vocab] * 2, strided[0], h[4 : 4 + n], w[:vocab], None, None, strided[1])
     words = (kind, 0.3, 0.5, 1.0, None, 1.0, None, 1e-3, "", 1.0)
-    ours, plain = (divergence._forward(*tensors, *words, x) for x in ("triton", "torch"))
+    ours, plain = (
+        divergence._forward(*tensors, divergence.Words(*words, x)) for x in ("triton", "torch")
+    )
     for x, y in zip(ours[:6], plain[:6], strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
     for x, y in zip(ours[6:], plain[6:], strict=True):

@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from riskpo_kernels.core.matmul import Options
 from tests.conftest import has_triton
 
 pytestmark = [
@@ -68,9 +70,9 @@ def test_few_launches_whatever_the_sizes(n, monkeypatch):
     mocked(monkeypatch, launched)
     h, w = (torch.empty_strided((x, 1536), (1536, 1)) for x in (n, 151_936))
     target = torch.zeros(n, dtype=torch.int64)
-    numbers = (1.0, 30.0, 0.7, True, "triton", 300.0, 2.0**-14, False, True)
+    o = Options(1.0, 30.0, 0.7, True, "triton", 300.0, 2.0**-14, False, True)
     with Launches() as launches:  # the kernel itself: operators inside an operator are not seen
-        operator.forward(h, w, None, target, None, -100, "", *numbers)
+        operator.forward(h, w, None, target, None, replace(o, ignore_index=-100))
     found = launched + launches.names
     assert launched[0] == "live_kernel" and "finish_kernel" in launched
     assert len(found) <= 6, found

@@ -119,14 +119,16 @@ knobs.runtime.jit_cache_hook = compiled
 
 from dataclasses import replace
 from riskpo_kernels.lm_head import backward
-from riskpo_kernels.lm_head.low_rank import LowRank
-from riskpo_kernels.lm_head.block_filter import ActiveBlocks, find_ways
-from riskpo_kernels.lm_head.tiles import Head, Options
+from riskpo_kernels.core.low_rank import LowRank
+from riskpo_kernels.core.softmax import ActiveBlocks
+from riskpo_kernels.lm_head.ways import find_ways
+from riskpo_kernels.core.matmul import Head, Options
 from riskpo_kernels.lm_head.triton_forward import triton_forward
 from riskpo_kernels.lm_head import sparse_triton, support_triton
 from riskpo_kernels.kernels.softmax_rows import gradient, row_statistics
 from riskpo_kernels.core.matmul import Products
-from riskpo_kernels.core.softmax import LogitMap, RawTile, RowGradient
+from riskpo_kernels.core.gradient import RowGradient
+from riskpo_kernels.core.softmax import LogitMap, RawTile
 from riskpo_kernels.kernels import divergence_tiles
 
 Products.into = lambda self, out, a, b: out.zero_()  # a key needs no numbers
@@ -138,7 +140,7 @@ for vocab in (1000, 1024):
     c = torch.ones(n)
     for deterministic in (False, True):
         o = Options(1.0, None, 1.0, True, "triton", 0.7, 1e-4, deterministic, False)
-        triton_forward(h, w, b, head.target, head.map, None, None, o, h.dtype)
+        triton_forward(h, w, b, head.target, head.map, None, None, o)
         active = ActiveBlocks.new(vocab, n, h.device)
         active.bits.fill_(255)
         active.dense[: n // 2] = True  # rows of both ways
@@ -147,7 +149,7 @@ for vocab in (1000, 1024):
             up = RowGradient(c, c, c, c, c)
             backward.backward_rows(head, up, active, ways, needs, o)
         low = LowRank(torch.randn(len(h), 9), torch.randn(vocab, 9), h.dtype)
-        triton_forward(h, w, b, head.target, head.map, None, None, o, h.dtype, low)
+        triton_forward(h, w, b, head.target, head.map, None, None, o, low)
         adapted, wide = replace(head, low_rank=low), dict(wide_dh=True, wide_dw=True)
         backward.backward_rows(adapted, up, active, ways, (True, True, True), o, **wide)
     raw = torch.randn(n, vocab).half()

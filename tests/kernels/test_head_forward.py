@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from riskpo_kernels import linear_logprob, logits_logprob
+from riskpo_kernels.core import softmax as block_filter
 from riskpo_kernels.core.softmax import LogitMap, RowStats
-from riskpo_kernels.lm_head import block_filter
 from tests.compare import assert_all_close_as_plain
 from tests.conftest import has_triton, skip_if_numpy_feels_a_rows_place
 from tests.head_inputs import head

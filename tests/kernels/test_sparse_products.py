@@ -5,7 +5,7 @@ import torch
 
 from riskpo_kernels import linear_logprob, reference
 from riskpo_kernels.core import matmul as work
-from riskpo_kernels.lm_head import block_filter as block_selection
+from riskpo_kernels.core import softmax as block_selection
 from tests.compare import assert_all_close_as_plain
 from tests.conftest import has_triton
 from tests.head_inputs import head, run

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from riskpo_kernels import linear_logprob, reference
-from riskpo_kernels.core.softmax import LogitMap, RowStats
-from riskpo_kernels.lm_head import tiles as head_tiles
-from riskpo_kernels.lm_head.block_filter import BLOCK, n_blocks, row_eps
+from riskpo_kernels.core.softmax import BLOCK, LogitMap, RowStats, n_blocks, row_eps
+from riskpo_kernels.lm_head import operator
 from tests.compare import assert_all_close_as_plain, assert_close_as_plain
 from tests.head_inputs import split_columns
 
@@ -195,7 +194,7 @@ def test_softcap_bounds_what_raw_logits_lose(monkeypatch):
     raw, _ = capped_rows(EPS, sloped=False)
     lost, whole = lost_of_raw(raw, EPS)
     assert (lost <= 256 * EPS * whole).all()
-    monkeypatch.setattr(head_tiles, "row_eps", lambda eps, stats, map: eps)
+    monkeypatch.setattr(operator, "row_eps", lambda eps, stats, map: eps)
     lost, whole = lost_of_raw(raw, EPS)
     assert (lost > 256 * EPS * whole).any(), "the slope need not be looked at"
 

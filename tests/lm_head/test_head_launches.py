@@ -10,8 +10,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from riskpo_kernels import linear_logprob
-from riskpo_kernels.core.softmax import LogitMap, RowGradient
-from riskpo_kernels.lm_head import block_filter as block_selection
+from riskpo_kernels.core import softmax as block_selection
+from riskpo_kernels.core.gradient import RowGradient
+from riskpo_kernels.core.softmax import LogitMap
 from tests.compare import errors
 from tests.conftest import has_triton
 from tests.head_inputs import head
@@ -66,15 +67,16 @@ import torch
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-from riskpo_kernels.lm_head import block_filter as block_selection
+from riskpo_kernels.core import softmax as block_selection
 from riskpo_kernels.lm_head import backward as head_backward
-from riskpo_kernels.lm_head import tiles as head_tiles
+from riskpo_kernels.core import matmul as head_tiles
 from riskpo_kernels.lm_head.triton_forward import triton_forward
 from riskpo_kernels.kernels.softmax_rows import gradient, row_statistics
 from riskpo_kernels.lm_head import sparse_triton as sparse_launch
 from riskpo_kernels.core.matmul import Products
-from riskpo_kernels.lm_head.block_filter import find_ways
-from riskpo_kernels.core.softmax import LogitMap, RowGradient, RowState
+from riskpo_kernels.lm_head.ways import find_ways
+from riskpo_kernels.core.gradient import RowGradient
+from riskpo_kernels.core.softmax import LogitMap, RowState
 
 class Driver:  # enough of a driver for the JIT to form its keys
     def get_current_device(self): return 0
@@ -100,7 +102,7 @@ for n in [1, 2, 15, 16, 17, *range(64, 1000, 64), 333]:
     c = torch.ones(n)
     up = RowGradient(c, c, c, c, c)
     fp16 = torch.float16
-    triton_forward(h, w, b, head.target, head.map, None, None, replace(o, memory_mib=0.05), fp16)
+    triton_forward(h, w, b, head.target, head.map, None, None, replace(o, memory_mib=0.05))
     raw = torch.randn(n, V).half()
     row_statistics(raw, head.target, head.map, [torch.empty(n)] * 5)
     gradient(raw, head.target, None, up, head.map, raw)

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from riskpo_kernels import linear_logprob, reference
+from riskpo_kernels.core import softmax as block_selection
 from riskpo_kernels.core import softmax as kept_logits
-from riskpo_kernels.core.matmul import counting
-from riskpo_kernels.lm_head import block_filter as block_selection
+from riskpo_kernels.core.matmul import Options, counting
 from riskpo_kernels.lm_head.operator import head_operator
 from tests.compare import assert_all_close_as_plain
 from tests.conftest import has_triton
@@ -28,8 +28,8 @@ def keep(monkeypatch):
 
 
 def kept_of(h, w, target, *, memory_mib=300.0, deterministic=False, backend="torch", keep=True):
-    numbers = (1.0, None, 1.0, False, backend, memory_mib, 0.0, deterministic, keep)
-    return head_operator(h, w, None, target, None, -100, "", *numbers)[-1]
+    o = Options(1.0, None, 1.0, False, backend, memory_mib, 0.0, deterministic, keep, -100)
+    return head_operator(h, w, None, target, None, o)[-1]
 
 
 @pytest.mark.parametrize("way", ["dense", "sparse"])

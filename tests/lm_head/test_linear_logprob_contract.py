@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from riskpo_kernels import linear_logprob, reference
-from riskpo_kernels.core.matmul import Products
-from riskpo_kernels.lm_head.tiles import Head
+from riskpo_kernels.core.matmul import Head, Products
 from tests.conftest import has_triton
 from tests.head_inputs import head, upstream
 

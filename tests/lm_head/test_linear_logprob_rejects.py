@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from riskpo_kernels import backend_report, linear_logprob
-from riskpo_kernels.core import backends
+from riskpo_kernels.core import checks
 from tests.conftest import has_triton
 
 H, W, T = torch.zeros(4, 8), torch.zeros(9, 8), torch.zeros(4, dtype=torch.int64)
@@ -74,7 +74,7 @@ def test_backends_are_explicit(monkeypatch, caplog):
     ops = {"linear_logprob", "logits_logprob", "linear_divergence", "clipped_surrogate"}
     assert {r.op for r in rows} == ops
     assert all(r.reason for r in rows) and "linear_logprob" in str(rows)
-    backends._log_once.cache_clear()
+    checks._log_once.cache_clear()
     with caplog.at_level("INFO", logger="riskpo_kernels"):
         linear_logprob(H, W, T)
         linear_logprob(H, W, T)

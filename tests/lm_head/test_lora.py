@@ -7,9 +7,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from riskpo_kernels import linear_logprob, reference, riskpo_loss
+from riskpo_kernels.core import softmax as block_filter
+from riskpo_kernels.core.low_rank import LowRank
 from riskpo_kernels.core.matmul import Products, counting
-from riskpo_kernels.lm_head import block_filter, lora
-from riskpo_kernels.lm_head.low_rank import LowRank
+from riskpo_kernels.lm_head import lora
 from tests.compare import assert_all_close_as_plain
 from tests.conftest import has_triton
 from tests.head_inputs import head, upstream

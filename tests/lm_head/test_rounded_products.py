@@ -9,8 +9,8 @@ import torch
 
 from riskpo.doctor import tolerance
 from riskpo_kernels import linear_logprob, reference
+from riskpo_kernels.core import softmax as block_selection
 from riskpo_kernels.core.matmul import Products, executed
-from riskpo_kernels.lm_head import block_filter as block_selection
 from tests import compare
 from tests.conftest import has_triton
 from tests.head_inputs import head, run, split_columns

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from riskpo_kernels import linear_logprob, reference
-from riskpo_kernels.core.softmax import LogitMap, RowState, finish, fold
-from riskpo_kernels.lm_head import block_filter as block_selection
-from riskpo_kernels.lm_head.block_filter import BLOCK, n_blocks, select
+from riskpo_kernels.core import softmax as block_selection
+from riskpo_kernels.core.softmax import BLOCK, LogitMap, RowState, finish, fold, n_blocks, select
 from tests.compare import assert_all_close_as_plain, errors
 from tests.conftest import has_triton
 from tests.head_inputs import head, run, split_columns
@@ -164,8 +163,8 @@ def test_strided_inputs(backend, device):
 
 def test_no_row_with_a_coefficient_in_half_precision():
     """fp16 on a tensor core divides by the largest coefficient: there may be none."""
+    from riskpo_kernels.core.gradient import RowGradient
     from riskpo_kernels.core.matmul import Products
-    from riskpo_kernels.core.softmax import RowGradient
     from riskpo_kernels.lm_head import backward as head_backward
 
     products = Products(torch.device("cpu"), torch.float16, torch.float16)

@@ -5,16 +5,18 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from functools import partial
+from importlib.metadata import version
 
 import pytest
 import torch
 
 from riskpo.config import MemoryConfig
 from riskpo.model.packing import IGNORE, micro_batches
-from riskpo_kernels import riskpo_loss
+from riskpo_kernels import linear_logprob
 from tools import ladder_page, memory_ladder
 from tools.ladder_rows import CPU, DRY, FUSED, GPU, LADDERS
-from tools.memory_ladder import about_point, loss_of_logits, memory_of, responses, rollouts
+from tools.memory_ladder import about_point, logprob_of_logits, memory_of, responses, rollouts
 
 
 def switches(ladder, row):
@@ -76,30 +78,20 @@ def test_the_second_micro_batch_is_the_whole_context(tokens, sequences):
 
 
 @pytest.mark.parametrize("every", [True, False])
-def test_the_loss_of_whole_logits_is_the_trainer_s(every):
+def test_log_probs_of_whole_logits_are_the_trainer_s(every):
     torch.manual_seed(0)
     target = torch.randint(50, (300,))
     target[torch.rand(300) < 0.5] = IGNORE
-    shared = {
-        "cu_seqlens": torch.tensor([0, 140, 300], dtype=torch.int32),
-        "ref_logprob": -torch.rand(300),
-        "denominator": 3.0,
-        "memory_mib": 8,
-        "return_entropy": True,
-    }
-    found = {}
-    for name, loss in (
-        ("logits", lambda *a, **k: loss_of_logits(every, *a, **k)),
-        ("ours", riskpo_loss),
-    ):
+    found = []
+    for op in (partial(logprob_of_logits, every), linear_logprob):
         torch.manual_seed(1)
         hidden = torch.randn(300, 16, requires_grad=True)
         weight = torch.randn(50, 16, requires_grad=True)
-        result = loss(hidden, weight, target, None, torch.tensor([0.5, -1.0]), **shared)
-        result.loss.backward()
-        found[name] = [result.loss.detach(), hidden.grad, weight.grad]
-        found[name] += [result.stats[key] for key in ("entropy", "kl", "tokens")]
-    for ours, theirs in zip(found["ours"], found["logits"], strict=True):
+        token = op(hidden, weight, target, memory_mib=8, return_entropy=True)
+        counted = target != IGNORE
+        (token.logprob[counted] * torch.randn(int(counted.sum()))).sum().backward()
+        found.append([token.logprob[counted], token.entropy[counted], hidden.grad, weight.grad])
+    for theirs, ours in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
@@ -123,7 +115,7 @@ def test_the_gpu_s_rows_rehearsed(monkeypatch):
     for row in DRY.rows:
         if row.memory.get("optimizer") == "8bit":
             continue
-        monkeypatch.setattr("riskpo.trainer.update.riskpo_loss", riskpo_loss)
+        monkeypatch.setattr("riskpo.trainer.update.linear_logprob", linear_logprob)
         [record] = memory_ladder.measure(DRY, row, [256])
         assert record["label"] == row.label and record["tokens"] == 256
         assert record["measured"] is None or record["measured"] >= 0
@@ -167,5 +159,5 @@ def test_points_are_added_to_what_was_measured_before(tmp_path):
     kept = json.loads((tmp_path / "memory-ladder-dry.json").read_text())
     assert [r["measured"] for r in kept["records"]] == [7.0, *(r["measured"] for r in rest)]
     assert kept["about"]["command"] == "python -m tools.memory_ladder --dry"
-    assert kept["about"]["packages"]["torch"] == torch.__version__
+    assert kept["about"]["packages"]["torch"] == version("torch")
     assert (tmp_path / "memory-ladder-dry.png").stat().st_size > 0

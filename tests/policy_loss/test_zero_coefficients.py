@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from riskpo_kernels import reference, riskpo_loss
+from riskpo_kernels.core import softmax as block_selection
 from riskpo_kernels.core.matmul import counting
-from riskpo_kernels.lm_head import block_filter as block_selection
 from tests.compare import assert_close_as_plain
 from tests.conftest import has_triton
 from tests.head_inputs import head

@@ -75,6 +75,7 @@ def test_metrics_by_hand():
         {
             "sampler_kl": k3 / 3,
             "sampler_ratio_max": E,
+            "sampler_missing": 0.0,
             "sampler_ess": ess,
             "sampler_truncated": 1 / 3,
         },
@@ -85,6 +86,7 @@ def test_metrics_by_hand():
     assert set(numbers_of([(TRAINER, SAMPLER)], correcting())) == {
         "sampler_kl",
         "sampler_ratio_max",
+        "sampler_missing",
     }
     assert numbers_of([], correcting("mis"))["sampler_ess"] == 0.0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import replace
 
 import pytest
@@ -18,7 +19,7 @@ from transformers import (
 )
 
 from riskpo.algorithms import LossOptions
-from riskpo.config import RunConfig
+from riskpo.config import RunConfig, SamplerConfig
 from riskpo.model.packing import denominator, hidden_states, micro_batches, mini_batches, pack
 from riskpo.trainer.optimizer import Optimizer
 from riskpo.trainer.parallel import ParallelModel
@@ -149,6 +150,32 @@ def test_on_policy_ratio_is_exactly_one(model):
     )
     assert numbers["ratio_mean"] == 1.0 and numbers["clip_fraction"] == 0.0
     assert numbers["tokens"] == sum(len(x) for x in random_rollouts(14).logprob)
+
+
+@pytest.mark.parametrize("correction, first_too", [("none", False), ("tis", True)])
+def test_what_is_read_before_the_first_step(correction, first_too, model, monkeypatch):
+    """Rows of later updates alone, unless a correction has to be known; the mismatch is of all."""
+    seen, rollouts = [], random_rollouts(14, questions=4)
+    everything, plan = list(range(16)), RunConfig(sampler=SamplerConfig(correction=correction))
+    own = recompute(ParallelModel(model), find_head(model), rollouts, [everything], plan)
+    for row, x in own.items():
+        rollouts.logprob[row] = x[rollouts.prompt_len[row] - 1 :] - (0.5 if row == 2 else 0.1)
+
+    def spy(model, batch):
+        seen.append((torch.is_grad_enabled(), batch.rows))
+        return hidden_states(model, batch)
+
+    monkeypatch.setattr("riskpo.trainer.update.hidden_states", spy)
+    given = (ParallelModel(model), find_head(model), optimizer_of(model), rollouts, torch.ones(16))
+    numbers = update(*given, LOSSES[0], replace(plan, updates_per_step=2))
+    first, second = everything[:8], everything[8:]
+    before = [(False, first), (False, second)] if first_too else [(False, second)]
+    assert seen == [*before, (True, first), (True, second)]
+    assert numbers["sampler_ratio_max"] == pytest.approx(math.exp(0.5), rel=1e-4)
+    gaps = torch.cat(
+        [x.new_full(x.shape, 0.5 if row == 2 else 0.1) for row, x in enumerate(rollouts.logprob)]
+    )
+    assert numbers["sampler_kl"] == pytest.approx(float((gaps.expm1() - gaps).mean()), rel=1e-3)
 
 
 def test_second_update_is_off_policy_and_clips(model):

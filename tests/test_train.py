@@ -151,7 +151,11 @@ def test_matched_bundles_are_made_by_a_column_of_the_data(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    "source", ["problems/gsm8k_train.jsonl", "verl/math_train_lighteval.parquet"]
+    "source",
+    [
+        "problems/gsm8k_train.jsonl",
+        pytest.param("verl/math_train_lighteval.parquet", marks=pytest.mark.nightly),
+    ],
 )
 def test_two_steps_on_real_questions(source, shared_data, tmp_path):
     model = save_byte_model(tmp_path / "model")

@@ -47,8 +47,9 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("options", "bias"), [*((options, True) for options in OPTIONS), ({}, False)], ids=str
+)
 def test_divided_blocks_are_exact(options, bias, device, finest):
     sixteen = torch.float16 if device.type == "cpu" else torch.bfloat16
     for dtype in (torch.float32, sixteen):
@@ -143,8 +144,9 @@ def launches(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("memory_mib", [256.0, 1.0, 0.5])  # all columns at once, 256, 128
-@pytest.mark.parametrize("options", [{}, {"softcap": 5.0}], ids=str)
+@pytest.mark.parametrize(  # all columns at once, 256, 128
+    ("memory_mib", "options"), [(256.0, {"softcap": 5.0}), (1.0, {}), (0.5, {})], ids=str
+)
 def test_dh_in_the_order_of_blocks(memory_mib, options, device, launches):
     """deterministic=True: no atomics; rows of no pair, of one and of all blocks."""
     sixteen = torch.float16 if device.type == "cpu" else torch.bfloat16

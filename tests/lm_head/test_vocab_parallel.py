@@ -286,6 +286,6 @@ def every_case(rank, sizes):
     ranks_that_differ_are_told(rank, sizes)
 
 
-@pytest.mark.parametrize("world", SHARDS)
+@pytest.mark.parametrize("world", [4, pytest.param(2, marks=pytest.mark.nightly)])
 def test_a_single_rank_s_numbers(world):
     on_ranks(every_case, world, SHARDS[world])

@@ -29,7 +29,7 @@ print(json.dumps([found["measured"], found["predicted"]]))
     "label",
     [
         "+ fused head",
-        "tiles, 8-bit moments",
+        pytest.param("tiles, 8-bit moments", marks=pytest.mark.nightly),
         pytest.param("+ logits of the response alone", marks=pytest.mark.nightly),
         pytest.param("bfloat16, optimiser on the host", marks=pytest.mark.nightly),
     ],

@@ -56,7 +56,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", action="append", default=[], help="only providers so named")
     parser.add_argument("--skip", action="append", default=[], help="no providers so named")
     parser.add_argument("--compile", action="store_true", help="torch.compile in every case")
-    parser.add_argument("--seconds-per-row", type=float)
+    parser.add_argument("--seconds-per-row", type=float, help="at most, of one provider")
     parser.add_argument("--note", help="kept with the results, as how the tests went before")
     parser.add_argument("--threads", type=int, help="CPU threads of torch")
     return parser.parse_args(words)

@@ -223,11 +223,15 @@ def total(parts: Parts) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     n, v = USUAL
-    parser.add_argument("--gpu", choices=GPUS, default="H200")
-    for name, default in (("n", n), ("d", 1536), ("v", v)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--gpu", choices=GPUS, default="H200", help="whose rates count")
+    for name, default, meaning in (
+        ("n", n, "tokens"),
+        ("d", 1536, "width of a hidden state"),
+        ("v", v, "words"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default, help=meaning)
     parser.add_argument("--share", type=float, default=0.01, help="of active pairs")
-    parser.add_argument("--no-entropy", action="store_true")
+    parser.add_argument("--no-entropy", action="store_true", help="log-probs alone")
     parser.add_argument("--page", type=Path, help="write the page here")
     parser.add_argument("--picture", type=Path, help="write the picture here, as PNG")
     given = parser.parse_args()

@@ -245,10 +245,10 @@ def main(words: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("files", type=Path, nargs="+")
-    parser.add_argument("--markdown", type=Path)
-    parser.add_argument("--readme", type=Path)
-    parser.add_argument("--plots", type=Path)
+    parser.add_argument("files", type=Path, nargs="+", help="JSON of `python -m benchmarks`")
+    parser.add_argument("--markdown", type=Path, help="write the tables here")
+    parser.add_argument("--readme", type=Path, help="write the README's table into it")
+    parser.add_argument("--plots", type=Path, help="folder of the pictures")
     a = parser.parse_args(words)
     reports = [load(path) for path in a.files]
     text = markdown(reports)

@@ -107,12 +107,14 @@ def show(row: dict[str, Any]) -> None:
 
 def main() -> None:
     """Print the tables, and the disagreements of one half on request."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="see above")
     parser.add_argument("--list", choices=HALVES, help="show the disagreements of this half")
     parser.add_argument("--only", default="", help="files whose name holds this")
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--workers", type=int, default=2, help="processes that judge")
+    parser.add_argument("--seconds", type=float, default=10.0, help="for one answer")
     options = parser.parse_args()
 
     def files(*folders: str) -> list[Path]:

@@ -31,10 +31,12 @@ KEPT, TARGETS, RANK, T = 50, 8, 16, 0.6
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("model")
-    parser.add_argument("--rows", type=int, default=512)
-    parser.add_argument("--answers", action="store_true")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", help="a Hugging Face folder")
+    parser.add_argument("--rows", type=int, default=512, help="tokens in a call")
+    parser.add_argument("--answers", action="store_true", help="only the model's own answers")
     options = parser.parse_args()
     torch.set_num_threads(1)
     print("| what | beside | CPU seconds | quotient | MiB |\n|---|---|---:|---:|---:|", flush=True)

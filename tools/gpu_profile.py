@@ -39,7 +39,9 @@ class Line(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, help="write the lines here, as JSON")
     parser.add_argument("--dry", action="store_true", help="on a CPU: the numbers mean nothing")
     options = parser.parse_args()

@@ -239,14 +239,16 @@ def run(ladder: Ladder, row: Row, contexts: list[int]) -> Iterator[dict[str, Any
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     kind = parser.add_mutually_exclusive_group()
-    kind.add_argument("--gpu", action="store_true")
+    kind.add_argument("--gpu", action="store_true", help="1.5 billion weights on CUDA")
     kind.add_argument("--dry", action="store_true", help="the GPU's rows in tiny on the CPU")
     kind.add_argument("--model", metavar="FOLDER", help="a Hugging Face folder, on the CPU")
-    parser.add_argument("--tokens", type=int, nargs="+")
+    parser.add_argument("--tokens", type=int, nargs="+", help="lengths of the context")
     parser.add_argument("--rows", type=int, nargs="+", help="numbers of the rows, from 0")
-    parser.add_argument("--out", type=Path, default=Path("."))
+    parser.add_argument("--out", type=Path, default=Path("."), help="folder of the results")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     given = parser.parse_args()
     own = pretrained(given.model) if given.model else None

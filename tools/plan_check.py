@@ -198,11 +198,13 @@ def train_on(model: Path, data: Path, run_dir: Path, settings: str) -> list[str]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, help="write the numbers here, as JSON")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--only", type=int, nargs="+", help="numbers of the cases, from 0")
-    parser.add_argument("--train", type=Path, metavar="FOLDER")
+    parser.add_argument("--train", type=Path, metavar="FOLDER", help="a whole run, in here")
     given = parser.parse_args()
     if given.train:
         print("riskpo train", TRAIN)

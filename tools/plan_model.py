@@ -144,11 +144,15 @@ def train_run(model: str, settings: str) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("folder")
-    parser.add_argument("--tokens", type=int, default=512)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", help="a Hugging Face folder")
+    parser.add_argument("--tokens", type=int, default=512, help="of an update")
     parser.add_argument("--only", nargs="+", help="labels of rows")
-    parser.add_argument("--train", nargs="?", const="", metavar="SETTINGS")
+    parser.add_argument(
+        "--train", nargs="?", const="", metavar="SETTINGS", help="a whole run, with these settings"
+    )
     parser.add_argument("--row", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.row:

@@ -45,9 +45,11 @@ def completions(scorer: Scorer, path: Path, tasks: list[Question]) -> Counter[st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--workers", type=int, default=2)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="holds the .jsonl files")
+    parser.add_argument("--workers", type=int, default=2, help="programs at a time")
     parser.add_argument("--seconds", type=float, default=10.0, help="for all tests of a program")
     options = parser.parse_args()
     heading("programs", "rows", *OUTCOMES, "seconds")

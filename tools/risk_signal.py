@@ -157,8 +157,10 @@ def draw(path: Path, p: torch.Tensor, result: dict[str, dict[str, list[float]]])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--batches", type=int, default=600)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--batches", type=int, default=600, help="of an estimator")
     parser.add_argument("--picture", type=Path, help="write weight against difficulty here, as PNG")
     parser.add_argument("--out", type=Path, help="write the numbers here, as JSON")
     given = parser.parse_args()

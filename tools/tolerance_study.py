@@ -177,10 +177,12 @@ def study(problems: Iterable[int], threads: int, backend: str = "torch") -> Shar
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--problems", type=int, default=200)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--backend", default="torch")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--problems", type=int, default=200, help="how many")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="each in turn")
+    parser.add_argument("--backend", default="torch", help="torch or triton")
     options = parser.parse_args()
     print(f"{options.problems} problems; the worst of {', '.join(DTYPES)}\n")
     print("| threads | result | right, largest | spoilt, smallest |\n|---|---|---|---|")

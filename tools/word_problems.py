@@ -80,9 +80,11 @@ def warm_start(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", help="a Hugging Face folder")
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, help="is written")
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
     parts = problems(random.Random(0))

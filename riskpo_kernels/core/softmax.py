@@ -69,10 +69,10 @@ class LogitMap(NamedTuple):
         assert self.softcap is not None
         return (1 - (z * self.temperature / self.softcap).square()).clamp(min=0.0)
 
-    def factors(self) -> tuple[float, float, torch.Tensor | None]:
+    def factors(self) -> tuple[float | None, float, torch.Tensor | None]:
         """(inner, outer, T): z = outer raw / T, with a softcap outer tanh(inner raw) / T; T is one
         per row, or None and a part of outer."""
-        inner = 1.0 if self.softcap is None else self.scale / self.softcap
+        inner = None if self.softcap is None else self.scale / self.softcap
         outer = self.scale if self.softcap is None else self.softcap
         if isinstance(self.temperature, torch.Tensor):
             return inner, outer, self.temperature

@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from riskpo_kernels.core.gradient import RowGradient
+from riskpo_kernels.core.softmax import LogitMap
+
 
 class Configuration(NamedTuple):
     """One launch. options: further ones beside warps and stages; archs: where it can be launched,
@@ -45,6 +48,14 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 3
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def of_rows(map: LogitMap, up: RowGradient | None = None) -> dict[str, Any]:
+    """What a launch says of its rows' logits, and of their gradients. An argument is None where
+    there is no such thing, and the kernel is compiled without it."""
+    inner, outer, per_row = map.factors()
+    given: dict[str, Any] = {"inner": inner, "outer": outer, "p_temperature": per_row}
+    return given if up is None else given | {f"p_{k}": x for k, x in up._asdict().items()}
 
 
 FLOAT_SCALARS = {"inner", "outer", "eps", "cap", "dense_above", "softcap", "temperature"}

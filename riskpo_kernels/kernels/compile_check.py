@@ -180,7 +180,7 @@ def fault_of(m: Compiled, flags: dict[str, Any], done: int) -> str:
     tile = math.prod(flags.get(key, 0) for key in ("BM", "BN", "BK"))
     if kind in ("forward", "dense") and sixteen_bit and done != tile:
         return f"{done} multiply-adds a step, of a tile of {tile}"
-    if not flags.get("HAS_SOFTCAP") and m.per_logit > MOST.get(kind, math.inf):
+    if "inner" in flags and m.per_logit > MOST.get(kind, math.inf):
         return f"{m.per_logit:.1f} instructions per logit, of {MOST[kind]:.0f} at most"
     return ""
 

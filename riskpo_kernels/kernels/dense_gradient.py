@@ -25,7 +25,7 @@ from riskpo_kernels.core.gradient import RowGradient
 from riskpo_kernels.core.matmul import executed
 from riskpo_kernels.core.softmax import BLOCK, LogitMap
 from riskpo_kernels.core.softmax import FLOOR as LOG_FLOOR
-from riskpo_kernels.kernels import Configuration, multiprocessors
+from riskpo_kernels.kernels import Configuration, multiprocessors, of_rows
 from riskpo_kernels.kernels.head_tile import (
     FORWARDS,
     hits_of,
@@ -61,32 +61,28 @@ def block_gradient(
     stride_dz,
     inner,
     outer,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_SLOPE: tl.constexpr,
-    HAS_DB: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     # products x [BM, BLOCK] of the columns from v on; the others are of its rows [BM];
     # hits: how many of them have their target among these columns
     o_v = v + tl.arange(0, BLOCK)  # [BLOCK]
     m_v = o_v < C
-    if HAS_BIAS:
+    if p_bias is not None:
         x += tl.load(p_bias + o_v, mask=m_v, other=0.0).to(tl.float32)[None, :]
-    z, cap_slope = logits_of(x, inner, outer[:, None], HAS_SOFTCAP)
+    z, cap_slope = logits_of(x, inner, outer[:, None])
     log_p = at_least((z - peak[:, None]) - log_sum[:, None], FLOOR)  # 0 * -inf is NaN
     by_mass = -offset[:, None]
-    if HAS_SLOPE:
+    if slope is not None:
         by_mass -= slope[:, None] * log_p
     dz = tl.exp(log_p) * by_mass
     if hits > 0:  # of few tiles
         dz = tl.where(o_v[None, :] == target[:, None], at_target[:, None], dz)
-    if HAS_SOFTCAP:
+    if inner is not None:
         dz *= cap_slope
     at = o_r[:, None] * stride_dz + o_v[None, :]
     m_dz = m_r[:, None] & (o_v < stride_dz)[None, :]  # a multiple of 16: wide stores
     tl.store(p_dz + at, dz.to(p_dz.dtype.element_ty), mask=m_dz)
-    if HAS_DB:
+    if p_sums is not None:
         tl.store(p_sums + i_r * C + o_v, tl.sum(dz, 0), mask=m_v)
 
 
@@ -114,11 +110,6 @@ def dense_kernel(
     stride_dz,
     inner,
     outer,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr,
-    HAS_SLOPE: tl.constexpr,
-    HAS_DB: tl.constexpr,
     TMA: tl.constexpr,
     GROUP: tl.constexpr,
     BM: tl.constexpr,
@@ -140,14 +131,14 @@ def dense_kernel(
         target = tl.where((target >= 0) & (target < C), target, -1).to(tl.int32)
         at_target = tl.load(p_at_target + o_r, mask=m_r, other=0.0)
         offset = tl.load(p_offset + o_r, mask=m_r, other=0.0)
-        slope = tl.full((BM,), 0.0, tl.float32)
-        if HAS_SLOPE:
+        slope = None
+        if p_slope is not None:
             slope = tl.load(p_slope + o_r, mask=m_r, other=0.0)
         peak = tl.load(p_peak + o_r, mask=m_r, other=0.0)
         log_sum = tl.load(p_log_sum + o_r, mask=m_r, other=0.0)
         hits = hits_of(target, m_r, v, BN, BLOCK)
         by = tl.full((BM,), 1.0, tl.float32) * outer
-        if HAS_TEMPERATURE:
+        if p_temperature is not None:
             by = outer / tl.load(p_temperature + o_r, mask=m_r, other=1.0)
         tl.static_assert(BN == BLOCK or BN == 2 * BLOCK)
         if BN == BLOCK:
@@ -158,7 +149,7 @@ def dense_kernel(
             block_gradient(
                 parts[j], v + j * BLOCK, C, p_bias, p_dz, p_sums, i_r, o_r, m_r, target,
                 (hits >> (16 * j)) & 65535, at_target, offset, slope, peak, log_sum, stride_dz,
-                inner, by, HAS_BIAS, HAS_SOFTCAP, HAS_SLOPE, HAS_DB, BLOCK,
+                inner, by, BLOCK,
             )  # fmt: skip
 
 
@@ -181,30 +172,17 @@ def tile_gradient(
     row_tiles, column_tiles = -(-rows // tile.rows), -(-columns // tile.columns)
     executed(rows, columns, hidden.shape[1])
     found = torch.empty(row_tiles, columns, dtype=torch.float32, device=device) if sums else None
-    inner, outer, per_row = map.factors()
     with torch.cuda.device_of(dz):
         dense_kernel[(min(row_tiles * column_tiles, multiprocessors(device)),)](
             **operands,
             p_bias=bias,
             p_target=target,
-            p_temperature=per_row,
-            p_at_target=up.at_target,
-            p_offset=up.offset,
-            p_slope=up.slope,
-            p_peak=up.peak,
-            p_log_sum=up.log_sum,
+            **of_rows(map, up),
             p_dz=dz,
             p_sums=found,
             R=rows,
             C=columns,
             stride_dz=dz.stride(0),
-            inner=inner,
-            outer=outer,
-            HAS_BIAS=bias is not None,
-            HAS_SOFTCAP=map.softcap is not None,
-            HAS_TEMPERATURE=per_row is not None,
-            HAS_SLOPE=up.slope is not None,
-            HAS_DB=sums,
             BLOCK=BLOCK,
         )
     return None if found is None else found.sum(0)
@@ -218,10 +196,10 @@ def compile_configurations() -> list[Configuration]:
     choices += [("bf16", every[0], False), ("fp16", every[0], False), ("fp16", every[-1], True)]
     made = []
     for variant, (dtype, (bias, softcap, per_row), g) in itertools.product(FORWARDS, choices):
-        flags: dict[str, Any] = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "HAS_DB": bias}
-        flags |= {"HAS_TEMPERATURE": per_row, "HAS_SLOPE": g, "BLOCK": BLOCK}
+        flags: dict[str, Any] = {"BLOCK": BLOCK}
         types = {"p_target": "i64", "p_dz": dtype}
         given = {"p_bias": bias, "p_sums": bias, "p_temperature": per_row, "p_slope": g}
+        given |= {"inner": softcap}
         title = f"bias={bias:d} softcap={softcap:d} rows={per_row:d} g={g:d}"
         shape = dtype, variant, types, given, flags
         made.append(tile_configuration("dense", title, dense_kernel, *shape, narrow=softcap))

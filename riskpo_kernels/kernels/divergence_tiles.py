@@ -62,20 +62,27 @@ def _places(R, C, BR: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _logits(
-    p_raw, p_bias, p_temperature, o_r, o_v, m_r, C, inner, outer,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_TEMPERATURE: tl.constexpr,
-):  # fmt: skip
+def _side(p_raw, p_bias, p_temperature, o_r, o_v, m_r, C, inner, outer):
     # z [BR, BLOCK] of one side, -inf beyond the last column, and the softcap's slope
     m_v = o_v < C
     at = o_r[:, None] * C + o_v[None, :]
     x = tl.load(p_raw + at, mask=m_r[:, None] & m_v[None, :], other=0.0)
-    if HAS_BIAS:
+    if p_bias is not None:
         x += tl.load(p_bias + o_v, mask=m_v, other=0.0)[None, :]
-    if HAS_TEMPERATURE:
+    if p_temperature is not None:
         outer = outer / tl.load(p_temperature + o_r, mask=m_r, other=1.0)[:, None]
-    z, slope = logits_of(x, inner, outer, HAS_SOFTCAP)
+    z, slope = logits_of(x, inner, outer)
     return tl.where(m_v[None, :], z, float("-inf")), slope
+
+
+@triton.jit
+def _logits(
+    p_p, p_q, p_p_bias, p_q_bias, p_temperature, o_r, o_v, m_r, C, inner, outer, q_inner, q_outer
+):  # fmt: skip
+    # of both sides, and the student's slope
+    z_p, slope = _side(p_p, p_p_bias, p_temperature, o_r, o_v, m_r, C, inner, outer)
+    z_q, _ = _side(p_q, p_q_bias, p_temperature, o_r, o_v, m_r, C, q_inner, q_outer)
+    return z_p, z_q, slope
 
 
 @triton.jit
@@ -107,18 +114,12 @@ def _log_mixture(log_p, log_q, log_beta, log_rest):
 def divergence_statistics_kernel(
     p_p, p_q, p_p_bias, p_q_bias, p_temperature, p_out, R, C, first, n_blocks,
     inner, outer, q_inner, q_outer,
-    KIND: tl.constexpr, HAS_P_BIAS: tl.constexpr, HAS_Q_BIAS: tl.constexpr,
-    HAS_P_SOFTCAP: tl.constexpr, HAS_Q_SOFTCAP: tl.constexpr, HAS_TEMPERATURE: tl.constexpr,
-    BR: tl.constexpr, BLOCK: tl.constexpr,
+    KIND: tl.constexpr, BR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     _, i_v, o_r, o_v, m_r = _places(R, C, BR, BLOCK)
-    z_p, _ = _logits(
-        p_p, p_p_bias, p_temperature, o_r, o_v, m_r, C, inner, outer,
-        HAS_P_BIAS, HAS_P_SOFTCAP, HAS_TEMPERATURE,
-    )  # fmt: skip
-    z_q, _ = _logits(
-        p_q, p_q_bias, p_temperature, o_r, o_v, m_r, C, q_inner, q_outer,
-        HAS_Q_BIAS, HAS_Q_SOFTCAP, HAS_TEMPERATURE,
+    z_p, z_q, _ = _logits(
+        p_p, p_q, p_p_bias, p_q_bias, p_temperature, o_r, o_v, m_r, C,
+        inner, outer, q_inner, q_outer,
     )  # fmt: skip
     top_p, top_q = at_least(tl.max(z_p, 1), LOWEST), at_least(tl.max(z_q, 1), LOWEST)
     y_p, y_q = z_p - top_p[:, None], z_q - top_q[:, None]
@@ -143,18 +144,12 @@ def divergence_statistics_kernel(
 def divergence_mixture_kernel(
     p_p, p_q, p_p_bias, p_q_bias, p_temperature, p_numbers, p_out, R, C, first, n_blocks,
     inner, outer, q_inner, q_outer, log_beta, log_rest,
-    HAS_P_BIAS: tl.constexpr, HAS_Q_BIAS: tl.constexpr,
-    HAS_P_SOFTCAP: tl.constexpr, HAS_Q_SOFTCAP: tl.constexpr, HAS_TEMPERATURE: tl.constexpr,
     BR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     _, i_v, o_r, o_v, m_r = _places(R, C, BR, BLOCK)
-    z_p, _ = _logits(
-        p_p, p_p_bias, p_temperature, o_r, o_v, m_r, C, inner, outer,
-        HAS_P_BIAS, HAS_P_SOFTCAP, HAS_TEMPERATURE,
-    )  # fmt: skip
-    z_q, _ = _logits(
-        p_q, p_q_bias, p_temperature, o_r, o_v, m_r, C, q_inner, q_outer,
-        HAS_Q_BIAS, HAS_Q_SOFTCAP, HAS_TEMPERATURE,
+    z_p, z_q, _ = _logits(
+        p_p, p_q, p_p_bias, p_q_bias, p_temperature, o_r, o_v, m_r, C,
+        inner, outer, q_inner, q_outer,
     )  # fmt: skip
     log_p = _log_probs(z_p, p_numbers, o_r, m_r, R, 0)
     log_q = _log_probs(z_q, p_numbers, o_r, m_r, R, 2)
@@ -173,18 +168,12 @@ def divergence_mixture_kernel(
 def divergence_gradient_kernel(
     p_p, p_q, p_p_bias, p_q_bias, p_temperature, p_numbers, p_dz, p_sums, R, C,
     inner, outer, q_inner, q_outer, log_beta, log_rest, rest,
-    KIND: tl.constexpr, HAS_DB: tl.constexpr, HAS_P_BIAS: tl.constexpr, HAS_Q_BIAS: tl.constexpr,
-    HAS_P_SOFTCAP: tl.constexpr, HAS_Q_SOFTCAP: tl.constexpr, HAS_TEMPERATURE: tl.constexpr,
-    BR: tl.constexpr, BLOCK: tl.constexpr,
+    KIND: tl.constexpr, BR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i_r, _, o_r, o_v, m_r = _places(R, C, BR, BLOCK)
-    z_p, slope = _logits(
-        p_p, p_p_bias, p_temperature, o_r, o_v, m_r, C, inner, outer,
-        HAS_P_BIAS, HAS_P_SOFTCAP, HAS_TEMPERATURE,
-    )  # fmt: skip
-    z_q, _ = _logits(
-        p_q, p_q_bias, p_temperature, o_r, o_v, m_r, C, q_inner, q_outer,
-        HAS_Q_BIAS, HAS_Q_SOFTCAP, HAS_TEMPERATURE,
+    z_p, z_q, slope = _logits(
+        p_p, p_q, p_p_bias, p_q_bias, p_temperature, o_r, o_v, m_r, C,
+        inner, outer, q_inner, q_outer,
     )  # fmt: skip
     log_p = _log_probs(z_p, p_numbers, o_r, m_r, R, 0)
     log_q = _log_probs(z_q, p_numbers, o_r, m_r, R, 2)
@@ -200,7 +189,7 @@ def divergence_gradient_kernel(
         dz = _weighed(p, (log_p - log_m) - own) * rest
     dz = tl.where(m_r[:, None], dz * factor[:, None] * slope, 0.0)
     m_v = o_v < C
-    if HAS_DB:
+    if p_sums is not None:
         tl.store(p_sums + i_r.to(tl.int64) * C + o_v, tl.sum(dz, 0), mask=m_v)
     at = p_dz + o_r[:, None] * C + o_v[None, :]
     tl.store(at, dz.to(p_dz.dtype.element_ty), mask=m_r[:, None] & m_v[None, :])
@@ -258,7 +247,6 @@ def gradient(
             p_sums=sums,
             **dict(zip(("log_beta", "log_rest", "rest"), shares, strict=True)),
             KIND=KINDS[kind],
-            HAS_DB=sums is not None,
             num_warps=WARPS,
             **at_most(MAX_REGISTERS),
         )
@@ -274,11 +262,8 @@ def _operands(p: RawTile, q: RawTile) -> dict[str, Any]:
     rows, cols = p.raw.shape
     (inner, outer, per_row), (q_inner, q_outer, _) = p.map.factors(), q.map.factors()
     found: dict[str, Any] = dict(p_p=p.raw, p_q=q.raw, p_p_bias=p.bias, p_q_bias=q.bias)
-    found |= dict(p_temperature=per_row, R=rows, C=cols)
     found |= dict(inner=inner, outer=outer, q_inner=q_inner, q_outer=q_outer)
-    found |= dict(HAS_P_BIAS=p.bias is not None, HAS_Q_BIAS=q.bias is not None)
-    found |= dict(HAS_P_SOFTCAP=p.map.softcap is not None, HAS_Q_SOFTCAP=q.map.softcap is not None)
-    return found | dict(HAS_TEMPERATURE=per_row is not None, BR=ROWS, BLOCK=BLOCK)
+    return found | dict(p_temperature=per_row, R=rows, C=cols, BR=ROWS, BLOCK=BLOCK)
 
 
 def compile_configurations() -> list[Configuration]:
@@ -289,11 +274,10 @@ def compile_configurations() -> list[Configuration]:
     jobs += [("gradient", divergence_gradient_kernel, *x) for x in itertools.product(KINDS, outs)]
     configurations = []
     for (what, kernel, kind, out), most in itertools.product(jobs, (False, True)):
-        sides = ("HAS_P_BIAS", "HAS_Q_BIAS", "HAS_P_SOFTCAP", "HAS_Q_SOFTCAP", "HAS_TEMPERATURE")
-        flags: dict[str, Any] = dict.fromkeys(sides, most) | {"BR": ROWS, "BLOCK": BLOCK}
+        flags: dict[str, Any] = {"BR": ROWS, "BLOCK": BLOCK}
         flags |= {"KIND": KINDS[kind]} if what != "mixture" else {}
-        flags |= {"HAS_DB": most} if what == "gradient" else {}
-        given = dict.fromkeys(("p_p_bias", "p_q_bias", "p_temperature", "p_sums"), most)
+        optional = ("p_p_bias", "p_q_bias", "p_temperature", "p_sums", "inner", "q_inner")
+        given = dict.fromkeys(optional, most)
         found = signature_of(kernel, {"p_dz": out}, given, flags)
         name = f"divergence-{what}->{out} {kind} most={most:d}"
         options = {"maxnreg": MAX_REGISTERS} if what == "gradient" else {}

@@ -34,19 +34,19 @@ LOG_BLOCK = tl.constexpr(4.852030263919617)  # log 128, in the bound of an entro
 
 @triton.jit
 def active_blocks(
-    lse, m_o, own, peak, log_sum, q, z_t, entropy, eps, cap, temperature, softcap,
-    ENTROPY: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HALVINGS: tl.constexpr,
+    lse, m_o, own, peak, log_sum, q, z_t, entropy, eps, cap, temperature, softcap, p_entropy,
+    HALVINGS: tl.constexpr,
 ):  # fmt: skip
     # core/softmax.py's select, for blocks [BR, NB] of rows [BR]; own marks the target's
     eps = tl.full(peak.shape, 1.0, tl.float32) * eps
-    if HAS_SOFTCAP:
+    if softcap is not None:
         high, at_t = peak * temperature / softcap, z_t * temperature / softcap
         eps *= tl.maximum(tl.minimum(1.0 - high * high, 1.0 - at_t * at_t), 0.0)
     theta = eps * tl.minimum(16.0 * tl.maximum(q, 1.52587890625e-05), 1.0)
     log_s = (lse - peak[:, None]) - log_sum[:, None]
     log_s = tl.minimum(log_s, 0.0, propagate_nan=tl.PropagateNan.ALL)
     mass = tl.exp(log_s)
-    if ENTROPY:
+    if p_entropy is not None:
         theta = theta / 2
         spread = (tl.abs(log_s + entropy[:, None]) + LOG_BLOCK) * mass
         spread = tl.where(mass > 0, spread, 0.0)
@@ -96,11 +96,6 @@ def finish_kernel(
     dense_above,
     softcap,
     temperature,
-    ENTROPY: tl.constexpr,
-    SELECT: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr,
-    HAS_ORDER: tl.constexpr,
     STAGE: tl.constexpr,
     HALVINGS: tl.constexpr,
     BR: tl.constexpr,
@@ -110,7 +105,7 @@ def finish_kernel(
     r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)  # [BR]
     live, m_r = r < R, r < n_rows
     i = first + r
-    if HAS_ORDER:
+    if p_order is not None:
         i = tl.load(p_order + i, mask=m_r, other=0)
     target = tl.load(p_target + i, mask=m_r, other=-1).to(tl.int64) - offset
     here = live & (target >= 0) & (target < V)
@@ -125,7 +120,7 @@ def finish_kernel(
         s = tl.load(p_state + R + r, mask=live, other=0.0)
         z_t = tl.load(p_state + 2 * R + r, mask=live, other=0.0)
         u = s
-        if ENTROPY:
+        if p_entropy is not None:
             u = tl.load(p_state + 3 * R + r, mask=live, other=0.0)
     else:
         z_t = tl.load(p_zt + r, mask=here, other=float("-inf"))
@@ -135,30 +130,30 @@ def finish_kernel(
         w = tl.exp(below)
         s = tl.sum(w, 1)
         u = s
-        if ENTROPY:
+        if p_entropy is not None:
             gap = tl.load(p_gap + at, mask=m_o, other=0.0)
             u = tl.sum(tl.where(w > 0, w * (below - gap), 0.0), 1)
     if STAGE == 1:
         tl.store(p_state + r, m, mask=live)
         tl.store(p_state + R + r, s, mask=live)
         tl.store(p_state + 2 * R + r, z_t, mask=live)
-        if ENTROPY:
+        if p_entropy is not None:
             tl.store(p_state + 3 * R + r, u, mask=live)
     else:
-        logprob, entropy, peak, log_sum, q = row_results(m, m - z_t, s, u, z_t, ENTROPY)
+        logprob, entropy, peak, log_sum, q = row_results(m, m - z_t, s, u, z_t)
         tl.store(p_logprob + i, tl.where(live, logprob, 0.0), mask=m_r)
         tl.store(p_peak + i, tl.where(live, peak, 0.0), mask=m_r)
         tl.store(p_log_sum + i, tl.where(live, log_sum, 0.0), mask=m_r)
         tl.store(p_total + i, tl.where(live, peak + log_sum, 0.0), mask=m_r)
-        if ENTROPY:
+        if p_entropy is not None:
             tl.store(p_entropy + i, tl.where(live, entropy, 0.0), mask=m_r)
-        if SELECT:
-            if HAS_TEMPERATURE:
+        if p_bits is not None:
+            if p_temperature is not None:
                 temperature = tl.load(p_temperature + i, mask=m_r, other=1.0)
             own = here[:, None] & (o_b[None, :] == (target // BLOCK)[:, None])
             keep = active_blocks(
                 top + rest, m_o, own, peak, log_sum, q, z_t, entropy,
-                eps, cap, temperature, softcap, ENTROPY, HAS_SOFTCAP, HALVINGS,
+                eps, cap, temperature, softcap, p_entropy, HALVINGS,
             )  # fmt: skip
             flags = tl.where(keep, 1, 0)
             count = tl.sum(flags, 1)
@@ -223,13 +218,8 @@ def finish(
         eps=eps,
         cap=cap,
         dense_above=dense_share * blocks,
-        softcap=map.softcap or 1.0,
+        softcap=map.softcap,
         temperature=1.0 if per_row is not None else map.temperature,
-        ENTROPY=results["entropy"] is not None,
-        SELECT=results["bits"] is not None,
-        HAS_SOFTCAP=map.softcap is not None,
-        HAS_TEMPERATURE=per_row is not None,
-        HAS_ORDER=order is not None,
         STAGE=stage,
         HALVINGS=halvings,
         BR=rows_each,
@@ -247,10 +237,9 @@ def compile_configurations() -> list[Configuration]:
             if blocks != 1187 and (stage or not select):
                 continue
             rows, size, warps = launch_options(blocks)
-            flags: dict[str, Any] = {"ENTROPY": entropy, "SELECT": select, "BR": rows, "NB": size}
-            flags |= {"HAS_SOFTCAP": softcap, "HAS_TEMPERATURE": softcap, "HAS_ORDER": softcap}
+            flags: dict[str, Any] = {"BR": rows, "NB": size}
             flags |= {"STAGE": stage, "HALVINGS": 6, "BLOCK": BLOCK}
-            given = {"p_gap": entropy, "p_temperature": softcap}
+            given = {"p_gap": entropy, "p_temperature": softcap, "softcap": softcap}
             given |= {"p_order": softcap, "p_state": stage != WHOLE, "p_entropy": entropy}
             given |= dict.fromkeys(("p_bits", "p_dense", "p_pairs"), select)
             types = {"p_target": "i64", "p_order": "i64", "p_bits": "u8", "p_dense": "u8"}

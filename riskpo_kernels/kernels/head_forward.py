@@ -34,7 +34,7 @@ import triton.language as tl
 
 from riskpo_kernels.core.matmul import executed
 from riskpo_kernels.core.softmax import BLOCK, LogitMap
-from riskpo_kernels.kernels import Configuration, multiprocessors
+from riskpo_kernels.kernels import Configuration, multiprocessors, of_rows
 from riskpo_kernels.kernels.head_tile import (
     FORWARDS,
     hits_of,
@@ -63,19 +63,16 @@ def block_statistics(
     stride_blocks,
     inner,
     outer,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
     NEGATIVE: tl.constexpr,
-    ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     # products x [BM, BLOCK] of the columns from v on; target [BM] counts from the first column;
     # hits: how many rows have theirs among these
     o_v = v + tl.arange(0, BLOCK)  # [BLOCK]
-    if HAS_BIAS:  # beyond the last column it masks, unless the logits are mapped afterwards
+    if p_bias is not None:  # beyond the last column it masks, unless logits are mapped afterwards
         bias = tl.load(p_bias + o_v, mask=o_v < V, other=float("-inf")).to(tl.float32)
         x += at_least(bias, LOWEST)[None, :]
-    if HAS_SOFTCAP:
+    if inner is not None:
         x = tanh(x * inner)
     if NEGATIVE:
         x = -x
@@ -85,7 +82,7 @@ def block_statistics(
         z_t = tl.where(z_t <= LOWEST / 2, float("-inf"), z_t * outer)
         tl.store(p_zt + o_r, z_t, mask=(target >= v) & (target < v + BLOCK) & m_r)
         x = tl.where(taken, LOWEST, x)
-    if not HAS_BIAS or HAS_SOFTCAP or NEGATIVE:
+    if p_bias is None or inner is not None or NEGATIVE:
         x = tl.where((o_v < V)[None, :], x, LOWEST)
     top = tl.max(x, 1)
     k = outer * LOG2E
@@ -98,7 +95,7 @@ def block_statistics(
     m_b = m_r & (v + tl.zeros_like(o_r) < V)
     tl.store(p_top + at, tl.where(top <= LOWEST / 2, float("-inf"), top * outer), mask=m_b)
     tl.store(p_rest + at, log_s * LN2, mask=m_b)
-    if ENTROPY:
+    if p_gap is not None:
         tl.store(p_gap + at, (log_s - tl.sum(e * y, 1) / s) * LN2, mask=m_b)
 
 
@@ -129,12 +126,7 @@ def statistics_kernel(
     stride_blocks,
     inner,
     outer,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr,
-    HAS_ORDER: tl.constexpr,
     NEGATIVE: tl.constexpr,
-    ENTROPY: tl.constexpr,
     TMA: tl.constexpr,
     GROUP: tl.constexpr,
     BM: tl.constexpr,
@@ -153,13 +145,13 @@ def statistics_kernel(
         )  # fmt: skip
 
         i = first + o_r
-        if HAS_ORDER:
+        if p_order is not None:
             i = tl.load(p_order + i, mask=m_r, other=0)
         target = tl.load(p_target + i, mask=m_r, other=-1).to(tl.int64) - offset
         target = tl.where((target >= 0) & (target < V), target, -1).to(tl.int32)
         hits = hits_of(target, m_r, v, BN, BLOCK)
         by = tl.full((BM,), 1.0, tl.float32) * outer
-        if HAS_TEMPERATURE:
+        if p_temperature is not None:
             by = outer / tl.load(p_temperature + i, mask=m_r, other=1.0)
         tl.static_assert(BN == BLOCK or BN == 2 * BLOCK)
         if BN == BLOCK:
@@ -169,8 +161,7 @@ def statistics_kernel(
         for j in tl.static_range(BN // BLOCK):
             block_statistics(
                 parts[j], v + j * BLOCK, V, p_bias, p_top, p_rest, p_gap, p_zt, o_r, m_r, target,
-                (hits >> (16 * j)) & 65535, stride_blocks, inner, by, HAS_BIAS, HAS_SOFTCAP,
-                NEGATIVE, ENTROPY, BLOCK,
+                (hits >> (16 * j)) & 65535, stride_blocks, inner, by, NEGATIVE, BLOCK,
             )  # fmt: skip
 
 
@@ -221,13 +212,12 @@ def statistics(
     rows, vocab = hidden.shape[0], weight.shape[0]
     row_tiles, column_tiles = -(-rows // tile.rows), -(-vocab // tile.columns)
     executed(row_tiles * tile.rows, column_tiles * tile.columns, hidden.shape[1])
-    inner, outer, per_row = map.factors()
+    rows_given = of_rows(map)
     programs = min(row_tiles * column_tiles, multiprocessors(hidden.device))
     statistics_kernel[(programs,)](
         **operands,
         p_bias=bias,
         p_target=target,
-        p_temperature=per_row,
         p_order=order,
         p_top=out.top,
         p_rest=out.rest,
@@ -238,14 +228,8 @@ def statistics(
         first=first,
         offset=offset,
         stride_blocks=out.top.stride(0),
-        inner=inner,
-        outer=abs(outer),
-        HAS_BIAS=bias is not None,
-        HAS_SOFTCAP=map.softcap is not None,
-        HAS_TEMPERATURE=per_row is not None,
-        HAS_ORDER=order is not None,
-        NEGATIVE=outer < 0,
-        ENTROPY=out.gap is not None,
+        **rows_given | {"outer": abs(rows_given["outer"])},
+        NEGATIVE=rows_given["outer"] < 0,
         BLOCK=BLOCK,
     )
 
@@ -262,11 +246,10 @@ def compile_configurations() -> list[Configuration]:
     made = []
     for variant, (dtype, logit, negative, entropy) in itertools.product(FORWARDS, choices):
         bias, softcap, per_row = logit
-        flags: dict[str, Any] = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "ENTROPY": entropy}
-        flags |= {"HAS_TEMPERATURE": per_row, "HAS_ORDER": per_row, "NEGATIVE": negative}
-        flags |= {"BLOCK": BLOCK}
+        flags: dict[str, Any] = {"NEGATIVE": negative, "BLOCK": BLOCK}
         types = {"p_target": "i64", "p_order": "i64"}
         given = {"p_bias": bias, "p_temperature": per_row, "p_order": per_row, "p_gap": entropy}
+        given |= {"inner": softcap}
         title = f"bias={bias:d} softcap={softcap:d} rows={per_row:d} negative={negative:d} "
         title += f"entropy={entropy:d}"
         made.append(

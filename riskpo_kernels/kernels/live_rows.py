@@ -32,7 +32,6 @@ def live_kernel(
     N,
     V,
     ignore_index,
-    HAS_TEMPERATURE: tl.constexpr,
     BN: tl.constexpr,
 ):
     bad = tl.full((BN,), 0, tl.int32)
@@ -50,7 +49,7 @@ def live_kernel(
         bad += (live & ((target < 0) | (target >= V))).to(tl.int32)
         low = tl.minimum(low, tl.where(live, target, FAR))
         high = tl.maximum(high, tl.where(live, target, -FAR))
-        if HAS_TEMPERATURE:
+        if p_temperature is not None:
             t = tl.load(p_temperature + o_n, mask=live, other=1.0)
             cold += (live & ((t > 0) == 0)).to(tl.int32)
         n_live += tl.sum(one, 0)
@@ -83,7 +82,6 @@ def live_first(
         N=n,
         V=vocab,
         ignore_index=ignore_index,
-        HAS_TEMPERATURE=temperature is not None,
         BN=BN,
         num_warps=WARPS,
     )
@@ -96,7 +94,6 @@ def compile_configurations() -> list[Configuration]:
     types = {"p_target": "i64", "p_order": "i64", "p_numbers": "i64"}
     made = []
     for per_row in (False, True):
-        flags = {"HAS_TEMPERATURE": per_row, "BN": BN}
-        found = signature_of(live_kernel, types, {"p_temperature": per_row}, flags)
+        found = signature_of(live_kernel, types, {"p_temperature": per_row}, {"BN": BN})
         made.append(Configuration(f"live rows={per_row:d}", live_kernel, *found, WARPS, 3, {}))
     return made

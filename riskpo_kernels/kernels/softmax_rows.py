@@ -24,7 +24,6 @@ Cost per element: one read and one exp, and of the gradient one write. No atomic
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import torch
 import triton
@@ -34,7 +33,7 @@ from riskpo_kernels.core.gradient import RowGradient
 from riskpo_kernels.core.softmax import FLOOR as LOG_FLOOR
 from riskpo_kernels.core.softmax import IGNORED as UNREAD
 from riskpo_kernels.core.softmax import LogitMap
-from riskpo_kernels.kernels import Configuration, at_most, signature_of
+from riskpo_kernels.kernels import Configuration, at_most, of_rows, signature_of
 from riskpo_kernels.kernels.tl_math import (
     LN2,
     LOG2E,
@@ -74,21 +73,18 @@ def _rows_kernel(
     stride_raw,
     inner,
     outer,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr,
-    ENTROPY: tl.constexpr,
     BV: tl.constexpr,
 ):
     r = tl.program_id(0).to(tl.int64)
     target = tl.load(p_target + r)
     live = target != IGNORED  # an ignored row is never read
     here = live & (target >= 0) & (target < V)
-    if HAS_TEMPERATURE:
+    if p_temperature is not None:
         outer = outer / tl.load(p_temperature + r)
     k = outer * LOG2E
     p_row = p_raw + r * stride_raw
     x_t = tl.load(p_row + target, mask=here, other=0.0).to(tl.float32)
-    if HAS_SOFTCAP:
+    if inner is not None:
         x_t = tanh(x_t * inner)
     x_t = tl.where(here, x_t, float("-inf"))
     column = tl.where(here, target, -1).to(tl.int32)
@@ -98,7 +94,7 @@ def _rows_kernel(
         m_v = o_v < V
         m_x = tl.where(live, o_v, V) < V  # a tensor: see block_statistics
         x = tl.load(p_row + o_v, mask=m_x, other=float("-inf")).to(tl.float32)
-        if HAS_SOFTCAP:
+        if inner is not None:
             x = tanh(x * inner)
         x = tl.where(m_v & (o_v != column), x, float("-inf"))
         new = tl.maximum(m, tl.max(x, 0))
@@ -106,19 +102,19 @@ def _rows_kernel(
         e = tl.exp2(y)
         shift = tl.maximum((m - new) * k, FLOOR)  # exp2(FLOOR) = 0, and 0 * FLOOR is not NaN
         keep = tl.exp2(shift)
-        if ENTROPY:
+        if p_entropy is not None:
             u = keep * (u + s * shift) + tl.sum(e * at_least(y, FLOOR), 0)
         s = s * keep + tl.sum(e, 0)
         m = new
     none = m == LOWEST
     d, z_t = (m - x_t) * outer, x_t * outer
     m = tl.where(none, float("-inf"), m * outer)
-    logprob, entropy, peak, log_sum, _ = row_results(m, d, s, u * LN2, z_t, ENTROPY)
+    logprob, entropy, peak, log_sum, _ = row_results(m, d, s, u * LN2, z_t)
     tl.store(p_logprob + r, tl.where(live, logprob, 0.0))
     tl.store(p_total + r, tl.where(live, peak + log_sum, 0.0))
     tl.store(p_peak + r, tl.where(live, peak, 0.0))
     tl.store(p_log_sum + r, tl.where(live, log_sum, 0.0))
-    if ENTROPY:
+    if p_entropy is not None:
         tl.store(p_entropy + r, tl.where(live, entropy, 0.0))
 
 
@@ -140,10 +136,6 @@ def _gradient_kernel(
     stride_out,
     inner,
     outer,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr,
-    HAS_SLOPE: tl.constexpr,
     BN: tl.constexpr,
     BV: tl.constexpr,
 ):
@@ -157,27 +149,27 @@ def _gradient_kernel(
     live = m_n & (target != IGNORED)
     at_target = tl.load(p_at_target + o_n, mask=live, other=0.0)
     offset = tl.load(p_offset + o_n, mask=live, other=0.0)
-    slope = tl.full((BN,), 0.0, tl.float32)
-    if HAS_SLOPE:
+    sent, slope = (at_target != 0) | (offset != 0), None
+    if p_slope is not None:
         slope = tl.load(p_slope + o_n, mask=live, other=0.0)
-    # a row without a gradient is not read either
-    live = live & ((at_target != 0) | (offset != 0) | (slope != 0))
+        sent = sent | (slope != 0)
+    live = live & sent  # a row without a gradient is not read either
     peak = tl.load(p_peak + o_n, mask=live, other=0.0)
     log_sum = tl.load(p_log_sum + o_n, mask=live, other=0.0)
-    if HAS_TEMPERATURE:
+    if p_temperature is not None:
         outer = outer / tl.load(p_temperature + o_n, mask=live, other=1.0)[:, None]
     x = tl.load(
         p_raw + o_n[:, None] * stride_raw + o_v[None, :],
         mask=live[:, None] & m_v[None, :],
         other=0.0,
     ).to(tl.float32)  # [BN, BV]
-    if HAS_BIAS:
+    if p_bias is not None:
         x += tl.load(p_bias + o_v, mask=m_v, other=0.0).to(tl.float32)[None, :]
-    z, cap_slope = logits_of(x, inner, outer, HAS_SOFTCAP)
+    z, cap_slope = logits_of(x, inner, outer)
 
     log_p = (z - peak[:, None]) - log_sum[:, None]
     taken = o_v[None, :] == target[:, None]
-    dz = logits_gradient(log_p, taken, at_target, offset, slope, HAS_SLOPE, FLOOR)
+    dz = logits_gradient(log_p, taken, at_target, offset, slope, FLOOR)
     dz = tl.where(live[:, None], dz * cap_slope, 0.0)
 
     tl.store(
@@ -195,13 +187,11 @@ def row_statistics(
     rows, vocab = raw.shape
     if rows == 0:
         return
-    inner, outer, per_row = map.factors()
     logprob, entropy, total, peak, log_sum = results
     with torch.cuda.device_of(raw):
         _rows_kernel[(rows,)](
             p_raw=raw,
             p_target=target,
-            p_temperature=per_row,
             p_logprob=logprob,
             p_entropy=entropy,
             p_total=total,
@@ -209,11 +199,7 @@ def row_statistics(
             p_log_sum=log_sum,
             V=vocab,
             stride_raw=raw.stride(0),
-            inner=inner,
-            outer=outer,
-            HAS_SOFTCAP=map.softcap is not None,
-            HAS_TEMPERATURE=per_row is not None,
-            ENTROPY=entropy is not None,
+            **of_rows(map),
             BV=ROW_RUN,
             num_warps=1,
         )
@@ -232,29 +218,17 @@ def gradient(
     rows, cols = raw.shape
     if rows == 0 or cols == 0:
         return out
-    inner, outer, per_row = map.factors()
     with torch.cuda.device_of(raw):
         _gradient_kernel[(-(-rows // BN) * -(-cols // BV),)](
             p_raw=raw,
             p_bias=bias,
             p_target=target,
-            p_temperature=per_row,
-            p_at_target=up.at_target,
-            p_offset=up.offset,
-            p_slope=up.slope,
-            p_peak=up.peak,
-            p_log_sum=up.log_sum,
+            **of_rows(map, up),
             p_out=out,
             R=rows,
             C=cols,
             stride_raw=raw.stride(0),
             stride_out=out.stride(0),
-            inner=inner,
-            outer=outer,
-            HAS_BIAS=bias is not None,
-            HAS_SOFTCAP=map.softcap is not None,
-            HAS_TEMPERATURE=per_row is not None,
-            HAS_SLOPE=up.slope is not None,
             BN=BN,
             BV=BV,
             num_warps=WARPS,
@@ -272,12 +246,10 @@ def compile_configurations() -> list[Configuration]:
     ):
         if raw != "bf16" and not softcap == per_row == entropy:
             continue
-        flags: dict[str, Any] = {"HAS_SOFTCAP": softcap, "HAS_TEMPERATURE": per_row}
-        flags |= {"ENTROPY": entropy, "BV": ROW_RUN}
         name = f"rows {raw} softcap={softcap:d} rows={per_row:d} entropy={entropy:d}"
-        given = {"p_temperature": per_row, "p_entropy": entropy}
+        given = {"p_temperature": per_row, "p_entropy": entropy, "inner": softcap}
         types = {"p_raw": raw, "p_target": "i64"}
-        found = signature_of(_rows_kernel, types, given, flags)
+        found = signature_of(_rows_kernel, types, given, {"BV": ROW_RUN})
         configurations.append(Configuration(name, _rows_kernel, *found, 1, 3, {}))
     for (raw, out), bias, softcap, per_row, g in itertools.product(
         (("fp32", "fp32"), ("fp32", "bf16"), ("fp32", "fp16"), ("bf16", "bf16"), ("fp16", "fp16")),
@@ -288,22 +260,10 @@ def compile_configurations() -> list[Configuration]:
         fullest = bias == (raw == "fp32") and softcap and per_row and g
         if out != "bf16" and not (fullest or not (bias or softcap or per_row or g)):
             continue
-        flags = {
-            "HAS_BIAS": bias,
-            "HAS_SOFTCAP": softcap,
-            "HAS_TEMPERATURE": per_row,
-            "HAS_SLOPE": g,
-        }
         name = f"gradient {raw}->{out} bias={bias:d} softcap={softcap:d} rows={per_row:d} g={g:d}"
-        given = {"p_bias": bias, "p_temperature": per_row, "p_slope": g}
+        given = {"p_bias": bias, "p_temperature": per_row, "p_slope": g, "inner": softcap}
         types = {"p_raw": raw, "p_out": out, "p_target": "i64"}
-        configurations.append(_configuration(name, _gradient_kernel, types, given, flags))
+        found = signature_of(_gradient_kernel, types, given, {"BN": BN, "BV": BV})
+        most = {"maxnreg": MAX_REGISTERS}
+        configurations.append(Configuration(name, _gradient_kernel, *found, WARPS, 3, most))
     return configurations
-
-
-def _configuration(
-    name: str, kernel: Any, types: dict[str, str], given: dict[str, bool], flags: dict[str, Any]
-) -> Configuration:
-    signature, constexprs = signature_of(kernel, types, given, flags | {"BN": BN, "BV": BV})
-    launch = (WARPS, 3, {"maxnreg": MAX_REGISTERS})
-    return Configuration(name, kernel, signature, constexprs, *launch)

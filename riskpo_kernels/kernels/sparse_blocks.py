@@ -74,11 +74,6 @@ def dz_kernel(
     stride_w,
     inner,
     outer,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr,
-    HAS_SLOPE: tl.constexpr,
-    HAS_DB: tl.constexpr,
     BM: tl.constexpr,
     BLOCK: tl.constexpr,
     BK: tl.constexpr,
@@ -110,28 +105,28 @@ def dz_kernel(
             other=0.0,
         )  # [BK, BLOCK]
         x = tl.dot(h, w, x, input_precision="ieee")
-    if HAS_BIAS:
+    if p_bias is not None:
         x += tl.load(p_bias + o_v, mask=m_v, other=0.0)[None, :]
-    if HAS_TEMPERATURE:
+    if p_temperature is not None:
         outer = outer / tl.load(p_temperature + r, mask=m_p, other=1.0)[:, None]
-    z, cap_slope = logits_of(x, inner, outer, HAS_SOFTCAP)
+    z, cap_slope = logits_of(x, inner, outer)
 
     peak = tl.load(p_peak + r, mask=m_p, other=0.0)
     log_sum = tl.load(p_log_sum + r, mask=m_p, other=0.0)
     target = tl.load(p_target + r, mask=m_p, other=-1)
     at_target = tl.load(p_at_target + r, mask=m_p, other=0.0)
     offset = tl.load(p_offset + r, mask=m_p, other=0.0)
-    slope = offset
-    if HAS_SLOPE:
+    slope = None
+    if p_slope is not None:
         slope = tl.load(p_slope + r, mask=m_p, other=0.0)
     log_p = (z - peak[:, None]) - log_sum[:, None]
     taken = o_v[None, :] == target[:, None]
-    dz = logits_gradient(log_p, taken, at_target, offset, slope, HAS_SLOPE, LOWEST)
+    dz = logits_gradient(log_p, taken, at_target, offset, slope, LOWEST)
     dz = tl.where(m_p[:, None] & m_v[None, :], dz * cap_slope, 0.0)
 
     o_dz = (i_t * BM + tl.arange(0, BM))[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     tl.store(p_dz + o_dz, dz.to(p_dz.dtype.element_ty))
-    if HAS_DB:
+    if p_sums is not None:
         tl.store(p_sums + i_t * BLOCK + tl.arange(0, BLOCK), tl.sum(dz, 0))
 
 
@@ -146,11 +141,9 @@ def compile_configurations() -> list[Configuration]:
         for (bias, db), (softcap, per_row, g) in itertools.product(biases, others):
             if dtype == "fp16" and not bias == db == softcap == per_row == g:
                 continue
-            flags: dict[str, Any] = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "HAS_SLOPE": g}
-            flags |= {"HAS_TEMPERATURE": per_row, "HAS_DB": db}
-            flags |= {"BK": BK, "BM": tile_rows(softcap)}
+            flags = {"BK": BK, "BM": tile_rows(softcap)}
             given = {"p_bias": bias, "p_temperature": per_row, "p_slope": g}
-            given |= {"p_sums": db}
+            given |= {"p_sums": db, "inner": softcap}
             name = f"dz-dot {dtype} bias={bias:d} softcap={softcap:d} rows={per_row:d} g={g:d} "
             name += f"db={db:d}"
             limit = register_limit(flags["BM"])

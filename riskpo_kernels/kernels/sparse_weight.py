@@ -42,8 +42,6 @@ def put(
     D,
     V,
     stride_dw,
-    HAS_DB: tl.constexpr,
-    HAS_UNIT: tl.constexpr,
     ADD: tl.constexpr,
 ):
     # complete sums [BLOCK, BD] of a block into dW; those of dbias by the first columns' program
@@ -52,10 +50,10 @@ def put(
     m_out = m_v[:, None] & m_d[None, :]
     if ADD:
         dw += tl.load(p_out, mask=m_out, other=0.0)
-    if HAS_UNIT:
+    if p_unit is not None:
         dw *= tl.load(p_unit)
     tl.store(p_out, dw.to(p_dw.dtype.element_ty), mask=m_out)
-    if HAS_DB:
+    if p_db is not None:
         m_db = m_v & (i_d + tl.zeros_like(o_v) == 0)  # a tensor: see block_statistics
         tl.store(p_db + o_v, db + tl.load(p_db + o_v, mask=m_db, other=0.0), mask=m_db)
 
@@ -84,8 +82,6 @@ def dw_kernel(
     most,
     stride_h,
     stride_dw,
-    HAS_DB: tl.constexpr,
-    HAS_UNIT: tl.constexpr,
     ADD: tl.constexpr,
     BM: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -121,16 +117,16 @@ def dw_kernel(
             other=0.0,
         )  # [BM, BD]
         dw = tl.dot(tl.trans(dz), h, dw, input_precision="ieee")
-        if HAS_DB:
+        if p_db is not None:
             db += tl.load(p_sums + (tile + i // BM) * BLOCK + tl.arange(0, BLOCK))
 
     if last_part > first_part:
         o_part = (first_part + i_p) * BLOCK + o_b
         tl.store(p_parts + o_part[:, None] * D + o_d[None, :], dw, mask=m_d[None, :])
-        if HAS_DB:
+        if p_db is not None:
             tl.store(p_part_sums + o_part, db, mask=m_v & (i_d + tl.zeros_like(o_v) == 0))
     else:
-        put(dw, db, p_dw, p_db, p_unit, i_d, o_v, o_d, D, V, stride_dw, HAS_DB, HAS_UNIT, ADD)
+        put(dw, db, p_dw, p_db, p_unit, i_d, o_v, o_d, D, V, stride_dw, ADD)
 
 
 @triton.jit(do_not_specialize=["first_block"])
@@ -145,8 +141,6 @@ def fold_kernel(
     V,
     first_block,
     stride_dw,
-    HAS_DB: tl.constexpr,
-    HAS_UNIT: tl.constexpr,
     ADD: tl.constexpr,
     BLOCK: tl.constexpr,
     BD: tl.constexpr,
@@ -166,10 +160,10 @@ def fold_kernel(
     for i in range(first, last):
         p_part = p_parts + (i * BLOCK + o_b)[:, None] * D + o_d[None, :]
         dw += tl.load(p_part, mask=m_d[None, :], other=0.0)
-        if HAS_DB:
+        if p_db is not None:
             db += tl.load(p_part_sums + i * BLOCK + o_b)
 
-    put(dw, db, p_dw, p_db, p_unit, i_d, o_v, o_d, D, V, stride_dw, HAS_DB, HAS_UNIT, ADD)
+    put(dw, db, p_dw, p_db, p_unit, i_d, o_v, o_d, D, V, stride_dw, ADD)
 
 
 def compile_configurations() -> list[Configuration]:
@@ -184,7 +178,7 @@ def compile_configurations() -> list[Configuration]:
     choices.append((True, ways[0], alone))
     for db, (out, add, unit), sizes in choices:
         given = {"p_db": db, "p_sums": db, "p_part_sums": db, "p_unit": unit}
-        flags = {"HAS_DB": db, "HAS_UNIT": unit, "ADD": add, "BD": BD} | sizes
+        flags = {"ADD": add, "BD": BD} | sizes
         title = f"->{out} db={db:d} unit={unit:d} add={add:d}{' D=1' if sizes else ''}"
         name = f"fold{title}"
         types = {"p_dw": out}

@@ -28,7 +28,7 @@ from riskpo_kernels.core.gradient import RowGradient
 from riskpo_kernels.core.matmul import executed
 from riskpo_kernels.core.softmax import FLOOR as LOG_FLOOR
 from riskpo_kernels.core.softmax import LogitMap
-from riskpo_kernels.kernels import Configuration, signature_of
+from riskpo_kernels.kernels import Configuration, of_rows, signature_of
 from riskpo_kernels.kernels.support_pairs import BD, BP, TYPES, WARPS, Pairs
 from riskpo_kernels.kernels.tl_math import logits_gradient, logits_of
 
@@ -53,9 +53,6 @@ def pair_dz_kernel(
     P,
     inner,
     outer,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr,
-    HAS_SLOPE: tl.constexpr,
     MANY: tl.constexpr,
 ):
     o_p = tl.program_id(0).to(tl.int64) * MANY + tl.arange(0, MANY)  # [MANY]
@@ -63,19 +60,19 @@ def pair_dz_kernel(
     m_p = v >= 0
     r = tl.load(p_rows + o_p, mask=m_p, other=0)
     x = tl.load(p_x + o_p, mask=m_p, other=0.0)
-    if HAS_TEMPERATURE:
+    if p_temperature is not None:
         outer = outer / tl.load(p_temperature + r, mask=m_p, other=1.0)
-    z, cap_slope = logits_of(x, inner, outer, HAS_SOFTCAP)
+    z, cap_slope = logits_of(x, inner, outer)
     peak = tl.load(p_peak + r, mask=m_p, other=0.0)
     log_sum = tl.load(p_log_sum + r, mask=m_p, other=0.0)
     at_target = tl.load(p_at_target + r, mask=m_p, other=0.0)
     offset = tl.load(p_offset + r, mask=m_p, other=0.0)
-    slope = offset
-    if HAS_SLOPE:
+    slope = None
+    if p_slope is not None:
         slope = tl.load(p_slope + r, mask=m_p, other=0.0)
     log_p = ((z - peak) - log_sum)[:, None]
     taken = (v == tl.load(p_target + r, mask=m_p, other=-1))[:, None]
-    dz = logits_gradient(log_p, taken, at_target, offset, slope, HAS_SLOPE, FLOOR)  # [MANY, 1]
+    dz = logits_gradient(log_p, taken, at_target, offset, slope, FLOOR)  # [MANY, 1]
     dz = tl.where(m_p, tl.reshape(dz, (MANY,)) * cap_slope, 0.0)
     tl.store(p_dz + o_p, dz, mask=o_p < P)
 
@@ -92,17 +89,16 @@ def segment_kernel(
     ROWS,
     stride_source,
     stride_out,
-    HAS_PLACE: tl.constexpr,
     BP: tl.constexpr,
     BD: tl.constexpr,
 ):
-    # out[i] = sum dz source[index] over segment i [BD]; with HAS_PLACE out[place[first[i]]], of
+    # out[i] = sum dz source[index] over segment i [BD]; with a place out[place[first[i]]], of
     # which there are ROWS: beyond them, and beyond the last segment, nothing is read or written
     i = tl.program_id(0).to(tl.int64)
     o_d = tl.program_id(1) * BD + tl.arange(0, BD)  # [BD]
     first, last = tl.load(p_first + i), tl.load(p_first + i + 1)
     row = i
-    if HAS_PLACE:
+    if p_place is not None:
         row = tl.load(p_place + first, mask=first < last, other=ROWS).to(tl.int64)
         last = tl.where(row < ROWS, last, first)
     m_d = o_d < D
@@ -127,7 +123,6 @@ def pair_gradients(
     x: torch.Tensor, pairs: Pairs, target: torch.Tensor, map: LogitMap, up: RowGradient
 ) -> torch.Tensor:
     """dz [P] of x; 0 where a pair has no logit."""
-    inner, outer, per_row = map.factors()
     dz, n = torch.empty_like(x), x.numel()
     if n:
         pair_dz_kernel[(-(-n // MANY),)](
@@ -135,19 +130,9 @@ def pair_gradients(
             p_ids=pairs.ids,
             p_rows=pairs.rows,
             p_target=target,
-            p_temperature=per_row,
-            p_at_target=up.at_target,
-            p_offset=up.offset,
-            p_slope=up.slope,
-            p_peak=up.peak,
-            p_log_sum=up.log_sum,
+            **of_rows(map, up),
             p_dz=dz,
             P=n,
-            inner=inner,
-            outer=outer,
-            HAS_SOFTCAP=map.softcap is not None,
-            HAS_TEMPERATURE=per_row is not None,
-            HAS_SLOPE=up.slope is not None,
             MANY=MANY,
             num_warps=WARPS,
         )
@@ -178,7 +163,6 @@ def segment_sums(
             ROWS=rows,
             stride_source=source.stride(0),
             stride_out=out.stride(0),
-            HAS_PLACE=place is not None,
             BP=BP,
             BD=BD,
             num_warps=WARPS,
@@ -190,9 +174,8 @@ def compile_configurations() -> list[Configuration]:
     every dtype of what is gathered and of what is written."""
     made = []
     for full in (False, True):
-        given = {"p_temperature": full, "p_slope": full}
-        flags = {"HAS_SOFTCAP": full, "HAS_TEMPERATURE": full, "HAS_SLOPE": full, "MANY": MANY}
-        found = signature_of(pair_dz_kernel, TYPES, given, flags)
+        given = {"p_temperature": full, "p_slope": full, "inner": full}
+        found = signature_of(pair_dz_kernel, TYPES, given, {"MANY": MANY})
         made.append(
             Configuration(f"support-dz full={full:d}", pair_dz_kernel, *found, WARPS, 3, {})
         )
@@ -202,7 +185,7 @@ def compile_configurations() -> list[Configuration]:
     ways += [("fp32", "bf16", False, {}), ("bf16", "fp32", True, {}), ("fp32", "bf16", True, alone)]
     for source, out, place, sizes in ways:
         types = TYPES | {"p_index": "i32", "p_place": "i32", "p_source": source, "p_out": out}
-        flags = {"HAS_PLACE": place, "BP": BP, "BD": BD} | sizes
+        flags = {"BP": BP, "BD": BD} | sizes
         found = signature_of(segment_kernel, types, {"p_place": place}, flags)
         name = f"support-sums {source}->{out} place={place:d}{' D=1' if sizes else ''}"
         made.append(Configuration(name, segment_kernel, *found, WARPS, 3, {}))

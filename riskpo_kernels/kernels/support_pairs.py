@@ -34,7 +34,7 @@ from riskpo_kernels.core.matmul import executed
 from riskpo_kernels.core.softmax import FLOOR as LOG_FLOOR
 from riskpo_kernels.core.softmax import IGNORED as UNREAD
 from riskpo_kernels.core.softmax import LogitMap
-from riskpo_kernels.kernels import Configuration, signature_of
+from riskpo_kernels.kernels import Configuration, of_rows, signature_of
 from riskpo_kernels.kernels.tl_math import (
     LN2,
     LOG2E,
@@ -62,7 +62,6 @@ def pair_logits_kernel(
     D,
     stride_h,
     stride_w,
-    HAS_BIAS: tl.constexpr,
     BP: tl.constexpr,
     BD: tl.constexpr,
 ):
@@ -78,7 +77,7 @@ def pair_logits_kernel(
         w = tl.load(p_weight + v[:, None] * stride_w + o_d[None, :], mask=m_x, other=0.0)
         x += h.to(tl.float32) * w.to(tl.float32)
     logit = tl.sum(x, 1)
-    if HAS_BIAS:
+    if p_bias is not None:
         logit += tl.load(p_bias + v, mask=m_p, other=0.0).to(tl.float32)
     tl.store(p_x + o_p, logit, mask=o_p < P)
 
@@ -97,9 +96,6 @@ def pair_rows_kernel(
     p_log_sum,
     inner,
     outer,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr,
-    ENTROPY: tl.constexpr,
     STATE: tl.constexpr,
     RUN: tl.constexpr,
 ):
@@ -107,7 +103,7 @@ def pair_rows_kernel(
     r = tl.program_id(0).to(tl.int64)
     target = tl.load(p_target + r)
     live = target != IGNORED
-    if HAS_TEMPERATURE:
+    if p_temperature is not None:
         outer = outer / tl.load(p_temperature + r)
     m, s, u = tl.full((), LOWEST, tl.float32), tl.full((), 0.0, tl.float32), 0.0
     z_t, places = tl.full((), 0.0, tl.float32), tl.full((), 0, tl.int32)
@@ -117,7 +113,7 @@ def pair_rows_kernel(
         v = tl.load(p_ids + o_p, mask=o_p < last, other=-1)
         here = v >= 0
         x = tl.load(p_x + o_p, mask=here, other=0.0)
-        z, _ = logits_of(x, inner, outer, HAS_SOFTCAP)
+        z, _ = logits_of(x, inner, outer)
         taken = here & (v == target)
         z_t += tl.sum(tl.where(taken, z, 0.0), 0)  # a maximum would lose a NaN
         places += tl.sum(taken.to(tl.int32), 0)
@@ -127,7 +123,7 @@ def pair_rows_kernel(
         e = tl.exp2(y)
         shift = tl.maximum((m - new) * LOG2E, FLOOR)  # exp2(FLOOR) = 0, and 0 * FLOOR is not NaN
         keep = tl.exp2(shift)
-        if ENTROPY:
+        if p_entropy is not None:
             u = keep * (u + s * shift) + tl.sum(e * at_least(y, FLOOR), 0)
         s = s * keep + tl.sum(e, 0)
         m = new
@@ -137,15 +133,15 @@ def pair_rows_kernel(
         tl.store(p_logprob + r, m)
         tl.store(p_total + r, s)
         tl.store(p_peak + r, z_t)
-        if ENTROPY:
+        if p_entropy is not None:
             tl.store(p_entropy + r, u * LN2)
     else:
-        logprob, entropy, peak, log_sum, _ = row_results(m, m - z_t, s, u * LN2, z_t, ENTROPY)
+        logprob, entropy, peak, log_sum, _ = row_results(m, m - z_t, s, u * LN2, z_t)
         tl.store(p_logprob + r, tl.where(live, logprob, 0.0))
         tl.store(p_total + r, tl.where(live, peak + log_sum, 0.0))
         tl.store(p_peak + r, tl.where(live, peak, 0.0))
         tl.store(p_log_sum + r, tl.where(live, log_sum, 0.0))
-        if ENTROPY:
+        if p_entropy is not None:
             tl.store(p_entropy + r, tl.where(live, entropy, 0.0))
 
 
@@ -176,7 +172,6 @@ def pair_logits(
             D=hidden.shape[1],
             stride_h=hidden.stride(0),
             stride_w=weight.stride(0),
-            HAS_BIAS=bias is not None,
             BP=BP,
             BD=BD,
             num_warps=WARPS,
@@ -195,7 +190,6 @@ def fold_pairs(
 ) -> None:
     """logprob, entropy (or None), lse, peak and log_sum [N] into `results`; state: m, u, s and z_t
     into the first four."""
-    inner, outer, per_row = map.factors()
     names = ("p_logprob", "p_entropy", "p_total", "p_peak", "p_log_sum")
     if target.numel():
         pair_rows_kernel[(target.numel(),)](
@@ -203,12 +197,7 @@ def fold_pairs(
             p_ids=pairs.ids,
             p_first=pairs.first,
             p_target=target,
-            p_temperature=per_row,
-            inner=inner,
-            outer=outer,
-            HAS_SOFTCAP=map.softcap is not None,
-            HAS_TEMPERATURE=per_row is not None,
-            ENTROPY=results[1] is not None,
+            **of_rows(map),
             STATE=state,
             RUN=RUN,
             num_warps=1,
@@ -222,14 +211,15 @@ def compile_configurations() -> list[Configuration]:
     made = []
     for h, w, bias in (("bf16", "bf16", True), ("fp16", "fp16", False), ("bf16", "fp32", True)):
         types = TYPES | {"p_hidden": h, "p_weight": w, "p_bias": w}
-        flags = {"HAS_BIAS": bias, "BP": BP, "BD": BD}
+        flags = {"BP": BP, "BD": BD}
         found = signature_of(pair_logits_kernel, types, {"p_bias": bias}, flags)
         name = f"support-logits {h} {w} bias={bias:d}"
         made.append(Configuration(name, pair_logits_kernel, *found, WARPS, 3, {}))
     for full, state in itertools.product((False, True), repeat=2):
-        given = {"p_temperature": full, "p_entropy": full, "p_log_sum": not state}
-        flags = {"HAS_SOFTCAP": full, "HAS_TEMPERATURE": full, "ENTROPY": full}
-        found = signature_of(pair_rows_kernel, TYPES, given, flags | {"STATE": state, "RUN": RUN})
+        given = {"p_temperature": full, "p_entropy": full, "inner": full}
+        given |= {"p_log_sum": not state}
+        flags = {"STATE": state, "RUN": RUN}
+        found = signature_of(pair_rows_kernel, TYPES, given, flags)
         name = f"support-rows full={full:d} state={state:d}"
         made.append(Configuration(name, pair_rows_kernel, *found, 1, 3, {}))
     return made

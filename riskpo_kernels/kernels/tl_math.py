@@ -40,29 +40,27 @@ def softplus(x):
 
 
 @triton.jit
-def logits_of(x, inner, outer, HAS_SOFTCAP: tl.constexpr):
+def logits_of(x, inner, outer):
     # z and the softcap's slope, of core/softmax.py's LogitMap.factors
     slope = tl.full(x.shape, 1.0, tl.float32)
-    if HAS_SOFTCAP:
+    if inner is not None:
         x = tanh(x * inner)
         slope = 1.0 - x * x
     return x * outer, slope
 
 
 @triton.jit
-def logits_gradient(
-    log_p, taken, at_target, offset, slope, HAS_SLOPE: tl.constexpr, FLOOR: tl.constexpr
-):
-    # dz [R, C] of softmax_rows.RowGradient's three numbers a row, [R]; taken marks the target
+def logits_gradient(log_p, taken, at_target, offset, slope, FLOOR: tl.constexpr):
+    # dz [R, C] of core/gradient.py's three numbers a row, [R]; taken marks the target
     log_p = at_least(log_p, FLOOR)  # 0 * -inf is NaN
     by_mass = offset[:, None]
-    if HAS_SLOPE:
+    if slope is not None:
         by_mass += slope[:, None] * log_p
     return tl.where(taken, at_target[:, None], -tl.exp(log_p) * by_mass)
 
 
 @triton.jit
-def row_results(m, d, s, u, z_t, ENTROPY: tl.constexpr):
+def row_results(m, d, s, u, z_t):
     # core/softmax.py's finish, given d = m - z_t: logprob, entropy, peak, log_sum, 1 - p_target
     log_s = tl.log(s)
     d = tl.where(s == 0, float("-inf"), d + log_s)
@@ -70,10 +68,8 @@ def row_results(m, d, s, u, z_t, ENTROPY: tl.constexpr):
     log_sum = tl.where(z_t >= m, over, log_s + under)
     e = tl.exp(-tl.abs(d))
     q = tl.where(d < 0, e, 1.0) / (1.0 + e)
-    entropy = over
-    if ENTROPY:
-        rest = tl.where(s == 0, 0.0, at_least(log_s - u / s, 0.0))
-        known = tl.where(over > 1000.0, 1000.0, over)  # 0 * inf where the target is certain
-        against = tl.where(under > 1000.0, 1000.0, under)
-        entropy = tl.exp(-over) * known + q * (against + rest)
+    rest = tl.where(s == 0, 0.0, at_least(log_s - u / s, 0.0))
+    known = tl.where(over > 1000.0, 1000.0, over)  # 0 * inf where the target is certain
+    against = tl.where(under > 1000.0, 1000.0, under)
+    entropy = tl.exp(-over) * known + q * (against + rest)
     return -over, entropy, tl.maximum(m, z_t), log_sum, q

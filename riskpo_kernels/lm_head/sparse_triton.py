@@ -16,7 +16,7 @@ import torch
 from riskpo_kernels.core.gradient import Accumulator, Gradients, RowGradient
 from riskpo_kernels.core.matmul import Head, Options, executed, products_of, spans
 from riskpo_kernels.core.softmax import BLOCK, ActiveBlocks, n_blocks
-from riskpo_kernels.kernels import at_most, multiprocessors
+from riskpo_kernels.kernels import at_most, multiprocessors, of_rows
 from riskpo_kernels.kernels.sparse_blocks import (
     BK,
     STAGES,
@@ -138,7 +138,6 @@ def _launch_dz(
     sizes: dict[str, int],
 ) -> None:
     executed(dz.numel(), sizes["D"])
-    inner, outer, per_row = head.map.factors()
     dz_kernel[(dz.shape[0],)](
         p_hidden=head.hidden,
         p_weight=head.weight,
@@ -146,23 +145,11 @@ def _launch_dz(
         p_index=head.rows,
         p_tile_block=tile_block,
         p_target=head.target,
-        p_temperature=per_row,
-        p_at_target=up.at_target,
-        p_offset=up.offset,
-        p_slope=up.slope,
-        p_peak=up.peak,
-        p_log_sum=up.log_sum,
+        **of_rows(head.map, up),
         p_dz=dz,
         p_sums=sums,
         stride_h=head.hidden.stride(0),
         stride_w=head.weight.stride(0),
-        inner=inner,
-        outer=outer,
-        HAS_BIAS=head.bias is not None,
-        HAS_SOFTCAP=head.map.softcap is not None,
-        HAS_TEMPERATURE=per_row is not None,
-        HAS_SLOPE=up.slope is not None,
-        HAS_DB=sums is not None,
         BM=dz.shape[1],
         BLOCK=BLOCK,
         BK=BK,
@@ -261,7 +248,7 @@ def _launch_dw(
     part_sums = None if into.db is None else parts.new_empty(parts.shape[0])
     both: dict[str, Any] = dict(p_parts=parts, p_part_sums=part_sums, p_first_part=first_part)
     both |= dict(p_dw=out, p_db=into.db, p_unit=unit, stride_dw=out.stride(0), BLOCK=BLOCK, BD=BD_W)
-    both |= dict(HAS_DB=into.db is not None, HAS_UNIT=unit is not None, ADD=add, **sizes)
+    both |= dict(ADD=add, **sizes)
     executed(dz.numel(), sizes["D"])
     dw_kernel[(job_block.numel(), columns)](
         p_hidden=hidden,

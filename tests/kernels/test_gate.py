@@ -14,7 +14,7 @@ from tests.conftest import has_triton
 
 ROOT = Path(__file__).resolve().parents[2]
 STEP = "/*0e30*/  HGMMA.64x256x16.F32.BF16 R24, gdesc[UR16], R24, gsb0 ;\n"
-TILE = {"BM": 128, "BN": 256, "BK": 64, "HAS_SOFTCAP": False}
+TILE = {"BM": 128, "BN": 256, "BK": 64, "inner": None}
 GOOD = gate.Compiled("forward-hopper-dot-tma bf16", 90, 255, 0, 197_152, 4, 8, 11.4, "")
 # four tiles' worth of a loop: a step, a jump over the end of a tile, in it one over the targets
 SASS = """

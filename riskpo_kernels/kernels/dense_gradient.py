@@ -42,27 +42,11 @@ FLOOR = tl.constexpr(LOG_FLOOR)
 
 @triton.jit
 def block_gradient(
-    x,
-    v,
-    C,
-    p_bias,
-    p_dz,
-    p_sums,
-    i_r,
-    o_r,
-    m_r,
-    target,
-    hits,
-    at_target,
-    offset,
-    slope,
-    peak,
-    log_sum,
-    stride_dz,
-    inner,
-    outer,
+    x, v, C,
+    p_bias, p_dz, p_sums,
+    i_r, o_r, m_r, target, hits, at_target, offset, slope, peak, log_sum, stride_dz, inner, outer,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     # products x [BM, BLOCK] of the columns from v on; the others are of its rows [BM];
     # hits: how many of them have their target among these columns
     o_v = v + tl.arange(0, BLOCK)  # [BLOCK]
@@ -88,35 +72,12 @@ def block_gradient(
 
 @triton.jit(do_not_specialize=["R"], do_not_specialize_on_alignment=ROW_POINTERS)
 def dense_kernel(
-    d_hidden,
-    d_weight,
-    p_hidden,
-    p_weight,
-    p_bias,
-    p_target,
-    p_temperature,
-    p_at_target,
-    p_offset,
-    p_slope,
-    p_peak,
-    p_log_sum,
-    p_dz,
-    p_sums,
-    R,
-    C,
-    D,
-    stride_h,
-    stride_w,
-    stride_dz,
-    inner,
-    outer,
-    TMA: tl.constexpr,
-    GROUP: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
+    d_hidden, d_weight, p_hidden, p_weight, p_bias, p_target, p_temperature, p_at_target, p_offset,
+    p_slope, p_peak, p_log_sum, p_dz, p_sums,
+    R, C, D, stride_h, stride_w, stride_dz, inner, outer,
+    TMA: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     n_r, n_v = tl.cdiv(R, BM), tl.cdiv(C, BN)
     for tile in tl.range(tl.program_id(0), n_r * n_v, tl.num_programs(0), flatten=True):
         i_r, v = tile_at(tile, n_r, n_v, GROUP, BN)

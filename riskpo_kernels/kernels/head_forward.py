@@ -48,24 +48,11 @@ from riskpo_kernels.kernels.tl_math import LN2, LOG2E, LOWEST, at_least, tanh
 
 @triton.jit
 def block_statistics(
-    x,
-    v,
-    V,
-    p_bias,
-    p_top,
-    p_rest,
-    p_gap,
-    p_zt,
-    o_r,
-    m_r,
-    target,
-    hits,
-    stride_blocks,
-    inner,
-    outer,
-    NEGATIVE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    x, v, V,
+    p_bias, p_top, p_rest, p_gap, p_zt,
+    o_r, m_r, target, hits, stride_blocks, inner, outer,
+    NEGATIVE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     # products x [BM, BLOCK] of the columns from v on; target [BM] counts from the first column;
     # hits: how many rows have theirs among these
     o_v = v + tl.arange(0, BLOCK)  # [BLOCK]
@@ -104,36 +91,12 @@ def block_statistics(
     do_not_specialize_on_alignment=["p_target", "p_temperature", "p_order", "p_zt"],
 )
 def statistics_kernel(
-    d_hidden,
-    d_weight,
-    p_hidden,
-    p_weight,
-    p_bias,
-    p_target,
-    p_temperature,
-    p_order,
-    p_top,
-    p_rest,
-    p_gap,
-    p_zt,
-    R,
-    V,
-    D,
-    first,
-    offset,
-    stride_h,
-    stride_w,
-    stride_blocks,
-    inner,
-    outer,
-    NEGATIVE: tl.constexpr,
-    TMA: tl.constexpr,
-    GROUP: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    d_hidden, d_weight, p_hidden, p_weight, p_bias, p_target, p_temperature, p_order, p_top,
+    p_rest, p_gap, p_zt,
+    R, V, D, first, offset, stride_h, stride_w, stride_blocks, inner, outer,
+    NEGATIVE: tl.constexpr, TMA: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     n_r, n_v = tl.cdiv(R, BM), tl.cdiv(V, BN)
     for tile in tl.range(tl.program_id(0), n_r * n_v, tl.num_programs(0), flatten=True):
         i_r, v = tile_at(tile, n_r, n_v, GROUP, BN)

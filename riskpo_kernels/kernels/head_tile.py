@@ -69,22 +69,10 @@ def hits_of(target, m_r, v, BN: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def product(
-    d_hidden,
-    d_weight,
-    p_hidden,
-    p_weight,
-    i_r,
-    v,
-    R,
-    V,
-    D,
-    stride_h,
-    stride_w,
-    TMA: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-):
+    d_hidden, d_weight, p_hidden, p_weight,
+    i_r, v, R, V, D, stride_h, stride_w,
+    TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
     # h W^T of a tile [BM, BN]: row tile i_r, columns from v on
     x = tl.full((BM, BN), 0.0, tl.float32)
     for d in range(0, D, BK):

@@ -25,15 +25,10 @@ FAR = tl.constexpr(2**62)
     do_not_specialize_on_alignment=["p_target", "p_temperature"],
 )
 def live_kernel(
-    p_target,
-    p_temperature,
-    p_order,
-    p_numbers,
-    N,
-    V,
-    ignore_index,
+    p_target, p_temperature, p_order, p_numbers,
+    N, V, ignore_index,
     BN: tl.constexpr,
-):
+):  # fmt: skip
     bad = tl.full((BN,), 0, tl.int32)
     cold, low, high = bad, tl.full((BN,), FAR, tl.int64), tl.full((BN,), -FAR, tl.int64)
     n_live = 0

@@ -61,20 +61,10 @@ ROW_POINTERS = [f"p_{name}" for name in PER_ROW.split()]
 
 @triton.jit(do_not_specialize_on_alignment=ROW_POINTERS)
 def _rows_kernel(
-    p_raw,
-    p_target,
-    p_temperature,
-    p_logprob,
-    p_entropy,
-    p_total,
-    p_peak,
-    p_log_sum,
-    V,
-    stride_raw,
-    inner,
-    outer,
+    p_raw, p_target, p_temperature, p_logprob, p_entropy, p_total, p_peak, p_log_sum,
+    V, stride_raw, inner, outer,
     BV: tl.constexpr,
-):
+):  # fmt: skip
     r = tl.program_id(0).to(tl.int64)
     target = tl.load(p_target + r)
     live = target != IGNORED  # an ignored row is never read
@@ -120,25 +110,11 @@ def _rows_kernel(
 
 @triton.jit(do_not_specialize=["R"], do_not_specialize_on_alignment=ROW_POINTERS)
 def _gradient_kernel(
-    p_raw,
-    p_bias,
-    p_target,
-    p_temperature,
-    p_at_target,
-    p_offset,
-    p_slope,
-    p_peak,
-    p_log_sum,
+    p_raw, p_bias, p_target, p_temperature, p_at_target, p_offset, p_slope, p_peak, p_log_sum,
     p_out,
-    R,
-    C,
-    stride_raw,
-    stride_out,
-    inner,
-    outer,
-    BN: tl.constexpr,
-    BV: tl.constexpr,
-):
+    R, C, stride_raw, stride_out, inner, outer,
+    BN: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
     n_v = tl.cdiv(C, BV)
     i_n = (tl.program_id(0) // n_v).to(tl.int64)
     o_n = i_n * BN + tl.arange(0, BN)  # [BN]

@@ -49,35 +49,11 @@ def register_limit(rows: int) -> int | None:
 
 @triton.jit(do_not_specialize=["first_block", "n_blocks"])
 def dz_kernel(
-    p_hidden,
-    p_weight,
-    p_bias,
-    p_index,
-    p_rows,
-    p_starts,
-    p_tiles,
-    p_tile_block,
-    p_target,
-    p_temperature,
-    p_at_target,
-    p_offset,
-    p_slope,
-    p_peak,
-    p_log_sum,
-    p_dz,
-    p_sums,
-    D,
-    V,
-    first_block,
-    n_blocks,
-    stride_h,
-    stride_w,
-    inner,
-    outer,
-    BM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BK: tl.constexpr,
-):
+    p_hidden, p_weight, p_bias, p_index, p_rows, p_starts, p_tiles, p_tile_block, p_target,
+    p_temperature, p_at_target, p_offset, p_slope, p_peak, p_log_sum, p_dz, p_sums,
+    D, V, first_block, n_blocks, stride_h, stride_w, inner, outer,
+    BM: tl.constexpr, BLOCK: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
     i_t = tl.program_id(0).to(tl.int64)
     i_b = tl.load(p_tile_block + i_t)  # counted from first_block
     if i_b >= n_blocks:

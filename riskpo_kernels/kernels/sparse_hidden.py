@@ -27,24 +27,10 @@ BD, GATHER_WARPS = 128, 1  # columns per program; a program of gather_kernel has
 
 @triton.jit(do_not_specialize=["first_block", "n_blocks"])
 def dh_kernel(
-    p_weight,
-    p_rows,
-    p_starts,
-    p_tiles,
-    p_tile_block,
-    p_dz,
-    p_dh,
-    D,
-    V,
-    first_block,
-    n_blocks,
-    stride_w,
-    stride_dh,
-    ATOMIC: tl.constexpr,
-    BM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BD: tl.constexpr,
-):
+    p_weight, p_rows, p_starts, p_tiles, p_tile_block, p_dz, p_dh,
+    D, V, first_block, n_blocks, stride_w, stride_dh,
+    ATOMIC: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
     # p_dh is dH [n, D]; with ATOMIC off parts [P, S], of the D <= S columns that p_weight begins
     # with, and stride_dh = S
     i_t = tl.program_id(0).to(tl.int64)
@@ -78,15 +64,10 @@ def dh_kernel(
 
 @triton.jit
 def gather_kernel(
-    p_parts,
-    p_order,
-    p_first_pair,
-    p_dh,
-    D,
-    stride_parts,
-    stride_dh,
+    p_parts, p_order, p_first_pair, p_dh,
+    D, stride_parts, stride_dh,
     BD: tl.constexpr,
-):
+):  # fmt: skip
     i_r = tl.program_id(0).to(tl.int64)
     o_d = tl.program_id(1) * BD + tl.arange(0, BD)  # [BD]
     m_d = o_d < D

@@ -31,19 +31,11 @@ REGISTERS = 168  # left alone, ptxas squeezes sm_100's into 64 and spills
 
 @triton.jit
 def put(
-    dw,
-    db,
-    p_dw,
-    p_db,
-    p_unit,
-    i_d,
-    o_v,
-    o_d,
-    D,
-    V,
-    stride_dw,
+    dw, db,
+    p_dw, p_db, p_unit,
+    i_d, o_v, o_d, D, V, stride_dw,
     ADD: tl.constexpr,
-):
+):  # fmt: skip
     # complete sums [BLOCK, BD] of a block into dW; those of dbias by the first columns' program
     m_d, m_v = o_d < D, o_v < V
     p_out = p_dw + o_v[:, None] * stride_dw + o_d[None, :]
@@ -60,33 +52,11 @@ def put(
 
 @triton.jit(do_not_specialize=["first_block", "n_blocks", "most"])
 def dw_kernel(
-    p_hidden,
-    p_index,
-    p_rows,
-    p_starts,
-    p_tiles,
-    p_dz,
-    p_sums,
-    p_job_block,
-    p_first_job,
-    p_first_part,
-    p_parts,
-    p_part_sums,
-    p_dw,
-    p_db,
-    p_unit,
-    D,
-    V,
-    first_block,
-    n_blocks,
-    most,
-    stride_h,
-    stride_dw,
-    ADD: tl.constexpr,
-    BM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BD: tl.constexpr,
-):
+    p_hidden, p_index, p_rows, p_starts, p_tiles, p_dz, p_sums, p_job_block, p_first_job,
+    p_first_part, p_parts, p_part_sums, p_dw, p_db, p_unit,
+    D, V, first_block, n_blocks, most, stride_h, stride_dw,
+    ADD: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
     i_j = tl.program_id(0).to(tl.int64)
     i_d = tl.program_id(1)
     i_b = tl.load(p_job_block + i_j)
@@ -131,20 +101,10 @@ def dw_kernel(
 
 @triton.jit(do_not_specialize=["first_block"])
 def fold_kernel(
-    p_parts,
-    p_part_sums,
-    p_first_part,
-    p_dw,
-    p_db,
-    p_unit,
-    D,
-    V,
-    first_block,
-    stride_dw,
-    ADD: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BD: tl.constexpr,
-):
+    p_parts, p_part_sums, p_first_part, p_dw, p_db, p_unit,
+    D, V, first_block, stride_dw,
+    ADD: tl.constexpr, BLOCK: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
     i_b = tl.program_id(0).to(tl.int64)
     i_d = tl.program_id(1)
     first, last = tl.load(p_first_part + i_b), tl.load(p_first_part + i_b + 1)

@@ -39,22 +39,11 @@ PER_ROW = "target temperature at_target offset slope peak log_sum".split()
 
 @triton.jit(do_not_specialize=["P"], do_not_specialize_on_alignment=[f"p_{x}" for x in PER_ROW])
 def pair_dz_kernel(
-    p_x,
-    p_ids,
-    p_rows,
-    p_target,
-    p_temperature,
-    p_at_target,
-    p_offset,
-    p_slope,
-    p_peak,
-    p_log_sum,
+    p_x, p_ids, p_rows, p_target, p_temperature, p_at_target, p_offset, p_slope, p_peak, p_log_sum,
     p_dz,
-    P,
-    inner,
-    outer,
+    P, inner, outer,
     MANY: tl.constexpr,
-):
+):  # fmt: skip
     o_p = tl.program_id(0).to(tl.int64) * MANY + tl.arange(0, MANY)  # [MANY]
     v = tl.load(p_ids + o_p, mask=o_p < P, other=-1)
     m_p = v >= 0
@@ -79,19 +68,10 @@ def pair_dz_kernel(
 
 @triton.jit(do_not_specialize=["ROWS"], do_not_specialize_on_alignment=["p_first"])
 def segment_kernel(
-    p_source,
-    p_index,
-    p_dz,
-    p_first,
-    p_place,
-    p_out,
-    D,
-    ROWS,
-    stride_source,
-    stride_out,
-    BP: tl.constexpr,
-    BD: tl.constexpr,
-):
+    p_source, p_index, p_dz, p_first, p_place, p_out,
+    D, ROWS, stride_source, stride_out,
+    BP: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
     # out[i] = sum dz source[index] over segment i [BD]; with a place out[place[first[i]]], of
     # which there are ROWS: beyond them, and beyond the last segment, nothing is read or written
     i = tl.program_id(0).to(tl.int64)

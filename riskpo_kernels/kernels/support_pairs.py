@@ -52,19 +52,10 @@ TYPES = {"p_ids": "i32", "p_rows": "i32", "p_first": "i64", "p_target": "i64"}
 
 @triton.jit(do_not_specialize=["P"])
 def pair_logits_kernel(
-    p_hidden,
-    p_weight,
-    p_bias,
-    p_ids,
-    p_rows,
-    p_x,
-    P,
-    D,
-    stride_h,
-    stride_w,
-    BP: tl.constexpr,
-    BD: tl.constexpr,
-):
+    p_hidden, p_weight, p_bias, p_ids, p_rows, p_x,
+    P, D, stride_h, stride_w,
+    BP: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
     o_p = tl.program_id(0).to(tl.int64) * BP + tl.arange(0, BP)  # [BP]
     v = tl.load(p_ids + o_p, mask=o_p < P, other=-1).to(tl.int64)
     m_p = v >= 0
@@ -84,21 +75,10 @@ def pair_logits_kernel(
 
 @triton.jit(do_not_specialize_on_alignment=["p_first", "p_target", "p_temperature"])
 def pair_rows_kernel(
-    p_x,
-    p_ids,
-    p_first,
-    p_target,
-    p_temperature,
-    p_logprob,
-    p_entropy,
-    p_total,
-    p_peak,
-    p_log_sum,
-    inner,
-    outer,
-    STATE: tl.constexpr,
-    RUN: tl.constexpr,
-):
+    p_x, p_ids, p_first, p_target, p_temperature, p_logprob, p_entropy, p_total, p_peak, p_log_sum,
+    inner, outer,
+    STATE: tl.constexpr, RUN: tl.constexpr,
+):  # fmt: skip
     # STATE: m, s, u and z_t into logprob, total, entropy and peak, to be merged with other ranks'
     r = tl.program_id(0).to(tl.int64)
     target = tl.load(p_target + r)

@@ -23,6 +23,11 @@ def halves(x: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
     return [first, (x - first.to(x.dtype)).to(dtype)]
 
 
+def filled(x: torch.Tensor, multiple: int) -> torch.Tensor:
+    """x with columns of zeros up to a multiple."""
+    return torch.nn.functional.pad(x, (0, -x.shape[1] % multiple))
+
+
 @dataclass(frozen=True)
 class LowRank:
     """u [N, r] of all rows of hidden, b [V, r] of all columns; dtype of the products' operands."""
@@ -44,21 +49,21 @@ class LowRank:
     def width(self) -> int:
         """A multiple of 16 for 16-bit operands, whose rows then begin where wide loads can."""
         columns = len(self._pairs) * self.u.shape[1]
-        return -(-columns // 16) * 16 if self.dtype.itemsize == 2 else columns
+        return columns + -columns % self._multiple
+
+    @property
+    def _multiple(self) -> int:
+        return 16 if self.dtype.itemsize == 2 else 1
 
     def beside_hidden(self, rows: slice | torch.Tensor) -> torch.Tensor:
         """[R, width]"""
         parts = halves(self.u[rows], self.dtype)
-        return self._filled([parts[i] for i, _ in self._pairs])
+        return filled(torch.cat([parts[i] for i, _ in self._pairs], 1), self._multiple)
 
     def beside_weight(self, columns: slice) -> torch.Tensor:
         """[C, width]"""
         parts = halves(self.b[columns], self.dtype)
-        return self._filled([parts[j] for _, j in self._pairs])
-
-    def _filled(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        rows, rank = parts[0].shape
-        return torch.cat([*parts, parts[0].new_zeros(rows, self.width - len(parts) * rank)], 1)
+        return filled(torch.cat([parts[j] for _, j in self._pairs], 1), self._multiple)
 
     def of_u(self, sums: torch.Tensor) -> torch.Tensor:
         """The gradient [N, r] of u in that of beside_hidden: of its first half, which is whole."""

@@ -111,11 +111,12 @@ class RowState(NamedTuple):
         """Some of the rows: views for a slice, copies for an index."""
         return RowState(*(None if x is None else x[rows] for x in self))  # type: ignore[arg-type]
 
-    def put(self, rows: slice, part: RowState) -> None:
+    def put(self, rows: slice | torch.Tensor, part: RowState) -> None:
         """The state of these rows; rows of `part` beyond them are padding."""
+        n = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
         for x, y in zip(self, part, strict=True):
             if x is not None and y is not None:
-                x[rows] = y[: rows.stop - rows.start]
+                x[rows] = y[:n]
 
 
 class RowStats(NamedTuple):

@@ -50,6 +50,12 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def readable(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """x as the kernels read it: of one dtype, columns next to each other."""
+    x = x if dtype is None else x.to(dtype)
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def of_rows(map: LogitMap, up: RowGradient | None = None) -> dict[str, Any]:
     """What a launch says of its rows' logits, and of their gradients. An argument is None where
     there is no such thing, and the kernel is compiled without it."""

@@ -25,7 +25,7 @@ from riskpo_kernels.core.gradient import RowGradient
 from riskpo_kernels.core.matmul import executed
 from riskpo_kernels.core.softmax import BLOCK, LogitMap
 from riskpo_kernels.core.softmax import FLOOR as LOG_FLOOR
-from riskpo_kernels.kernels import Configuration, multiprocessors, of_rows
+from riskpo_kernels.kernels import Configuration, multiprocessors, of_rows, readable
 from riskpo_kernels.kernels.head_tile import (
     FORWARDS,
     hits_of,
@@ -128,7 +128,7 @@ def tile_gradient(
     """Fill dz [R, C] for hidden [R, D] and weight [C, D]; with `sums` those of its columns [C],
     float32, before they were rounded. Every row has a coefficient, or hidden states of zeros."""
     (rows, columns), device = dz.shape, dz.device
-    hidden, weight = (x if x.stride(1) == 1 else x.contiguous() for x in (hidden, weight))
+    hidden, weight = readable(hidden), readable(weight)
     tile, operands = operands_of(hidden, weight, narrow=map.softcap is not None)
     row_tiles, column_tiles = -(-rows // tile.rows), -(-columns // tile.columns)
     executed(rows, columns, hidden.shape[1])

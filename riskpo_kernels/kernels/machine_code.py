@@ -36,9 +36,7 @@ def matrix_instruction(arch: Arch) -> str:
 def resources(kernel: Any, arch: Arch, log: str) -> Resources | None:
     """None where the compiler does not say."""
     if isinstance(arch, str):
-        found = re.search(
-            r"\.vgpr_count:\s+(\d+)\s+\.vgpr_spill_count:\s+(\d+)", kernel.asm["amdgcn"]
-        )
+        found = VGPRS.search(kernel.asm["amdgcn"])
         return None if found is None else Resources(int(found[1]), 4 * int(found[2]))
     spills, registers = SPILLS.search(log), REGISTERS.search(log)
     if spills is None or registers is None:

@@ -64,9 +64,7 @@ def _torch_fold(
         for v in spans(z.shape[1], COLS):
             tile = _tile(z, live, v, state.m.dtype)
             softmax.fold(tile, target[live] - v.start, None, part, map.of(live))
-        for whole, piece in zip(state, part, strict=True):
-            if whole is not None and piece is not None:
-                whole[live] = piece
+        state.put(live, part)
 
 
 def _torch_gradient(

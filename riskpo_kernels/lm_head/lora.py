@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from riskpo_kernels.core.checks import check_device, check_float, check_shape, reject
-from riskpo_kernels.core.low_rank import LowRank
+from riskpo_kernels.core.low_rank import LowRank, filled
 from riskpo_kernels.core.matmul import (
     SIXTEEN_BIT,
     WHOLE_TILE,
@@ -75,7 +75,7 @@ def _low_rank(
     products, wide = Products(hidden.device, hidden.dtype, weight.dtype), wide_of(hidden, weight)
     pad = _pad_of(hidden, o)
     if pad:  # a BLAS rounds by a row's place where a product's depth is no multiple of 4
-        a, b = _filled(a.T, 4).T, _filled(b, 4)
+        a, b = filled(a.T, 4).T, filled(b, 4)
     u, down = hidden.new_empty(hidden.shape[0], len(a), dtype=wide), a.to(wide).T * o.factor
     for s in spans(hidden.shape[0], pad or ROWS):
         u[s] = _times(hidden[s], down, pad)
@@ -85,13 +85,8 @@ def _low_rank(
 def _times(x: torch.Tensor, m: torch.Tensor, pad: int) -> torch.Tensor:
     """x m, as part of a product of `pad` rows where a row's bits may not depend on how many there
     are, nor on its place among them, by which a BLAS rounds in products of few columns."""
-    wide = _filled(m, 16) if pad else m
+    wide = filled(m, 16) if pad else m
     return (padded(x.to(m.dtype), pad) @ wide)[: x.shape[0], : m.shape[1]]
-
-
-def _filled(x: torch.Tensor, multiple: int) -> torch.Tensor:
-    """x with columns of zeros up to a multiple."""
-    return torch.nn.functional.pad(x, (0, -x.shape[1] % multiple))
 
 
 def _pad_of(hidden: torch.Tensor, o: Options) -> int:

@@ -16,7 +16,7 @@ import torch
 from riskpo_kernels.core.gradient import Accumulator, Gradients, RowGradient
 from riskpo_kernels.core.matmul import Head, Options, executed, products_of, spans
 from riskpo_kernels.core.softmax import BLOCK, ActiveBlocks, n_blocks
-from riskpo_kernels.kernels import at_most, multiprocessors, of_rows
+from riskpo_kernels.kernels import at_most, multiprocessors, of_rows, readable
 from riskpo_kernels.kernels.sparse_blocks import (
     BK,
     STAGES,
@@ -67,17 +67,13 @@ def sparse_backward(
 def _plain(head: Head, dtype: torch.dtype) -> Head:
     """The head as the kernels read it: columns next to each other, of the products' dtype (only
     16-bit hidden with a float32 weight differs), and an index for the rows."""
-
-    def plain(x: torch.Tensor) -> torch.Tensor:
-        x = x.to(dtype)
-        return x if x.stride(-1) == 1 else x.contiguous()
-
     rows = torch.arange(head.n, device=head.target.device) if head.rows is None else head.rows
     bias = None if head.bias is None else head.bias.float()
     if head.low_rank is not None:  # columns of the weight are copied when their blocks come
         all_rows, h = torch.arange(head.n, device=rows.device), head.take(slice(None), dtype)
         return replace(head, hidden=h, bias=bias, rows=all_rows)
-    return replace(head, hidden=plain(head.hidden), weight=plain(head.weight), bias=bias, rows=rows)
+    hidden, weight = readable(head.hidden, dtype), readable(head.weight, dtype)
+    return replace(head, hidden=hidden, weight=weight, bias=bias, rows=rows)
 
 
 def _at(head: Head, into: Gradients, blocks: slice) -> tuple[Head, Gradients, int]:

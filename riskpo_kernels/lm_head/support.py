@@ -171,9 +171,7 @@ def _forward(
         for piece in pieces(head, lists, o.memory_mib):
             part = state.of(piece.rows)
             fold(piece.z, _place(piece, head), None, part, SAME)
-            for x, y in zip(state, part, strict=True):
-                if x is not None and y is not None:
-                    x[piece.rows] = y
+            state.put(piece.rows, part)
         if shard is not None:
             shard.merge(state)
         logprob, entropy, peak, log_sum = finish(state)

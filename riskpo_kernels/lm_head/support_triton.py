@@ -20,6 +20,7 @@ import torch
 from riskpo_kernels.core.gradient import RowGradient
 from riskpo_kernels.core.process_groups import sum_over
 from riskpo_kernels.core.softmax import IGNORED, LogitMap, RowState, finish
+from riskpo_kernels.kernels import readable
 from riskpo_kernels.kernels.support_gradient import pair_gradients, segment_sums
 from riskpo_kernels.kernels.support_pairs import Pairs, fold_pairs, pair_logits
 from riskpo_kernels.lm_head.vocab_parallel import VocabShard
@@ -40,8 +41,7 @@ def forward(
     pairs = pairs_of(tensors, live, first)
     local = torch.where(live, target.long() - first, IGNORED)
     with torch.cuda.device_of(hidden):
-        h, w, b = _plain(*tensors[:3])
-        x = pair_logits(h, w, b, pairs)
+        x = pair_logits(readable(hidden), readable(tensors[1]), tensors[2], pairs)
         wanted = (True, entropy, True, True, shard is None)
         rows = [x.new_empty(target.shape) if yes else None for yes in wanted]
         fold_pairs(x, pairs, local, map, rows, state=shard is not None)
@@ -71,17 +71,16 @@ def backward(
     pairs = pairs_of(tensors, up.live() & _live(target, ignore_index), first)
     dh = dw = db = None
     with torch.cuda.device_of(hidden):
-        h, w, _ = _plain(hidden, weight, bias)
         dz = pair_gradients(x, pairs, target.long() - first, map, up)
         if needs[0]:
             dtype = hidden.dtype if shard is None else torch.float32
             dh = torch.empty(hidden.shape, dtype=dtype, device=x.device)
-            segment_sums(w, pairs.ids, dz, pairs.first, None, dh)
+            segment_sums(readable(weight), pairs.ids, dz, pairs.first, None, dh)
         if any(needs[1:]):
             rows, dz, begin, ids = _by_id(pairs, dz, weight.shape[0])
             if needs[1]:
                 dw = torch.zeros_like(weight, memory_format=torch.contiguous_format)
-                segment_sums(h, rows, dz, begin, ids, dw)
+                segment_sums(readable(hidden), rows, dz, begin, ids, dw)
             if needs[2] and bias is not None:
                 db = torch.zeros_like(bias, memory_format=torch.contiguous_format)
                 segment_sums(x.new_ones(1, 1), torch.zeros_like(rows), dz, begin, ids, db[:, None])
@@ -117,8 +116,3 @@ def _by_id(
     run = torch.nn.functional.pad(run, (1, 0))[: ids.numel()]
     most = torch.arange(min(ids.numel(), vocab) + 1, device=ids.device)
     return pairs.rows[order], dz[order], torch.searchsorted(run, most), ids
-
-
-def _plain(*tensors: torch.Tensor | None) -> Any:
-    """As the kernels read them: columns next to each other."""
-    return tuple(x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors)

@@ -23,6 +23,7 @@ from riskpo_kernels.core import softmax
 from riskpo_kernels.core.low_rank import LowRank
 from riskpo_kernels.core.matmul import Head, Options, Plan, Products, plan_tiles, spans
 from riskpo_kernels.core.softmax import ActiveBlocks, LogitMap, RowState, n_blocks
+from riskpo_kernels.kernels import readable
 from riskpo_kernels.kernels.finish_rows import FROM_STATE, TO_STATE, WHOLE, finish
 from riskpo_kernels.kernels.head_forward import BlockStatistics, statistics
 from riskpo_kernels.kernels.live_rows import live_first
@@ -68,7 +69,7 @@ def triton_forward(
     if n == 0:
         return rows
     target = target.contiguous()
-    weight = _plain(weight, dtype) if low_rank is None else weight
+    weight = readable(weight, dtype) if low_rank is None else weight
     head = Head(hidden, weight, bias, None, target, map, low_rank=low_rank)
     per_row = map.temperature if isinstance(map.temperature, torch.Tensor) else None
     with torch.cuda.device_of(hidden):
@@ -78,7 +79,7 @@ def triton_forward(
         for r in list(spans(live, plan.rows)) or [slice(0, 0)]:
             part = out.of(r.stop - r.start)
             if vocab and r.stop > r.start:
-                h = _plain(head.take(r if order is None else order[r], dtype), dtype)
+                h = readable(head.take(r if order is None else order[r], dtype), dtype)
                 for v in spans(vocab, plan.cols):
                     w, bias_v = head.columns(v, dtype), None if bias is None else bias[v]
                     given, place = (bias_v, target, order, map, part.columns(v)), offset + v.start
@@ -146,12 +147,6 @@ def _room(n: int, vocab: int, device: torch.device) -> ActiveBlocks:
 
     bits = room(-(-n_blocks(vocab) // 8), n, dtype=torch.uint8)
     return ActiveBlocks(bits, room(n, dtype=torch.bool), room(n, dtype=torch.int32))
-
-
-def _plain(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """x as the kernels read it: of one dtype, columns next to each other."""
-    x = x.to(dtype)
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _chunk(head: Head, live: int, vocab: int, copied: bool, dtype: torch.dtype, o: Options) -> Plan:

@@ -138,15 +138,12 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def choose(
-    op: str, backend: str, device: torch.device, dtype: torch.dtype, obstacle: str | None = None
-) -> str:
-    """Resolve `backend` for `op`; an explicit one that cannot run raises ValueError. obstacle: why
-    the Triton kernels cannot take this call, whatever the machine."""
+def choose(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Resolve `backend` for `op`; an explicit one that cannot run raises ValueError."""
     check_choice(op, "backend", backend, BACKENDS)
     if backend in ("torch", "reference"):
         return backend
-    obstacle = obstacle or why_not_triton(device, dtype)
+    obstacle = why_not_triton(device, dtype)
     if backend == "triton":
         if obstacle is not None:
             reject(op, "backend='triton'", "a machine where it can run", f"Here {obstacle}.")

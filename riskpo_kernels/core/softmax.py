@@ -204,7 +204,7 @@ def fold(
     if blocks is None:
         state.s.mul_(keep).add_(e.sum(1))
     else:
-        sums = _block_sums(e)
+        sums = block_sums(e)
         state.s.mul_(keep).add_(sums.sum(1))
         blocks.copy_(sums.log_().add_(anchor[:, None]))
     if state.u is not None:
@@ -212,7 +212,7 @@ def fold(
     state.m.copy_(m)
 
 
-def _block_sums(e: torch.Tensor) -> torch.Tensor:
+def block_sums(e: torch.Tensor) -> torch.Tensor:
     """Sums [R, ceil(C / 128)] over runs of 128 columns."""
     whole = e.shape[1] // BLOCK * BLOCK
     sums = e[:, :whole].unflatten(1, (-1, BLOCK)).sum(2)

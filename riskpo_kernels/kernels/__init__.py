@@ -68,12 +68,19 @@ FLOAT_SCALARS = {"inner", "outer", "eps", "cap", "dense_above", "softcap", "temp
 FLOAT_SCALARS |= {"q_inner", "q_outer", "log_beta", "log_rest", "rest"}
 
 
-def signature_of(
-    kernel: Any, types: dict[str, str], given: dict[str, bool], constexprs: dict[str, Any]
-) -> tuple[dict[str, str], dict[str, Any]]:
-    """(signature, constexprs) of a launch: pointers (p_...) are fp32 unless `types` says otherwise,
-    descriptors (d_...) what `types` says, both None where `given` says so; other arguments are
-    sizes, or one of FLOAT_SCALARS."""
+def configuration(
+    name: str,
+    kernel: Any,
+    types: dict[str, str],
+    given: dict[str, bool],
+    constexprs: dict[str, Any],
+    warps: int,
+    stages: int = 3,
+    **options: Any,
+) -> Configuration:
+    """A launch: pointers (p_...) are fp32 unless `types` says otherwise, descriptors (d_...) what
+    `types` says, either is None where `given` says so; other arguments are sizes, or one of
+    FLOAT_SCALARS."""
     signature, constexprs = {}, dict(constexprs)
     for argument in kernel.arg_names:
         if argument in constexprs:
@@ -86,4 +93,4 @@ def signature_of(
             signature[argument] = types[argument]
         else:
             signature[argument] = "fp32" if argument in FLOAT_SCALARS else "i32"
-    return signature, constexprs
+    return Configuration(name, kernel, signature, constexprs, warps, stages, options)

@@ -44,7 +44,7 @@ import triton
 import triton.language as tl
 
 from riskpo_kernels.core.softmax import BLOCK, RawTile
-from riskpo_kernels.kernels import Configuration, at_most, signature_of
+from riskpo_kernels.kernels import Configuration, at_most, configuration
 from riskpo_kernels.kernels.tl_math import LOWEST, at_least, log1p, logits_of
 
 KINDS = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
@@ -272,14 +272,13 @@ def compile_configurations() -> list[Configuration]:
     jobs += [("mixture", divergence_mixture_kernel, "jsd", "fp32")]
     outs = ("fp32", "bf16", "fp16")
     jobs += [("gradient", divergence_gradient_kernel, *x) for x in itertools.product(KINDS, outs)]
-    configurations = []
+    made = []
     for (what, kernel, kind, out), most in itertools.product(jobs, (False, True)):
         flags: dict[str, Any] = {"BR": ROWS, "BLOCK": BLOCK}
         flags |= {"KIND": KINDS[kind]} if what != "mixture" else {}
         optional = ("p_p_bias", "p_q_bias", "p_temperature", "p_sums", "inner", "q_inner")
         given = dict.fromkeys(optional, most)
-        found = signature_of(kernel, {"p_dz": out}, given, flags)
         name = f"divergence-{what}->{out} {kind} most={most:d}"
         options = {"maxnreg": MAX_REGISTERS} if what == "gradient" else {}
-        configurations.append(Configuration(name, kernel, *found, WARPS, 3, options))
-    return configurations
+        made.append(configuration(name, kernel, {"p_dz": out}, given, flags, WARPS, **options))
+    return made

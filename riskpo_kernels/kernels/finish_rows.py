@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from riskpo_kernels.core.softmax import BLOCK, LogitMap
-from riskpo_kernels.kernels import Configuration, signature_of
+from riskpo_kernels.kernels import Configuration, configuration
 from riskpo_kernels.kernels.head_forward import BlockStatistics
 from riskpo_kernels.kernels.tl_math import row_results
 
@@ -216,10 +216,8 @@ def compile_configurations() -> list[Configuration]:
             given |= dict.fromkeys(("p_bits", "p_dense", "p_pairs"), select)
             types = {"p_target": "i64", "p_order": "i64", "p_bits": "u8", "p_dense": "u8"}
             types |= {"p_pairs": "i32"}
-            signature, constexprs = signature_of(finish_kernel, types, given, flags)
             name = f"finish NB={size} softcap={softcap:d} select={select:d} stage={stage}"
             name += f" entropy={entropy:d}"
-            configurations.append(
-                Configuration(name, finish_kernel, signature, constexprs, warps, 3, {})
-            )
+            made = configuration(name, finish_kernel, types, given, flags, warps)
+            configurations.append(made)
     return configurations

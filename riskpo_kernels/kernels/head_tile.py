@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from riskpo_kernels.kernels import Configuration, capability_of, signature_of
+from riskpo_kernels.kernels import Configuration, capability_of, configuration
 
 GROUP = 16
 
@@ -142,6 +142,6 @@ def tile_configuration(
     types |= {"d_weight": f"tensordesc<{dtype}[{tile.columns},{tile.depth}]>"}
     given = given | dict.fromkeys(("d_hidden", "d_weight"), tile.tma)
     given |= dict.fromkeys(("p_hidden", "p_weight"), not tile.tma)
-    found = signature_of(kernel, types, given, flags)
     name = f"{kind}-{variant}-dot{'-tma' if tile.tma else ''} {dtype} {title}"
-    return Configuration(name, kernel, *found, tile.warps, tile.stages, {}, archs)
+    made = configuration(name, kernel, types, given, flags, tile.warps, tile.stages)
+    return made._replace(archs=archs)

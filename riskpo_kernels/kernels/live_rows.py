@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from riskpo_kernels.core.checks import judge
-from riskpo_kernels.kernels import Configuration, signature_of
+from riskpo_kernels.kernels import Configuration, configuration
 
 BN, WARPS = 2048, 8
 FAR = tl.constexpr(2**62)
@@ -89,6 +89,6 @@ def compile_configurations() -> list[Configuration]:
     types = {"p_target": "i64", "p_order": "i64", "p_numbers": "i64"}
     made = []
     for per_row in (False, True):
-        found = signature_of(live_kernel, types, {"p_temperature": per_row}, {"BN": BN})
-        made.append(Configuration(f"live rows={per_row:d}", live_kernel, *found, WARPS, 3, {}))
+        name, given = f"live rows={per_row:d}", {"p_temperature": per_row}
+        made.append(configuration(name, live_kernel, types, given, {"BN": BN}, WARPS))
     return made

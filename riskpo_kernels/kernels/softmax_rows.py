@@ -33,7 +33,7 @@ from riskpo_kernels.core.gradient import RowGradient
 from riskpo_kernels.core.softmax import FLOOR as LOG_FLOOR
 from riskpo_kernels.core.softmax import IGNORED as UNREAD
 from riskpo_kernels.core.softmax import LogitMap
-from riskpo_kernels.kernels import Configuration, at_most, of_rows, signature_of
+from riskpo_kernels.kernels import Configuration, at_most, configuration, of_rows
 from riskpo_kernels.kernels.tl_math import (
     LN2,
     LOG2E,
@@ -216,7 +216,7 @@ def gradient(
 def compile_configurations() -> list[Configuration]:
     """What can be launched, see kernels/__init__.py: each way to make a logit with one pair of
     dtypes; the plainest and the fullest with the others."""
-    configurations = []
+    made = []
     for raw, softcap, per_row, entropy in itertools.product(
         ("fp32", "bf16", "fp16"), *((False, True),) * 3
     ):
@@ -225,8 +225,7 @@ def compile_configurations() -> list[Configuration]:
         name = f"rows {raw} softcap={softcap:d} rows={per_row:d} entropy={entropy:d}"
         given = {"p_temperature": per_row, "p_entropy": entropy, "inner": softcap}
         types = {"p_raw": raw, "p_target": "i64"}
-        found = signature_of(_rows_kernel, types, given, {"BV": ROW_RUN})
-        configurations.append(Configuration(name, _rows_kernel, *found, 1, 3, {}))
+        made.append(configuration(name, _rows_kernel, types, given, {"BV": ROW_RUN}, 1))
     for (raw, out), bias, softcap, per_row, g in itertools.product(
         (("fp32", "fp32"), ("fp32", "bf16"), ("fp32", "fp16"), ("bf16", "bf16"), ("fp16", "fp16")),
         *((False, True),) * 4,
@@ -239,7 +238,7 @@ def compile_configurations() -> list[Configuration]:
         name = f"gradient {raw}->{out} bias={bias:d} softcap={softcap:d} rows={per_row:d} g={g:d}"
         given = {"p_bias": bias, "p_temperature": per_row, "p_slope": g, "inner": softcap}
         types = {"p_raw": raw, "p_out": out, "p_target": "i64"}
-        found = signature_of(_gradient_kernel, types, given, {"BN": BN, "BV": BV})
-        most = {"maxnreg": MAX_REGISTERS}
-        configurations.append(Configuration(name, _gradient_kernel, *found, WARPS, 3, most))
-    return configurations
+        flags = {"BN": BN, "BV": BV}
+        launch = configuration(name, _gradient_kernel, types, given, flags, WARPS)
+        made.append(launch._replace(options={"maxnreg": MAX_REGISTERS}))
+    return made

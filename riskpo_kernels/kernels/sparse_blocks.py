@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 
 from riskpo_kernels.core.softmax import BLOCK, FLOOR
-from riskpo_kernels.kernels import Configuration, signature_of
+from riskpo_kernels.kernels import Configuration, configuration
 from riskpo_kernels.kernels.tl_math import logits_gradient, logits_of
 
 # 128 gathered rows x 128 columns: 64 accumulator registers a thread at 8 warps leave room for the
@@ -143,6 +143,5 @@ def sparse_configuration(
     places = ("index", "starts", "tiles", "tile_block", "target", "job_block", "first_job")
     shared |= {f"p_{x}": "i64" for x in (*places, "first_part", "order", "first_pair")}
     flags = flags | ({"BLOCK": BLOCK} if "BLOCK" in kernel.arg_names else {})
-    signature, constexprs = signature_of(kernel, shared | types, given, flags)
     options = {"maxnreg": limit} if limit else {}
-    return Configuration(name, kernel, signature, constexprs, WARPS, STAGES, options)
+    return configuration(name, kernel, shared | types, given, flags, WARPS, STAGES, **options)

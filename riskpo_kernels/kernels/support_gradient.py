@@ -28,7 +28,7 @@ from riskpo_kernels.core.gradient import RowGradient
 from riskpo_kernels.core.matmul import executed
 from riskpo_kernels.core.softmax import FLOOR as LOG_FLOOR
 from riskpo_kernels.core.softmax import LogitMap
-from riskpo_kernels.kernels import Configuration, of_rows, signature_of
+from riskpo_kernels.kernels import Configuration, configuration, of_rows
 from riskpo_kernels.kernels.support_pairs import BD, BP, TYPES, WARPS, Pairs
 from riskpo_kernels.kernels.tl_math import logits_gradient, logits_of
 
@@ -155,18 +155,15 @@ def compile_configurations() -> list[Configuration]:
     made = []
     for full in (False, True):
         given = {"p_temperature": full, "p_slope": full, "inner": full}
-        found = signature_of(pair_dz_kernel, TYPES, given, {"MANY": MANY})
-        made.append(
-            Configuration(f"support-dz full={full:d}", pair_dz_kernel, *found, WARPS, 3, {})
-        )
+        name = f"support-dz full={full:d}"
+        made.append(configuration(name, pair_dz_kernel, TYPES, given, {"MANY": MANY}, WARPS))
     alone = {"D": 1, "stride_source": 1, "stride_out": 1}  # dbias: the JIT makes constants of ones
     ways: list[tuple[str, str, bool, dict[str, int]]]
     ways = [("bf16", "bf16", False, {}), ("bf16", "bf16", True, {}), ("fp16", "fp16", True, {})]
     ways += [("fp32", "bf16", False, {}), ("bf16", "fp32", True, {}), ("fp32", "bf16", True, alone)]
     for source, out, place, sizes in ways:
         types = TYPES | {"p_index": "i32", "p_place": "i32", "p_source": source, "p_out": out}
-        flags = {"BP": BP, "BD": BD} | sizes
-        found = signature_of(segment_kernel, types, {"p_place": place}, flags)
+        given, flags = {"p_place": place}, {"BP": BP, "BD": BD} | sizes
         name = f"support-sums {source}->{out} place={place:d}{' D=1' if sizes else ''}"
-        made.append(Configuration(name, segment_kernel, *found, WARPS, 3, {}))
+        made.append(configuration(name, segment_kernel, types, given, flags, WARPS))
     return made

@@ -34,7 +34,7 @@ from riskpo_kernels.core.matmul import executed
 from riskpo_kernels.core.softmax import FLOOR as LOG_FLOOR
 from riskpo_kernels.core.softmax import IGNORED as UNREAD
 from riskpo_kernels.core.softmax import LogitMap
-from riskpo_kernels.kernels import Configuration, of_rows, signature_of
+from riskpo_kernels.kernels import Configuration, configuration, of_rows
 from riskpo_kernels.kernels.tl_math import (
     LN2,
     LOG2E,
@@ -77,9 +77,9 @@ def pair_logits_kernel(
 def pair_rows_kernel(
     p_x, p_ids, p_first, p_target, p_temperature, p_logprob, p_entropy, p_total, p_peak, p_log_sum,
     inner, outer,
-    STATE: tl.constexpr, RUN: tl.constexpr,
+    RUN: tl.constexpr,
 ):  # fmt: skip
-    # STATE: m, s, u and z_t into logprob, total, entropy and peak, to be merged with other ranks'
+    # without a log_sum: m, s, u and z_t into logprob, total, entropy and peak, for ranks to merge
     r = tl.program_id(0).to(tl.int64)
     target = tl.load(p_target + r)
     live = target != IGNORED
@@ -109,7 +109,7 @@ def pair_rows_kernel(
         m = new
     z_t = tl.where(places > 0, z_t, float("-inf"))
     m = tl.where(m == LOWEST, float("-inf"), m)
-    if STATE:
+    if p_log_sum is None:
         tl.store(p_logprob + r, m)
         tl.store(p_total + r, s)
         tl.store(p_peak + r, z_t)
@@ -178,7 +178,6 @@ def fold_pairs(
             p_first=pairs.first,
             p_target=target,
             **of_rows(map),
-            STATE=state,
             RUN=RUN,
             num_warps=1,
             **dict(zip(names, results, strict=True)),
@@ -191,15 +190,12 @@ def compile_configurations() -> list[Configuration]:
     made = []
     for h, w, bias in (("bf16", "bf16", True), ("fp16", "fp16", False), ("bf16", "fp32", True)):
         types = TYPES | {"p_hidden": h, "p_weight": w, "p_bias": w}
-        flags = {"BP": BP, "BD": BD}
-        found = signature_of(pair_logits_kernel, types, {"p_bias": bias}, flags)
+        given, flags = {"p_bias": bias}, {"BP": BP, "BD": BD}
         name = f"support-logits {h} {w} bias={bias:d}"
-        made.append(Configuration(name, pair_logits_kernel, *found, WARPS, 3, {}))
+        made.append(configuration(name, pair_logits_kernel, types, given, flags, WARPS))
     for full, state in itertools.product((False, True), repeat=2):
         given = {"p_temperature": full, "p_entropy": full, "inner": full}
         given |= {"p_log_sum": not state}
-        flags = {"STATE": state, "RUN": RUN}
-        found = signature_of(pair_rows_kernel, TYPES, given, flags)
         name = f"support-rows full={full:d} state={state:d}"
-        made.append(Configuration(name, pair_rows_kernel, *found, 1, 3, {}))
+        made.append(configuration(name, pair_rows_kernel, TYPES, given, {"RUN": RUN}, 1))
     return made

@@ -12,7 +12,7 @@ import torch
 
 from riskpo_kernels.core.matmul import Head, products_of
 from riskpo_kernels.core.process_groups import max_over, sum_over
-from riskpo_kernels.core.softmax import BLOCK, FLOOR, RawTile, mapped, n_blocks
+from riskpo_kernels.core.softmax import BLOCK, FLOOR, RawTile, block_sums, mapped, n_blocks
 
 NUMBERS = {"forward_kl": 5, "reverse_kl": 6, "jsd": 4}  # of a block
 LOWEST = -1e30  # stands for a bias of -inf: differences of such logits are numbers
@@ -108,7 +108,7 @@ class TorchTiles:
 
     def statistics(self, kind: str, p: RawTile, q: RawTile, out: torch.Tensor, first: int) -> None:
         at = slice(first, first + n_blocks(p.raw.shape[1]))
-        z = [in_blocks(mapped(*x, slope=False)[0].to(out.dtype), LOWEST) for x in (p, q)]
+        z = [in_blocks(mapped(*x, slope=False)[0].to(out.dtype)) for x in (p, q)]
         for side, x in enumerate(z):
             top = x.amax(2)
             out[side, at] = top.T
@@ -193,16 +193,11 @@ class TorchTiles:
         return torch.logaddexp(torch.add(log_q, math.log(beta), out=spare), out, out=out)
 
 
-def in_blocks(x: torch.Tensor, value: float) -> torch.Tensor:
-    """[R, ceil(C / 128), 128], the last block filled with `value`."""
+def in_blocks(x: torch.Tensor) -> torch.Tensor:
+    """Logits [R, ceil(C / 128), 128], the last block filled with LOWEST."""
     short = -x.shape[1] % BLOCK
-    x = torch.nn.functional.pad(x, (0, short), value=value) if short else x
+    x = torch.nn.functional.pad(x, (0, short), value=LOWEST) if short else x
     return x.unflatten(1, (-1, BLOCK))
-
-
-def block_sums(x: torch.Tensor) -> torch.Tensor:
-    """[R, ceil(C / 128)]"""
-    return in_blocks(x, 0.0).sum(2)
 
 
 class Fold:

@@ -1,1 +1,1 @@
-"""What every op shares: checks, backends, tile sizes, products, gradient sums, process groups."""
+"""What every op shares: checks, operators, products of a head, softmax, gradients, groups."""

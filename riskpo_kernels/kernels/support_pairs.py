@@ -165,11 +165,9 @@ def fold_pairs(
     target: torch.Tensor,
     map: LogitMap,
     results: list[torch.Tensor | None],
-    *,
-    state: bool,
 ) -> None:
-    """logprob, entropy (or None), lse, peak and log_sum [N] into `results`; state: m, u, s and z_t
-    into the first four."""
+    """logprob, entropy (or None), lse, peak and log_sum [N] into `results`; without a log_sum m, u,
+    s and z_t into the first four."""
     names = ("p_logprob", "p_entropy", "p_total", "p_peak", "p_log_sum")
     if target.numel():
         pair_rows_kernel[(target.numel(),)](

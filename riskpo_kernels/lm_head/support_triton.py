@@ -44,7 +44,7 @@ def forward(
         x = pair_logits(readable(hidden), readable(tensors[1]), tensors[2], pairs)
         wanted = (True, entropy, True, True, shard is None)
         rows = [x.new_empty(target.shape) if yes else None for yes in wanted]
-        fold_pairs(x, pairs, local, map, rows, state=shard is not None)
+        fold_pairs(x, pairs, local, map, rows)
     if shard is None:
         return *rows, x
     m, u, s, z_t, _ = rows

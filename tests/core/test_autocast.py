@@ -38,6 +38,24 @@ def test_head(backend, hidden, device):
         assert torch.equal(x, y)
 
 
+@pytest.mark.parametrize("kind", ["several", "support", "lora"])
+def test_products_of_few_columns(kind, device):
+    """Both passes run products that autocast would round; register keeps it out of each."""
+    h, w, _, target = head(30, 300, 64, torch.float32, device)
+    ids = torch.stack([target, (target + 7) % 300], 1)
+    lora = (torch.randn(4, 64, device=device), torch.randn(300, 4, device=device), 0.5)
+    leaves = [h.requires_grad_(), w if kind != "lora" else lora[0]]
+    leaves[1].requires_grad_()
+    results = []
+    for enabled in (False, True):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled):
+            given = {"support": {"support": ids}, "lora": {"lora": lora}}.get(kind, {})
+            out = linear_logprob(h, w, ids if kind == "several" else target, **given)
+            results.append(gradients(out.logprob.sum() + out.lse.sum(), *leaves))
+    for x, y in zip(*results, strict=True):
+        assert torch.equal(x, y)
+
+
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_logits_and_surrogate(backend, device):
     z = (torch.randn(30, 300, device=device) * 5).requires_grad_()

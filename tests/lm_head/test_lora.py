@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from riskpo_kernels import linear_logprob, reference, riskpo_loss
 from riskpo_kernels.core import softmax as block_filter
 from riskpo_kernels.core.low_rank import LowRank
-from riskpo_kernels.core.matmul import Products, counting
+from riskpo_kernels.core.matmul import Options, Products, counting
 from riskpo_kernels.lm_head import lora
 from tests.compare import assert_all_close_as_plain
 from tests.conftest import has_triton
@@ -171,13 +171,12 @@ def test_no_head_is_merged_and_no_gradient_of_it_is_computed():
 
     h, w, _, target = head(64, 9000, 32, torch.float32, "cpu")
     a, b = torch.randn(4, 32), torch.randn(9000, 4)
-    numbers = (None, "", 1.0, None, 1.0, False, "torch", 0.4, 0.0, False, True)
+    o = Options(1.0, None, 1.0, False, "torch", 0.4, 0.0, False, True, factor=0.5)
     fixed = (h, a, b, None, w, target, None)
     with counting() as work, Largest() as largest:
-        logprob, entropy, _, *rest = lora._forward(*fixed, 0.5, *numbers)
+        logprob, entropy, _, *rest = lora._forward(*fixed, o)
         up = torch.ones_like(logprob), None, None
-        needs = [True, True, True, False]
-        lora._backward(needs, *up, *fixed, logprob, entropy, *rest, 0.5, *numbers)
+        lora._backward([True, True, True, False], up, fixed, (logprob, entropy, *rest), o)
     assert b.numel() <= largest.numbers <= w.numel() / 4  # B's gradient, a tile of logits
     # forward, its recompute and dH; the rank's share of them, and dB
     assert work.multiply_adds <= (3 * (32 + 4) + 4) * 64 * 9000

@@ -1,8 +1,8 @@
 """Killable worker processes, the only place where untrusted text is parsed.
 
 Each worker has its own pair of pipes and shares no lock, so a worker that is killed or stuck in C
-code loses its own item alone. A thread talks to it, and a timer kills it at the limit with SIGKILL
-(SIGALRM can be ignored, and math-verify's use of it cancels others).
+code loses its own item alone. A thread talks to it. The calling thread keeps the clock and sends
+SIGKILL at the limit (SIGALRM can be ignored, and math-verify's use of it cancels others).
 
 Pebble does not fit: it waits 3 s before it kills (a limit of 1 s took 4.1 s), its workers share one
 locked pipe, results travel as pickle, and spawn imports the main module.
@@ -16,24 +16,24 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
-from queue import SimpleQueue
-from typing import Any, TypeVar
+from queue import Empty, SimpleQueue
+from typing import Any
 
 from riskpo.rewards.verdict import OUT_OF_MEMORY, Outcome, Verdict, failed
 
 START_SECONDS = 120.0  # imports on a busy machine
+POLL_SECONDS = 0.02  # how far past the limit a verifier may run
 REPLY_BYTES = 65536
 ATTEMPTS = 2
 BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from riskpo.rewards.worker import main; main()"
 )
-X = TypeVar("X")
-Y = TypeVar("Y")
 
 
 class VerifierPool:
@@ -60,33 +60,43 @@ class VerifierPool:
                 "expected all above 0. Set verifier_workers and verifier_seconds accordingly."
             )
         setup = {"function": verify, "seconds": seconds, "memory_mib": memory_mib}
-        every = [_Worker(setup) for _ in range(workers)]
-        self._idle: SimpleQueue[_Worker] = SimpleQueue()
-        for worker in every:
-            self._idle.put(worker)
+        self._workers = [_Worker(setup) for _ in range(workers)]
+        self._busy = threading.Lock()
         self._threads = ThreadPoolExecutor(workers)
-        self._finalizer = weakref.finalize(self, _close_all, every)
-        self._each(_Worker.ensure, every)
+        self._finalizer = weakref.finalize(self, _close_all, self._workers)
+        self._drive(_Worker.ensure)
 
     def run(self, items: Sequence[Sequence[Any]]) -> list[Verdict]:
-        """One verdict per item, in order."""
+        """One verdict per item, in order. One call at a time; others wait."""
         if not self._finalizer.alive:
             raise ValueError(
                 "VerifierPool: got a closed pool; expected an open one. Make a new one."
             )
-        return self._each(self._judge, items)
+        found: dict[int, Verdict] = {}
+        waiting: SimpleQueue[int] = SimpleQueue()
+        for i in range(len(items)):
+            waiting.put(i)
 
-    def _judge(self, item: Sequence[Any]) -> Verdict:
-        worker = self._idle.get()
-        try:
-            return worker.judge(item)
-        finally:
-            self._idle.put(worker)
+        def feed(worker: _Worker) -> None:
+            with suppress(Empty):
+                while True:
+                    i = waiting.get_nowait()
+                    found[i] = worker.judge(items[i])
 
-    def _each(self, job: Callable[[X], Y], given: Iterable[X]) -> list[Y]:
-        """`job` of each, a thread for every worker; no process is left if one raises."""
+        with self._busy:
+            self._drive(feed)
+        return [found[i] for i in range(len(items))]
+
+    def _drive(self, job: Callable[[_Worker], object]) -> None:
+        """`job` on every worker, each in a thread, while this thread keeps the clock. No process
+        is left if one raises."""
         try:
-            return list(self._threads.map(job, given))
+            jobs = [self._threads.submit(job, worker) for worker in self._workers]
+            while wait(jobs, POLL_SECONDS).not_done:
+                for worker in self._workers:
+                    worker.kill_if_late()
+            for done in jobs:
+                done.result()
         except BaseException:  # Ctrl-C too
             self.close()
             raise
@@ -108,21 +118,23 @@ class _Worker:
 
     def __init__(self, setup: dict[str, Any]) -> None:
         self._setup = setup
-        self._closing = threading.Lock()
-        self._closed = False
         self._process: subprocess.Popen[bytes] | None = None
+        self._closed = False
+        self._lock = threading.Lock()  # between its thread and those that time or close it
+        self._deadline = float("inf")
+        self._late = False
 
     def judge(self, item: Sequence[Any]) -> Verdict:
         """The verdict on one item; a process that dies over it is replaced, and asked once more."""
         seconds, fate = self._setup["seconds"], ""
         for _ in range(ATTEMPTS):
             process = self.ensure()
-            reply, late = _exchange(process, {"arguments": list(item)}, seconds)
+            reply = self._exchange(process, {"arguments": list(item)}, seconds)
             with suppress(KeyError, TypeError, ValueError):  # no verdict: trust it no further
                 outcome, detail = Outcome(reply["outcome"]), str(reply["detail"])
                 return Verdict(float(reply["reward"]), outcome, detail)
             fate = _fate(process)
-            if late:
+            if self._late:
                 return failed(Outcome.TIMEOUT, f"killed after {seconds:g} s")
         return failed(Outcome.CRASH, f"verifier process {fate}, {ATTEMPTS} times")
 
@@ -134,10 +146,10 @@ class _Worker:
         if self._process is not None and self._process.poll() is None:
             return self._process
         process, verify = self._launch(), f"verifier {self._setup['function']}"
-        reply, late = _exchange(process, self._setup, START_SECONDS)
+        reply = self._exchange(process, self._setup, START_SECONDS)
         if "ready" in reply:
             return process
-        fate = f"not ready after {START_SECONDS:.0f} s" if late else _fate(process)
+        fate = f"not ready after {START_SECONDS:.0f} s" if self._late else _fate(process)
         self._stop()
         if "error" not in reply:
             raise RuntimeError(f"{verify}: its process {fate}.")
@@ -146,8 +158,31 @@ class _Worker:
             f"on its own in {os.getcwd()}."
         )
 
+    def _exchange(
+        self, process: subprocess.Popen[bytes], message: object, seconds: float
+    ) -> dict[str, Any]:
+        """The reply to a message; {} if the process died over it, or was killed for being late."""
+        assert process.stdin is not None and process.stdout is not None
+        with self._lock:
+            self._late, self._deadline = False, time.monotonic() + seconds
+        reply: Any = None
+        with suppress(OSError, ValueError):  # its end of a pipe is closed, or this is no JSON
+            process.stdin.write(json.dumps(message, default=str).encode() + b"\n")
+            process.stdin.flush()
+            reply = json.loads(process.stdout.readline(REPLY_BYTES))
+        with self._lock:
+            self._deadline = float("inf")
+        return reply if isinstance(reply, dict) else {}
+
+    def kill_if_late(self) -> None:
+        """Called by the thread that keeps the clock."""
+        with self._lock:
+            if self._process is not None and time.monotonic() > self._deadline:
+                self._late, self._deadline = True, float("inf")
+                _kill(self._process)
+
     def _launch(self) -> subprocess.Popen[bytes]:
-        with self._closing:
+        with self._lock:
             if self._closed:
                 raise RuntimeError("VerifierPool: closed while it was working.")
             self._stop()
@@ -174,33 +209,9 @@ class _Worker:
 
     def close(self) -> None:
         """Kill and reap for good: a thread that is still at work starts no new process."""
-        with self._closing:
+        with self._lock:
             self._closed = True
             self._stop()
-
-
-def _exchange(
-    process: subprocess.Popen[bytes], message: object, seconds: float
-) -> tuple[dict[str, Any], bool]:
-    """(the reply, whether the process was killed because it took too long); {} without a reply."""
-    assert process.stdin is not None and process.stdout is not None
-    late = threading.Event()
-
-    def expire() -> None:
-        late.set()
-        _kill(process)
-
-    clock = threading.Timer(seconds, expire)
-    clock.daemon = True
-    clock.start()
-    reply: Any = None
-    with suppress(OSError, ValueError):  # its end of a pipe is closed, or this is no JSON
-        process.stdin.write(json.dumps(message, default=str).encode() + b"\n")
-        process.stdin.flush()
-        reply = json.loads(process.stdout.readline(REPLY_BYTES))
-    clock.cancel()
-    clock.join()  # so that it kills no later exchange
-    return reply if isinstance(reply, dict) else {}, late.is_set()
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

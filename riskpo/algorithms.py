@@ -89,8 +89,7 @@ def group(formula: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[TrainCon
 def of_groups(
     make: Callable[[], Advantage], *, alone: bool = False
 ) -> Callable[[TrainConfig], Advantage]:
-    """A factory of an advantage without bundles. `alone`: it does not compare responses, so one
-    response per question is enough."""
+    """A factory of an advantage without bundles; `alone`: one that compares no responses."""
 
     def build(config: TrainConfig) -> Advantage:
         useless = sorted(k for k in RISK_SETTINGS if getattr(config, k) is not None)
@@ -123,35 +122,34 @@ class Strategy:
 
 TOKEN = LossOptions(ratio="token", clip_low=0.2, clip_high=0.2)
 PAPER = LossOptions(ratio="sequence", clip_low=3e-4, clip_high=4e-4)
-OFFICIAL = LossOptions(
-    ratio="token", clip_low=0.2, clip_high=0.2, dual_clip=3.0, aggregate="token-mean"
-)
-DAPO = LossOptions(ratio="token", clip_low=0.2, clip_high=0.28, aggregate="token-mean")
-DR_GRPO = LossOptions(ratio="token", clip_low=0.2, clip_high=0.2, aggregate="sequence-sum-norm")
-PROMPT_MEAN = LossOptions(ratio="token", clip_low=0.2, clip_high=0.28, aggregate="prompt-mean")
-OFF_POLICY_MASK = LossOptions(
-    ratio="token", clip_low=0.2, clip_high=0.2, off_policy_mask_threshold=0.5
-)
+OFFICIAL = replace(TOKEN, dual_clip=3.0, aggregate="token-mean")
+DAPO = replace(TOKEN, clip_high=0.28, aggregate="token-mean")
+DR_GRPO = replace(TOKEN, aggregate="sequence-sum-norm")
+PROMPT_MEAN = replace(TOKEN, clip_high=0.28, aggregate="prompt-mean")
+OFF_POLICY_MASK = replace(TOKEN, off_policy_mask_threshold=0.5)
+OVER_TOKENS = LossOptions("token", aggregate="token-mean")
+
+
+def paper(**row: Any) -> Strategy:
+    """RiskPO's row as published, with these settings of its advantage changed."""
+    return Strategy(risk("paper", **row), loss=PAPER)
+
 
 # With the paper's baseline every advantage is <= 0: each sample is pushed down, bad ones harder.
 # The rows -loo, -batch and -none change the baseline alone. Further controls are settings of these
 # rows: --omega 0, --beta 1, --bundle-size 1.
 STRATEGIES: dict[str, Strategy] = {
-    "riskpo-paper": Strategy(risk("paper"), loss=PAPER),
-    "riskpo-loo": Strategy(risk("paper", baseline="leave-one-out"), loss=PAPER),
-    "riskpo-batch": Strategy(risk("paper", baseline="batch"), loss=PAPER),
-    "riskpo-none": Strategy(risk("paper", baseline="none"), loss=PAPER),
+    "riskpo-paper": paper(),
+    "riskpo-loo": paper(baseline="leave-one-out"),
+    "riskpo-batch": paper(baseline="batch"),
+    "riskpo-none": paper(baseline="none"),
     "riskpo-official-easy": Strategy(risk("official-easy"), loss=OFFICIAL),
     "riskpo-official-hard": Strategy(risk("official-hard"), loss=OFFICIAL),
-    "riskpo-seeking": Strategy(risk("paper", form="seeking"), loss=PAPER),
-    "riskpo-seeking-loo": Strategy(
-        risk("paper", form="seeking", baseline="leave-one-out"), loss=PAPER
-    ),
-    "bundle-mean": Strategy(risk("paper", form="mean"), loss=PAPER),
+    "riskpo-seeking": paper(form="seeking"),
+    "riskpo-seeking-loo": paper(form="seeking", baseline="leave-one-out"),
+    "bundle-mean": paper(form="mean"),
     # Not the authors': see docs/risk.md.
-    "riskpo-conditional": Strategy(
-        risk("paper", baseline="leave-one-out", credit="conditional"), loss=PAPER
-    ),
+    "riskpo-conditional": paper(baseline="leave-one-out", credit="conditional"),
     "riskpo-matched": Strategy(risk("matched"), loss=PAPER),
     "difficulty-weighted": Strategy(group(difficulty_weighted), loss=PAPER),
     "grpo": Strategy(group(over_std), loss=TOKEN),
@@ -162,12 +160,8 @@ STRATEGIES: dict[str, Strategy] = {
     "curverl": Strategy(of_groups(CurveAdvantage), loss=TOKEN),
     "gspo": Strategy(group(over_std), loss=PAPER),
     "dapo": Strategy(group(over_std), keep=keep_mixed, loss=DAPO, overlong=0.2),
-    "cispo": Strategy(
-        group(over_std), loss=LossOptions("token", aggregate="token-mean", loss="cispo")
-    ),
-    "icepop": Strategy(
-        group(over_std), loss=LossOptions("token", aggregate="token-mean", loss="icepop")
-    ),
+    "cispo": Strategy(group(over_std), loss=replace(OVER_TOKENS, loss="cispo")),
+    "icepop": Strategy(group(over_std), loss=replace(OVER_TOKENS, loss="icepop")),
     "sapo": Strategy(group(over_std), loss=LossOptions("token", loss="sapo")),
     "gmpo": Strategy(group(over_std), loss=LossOptions("sequence", loss="gmpo")),
     # DeepSeek-V3.2 (2512.02556): no std. Sequences with a negative advantage are masked once the
@@ -176,9 +170,7 @@ STRATEGIES: dict[str, Strategy] = {
     "prompt-mean": Strategy(group(over_std), loss=PROMPT_MEAN),  # ScaleRL (2510.13786)
     # On-policy distillation (2306.13649, 2306.08543): the student samples, and the loss is its
     # divergence from the teacher over the whole vocabulary at each token; riskpo/model/teacher.py.
-    "distill": Strategy(
-        of_groups(NoAdvantage, alone=True), loss=LossOptions("token", aggregate="token-mean")
-    ),
+    "distill": Strategy(of_groups(NoAdvantage, alone=True), loss=OVER_TOKENS),
 }
 
 

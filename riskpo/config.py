@@ -245,19 +245,6 @@ def check_columns(columns: ColumnsConfig) -> None:
         )
 
 
-def flat(config: TrainConfig) -> dict[str, Any]:
-    """Every setting by its full name, `memory.checkpointing` for one of a group."""
-    return _flattened(dataclasses.asdict(config))
-
-
-def _flattened(given: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in given.items():
-        inner = value if isinstance(value, dict) else {}
-        found |= {f"{name}.{k}": v for k, v in inner.items()} or {name: value}
-    return found
-
-
 def reject(came: str, expected: str, todo: str) -> NoReturn:
     raise ValueError(f"config: got {came}; expected {expected}. {todo}")
 
@@ -319,13 +306,7 @@ def _checked(kind: type[C], given: dict[str, Any], path: str) -> C:
 
 def to_toml(config: TrainConfig) -> str:
     """The effective settings as TOML; a None is left out, since TOML has no null."""
-    return tomli_w.dumps(_without_none(dataclasses.asdict(config)))
-
-
-def _without_none(given: dict[str, Any]) -> dict[str, Any]:
-    return {
-        k: _without_none(v) if isinstance(v, dict) else v for k, v in given.items() if v is not None
-    }
+    return tomli_w.dumps(TypeAdapter(type(config)).dump_python(config, exclude_none=True))
 
 
 def locked(name: str, change: str) -> bool:
@@ -338,13 +319,19 @@ def changes(saved: dict[str, Any], config: TrainConfig) -> dict[str, str]:
 
     A setting that is missing in `saved` counts as its default.
     """
-    before = flat(TrainConfig()) | _flattened(saved)
+    before, now = (_flat(dataclasses.asdict(x)) for x in (TrainConfig(), config))
+    before |= _flat(saved)
     return {
         name: f"{name}: {before[name]!r} -> {value!r}"
-        for name, value in flat(config).items()
-        if name not in (*FREE_ON_RESUME, "run_dir") and _plain(before[name]) != _plain(value)
+        for name, value in now.items()
+        if name not in (*FREE_ON_RESUME, "run_dir") and before[name] != value
     }
 
 
-def _plain(value: object) -> object:
-    return list(value) if isinstance(value, tuple) else value
+def _flat(given: dict[str, Any]) -> dict[str, Any]:
+    """By full name, `memory.checkpointing` for a setting of a group; tuples as lists."""
+    found: dict[str, Any] = {}
+    for name, value in given.items():
+        inner = {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else None
+        found |= inner or {name: value}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}

@@ -11,6 +11,7 @@ model's own weights, and ours steps float32 copies.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -102,14 +103,8 @@ ALONE = Ranks()
 
 def digest(value: object) -> str:
     """A hash of the exact values. The order of a dict counts."""
-    if isinstance(value, torch.Tensor):
-        plain = value.detach().cpu().contiguous()
-        value = f"{plain.dtype} {list(plain.shape)} {plain.flatten().tolist()!r}"
-    elif isinstance(value, dict):
-        value = [f"{key!r}: {digest(inner)}" for key, inner in value.items()]
-    elif isinstance(value, (list, tuple)):
-        value = [digest(inner) for inner in value]
-    return hashlib.sha256(repr(value).encode()).hexdigest()
+    text = json.dumps(value, default=lambda tensor: [str(tensor.dtype), tensor.tolist()])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def best_device() -> str:

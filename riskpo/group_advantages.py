@@ -119,12 +119,7 @@ class NoAdvantage(GroupAdvantage):
         super().__init__(torch.zeros_like)
 
     def __call__(
-        self,
-        rewards: torch.Tensor,
-        question_id: Sequence[str],
-        *,
-        step: int,
-        prior: Sequence[float] | None = None,
+        self, rewards: torch.Tensor, *others: Any, **more: Any
     ) -> tuple[torch.Tensor, dict[str, float]]:
         return torch.zeros_like(rewards), {}
 
@@ -143,7 +138,7 @@ class CurveAdvantage(GroupAdvantage):
         self.window: list[list[float]] = []  # of each step, the means that count
 
     def weighted(self, r: torch.Tensor) -> torch.Tensor:
-        if not bool(((r >= 0) & (r <= 1)).all()):
+        if not (r.min() >= 0 and r.max() <= 1):
             raise ValueError(
                 f"curverl: got rewards from {float(r.min())} to {float(r.max())}; expected them in "
                 "[0, 1], of which a mean is a pass rate. Scale them or choose another algorithm."
@@ -169,10 +164,9 @@ class CurveAdvantage(GroupAdvantage):
 def by_question(x: torch.Tensor, question_id: Sequence[str]) -> torch.Tensor:
     """[R] -> [Q, G]; ValueError unless rows are question-major with G of each question."""
     responses = next((i for i, q in enumerate(question_id) if q != question_id[0]), len(x))
-    regular = len(x) % responses == 0 and all(
-        question_id[i] == question_id[i - i % responses] for i in range(len(x))
-    )
-    if not regular or len(set(question_id)) != len(x) // responses:
+    names = list(question_id[::responses])
+    rows = [name for name in names for _ in range(responses)]
+    if rows != list(question_id) or len(set(names)) < len(names):
         raise ValueError(
             f"by_question: got {len(x)} rows of {len(set(question_id))} questions; expected "
             "question-major rows with the same number of responses each. Sort them by question."

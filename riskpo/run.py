@@ -41,12 +41,7 @@ from riskpo.rollout.sampler import (
     read_prompts,
     shared_judge,
 )
-from riskpo.trainer.checkpoint import (
-    latest_checkpoint,
-    owned,
-    read_about,
-    restore,
-)
+from riskpo.trainer.checkpoint import latest_checkpoint, owned, read_about, restore
 from riskpo.trainer.optimizer import Optimizer
 from riskpo.trainer.parallel import ParallelModel, skeleton
 from riskpo.types import Question
@@ -183,10 +178,9 @@ def load_sharded(ranks: Ranks, read: Callable[..., Policy]) -> Policy:
     """The policy, with weights on the first rank's CPU; other ranks get it on the meta device."""
     loaded: list[Policy] = []
 
-    def outline() -> bytes:
-        policy = read(device="cpu")
-        loaded.append(policy)
-        return pickle.dumps(replace(policy, model=skeleton(policy.model)))
+    def outline() -> bytes:  # pickled here, so that every rank gets an error of it
+        loaded.append(read(device="cpu"))
+        return pickle.dumps(replace(loaded[0], model=skeleton(loaded[0].model)))
 
     outlined = ranks.first(outline)
     return loaded[0] if loaded else pickle.loads(outlined)

@@ -19,7 +19,7 @@ from riskpo.metrics.step import all_equal, by_stratum, covariances, risk_curves,
 from riskpo.report.progress import slow_progress
 from riskpo.report.run_page import write_report
 from riskpo.rewards.scorer import stop_if_all_crashed
-from riskpo.rewards.verdict import metric_name
+from riskpo.rewards.verdict import metric_name, tally
 from riskpo.rollout.collect import collect, shaped_rewards
 from riskpo.run import Run, start
 from riskpo.trainer.checkpoint import save_checkpoint
@@ -60,10 +60,11 @@ def train_step(run: Run, step: int) -> None:
     with slow_progress(f"step {step}: sampling", say):
         batch = collect(run.sampler, run.judge, run.questions, strategy, c, step)
     sampled = time.perf_counter()
-    stop_if_all_crashed(batch.outcomes, run.scorer)
+    outcomes, cut = tally(batch.seen_verdicts), batch.sampled.truncated
+    stop_if_all_crashed(outcomes, run.scorer)
     numbers = {"reward_mean": float(batch.seen_QG.mean()), **risk_curves(batch.seen_QG)}
     numbers |= by_stratum(batch.seen, batch.seen_QG) | all_equal(batch.seen_QG)
-    numbers["sampled_entropy"] = sampled_entropy(batch.seen_logprob)
+    numbers["sampled_entropy"] = sampled_entropy(batch.sampled.logprob)
     if batch.questions:
         rewards_R = shaped_rewards(batch, strategy.overlong, c.max_response_tokens)
         ids, known = batch.rollouts.question_id, priors_of(batch.questions, c.columns.prior)
@@ -82,12 +83,12 @@ def train_step(run: Run, step: int) -> None:
         run.log.note(f"step {step}: no question was kept, so there is no update")
     run.step = step
     run.log.texts(step, some_texts(batch, c.log_texts))
-    numbers |= {metric_name(name): float(n) for name, n in batch.outcomes.items()}
+    numbers |= {metric_name(name): float(n) for name, n in outcomes.items()}
     numbers |= {
         "sampled_questions": float(len(batch.seen_QG)),
         "sampled_responses": float(batch.seen_QG.numel()),
         "learning_rate": run.optimizer.learning_rate,
-        "truncated_fraction": sum(batch.seen_cut) / max(len(batch.seen_cut), 1),
+        "truncated_fraction": sum(cut) / max(len(cut), 1),
         "sample_time_s": sampled - began,
         "time_s": time.perf_counter() - began,
     }

@@ -50,10 +50,10 @@ def some_texts(batch: Batch, count: int) -> list[dict[str, Any]]:
             "question_id": batch.seen[i // each].id,
             "prompt": texts_of(batch.seen[i // each].prompt)[-1],
             "gold": batch.seen[i // each].gold,
-            "response": batch.seen_text[i],
-            "verdict": batch.seen_verdict[i],
+            "response": batch.sampled.text[i],
+            "verdict": batch.seen_verdicts[i].outcome.value,
             "reward": float(batch.seen_QG.flatten()[i]),
-            "truncated": bool(batch.seen_cut[i]),
+            "truncated": batch.sampled.truncated[i],
         }
         for i in every[:count]
     ]
@@ -95,9 +95,7 @@ def evaluate_and_log(run: Run) -> None:
     stop_if_all_crashed(result.counts, run.scorer)
     name = f"avg@{c.eval_samples}"
     interval = {f"{name}_low": result.avg.low, f"{name}_high": result.avg.high}
-    strata = stratum_rows(run.held_out, result) | {
-        "entropy": sampled_entropy(torch.cat(rollouts.logprob))
-    }
+    strata = stratum_rows(run.held_out, result) | {"entropy": sampled_entropy(rollouts.logprob)}
     numbers = {**result.row(), **interval, **strata, "time_s": time.perf_counter() - began}
     run.log.evaluation(run.step, numbers, shown=(name, f"pass@{c.eval_samples}"))
 

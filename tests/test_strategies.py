@@ -136,13 +136,13 @@ def test_risk_curves_of_a_golden_batch():
 
 def test_entropy_of_what_was_sampled():
     """All tokens of a uniform choice among four have the log-prob of a quarter."""
-    assert sampled_entropy(torch.full((7,), 0.25).log()) == pytest.approx(torch.tensor(4.0).log())
-    assert sampled_entropy(torch.zeros(0)) == 0.0
+    assert sampled_entropy([torch.full((7,), 0.25).log()]) == pytest.approx(torch.tensor(4.0).log())
+    assert sampled_entropy([torch.zeros(0)]) == 0.0
 
 
 def test_missing_log_probs_are_left_out_of_what_was_sampled():
     given = torch.tensor([-1.0, float("nan"), -3.0])
-    assert sampled_entropy(given) == 2.0 and sampled_entropy(given[1:2]) == 0.0
+    assert sampled_entropy([given]) == 2.0 and sampled_entropy([given[1:2]]) == 0.0
 
 
 def test_groups_that_are_all_equal():

@@ -131,7 +131,7 @@ def about_point(ladder: Ladder, row: Row, tokens: int) -> dict[str, Any]:
         head_tokens=None if row.head == EVERY else responses(tokens, row.sequences),
     )
     found = budget(shape, memory, work)
-    increase, terms = found.update_increase, {**found.fixed, **found.update}
+    increase, terms = found.increase("update", "step"), {**found.fixed, **found.update}
     if memory.offload_checkpoints and on_host:
         # the plan of a model on the host parks nothing; here two copies come back besides
         back = 2.0 * tokens * shape.hidden * size

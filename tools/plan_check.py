@@ -101,7 +101,7 @@ def measure(case: Case) -> dict[str, Any]:
     meter = PeakMeter(torch.device("cpu"))
     if case.tokens:
         plain_updates(model, memory, (64, case.tokens), meter)
-        predicted, terms = planned.update_increase, {**planned.fixed, **planned.update}
+        predicted, terms = planned.increase("update", "step"), {**planned.fixed, **planned.update}
     else:
         sampled(model, case, meter)
         moment = max(("prompts", "sampling"), key=planned.moments.__getitem__)

@@ -121,7 +121,7 @@ def measure(folder: str, row: Row, tokens: int) -> dict[str, Any]:
     moment = max((planned.update, planned.step), key=lambda terms: sum(terms.values()))
     return {
         "measured": meter.increase(),
-        "predicted": planned.update_increase,
+        "predicted": planned.increase("update", "step"),
         "terms": planned.fixed | moment,
     }
 

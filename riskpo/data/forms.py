@@ -38,18 +38,14 @@ def _verl(row: Row) -> tuple[Prompt, str]:
     return prompt_of(row["prompt"], "column 'prompt'"), gold
 
 
-def _whole(prompt: str, gold: str) -> Callable[[Row], tuple[Prompt, str]]:
-    """A reader of rows whose prompt is complete in one column."""
+def _plain(name: str, prompt: str, gold: str) -> Form:
+    """A form whose prompt is complete in one column."""
 
     def read(row: Row) -> tuple[Prompt, str]:
         text = gold_text(row[gold], f"column {gold!r}")
         return prompt_of(row[prompt], f"column {prompt!r}"), text
 
-    return read
-
-
-def _plain(name: str, prompt: str, gold: str) -> Form:
-    return Form(name, (prompt, gold), _whole(prompt, gold))
+    return Form(name, (prompt, gold), read)
 
 
 def _after_hashes(row: Row, column: str = "answer") -> str:

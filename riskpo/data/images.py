@@ -6,17 +6,16 @@ They stay encoded in Question.images and are opened when a processor asks.
 
 Each "<image>" in the prompt is the place of one picture; a prompt without one starts with its
 pictures. Numbered places "<image_2>", "<image 2>" or "<image2>" (OlympiadBench, MMMU, MathVision)
-say which picture and become "<image>". Pictures that they do not name belong to the solution and
-are left out.
-
-A place without a picture is an error, even if the text only mentions the tag: it looks the same as
-a lost picture. Programming tasks are exempt, since their texts may mention it.
+say which picture and become "<image>"; pictures that they do not name belong to the solution and
+are left out. A place without a picture is an error, except in programming tasks, whose texts may
+mention the tag.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -41,15 +40,12 @@ def image_columns(row: dict[str, Any]) -> list[str]:
 def read_pictures(row: dict[str, Any], folder: Path, where: str) -> dict[int, Picture]:
     """The pictures of a row by number, from 1; `where` names the row in errors."""
     columns = image_columns(row)
-    values = {NUMBERED[name]: (name, row[name]) for name in columns if name in NUMBERED}
+    values = [(NUMBERED[name], name, row[name]) for name in columns if name in NUMBERED]
     if columns and not values:
-        name = columns[0]
-        listed = row[name] if isinstance(row[name], (list, tuple)) else [row[name]]
-        values = {i: (name, value) for i, value in enumerate(listed, start=1)}
-    return {
-        i: _encoded(value, folder, f"{where}, column {name!r}")
-        for i, (name, value) in values.items()
-    }
+        name, value = columns[0], row[columns[0]]
+        listed = value if isinstance(value, (list, tuple)) else [value]
+        values = [(i, name, one) for i, one in enumerate(listed, start=1)]
+    return {i: _encoded(x, folder, f"{where}, column {name!r}") for i, name, x in values}
 
 
 def place_pictures(
@@ -61,11 +57,8 @@ def place_pictures(
     """
     places = [match for text in texts_of(prompt) for match in _PLACES.finditer(text)]
     numbers = [int(match[1]) for match in places if match[1]]
-    if numbers:
-        fits = len(numbers) == len(places) and {*numbers} <= {*pictures}
-    else:
-        fits = len(places) in (0, len(pictures))
-    if not fits:
+    named = len(numbers) == len(places) and {*numbers} <= {*pictures}
+    if not (named if numbers else len(places) in (0, len(pictures))):
         which = f" (number {', '.join(map(str, pictures))})" if numbers and pictures else ""
         raise ValueError(
             f"load_questions: {where} has the places {' '.join(m[0] for m in places)} in its "
@@ -94,10 +87,8 @@ def _encoded(value: Any, folder: Path, where: str) -> Picture:
         for path in (Path(value), folder / value):
             if len(value) < 4096 and path.is_file():
                 return str(path)
-        try:
+        with contextlib.suppress(binascii.Error):
             return base64.b64decode(value.partition("base64,")[2] or value, validate=True)
-        except binascii.Error:
-            pass
     raise ValueError(
         f"load_questions: {where} holds no picture: got {str(value)[:80]!r}; expected bytes, "
         f"base64 text, or a path that exists here or in {folder}. Mend the column or drop the row."

@@ -5,9 +5,9 @@ numbers and text. Any other name is a hub data set, "owner/name" or "owner/name:
 fields say what it means (riskpo/data/forms.py), or the column names that the user gives. A missing
 value, or one that is neither text nor number, is refused with file and row.
 
-Rows with the same problem become one question (the official AIME file holds 30 problems 32 times):
-advantages group rewards by question, and avg@n has to weigh problems equally. The number of rows is
-kept in meta["copies"]. A problem whose copies have different answers is dropped with a warning.
+Rows with the same problem become one question, since advantages group rewards by question and avg@n
+weighs problems equally (the official AIME file holds 30 problems 32 times). meta["copies"] counts
+them. A problem whose copies have different answers is dropped with a warning.
 """
 
 from __future__ import annotations
@@ -82,10 +82,10 @@ def load_questions(
         raise ValueError(
             f"load_questions: {source} holds no question. Check the file or the split."
         )
-    if not instruction:
-        return questions
     return [  # programming tasks say in their own prompt what is wanted
-        q if q.meta.get("reward") else replace(q, prompt=with_instruction(q.prompt, instruction))
+        replace(q, prompt=with_instruction(q.prompt, instruction))
+        if instruction and not q.meta.get("reward")
+        else q
         for q in questions
     ]
 
@@ -153,13 +153,12 @@ def priors_of(questions: Iterable[Question], column: str | None) -> dict[str, fl
 
 
 def _row_id(row: Row, source: str) -> str | None:
-    """The row's own id where it has one."""
-    own = optional_text(row, "unique_id")
-    if own is not None:
+    """The row's own id; None without one."""
+    if own := optional_text(row, "unique_id"):
         return own
     value = optional_text(mapping(row.get("extra_info"), "column 'extra_info'"), "index")
     value = value or optional_text(row, "id", "idx", "task_id")
-    return None if value is None else f"{source}/{value}"
+    return value and f"{source}/{value}"
 
 
 def _hash(prompt: Prompt, images: Sequence[bytes | str] = ()) -> str:
@@ -171,11 +170,11 @@ def _hash(prompt: Prompt, images: Sequence[bytes | str] = ()) -> str:
 
 def _meta(row: Row, form: Form) -> dict[str, Any]:
     """The small fields that are left (level, subject, ...), and all of extra_info."""
-    unread = {*form.fields, *form.beside, *image_columns(row)}
-    left = {k: v for k, v in row.items() if k not in unread and _is_small(v)}
-    extra_info = mapping(row.get("extra_info"), "column 'extra_info'")
-    extra = {k: v for k, v in extra_info.items() if _is_small(v)}
-    return {**left, **extra, **({"reward": form.reward} if form.reward else {})}
+    read = {*form.fields, *form.beside, *image_columns(row)}
+    left = {k: v for k, v in row.items() if k not in read}
+    extra = mapping(row.get("extra_info"), "column 'extra_info'")
+    small = {k: v for part in (left, extra) for k, v in part.items() if _is_small(v)}
+    return small | ({"reward": form.reward} if form.reward else {})
 
 
 def _is_small(value: object) -> bool:

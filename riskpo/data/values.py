@@ -5,6 +5,7 @@ str() is never used to make text: it would turn None, nan or a list into text to
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -73,10 +74,8 @@ def mapping(value: Any, column: str) -> Row:
     if missing(value):
         return {}
     if isinstance(value, str):
-        try:
+        with contextlib.suppress(ValueError):
             value = json.loads(value)
-        except ValueError:
-            pass
     if not isinstance(value, dict):
         raise refuse(f"{shown(value)} in {column}", "an object", "Mend the row or drop it.")
     return value

@@ -4,14 +4,13 @@
     type = "custom"
     import_path = "riskpo.integrations.prime_rl.riskpo_loss"
 
-prime-rl has no hook for advantages: a new one is an Algorithm class inside its repository, and it
-finalises question groups one at a time, while a bundle needs several. `BundleBuffer` holds groups
-until a batch of them is complete. Bundling a group with the scores of earlier groups instead would
-need no buffer, but it is another estimator, not RiskPO, and is not offered here.
+prime-rl has no hook for advantages. A new one is an Algorithm class inside its repository, and gets
+one question group at a time, while a bundle needs several: `BundleBuffer` holds groups until a
+batch of them is complete. Bundling a group with the scores of earlier ones would need no buffer,
+but is another estimator and not offered here.
 
-Contract checked against prime-rl's documentation of custom losses and algorithms and its loss
-module as of August 2026 (custom_fn(inputs, **kwargs), LossInputs, LossOutputs, division by the
-global number of tokens outside). prime-rl itself was not run.
+Checked against prime-rl's documentation and its loss module as of August 2026: custom_fn(inputs,
+**kwargs), LossInputs, LossOutputs, division by the global number of tokens outside. Not run.
 """
 
 from __future__ import annotations
@@ -36,13 +35,14 @@ def riskpo_loss(
 ) -> Any:
     """prime-rl's LossOutputs of one sequence: clipped surrogate of its length-normalised ratio.
 
-    inputs: LossInputs, tensors [T]; the behaviour policy is inference_logprobs. prime-rl divides
-    the sum over sequences by the batch's number of tokens, so by default every token weighs the
-    same (token-mean). mean_tokens=M scales a sequence's mean by M instead: the paper's mean over
-    sequences, exactly where M is the batch's mean length. loss_weights multiply the surrogate by
-    their mean. A token whose inference log-prob is NaN, as vLLM may give, has no ratio: it does not
-    count, and the metric riskpo_sampler_missing says how many. ValueError where advantages differ
-    within the sequence, and on mean_tokens that is not above 0.
+    inputs       LossInputs, tensors [T]. The ratio is to inference_logprobs; a token for which that
+                 is NaN, as vLLM may give, does not count (metric riskpo_sampler_missing).
+                 loss_weights multiply the surrogate by their mean
+    mean_tokens  None: every token weighs the same, since prime-rl divides the sum over sequences by
+                 the batch's tokens. M: the sequence's mean times M, which is the paper's mean over
+                 sequences if M is the batch's mean length
+
+    ValueError if advantages differ within the sequence, and for mean_tokens of 0 or less.
     """
     from prime_rl.trainer.rl.loss import LossOutputs
 
@@ -57,7 +57,7 @@ def riskpo_loss(
     loss, stats = clipped_surrogate(
         inputs.trainer_logprobs[None],
         inputs.inference_logprobs[None].detach(),
-        sequence_advantage(OP, inputs.advantages[None], mask).detach(),
+        sequence_advantage(OP, inputs.advantages[None], mask),
         mask=mask,
         ratio="sequence",
         clip_low=clip_low,
@@ -67,24 +67,25 @@ def riskpo_loss(
         aggregate="sequence-sum" if mean_tokens is None else "sequence-mean",
         denominator=1.0 if mean_tokens is None else 1.0 / mean_tokens,
     )
-    names = ("ratio_mean", "clip_fraction")
-    metrics = {f"riskpo_{name}": stats[name] for name in names}
-    metrics["riskpo_sampler_missing"] = missing.sum()
-    return LossOutputs(loss=loss, metrics=metrics)
+    metrics = {f"riskpo_{name}": stats[name] for name in ("ratio_mean", "clip_fraction")}
+    return LossOutputs(loss=loss, metrics=metrics | {"riskpo_sampler_missing": missing.sum()})
 
 
 class BundleBuffer:
     """Collects finished question groups and gives all their advantages at once.
 
-    questions: groups per batch, a multiple of bundle_size. settings: preset and the overrides of
-    RiskPOAdvantage. Groups may arrive in any order; all of a batch must be answers of policies
-    recent enough for your staleness limit. difficulty="history" knows a question by the name that
-    `add` is given. state_dict / load_state_dict belong in the orchestrator's checkpoint; groups
-    still waiting are not part of it and must be sampled again.
+    questions  groups per batch, a multiple of bundle_size
+    settings   preset, and the overrides of RiskPOAdvantage
+
+    Groups may arrive in any order; how old their policies may be is yours to limit.
+    difficulty="history" knows a question by the name that `add` gets. Save state_dict() with the
+    orchestrator's checkpoint. Groups that still wait are not in it and must be sampled again.
     """
 
     def __init__(self, questions: int, **settings: Any) -> None:
         self._advantage = CountedAdvantage(OP, settings, names_stay=True)
+        self.state_dict = self._advantage.state_dict
+        self.load_state_dict = self._advantage.load_state_dict
         bundle = self._advantage.advantage.settings.bundle_size
         if questions < bundle or questions % bundle:
             raise ValueError(
@@ -112,11 +113,3 @@ class BundleBuffer:
         flat = torch.tensor([reward for group in groups.values() for reward in group])
         values = iter(self._advantage(flat, names, draws)[0].tolist())
         return {name: [next(values) for _ in group] for name, group in groups.items()}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Tracker, settings and number of batches; plain numbers and words."""
-        return self._advantage.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was saved; ValueError if with other settings."""
-        self._advantage.load_state_dict(state)

@@ -3,12 +3,12 @@
     from riskpo.integrations import skyrl
     skyrl.register(state_dir="ckpts/riskpo", bundle_size=5)
 
-then trainer.algorithm.advantage_estimator=riskpo and trainer.algorithm.policy_loss_type=riskpo.
-Call it in the process that runs the trainer (inside the Ray entry-point task): SkyRL hands pickled
+Then set trainer.algorithm.advantage_estimator=riskpo and trainer.algorithm.policy_loss_type=riskpo.
+Call it in the process that runs the trainer, inside the Ray entry-point task. SkyRL hands pickled
 copies of registered functions to other processes, and a copy would track quantiles of its own.
 
-Tested with skyrl 0.3.0 on the CPU: registries, estimator, scaling of advantages and loss beside its
-own gspo (tests/integrations/test_skyrl_host.py). No run on Ray.
+Tested with skyrl 0.3.0 on the CPU (tests/integrations/test_skyrl_host.py): registries, estimator,
+scaling of advantages, and the loss beside its own gspo. No run on Ray.
 """
 
 from __future__ import annotations
@@ -20,32 +20,31 @@ from typing import Any
 
 import torch
 
-from riskpo.integrations.common import CountedAdvantage, read_state, sequence_advantage, write_state
+from riskpo.integrations.common import CountedAdvantage, sequence_advantage
 from riskpo_kernels import clipped_surrogate
 
 OP = "riskpo in SkyRL"
-CORRECTIONS = ("tis_ratio_type", "sequence_mask_metric") + tuple(
-    f"{kind}_is_threshold_{side}"
-    for kind in ("outlier_token", "token_mask")
-    for side in ("low", "high")
-)
+CORRECTIONS = (
+    "tis_ratio_type", "sequence_mask_metric", "outlier_token_is_threshold_low",
+    "outlier_token_is_threshold_high", "token_mask_is_threshold_low",
+    "token_mask_is_threshold_high",
+)  # fmt: skip
 
 
 class Estimator:
     """SkyRL's advantage estimator; its state is written to state_dir/batch_N after batch N.
 
-    resume_batch=N continues from that file: one batch is one training step, so N is the global
-    step of the checkpoint. settings: preset, ragged, and the overrides of RiskPOAdvantage.
+    resume_batch=N continues from that file. One batch is one training step, so N is the global step
+    of the checkpoint. settings: preset, ragged, and the overrides of RiskPOAdvantage.
     """
 
     def __init__(
         self, state_dir: str | os.PathLike[str], resume_batch: int = 0, **settings: Any
     ) -> None:
-        self._advantage = CountedAdvantage(OP, settings, names_stay=True)  # uid: row
+        self._advantage = CountedAdvantage(OP, settings, names_stay=True)  # a uid is the row's
         self._folder, self._process = Path(state_dir), os.getpid()
         if resume_batch:
-            state = read_state(OP, self._folder / f"batch_{resume_batch}")
-            self._advantage.load_state_dict(state)
+            self._advantage.load(self._folder / f"batch_{resume_batch}")
 
     def __call__(
         self,
@@ -56,21 +55,17 @@ class Estimator:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(advantages, returns) [B, T] from rewards and mask [B, T] and uids [B].
 
-        Rows are told apart by uid, reward and mask, never by their places. RuntimeError in another
-        process than the one that registered; ValueError as RiskPOAdvantage raises.
+        Row order does not matter. ValueError as RiskPOAdvantage raises; RuntimeError in another
+        process than the one that registered.
         """
         if os.getpid() != self._process:
             raise RuntimeError(
                 f"{OP}: called in process {os.getpid()}, registered in {self._process}; expected "
                 "one process. Call register() inside the task that runs the trainer."
             )
-        scores = token_level_rewards.detach().double().sum(-1).cpu()
-        live = response_mask.detach().cpu() != 0
-        keys = [(float(score), row.tolist()) for score, row in zip(scores, live, strict=True)]
-        value, stats = self._advantage(scores, [str(uid) for uid in index], keys)
-        folder = self._folder / f"batch_{self._advantage.batches}"
-        write_state(folder, self._advantage.state_dict() | {"stats": stats})
-        spread = torch.where(live, value[:, None], 0.0).to(token_level_rewards.device)
+        uids = [str(uid) for uid in index]
+        spread, stats = self._advantage.over_tokens(token_level_rewards, response_mask, uids)
+        self._advantage.save(self._folder / f"batch_{self._advantage.batches}", stats=stats)
         return spread, spread.clone()
 
 
@@ -82,13 +77,12 @@ def policy_loss(
     loss_mask: torch.Tensor | None = None,
     rollout_logprobs: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """The sequence ratio's clipped surrogate, summed over the counted tokens, all [B, T].
+    """The clipped surrogate of sequence ratios, summed over the counted tokens; tensors [B, T].
 
-    SkyRL's trainer scales advantages beforehand so that sums over micro-batches give the mean that
-    config.loss_reduction names; set sequence_mean for the paper's. Bounds: config.eps_clip_low and
-    eps_clip_high (3e-4 and 4e-4). ValueError where off-policy correction or
-    advantage_batch_normalize is on, which are not applied here, or where a sequence's advantages
-    differ.
+    SkyRL's trainer scales advantages beforehand, so that sums over micro-batches give the mean that
+    config.loss_reduction names; the paper's is sequence_mean. Bounds: config.eps_clip_low and
+    eps_clip_high (3e-4 and 4e-4). ValueError for off-policy correction and
+    advantage_batch_normalize, which are not applied here, and if a sequence's advantages differ.
     """
     correction = getattr(config, "off_policy_correction", None)
     for name in CORRECTIONS:
@@ -103,7 +97,7 @@ def policy_loss(
     loss, stats = clipped_surrogate(
         log_probs,
         old_log_probs.detach(),
-        sequence_advantage(OP, advantages, mask).detach(),
+        sequence_advantage(OP, advantages, mask),
         mask=mask,
         ratio="sequence",
         clip_low=config.eps_clip_low,
@@ -117,7 +111,7 @@ def policy_loss(
 def register(
     state_dir: str | os.PathLike[str], resume_batch: int = 0, **settings: Any
 ) -> Estimator:
-    """Register estimator and loss under the name riskpo, once per process; see Estimator."""
+    """Register an Estimator with these arguments, and the loss, as "riskpo"; once per process."""
     from skyrl.backends.skyrl_train.utils.ppo_utils import (
         AdvantageEstimatorRegistry,
         PolicyLossRegistry,

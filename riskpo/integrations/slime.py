@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from riskpo.integrations.common import CountedAdvantage, read_state, write_state
+from riskpo.integrations.common import CountedAdvantage
 
 OP = "riskpo in slime"
 ESTIMATORS = ("grpo", "gspo", "cispo")  # they take a sample's reward as its advantage
@@ -26,28 +26,30 @@ ESTIMATORS = ("grpo", "gspo", "cispo")  # they take a sample's reward as its adv
 class RewardHook:
     """Turns the rewards of a rollout into RiskPO's advantages; the tracker moves once per call.
 
-    settings: preset, ragged, and the overrides of RiskPOAdvantage. Questions are known by
-    sample.group_index, their answers by sample.index, so order does not matter. State: the file
-    riskpo/rollout_N/riskpo_state.json under args.save after rollout N, read from args.load when
-    slime resumes (args.start_rollout_id, or Megatron's latest_checkpointed_iteration.txt).
+    settings: preset, ragged, and the overrides of RiskPOAdvantage. sample.group_index names the
+    question and sample.index its answer, so order does not matter. The state is written to
+    SAVE/riskpo/rollout_N/riskpo_state.json after rollout N (args.save). When slime resumes
+    (args.start_rollout_id, or Megatron's latest_checkpointed_iteration.txt), it is read from
+    args.load.
 
-    ValueError on samples without reward, index or group_index, on --normalize-advantages, on an
+    ValueError for samples without reward, index or group_index, for --normalize-advantages, for an
     estimator that discounts rewards, and as RiskPOAdvantage raises.
     """
 
     def __init__(self, **settings: Any) -> None:
-        self._advantage = CountedAdvantage(OP, settings, names_stay=False)  # group_index counts on
+        # group_index counts on from rollout to rollout
+        self._advantage = CountedAdvantage(OP, settings, names_stay=False)
         self._started = False
 
     def __call__(self, args: Any, samples: list[Any]) -> tuple[list[float], list[float]]:
         """(raw rewards, advantages), one per sample in the order given."""
         if samples and isinstance(samples[0], list):
-            samples = [sample for group in samples for sample in group]
+            samples = sum(samples, [])
         if not self._started:
             self._start(args)
         raw = [sample.get_reward_value(args) for sample in samples]
         for sample, reward in zip(samples, raw, strict=True):
-            if reward is None or sample.group_index is None or sample.index is None:
+            if None in (reward, sample.group_index, sample.index):
                 raise ValueError(
                     f"{OP}: got a sample with reward {reward}, group_index {sample.group_index}, "
                     f"index {sample.index}; expected all three. Give failed samples reward 0."
@@ -58,8 +60,7 @@ class RewardHook:
             [int(sample.index) for sample in samples],
         )
         if args.save:
-            state = self._advantage.state_dict() | {"stats": stats}
-            write_state(_folder(args.save, self._advantage.batches - 1), state)
+            self._advantage.save(_folder(args.save, self._advantage.batches - 1), stats=stats)
         return raw, advantages.tolist()
 
     def _start(self, args: Any) -> None:
@@ -72,12 +73,12 @@ class RewardHook:
             )
         first = first_rollout(args)
         if first > 0:
-            self._advantage.load_state_dict(read_state(OP, _folder(args.load, first - 1)))
+            self._advantage.load(_folder(args.load, first - 1))
         self._started = True
 
 
 def first_rollout(args: Any) -> int:
-    """The rollout slime starts with: given, or one after the one in Megatron's tracker file."""
+    """The rollout that slime starts with: the given one, or that after Megatron's last."""
     if getattr(args, "start_rollout_id", None) is not None:
         return int(args.start_rollout_id)
     if not getattr(args, "load", None):

@@ -23,12 +23,7 @@ from riskpo.memory_plan.model_shape import ModelShape
 
 MIB, GIB = 2**20, 2**30
 PARKED_ON_DEVICE = IN_FLIGHT + 2  # layer inputs on their way out, back, and the layer's own
-MOMENTS = {
-    "update": "updating",
-    "step": "stepping",
-    "prompts": "reading prompts",
-    "sampling": "sampling",
-}
+MOMENTS = dict(update="updating", step="stepping", prompts="reading prompts", sampling="sampling")
 # Bytes per element of the tensor that is being stepped. torch.optim.AdamW: the root of the second
 # moment, and its quotient by the bias correction. bitsandbytes unpacks both moments and scales a
 # copy of the gradient before that (backends/cpu/ops.py). On CUDA both are one kernel, without any.
@@ -72,19 +67,10 @@ class Budget:
         """Bytes on the device at the worst moment."""
         return sum(self.fixed.values()) + max(self.moments.values())
 
-    @property
-    def update_increase(self) -> float:
-        """Bytes over the loaded model, of an update and its step."""
-        return self._state + max(self.moments["update"], self.moments["step"])
-
-    @property
-    def run_increase(self) -> float:
-        """Bytes over the loaded model at the worst moment of a run, sampling included."""
-        return self._state + max(self.moments.values())
-
-    @property
-    def _state(self) -> float:
-        return sum(self.fixed.values()) - self.fixed["weights"]
+    def increase(self, *moments: str) -> float:
+        """Bytes over the loaded model at the worst of these moments, by default of all."""
+        worst = max(self.moments[name] for name in moments or MOMENTS)
+        return sum(self.fixed.values()) - self.fixed["weights"] + worst
 
 
 def budget(shape: ModelShape, memory: MemoryConfig, work: Workload) -> Budget:
@@ -107,19 +93,23 @@ def budget(shape: ModelShape, memory: MemoryConfig, work: Workload) -> Budget:
     less = min(("MLP of one layer", "attention backward"), key=lambda name: layer[name])
     waiting = {less: layer.pop(less)}
     other, stage = sorted((layer, head), key=lambda x: sum(x.values()))
-    other |= waiting
-    waiting_too = _gradients(shape, work, sum(gradients.values()), kept, layer, stage)
-    step = gradients | _step(shape, memory, work, gradient)
-    prompts, sampling = _prompts(shape, work), _sampling(shape, work)
+    there = _gradients(shape, work, gradients["gradients"], kept, layer, stage)
     host = {}
     if away:
         host["masters, moments, gradients"] = 16.0 * P
     if memory.offload_checkpoints and not work.on_host:
         # torch's caching host allocator rounds pinned memory up to a power of two
-        host["checkpoints"] = shape.layers * float(
-            1 << max(T * shape.hidden * b - 1, 0).bit_length()
-        )
-    return Budget(fixed, {**waiting_too, **kept, **stage}, step, prompts, sampling, host, other)
+        pinned = 1 << max(T * shape.hidden * b - 1, 0).bit_length()
+        host["checkpoints"] = float(shape.layers * pinned)
+    return Budget(
+        fixed,
+        update={**there, **kept, **stage},
+        step=gradients | _step(shape, memory, work, gradient),
+        prompts=_prompts(shape, work),
+        sampling=_sampling(shape, work),
+        host=host,
+        other=other | waiting,
+    )
 
 
 def _gradients(

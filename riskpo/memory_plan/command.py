@@ -138,12 +138,14 @@ def show(config: PlanConfig, cards: list[Card], shape: ModelShape, console: Cons
     console.print(_terms([(label, budget(shape, m, w)) for label, m, w in settings]))
     console.print(LEGEND + "\n")
     console.print(_reach(config, shape, settings, cards))
-    flop = attention_flop(shape, CHECKPOINTS, config.context)
+    tflop = attention_flop(shape, CHECKPOINTS, config.context) / 1e12
     for card in cards:
         tflops = config.tflops or card.tflops
+        seconds = tflop / tflops
+        time = f"{seconds:.1f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
         console.print(
             f"attention of one sequence on {card.name}, forward twice and backward: "
-            f"{flop / 1e12:,.0f} TFLOP, about {_time(flop / tflops / 1e12)} at {tflops:.0f} TFLOP/s"
+            f"{tflop:,.0f} TFLOP, about {time} at {tflops:.0f} TFLOP/s"
         )
     console.print(
         f"A card counts {USABLE:.0%} of its size less {RESERVE_GIB} GiB (context, workspaces, "
@@ -197,7 +199,3 @@ def _table(title: str, columns: list[str]) -> Table:
     for label in columns:
         table.add_column(label, justify="right")
     return table
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

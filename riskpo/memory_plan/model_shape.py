@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +36,11 @@ class ModelShape:
     queries: int
     keys: int
     vocab: int
-    trained: int | None = None  # parameters that are; None: all of them
-    tied: bool = False  # the head is the embedding
-    head_learns: bool = True
-    norms_learn: bool = True  # what a frozen one normalises is not kept for its gradient
-    mlp_learns: bool = True  # nor are the inputs of a frozen product
-
-    @property
-    def trainable(self) -> int:
-        return self.parameters if self.trained is None else self.trained
+    trainable: int  # parameters that are trained
+    tied: bool  # the head is the embedding
+    head_learns: bool
+    norms_learn: bool  # what a frozen one normalises is not kept for its gradient
+    mlp_learns: bool  # nor are the inputs of a frozen product
 
     @property
     def largest_tensor(self) -> int:
@@ -66,11 +61,11 @@ def find_shape(name: str) -> ModelShape:
     """
     name = as_folder(name)
     known = check_name(name)
-    if known is not None:
-        return _known(known)
     from transformers import AutoConfig
 
     try:
+        if known is not None:
+            return shape_of(AutoConfig.for_model(**KNOWN[known]), known)
         return shape_of(AutoConfig.from_pretrained(name, local_files_only=True), name)
     except (OSError, ValueError) as error:
         raise _unknown(name, str(error).strip().partition("\n")[0]) from None
@@ -111,41 +106,34 @@ def _unknown(name: str, reason: str) -> ValueError:
     )
 
 
-@lru_cache
-def _known(name: str) -> ModelShape:
-    from transformers import AutoConfig
-
-    values = dict(KNOWN[name])
-    return shape_of(AutoConfig.for_model(values.pop("model_type"), **values), name)
-
-
 def shape_of(config: Any, name: str) -> ModelShape:
-    """Counts the parameters of a model on the meta device: exact, and no byte of weight."""
+    """The shape of a config's model, built on the meta device: exact, and no byte of weight."""
     import torch
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return with_parameters(config, name, sum(p.numel() for p in model.parameters()))
+        return replace(shape_of_model(AutoModelForCausalLM.from_config(config)), name=name)
 
 
-def with_parameters(
-    config: Any, name: str, parameters: int, trained: int | None = None
-) -> ModelShape:
-    """The shape of a config whose parameters are counted already; ValueError if it is not dense."""
+def shape_of_model(model: Any) -> ModelShape:
+    """The shape of a model, frozen parameters told apart; ValueError if it is not dense."""
     from riskpo.model.attention import head_width
 
-    text = config.get_text_config()
+    text = model.config.get_text_config()
     missing = [x for x in ("intermediate_size", "num_attention_heads") if not hasattr(text, x)]
     if missing:
         raise ValueError(
-            f"plan: got a {type(config).__name__} without {', '.join(missing)}; expected a dense "
+            f"plan: got a {type(model).__name__} without {', '.join(missing)}; expected a dense "
             "decoder. The plan knows no other kind."
         )
     keys = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head, learning = (
+        model.get_output_embeddings(),
+        [p for p in model.parameters() if p.requires_grad],
+    )
     return ModelShape(
-        name=name,
-        parameters=parameters,
+        name=type(model).__name__,
+        parameters=sum(p.numel() for p in model.parameters()),
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         intermediate=text.intermediate_size,
@@ -153,21 +141,9 @@ def with_parameters(
         queries=text.num_attention_heads * head_width(text),
         keys=keys * head_width(text),
         vocab=text.vocab_size,
-        trained=trained,
+        trainable=sum(p.numel() for p in learning),
         tied=bool(getattr(text, "tie_word_embeddings", False)),
-    )
-
-
-def shape_of_model(model: Any) -> ModelShape:
-    """The shape of a loaded model, frozen parameters told apart; ValueError if it is not dense."""
-    weights = list(model.parameters())
-    learning = [p for p in weights if p.requires_grad]
-    everything, trained = (sum(p.numel() for p in some) for some in (weights, learning))
-    shape = with_parameters(model.config, type(model).__name__, everything, trained)
-    head = model.get_output_embeddings()
-    return replace(
-        shape,
         head_learns=head is None or head.weight.requires_grad,
-        norms_learn=any(p.shape == (shape.hidden,) for p in learning),
-        mlp_learns=any(shape.intermediate in p.shape for p in learning),
+        norms_learn=any(p.shape == (text.hidden_size,) for p in learning),
+        mlp_learns=any(text.intermediate_size in p.shape for p in learning),
     )

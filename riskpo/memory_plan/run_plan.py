@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,6 @@ from riskpo.memory_plan.peak_meter import PeakMeter
 
 SMALL_GIB = 0.1  # below it there is nothing to plan
 TELLING_MIB = 500  # below it a process' own buffers are a large part of what is measured
-
-
 # what a container may use, and all of it where it is not limited (cgroup v2, v1)
 LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
@@ -67,40 +66,38 @@ class RunPlan:
 
     def outcome(self) -> str:
         """Predicted beside measured increase over the loaded model."""
-        measured, kind = self.meter.increase(), "allocated"
-        if self.meter.device.type == "cpu":
-            kind = "resident set"
+        measured = self.meter.increase()
+        kind = "resident set" if self.meter.device.type == "cpu" else "allocated"
         said = "memory over the loaded model: predicted "
-        said += "nothing" if self.predicted is None else f"{self.predicted.run_increase / MIB:.0f}"
+        said += "nothing" if self.predicted is None else f"{self.predicted.increase() / MIB:.0f}"
         if measured is None:
             return f"{said} MiB; this machine does not tell what was used"
-        small = measured < TELLING_MIB * MIB
-        hint = f"; below {TELLING_MIB} MiB mostly the libraries' own" if small else ""
-        return f"{said} MiB, measured {measured / MIB:.0f} MiB ({kind}{hint})"
+        if measured < TELLING_MIB * MIB:
+            kind += f"; below {TELLING_MIB} MiB mostly the libraries' own"
+        return f"{said} MiB, measured {measured / MIB:.0f} MiB ({kind})"
 
 
 def plan_run(config: RunConfig, model: Any, prompt: int, teacher: Any = None) -> RunPlan:
-    """The plan of a resolved config, its loaded model, the longest prompt of its data in tokens,
-    and a loaded teacher, whose weights alone count; the meter starts here."""
-    device = next(model.parameters()).device
+    """The plan of a loaded model and the longest prompt of its data in tokens.
+
+    Of a loaded teacher the weights alone count. The meter starts here.
+    """
+    device, response = next(model.parameters()).device, config.max_response_tokens
     capacity = memory_of_this_machine()
     if device.type == "cuda":
         capacity = float(torch.cuda.get_device_properties(device).total_memory)
-    predicted = _predicted(config, model, device, prompt, config.max_response_tokens)
+    predicted: Budget | None = None
+    with contextlib.suppress(ValueError):  # another kind of model
+        work = largest_work(config, prompt, on_host=device.type == "cpu")
+        predicted = budget(shape_of_model(model), config.memory, work)
     if predicted is not None and teacher is not None:
         predicted.fixed["weights"] += sum(p.nbytes for p in teacher.model.parameters())
-    meter = PeakMeter(device, model)
-    return RunPlan(meter, predicted, capacity, prompt, config.max_response_tokens)
+    return RunPlan(PeakMeter(device, model), predicted, capacity, prompt, response)
 
 
-def _predicted(
-    config: RunConfig, model: Any, device: torch.device, prompt: int, response: int
-) -> Budget | None:
-    try:
-        shape = shape_of_model(model)
-    except ValueError:
-        return None
-    context = prompt + response
+def largest_work(config: RunConfig, prompt: int, *, on_host: bool) -> Workload:
+    """The largest work of a run whose prompts have at most `prompt` tokens."""
+    context = prompt + config.max_response_tokens
     responses = config.questions_per_step * config.responses_per_question
     # evaluations sample too, beside the optimiser's state from the first step on
     if config.eval_every_steps:
@@ -109,14 +106,13 @@ def _predicted(
     rows = -(-config.questions_per_step // config.updates_per_step) * config.responses_per_question
     mini_batch = rows * (context - 1)
     tokens = max(context - 1, min(config.micro_batch_tokens, mini_batch))
-    work = Workload(
+    return Workload(
         tokens=tokens,
-        head_tokens=min(tokens, rows * response),
+        head_tokens=min(tokens, rows * config.max_response_tokens),
         micro_batches=1 if mini_batch <= config.micro_batch_tokens else 2,
         bytes_per_weight=4 if config.dtype == "float32" else 2,
         sequences=min(config.sampler.sequences, responses),
         context=context,
         prompt=prompt,
-        on_host=device.type == "cpu",
+        on_host=on_host,
     )
-    return budget(shape, config.memory, work)

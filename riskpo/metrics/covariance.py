@@ -24,35 +24,29 @@ TIED = 1e-12  # a spread below this is none: its correlation counts as 0
 
 
 def covariance_terms(
-    sequence_logprob_QG: torch.Tensor,
-    rewards_QG: torch.Tensor,
-    *,
-    bundle_size: int = BUNDLE,
-    alpha: float = ALPHA,
-    beta: float = BETA,
-    omega: float = OMEGA,
+    sequence_logprob_QG: torch.Tensor, rewards_QG: torch.Tensor
 ) -> dict[str, float]:
     """Means over questions of Cov(l, A) within a question, in nats times score units.
 
-    l is the log-prob [Q, G] of the whole response under the policy that sampled it; R the score of
-    the bundle a response sits in: consecutive questions, the j-th response of each. Its other
-    members are independent of the response, so they add noise and no bias. Quantiles are the
-    batch's own (linear interpolation). Questions that fill no bundle are left out; {} where nothing
-    is left, or with one response per question.
+    l is the log-prob [Q, G] of the whole response under the policy that sampled it. R is the score
+    of the response's bundle: the j-th response to BUNDLE consecutive questions. The others in it
+    are independent of the response, so they add noise and no bias. Quantiles are the batch's own
+    (linear interpolation). Questions that fill no bundle are left out. {} if nothing is left, or
+    with one response per question.
 
       cov_mean, cov_mvar     Cov(l, R), Cov(l, A_MVaR), A_MVaR in the paper's form, unscaled
       cov_upper, cov_lower   Cov(l, (R - q_b)^+), Cov(l, (q_a - R)^+)
       corr_mean, corr_mvar   the first two as correlations, 0 where either side is constant
     """
-    full = len(rewards_QG) // bundle_size * bundle_size
+    full = len(rewards_QG) // BUNDLE * BUNDLE
     if not full or rewards_QG.shape[1] < 2:
         return {}
     logprob = sequence_logprob_QG[:full].double()
-    scores_KG = bundle_scores(rewards_QG[:full].double(), bundle_size)
-    levels = torch.tensor([alpha, beta], dtype=torch.float64)
+    scores_KG = bundle_scores(rewards_QG[:full].double(), BUNDLE)
+    levels = torch.tensor([ALPHA, BETA], dtype=torch.float64)
     q_alpha, q_beta = torch.quantile(scores_KG.flatten(), levels).tolist()
-    score = scores_KG.repeat_interleave(bundle_size, 0)  # [Q, G]
-    averse = mvar_advantage(score, q_alpha, q_beta, alpha=alpha, beta=beta, omega=omega)
+    score = scores_KG.repeat_interleave(BUNDLE, 0)  # [Q, G]
+    averse = mvar_advantage(score, q_alpha, q_beta, alpha=ALPHA, beta=BETA, omega=OMEGA)
     return {
         "cov_mean": _covariance(logprob, score),
         "cov_mvar": _covariance(logprob, averse),

@@ -1,16 +1,15 @@
 """avg@n, pass@k and maj@k of a policy on a set of questions. Q questions, n samples each.
 
     avg@n    mean reward over all Q * n responses
-    pass@k   mean over questions of 1 - C(n - c, k) / C(n, k), c of the n responses being right
-             (reward above zero): the chance that k responses hold a right one, unbiased for n > k
+    pass@k   mean over questions of 1 - C(n - c, k) / C(n, k) with c right responses (reward above
+             zero): the chance that k responses hold a right one, unbiased for n > k
     maj@k    mean over questions of the chance that a vote among k of the n responses elects the
-             right answer, over all C(n, k) draws: computed, not sampled, so unbiased for n > k
+             right answer, computed over all C(n, k) draws: unbiased for n > k
 
-Intervals are 95 % percentile bootstraps over questions: how far a number would move on other
-questions of the kind. With fewer than five questions right, or wrong, a bootstrap is too narrow (at
-0 of 6 it has no width), so the interval is widened to Wilson's. `over_seeds` adds Student's t over
-repetitions: how far a number moves with the sampling, or the training, alone. Numbers compare only
-at equal decoding settings, so the result carries them.
+Intervals are 95 % percentile bootstraps over questions: how far a number would move on others of
+the kind. With fewer than five questions right, or wrong, they are widened to Wilson's. `over_seeds`
+adds Student's t over repetitions: how far a number moves with the sampling or the training. Numbers
+compare only at equal decoding settings, so the result carries them.
 """
 
 from __future__ import annotations
@@ -96,9 +95,8 @@ def evaluate(
     settings: EvalSettings,
     vote: Vote | None = None,
 ) -> EvalResult:
-    """Summarise Q * n responses and their verdicts.
+    """Summarise Q * n responses and their verdicts, question-major.
 
-    texts, verdicts   of the responses, question-major
     samples   n, responses per question
     ks        the k of pass@k and maj@k, each at most `samples`
     settings  carried into the result; its seed also seeds the bootstrap
@@ -107,7 +105,16 @@ def evaluate(
     ValueError for no questions, repeated ids, a k out of range, or a wrong number of texts.
     """
     ids = [question.id for question in questions]
-    _check(ids, samples, ks)
+    if not ids or len(set(ids)) < len(ids):
+        raise ValueError(
+            f"evaluate: got {len(ids)} questions with {len(set(ids))} different ids; expected at "
+            "least one question and no id twice. Ask for more samples instead of repeating rows."
+        )
+    if samples < 1 or any(not 1 <= k <= samples for k in ks):
+        raise ValueError(
+            f"evaluate: got samples={samples}, ks={list(ks)}; expected 1 <= k <= samples. Draw "
+            "more samples or ask for smaller k."
+        )
     if len(texts) != len(ids) * samples:
         raise ValueError(
             f"evaluate: got {len(texts)} texts; expected {len(ids)} questions x {samples} samples "
@@ -120,7 +127,11 @@ def evaluate(
     values |= {f"pass@{k}": torch.as_tensor(pass_at_k(samples, right.sum(1), k)) for k in ks}
     if vote is not None:
         votes = [vote(text, questions[i // samples]) for i, text in enumerate(texts)]
-        values |= _majorities(votes, right, ks)
+        per_question = (votes[i : i + samples] for i in range(0, len(votes), samples))
+        sizes = [group_sizes(*x) for x in zip(per_question, right.tolist(), strict=True)]
+        for k in ks:
+            each = [maj_at_k(*s, k) for s in sizes]
+            values[f"maj@{k}"] = torch.tensor(each, dtype=torch.float64)
     estimates = {name: _estimate(v, settings.seed) for name, v in values.items()}
     return EvalResult(
         avg=estimates[f"avg@{samples}"],
@@ -139,34 +150,11 @@ def evaluate(
     )
 
 
-def _check(ids: Sequence[str], samples: int, ks: Sequence[int]) -> None:
-    if not ids or len(set(ids)) < len(ids):
-        raise ValueError(
-            f"evaluate: got {len(ids)} questions with {len(set(ids))} different ids; expected at "
-            "least one question and no id twice. Ask for more samples instead of repeating rows."
-        )
-    if samples < 1 or any(not 1 <= k <= samples for k in ks):
-        raise ValueError(
-            f"evaluate: got samples={samples}, ks={list(ks)}; expected 1 <= k <= samples. Draw "
-            "more samples or ask for smaller k."
-        )
-
-
-def _majorities(
-    votes: Sequence[str | None], right: torch.Tensor, ks: Sequence[int]
-) -> dict[str, torch.Tensor]:
-    """{"maj@k": [Q]} from Q * n votes, question-major, and right [Q, n]."""
-    n = right.shape[1]
-    sizes = [group_sizes(votes[i * n : i * n + n], row) for i, row in enumerate(right.tolist())]
-    found = {f"maj@{k}": [maj_at_k(*s, k) for s in sizes] for k in ks}
-    return {name: torch.tensor(each, dtype=torch.float64) for name, each in found.items()}
-
-
 def over_seeds(results: Sequence[EvalResult]) -> dict[str, tuple[Interval, Interval]]:
     """{name: (interval over questions, interval over seeds)}; both are around the same mean.
 
-    Where the seeds share their questions, the bootstrap redraws questions whose numbers are means
-    over the seeds; where each has its own, it redraws from all of them.
+    If the seeds share their questions, the bootstrap redraws means over the seeds, else the
+    questions of all seeds.
     """
     shared = all(r.rewards.keys() == results[0].rewards.keys() for r in results)
     found = {}
@@ -184,8 +172,7 @@ def over_seeds(results: Sequence[EvalResult]) -> dict[str, tuple[Interval, Inter
 
 def _estimate(per_question: torch.Tensor, seed: int) -> Interval:
     """Mean of [Q] float64 values; questions are redrawn with replacement for the interval."""
-    count = len(per_question)
-    generator = torch.Generator().manual_seed(seed)
+    count, generator = len(per_question), torch.Generator().manual_seed(seed)
     draws = (torch.randint(count, (count,), generator=generator) for _ in range(RESAMPLES))
     drawn = torch.stack([per_question[draw].mean() for draw in draws])
     tail = (1 - CONFIDENCE) / 2
@@ -197,9 +184,8 @@ def _estimate(per_question: torch.Tensor, seed: int) -> Interval:
 def group_sizes(votes: Sequence[str | None], right: Sequence[bool]) -> tuple[int, list[int], int]:
     """(right, one size per wrong answer, silent) of one question's responses.
 
-    Right responses are one answer however they are written: the verifier says that they are equal.
-    Wrong ones are told apart by their text, so that equal values written differently split their
-    votes. None is a response without an answer; it does not vote.
+    Right responses are one answer, as the verifier finds them equal. Wrong ones are told apart by
+    their text. None is a response without an answer; it does not vote.
     """
     wrong = Counter(v for v, ok in zip(votes, right, strict=True) if not ok and v is not None)
     silent = sum(v is None and not ok for v, ok in zip(votes, right, strict=True))

@@ -1,7 +1,7 @@
 """Numbers that every step logs, whatever the algorithm, so that runs can be compared.
 
-Lower tails, MVaR and covariances use the paper's bundle size, levels and omega, whatever the run's
-own. The algorithm's own levels show in its q_alpha and q_beta. Q questions, G responses each.
+Lower tails, MVaR and covariances use the paper's bundle size, levels and omega; those of the run's
+algorithm show in its q_alpha and q_beta. Q questions, G responses each.
 """
 
 from __future__ import annotations
@@ -43,12 +43,13 @@ def all_equal(rewards_QG: torch.Tensor) -> dict[str, float]:
     }
 
 
-def sampled_entropy(logprob: torch.Tensor) -> float:
+def sampled_entropy(logprobs: Sequence[torch.Tensor]) -> float:
     """Minus the mean log-prob of all sampled tokens that have one, in nats.
 
     An unbiased estimate of the token entropy. The update's "entropy" is exact, but covers only the
     responses that are learned from: with DAPO, the questions of middle difficulty.
     """
+    logprob = torch.cat(list(logprobs))
     given = logprob[~logprob.isnan()]
     return -float(given.mean()) if len(given) else 0.0
 

@@ -70,10 +70,8 @@ def packing_of(model: Any) -> Packing:
 
     ValueError for a model that is not a causal language model or whose decoder cannot be called.
     """
-    found = _FOUND.get(model)
-    if found is None or found[0] != _implementation(model):
-        return _found(model, _examine(model))
-    return found[1]
+    implementation, packing = _FOUND.get(model, (None, Packing()))
+    return packing if implementation == _implementation(model) else _found(model, _examine(model))
 
 
 def settle_attention(model: Any, requested: str) -> Packing:
@@ -119,26 +117,23 @@ def known_reach(model: Any) -> tuple[str | None, bool]:
     Read from the config and the decoder's modules; (None, True) if nothing is known to leak.
     """
     decoder = decoder_of(model)
-    lists = (getattr(decoder.config, name, None) for name in LAYER_LISTS)
-    listed = (str(kind) for x in lists if isinstance(x, (list, tuple)) for kind in x)
-    kinds = set(listed) - APART
-    names = {type(module).__name__ for module in decoder.modules()}
+    config, modules = decoder.config, list(decoder.modules())
+    lists = (getattr(config, name, None) for name in LAYER_LISTS)
+    kinds = {str(kind) for x in lists if isinstance(x, (list, tuple)) for kind in x} - APART
+    names = sorted({type(module).__name__ for module in modules})
     reach = sorted(kind for kind in kinds if not STATES.search(kind))
-    reach += sorted(name for name in names if REACH_MODULES.search(name))
-    reach += [name for name in REACH_SETTINGS if getattr(decoder.config, name, None)]
+    reach += [name for name in names if REACH_MODULES.search(name)]
+    reach += [name for name in REACH_SETTINGS if getattr(config, name, None)]
     if reach:
         return f"got {reach[0]}, which counts from the start of the row", False
-    ropes = sorted(_rope_types(getattr(decoder.config, "rope_parameters", None)))
-    moving = [name for name in ropes if "dynamic" in name or name == "longrope"]
-    if moving:
-        return f"got rope of type {moving[0]}, which looks at the longest sequence", False
-    states = sorted(kinds) + sorted(n for n in names if STATE_MODULES.search(n))
-    states += sorted(
-        type(module).__name__
-        for module in decoder.modules()
-        if isinstance(module, torch.nn.RNNBase)
-        or (isinstance(module, torch.nn.Conv1d) and max(module.kernel_size) > 1)
-    )
+    for name in sorted(_rope_types(getattr(config, "rope_parameters", None))):
+        if "dynamic" in name or name == "longrope":
+            return f"got rope of type {name}, which looks at the longest sequence", False
+    states = sorted(kinds) + [name for name in names if STATE_MODULES.search(name)]
+    states += sorted(type(m).__name__ for m in modules if isinstance(m, torch.nn.RNNBase))
+    states += [
+        "Conv1d" for m in modules if isinstance(m, torch.nn.Conv1d) and m.kernel_size != (1,)
+    ]
     if states:
         return f"got {states[0]}, which carries a state along the tokens", True
     return None, True
@@ -262,7 +257,7 @@ def _leak(
 
 
 def _close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
-    """Equal up to rounding; NaN is not. Shapes [n, D]."""
+    """Whether hidden states [n, D] are equal up to rounding; NaN is not."""
     limit = ROUNDING.get(theirs.dtype, ROUNDING_16)
     gap = (ours.detach().double() - theirs.double()).abs().amax(-1)
     good = gap <= limit * theirs.double().abs().max().clamp(min=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -117,11 +118,9 @@ def _is_local(name: str) -> bool:
     """Whether local files are enough; if not, ConnectionError unless the hub has the model."""
     if Path(name).is_dir() or os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
         return True
-    try:
+    with contextlib.suppress(OSError, ValueError):
         AutoTokenizer.from_pretrained(name, local_files_only=True)
         return True
-    except (OSError, ValueError):
-        pass
     if error := hub_error(lambda: model_info(name, timeout=HUB_SECONDS)):
         raise ConnectionError(
             f"model: {name!r} is no folder, is not in the cache, and the hub gave no model of that "
@@ -136,9 +135,9 @@ def end_tokens(policy: Policy) -> list[int]:
 
 
 def _end_ids(policy: Policy) -> list[int]:
-    config, found = policy.model.config, list[Any]()
-    own = policy.model.generation_config
-    for source in (own, config, config.get_text_config(), policy.tokenizer):
+    model, found = policy.model, list[Any]()
+    text = model.config.get_text_config()
+    for source in (model.generation_config, model.config, text, policy.tokenizer):
         ids = getattr(source, "eos_token_id", None)
         found += ids if isinstance(ids, (list, tuple)) else [ids]
     return list(dict.fromkeys(i for i in found if i is not None and i >= 0))

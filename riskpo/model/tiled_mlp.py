@@ -31,7 +31,11 @@ class _Tiled(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.mlp, ctx.rows = mlp, rows
         ctx.save_for_backward(x, *parameters)
-        return _forward(mlp, rows, x)
+        flat = x.reshape(-1, x.shape[-1])
+        y = torch.empty_like(flat)
+        for start in range(0, len(flat), rows):
+            y[start : start + rows] = mlp(flat[start : start + rows])
+        return y.view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[Any, ...]:
@@ -55,28 +59,20 @@ class _Tiled(torch.autograd.Function):
         return None, None, None if dx is None else dx.view(x.shape), *gradients
 
 
-def _forward(
-    mlp: Callable[[torch.Tensor], torch.Tensor], rows: int, x: torch.Tensor
-) -> torch.Tensor:
-    flat = x.reshape(-1, x.shape[-1])
-    y = torch.empty_like(flat)
-    for start in range(0, len(flat), rows):
-        y[start : start + rows] = mlp(flat[start : start + rows])
-    return y.view(x.shape)
-
-
 def tiled(
+    mlp: torch.nn.Module,
     forward: Callable[[torch.Tensor], torch.Tensor],
-    parameters: Callable[[], list[torch.nn.Parameter]],
     rows: int,
     x: torch.Tensor,
 ) -> torch.Tensor:
-    """forward(x) for x [..., D], at most `rows` tokens at a time; same value and gradients."""
+    """forward(x) for x [..., D], at most `rows` tokens at a time; same value and gradients.
+
+    forward is that of the module `mlp`, whose parameters get gradients.
+    """
     if x.numel() <= rows * x.shape[-1]:
         return forward(x)
-    if not torch.is_grad_enabled():
-        return _forward(forward, rows, x)
-    result: torch.Tensor = _Tiled.apply(forward, rows, x, *parameters())
+    learning = [p for p in mlp.parameters() if p.requires_grad]
+    result: torch.Tensor = _Tiled.apply(forward, rows, x, *learning)
     return result
 
 
@@ -95,22 +91,17 @@ def tile_mlps(model: Any, rows: int) -> None:
         )
     for mlp in mlps:
         _check(mlp, rows)
-        mlp.forward = partial(tiled, mlp.forward, partial(_trainable, mlp), rows)
-
-
-def _trainable(mlp: torch.nn.Module) -> list[torch.nn.Parameter]:
-    return [p for p in mlp.parameters() if p.requires_grad]
+        mlp.forward = partial(tiled, mlp, mlp.forward, rows)
 
 
 def _check(mlp: torch.nn.Module, rows: int) -> None:
-    kinds = {type(part).__name__ for part in mlp.modules()}
-    experts = sorted(k for k in kinds if "Expert" in k or "Moe" in k or "Router" in k)
-    if experts:
-        raise ValueError(
-            f"memory.mlp_tile_tokens={rows}: got a layer of experts ({experts[0]}); expected a "
-            "dense MLP. Set it to 0."
-        )
     for part in mlp.modules():
+        kind = type(part).__name__
+        if any(word in kind for word in ("Expert", "Moe", "Router")):
+            raise ValueError(
+                f"memory.mlp_tile_tokens={rows}: got a layer of experts ({kind}); expected a "
+                "dense MLP. Set it to 0."
+            )
         if isinstance(part, torch.nn.Dropout) and part.p > 0:
             raise ValueError(
                 f"memory.mlp_tile_tokens={rows}: got dropout {part.p} inside the MLP, which a "

@@ -1,10 +1,9 @@
 """Vision-language models: pictures on their way into sampling and into the update.
 
-What a processor makes of a question is split in two: the prompt's token ids, with a placeholder
-for every patch of a picture, and what the model reads beside them (pixels, grids, token types).
-The model's own forward puts the pictures' features in the placeholders' stead; its decoder alone
-would read the placeholders and ignore the pictures in silence. Sequences with pictures are
-therefore never packed.
+A processor turns a question into the prompt's token ids, with a placeholder for every patch of a
+picture, and into what the model reads beside them (pixels, grids, token types). The model's own
+forward replaces placeholders by features; its decoder alone would ignore the pictures in silence.
+Sequences with pictures are therefore never packed.
 
 P tokens of a prompt, T of a sequence's inputs, D hidden width.
 """
@@ -52,8 +51,8 @@ def load_processor(name: str, *, local: bool) -> Any:
 def question_inputs(processor: Any, question: Question) -> tuple[list[int], Inputs]:
     """The prompt's P token ids, pictures as placeholders, and what goes with them; batch of one.
 
-    ValueError for a picture that cannot be read, and for inputs along the prompt of which it is
-    not known how they go on over a response.
+    ValueError for a picture that cannot be read, and for an input per token whose values over a
+    response are not known.
     """
     batch = dict(processor_inputs(processor, [question]))
     ids = batch.pop("input_ids")
@@ -69,9 +68,12 @@ def question_inputs(processor: Any, question: Question) -> tuple[list[int], Inpu
 
 def for_model(inputs: Inputs, model: Any, *, count: int = 1) -> Inputs:
     """`inputs` for a batch of `count` equal prompts, on the model's device and in its dtype."""
-    kinds = {name: model.dtype if x.is_floating_point() else None for name, x in inputs.items()}
-    there = {name: x.to(model.device, kinds[name]) for name, x in inputs.items()}
-    return {name: torch.cat([x] * count) for name, x in there.items()}
+    return {
+        name: torch.cat(
+            [x.to(model.device, model.dtype if x.is_floating_point() else None)] * count
+        )
+        for name, x in inputs.items()
+    }
 
 
 def vision_hidden_states(model: Any, input_ids: torch.Tensor, inputs: Inputs) -> torch.Tensor:
@@ -104,12 +106,11 @@ def check_vision_setup(config: TrainConfig, processes: int) -> None:
         f"{processes} processes": processes > 1,
         "lora.rank > 0": config.lora.rank > 0,
     }
-    for what, wrong in reasons.items():
-        if wrong:
-            raise ValueError(
-                f"data: rows with pictures do not train with {what}; expected one process, "
-                "sampler.engine='generate' and all weights. Change it or drop these rows."
-            )
+    for what in (what for what, wrong in reasons.items() if wrong):
+        raise ValueError(
+            f"data: rows with pictures do not train with {what}; expected one process, "
+            "sampler.engine='generate' and all weights. Change it or drop these rows."
+        )
 
 
 @torch.no_grad()

@@ -7,7 +7,6 @@ alone, so a resumed run draws what the uninterrupted one would have drawn.
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -15,7 +14,7 @@ import torch
 
 from riskpo.algorithms import Strategy, keep_all, overlong_penalty
 from riskpo.config import TrainConfig
-from riskpo.rewards.verdict import Judge, tally
+from riskpo.rewards.verdict import Judge, Verdict
 from riskpo.rollout.sampler import Sampler
 from riskpo.types import Question, Rollouts
 
@@ -26,23 +25,17 @@ MAX_ATTEMPTS = 10  # rounds of dynamic sampling per step
 class Batch:
     """What a step learns from, question-major, and everything that was sampled for it.
 
-    questions, rollouts, rewards_QG   kept by the algorithm, to learn from
-    seen, seen_QG                     all sampled questions and their rewards
-    seen_logprob                      the sampler's log-prob of every sampled token
-    seen_text, seen_cut, seen_verdict of every response: text, whether the length limit cut it,
-                                      outcome of its reward
+    questions, rollouts, rewards_QG       kept by the algorithm, to learn from
+    seen, sampled, seen_verdicts, seen_QG all questions, their rollouts, verdicts and rewards
     """
 
     questions: list[Question] = field(default_factory=list)
     rollouts: Rollouts = field(default_factory=Rollouts)
     rewards_QG: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0))
-    seen_QG: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0))
-    outcomes: Counter[str] = field(default_factory=Counter)
     seen: list[Question] = field(default_factory=list)
-    seen_logprob: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
-    seen_text: list[str] = field(default_factory=list)
-    seen_cut: list[bool] = field(default_factory=list)
-    seen_verdict: list[str] = field(default_factory=list)
+    sampled: Rollouts = field(default_factory=Rollouts)
+    seen_verdicts: list[Verdict] = field(default_factory=list)
+    seen_QG: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0))
 
 
 def draw(
@@ -80,11 +73,10 @@ def collect(
     sampling has used up its MAX_ATTEMPTS rounds."""
     count, seed = config.questions_per_step, config.seed
     batch, rewards, seen = Batch(), [], []
-    tried: set[str] = set()
     for attempt in range(1 if strategy.keep is keep_all else MAX_ATTEMPTS):
         drawn = draw(questions, count, seed=seed, step=step, attempt=attempt)
+        tried = {q.id for q in batch.seen}
         fresh = [q for q in drawn if q.id not in tried]
-        tried.update(q.id for q in fresh)
         if not fresh:
             continue
         rollouts = sampler.sample(fresh, config.responses_per_question, (seed, step, attempt))
@@ -95,14 +87,11 @@ def collect(
         each = rewards_QG.shape[1]
         batch.questions += [fresh[i] for i in kept]
         batch.rollouts.extend(rollouts, [i * each + j for i in kept for j in range(each)])
-        batch.outcomes.update(tally(verdicts))
         rewards.append(rewards_QG[kept])
         seen.append(rewards_QG)
         batch.seen += fresh
-        batch.seen_text += rollouts.text
-        batch.seen_cut += rollouts.truncated
-        batch.seen_verdict += [v.outcome.value for v in verdicts]
-        batch.seen_logprob = torch.cat([batch.seen_logprob, *rollouts.logprob])
+        batch.sampled.extend(rollouts)
+        batch.seen_verdicts += verdicts
         if len(batch.questions) == count:
             break
     batch.rewards_QG, batch.seen_QG = torch.cat(rewards), torch.cat(seen)

@@ -35,15 +35,6 @@ PROBES, PROBE_TOKENS = 4, 64  # responses that are compared, and tokens of each
 LARGEST_GAPS = {torch.float32: (0.005, 0.1), torch.bfloat16: (0.2, 3.0)}
 
 
-def check_temperature(temperature: float) -> None:
-    """ValueError for a temperature that vLLM would change."""
-    if not COLDEST <= temperature <= HOTTEST:
-        raise ValueError(
-            f"sampler: got temperature={temperature} with engine='vllm'; expected {COLDEST} to "
-            f"{HOTTEST}, since vLLM changes others. Change it, or set sampler.engine='generate'."
-        )
-
-
 def start_engine(
     model: str, *, dtype: str, tokens: int, sequences: int, gpu_share: float, seed: int
 ) -> Any:
@@ -95,13 +86,6 @@ def start_engine(
     return engine
 
 
-def sampling_params(**settings: Any) -> Any:
-    """vllm.SamplingParams."""
-    from vllm import SamplingParams
-
-    return SamplingParams(**settings)
-
-
 def drawn_logprobs(tokens: Sequence[int], steps: Sequence[Any] | None) -> list[float]:
     """Log-prob of each drawn token, NaN where vLLM gave none.
 
@@ -131,11 +115,15 @@ class VLLMSampler:
         policy: Policy,
         engine: Any,
         limits: SamplingLimits,
-        params: Callable[..., Any] = sampling_params,
         look: Callable[[Callable[[Any], Any]], Any] | None = None,
     ) -> None:
-        check_temperature(limits.temperature)
-        self.policy, self.engine, self.limits, self.params = policy, engine, limits, params
+        if not COLDEST <= limits.temperature <= HOTTEST:
+            raise ValueError(
+                f"sampler: got temperature={limits.temperature} with engine='vllm'; expected "
+                f"{COLDEST} to {HOTTEST}, since vLLM changes others. Change it, or set "
+                "sampler.engine='generate'."
+            )
+        self.policy, self.engine, self.limits = policy, engine, limits
         self.look = look or (lambda function: function(policy.model))
         self.sleeps = engine.llm_engine.model_config.enable_sleep_mode
         self.awake = False
@@ -172,7 +160,9 @@ class VLLMSampler:
         self.engine.llm_engine.engine_core.shutdown()
 
     def _settings(self, question: Question, responses: int, stream: Stream, ends: list[int]) -> Any:
-        return self.params(
+        from vllm import SamplingParams
+
+        return SamplingParams(
             n=responses,
             temperature=self.limits.temperature,
             top_p=1.0,

@@ -70,11 +70,9 @@ class Optimizer:
         self.weights = [p for p in parameters if p.requires_grad]
         self.masters = [_master(p, state) for p in self.weights]
         if state == "host":
-            for weight, master in zip(self.weights, self.masters, strict=True):
-                if master is not weight:
-                    weight.register_post_accumulate_grad_hook(partial(_move_gradient, master))
-        self.max_grad_norm = max_grad_norm
-        self.skipped = 0
+            for weight, master in self._copied():
+                weight.register_post_accumulate_grad_hook(partial(_move_gradient, master))
+        self.max_grad_norm, self.skipped = max_grad_norm, 0
         settings = {"lr": learning_rate, "weight_decay": weight_decay}
         cuda = any(p.device.type == "cuda" for p in self.weights)
         self.adamw = _adamw(state, cuda)(self.masters, **settings)
@@ -86,6 +84,11 @@ class Optimizer:
     def learning_rate(self) -> float:
         return float(self.schedule.get_last_lr()[0])
 
+    def _copied(self) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
+        """(weight, master) where the master is a copy."""
+        pairs = zip(self.weights, self.masters, strict=True)
+        return [(weight, master) for weight, master in pairs if master is not weight]
+
     def zero_grad(self) -> None:
         for p in (*self.weights, *self.masters):
             p.grad = None
@@ -95,25 +98,21 @@ class Optimizer:
 
         The step is skipped if `loss` or a gradient is not finite.
         """
-        for weight, master in zip(self.weights, self.masters, strict=True):
-            if master is not weight and weight.grad is not None:
+        for weight, master in self._copied():
+            if weight.grad is not None:
                 master.grad, weight.grad = weight.grad.float(), None
         norm = whole_tensor(torch.nn.utils.clip_grad_norm_(self.masters, self.max_grad_norm))
         taken = bool(torch.isfinite(norm) & torch.isfinite(loss.to(norm.device)))
         if taken:
             self.adamw.step()
             self.schedule.step()
-            self._round_to_weights()
+            with torch.no_grad():
+                for weight, master in self._copied():
+                    weight.copy_(master)
         else:
             self.skipped += 1
         self.zero_grad()
         return float(norm), taken
-
-    @torch.no_grad()
-    def _round_to_weights(self) -> None:
-        for weight, master in zip(self.weights, self.masters, strict=True):
-            if master is not weight:
-                weight.copy_(master)
 
     def state_dict(self) -> dict[str, Any]:
         """Moments, schedule, counter, and the master copies where there are any."""

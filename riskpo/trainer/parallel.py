@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -34,19 +33,16 @@ class _Through(torch.nn.Module):
         return function(self.model, *args)
 
 
-@dataclass
 class ParallelModel:
     """The model as the update sees it: alone, replicated over the ranks, or sharded."""
 
-    model: Any
-    ranks: Ranks = ALONE
-    sharded: bool = False
-    outer: Any = field(init=False, default=None)
-
-    def __post_init__(self) -> None:
-        if self.ranks.size == 1:
+    def __init__(self, model: Any, ranks: Ranks = ALONE, sharded: bool = False) -> None:
+        self.model, self.ranks = model, ranks
+        self.outer: Any = None
+        self.sharded = sharded and ranks.size > 1
+        if ranks.size == 1:
             return
-        through = _Through(self.model)
+        through = _Through(model)
         if self.sharded:
             self.outer = _shard(through)
             self.look(lambda model: None)  # the first forward settles which module is the root
@@ -62,7 +58,7 @@ class ParallelModel:
 
     def lines(self) -> list[str]:
         """What sampling from a sharded model costs, for the log."""
-        if self.outer is None or not self.sharded:
+        if not self.sharded:
             return []
         size = sum(p.numel() * p.element_size() for p in self.model.parameters()) / 2**30
         return [
@@ -74,7 +70,7 @@ class ParallelModel:
     def look(self, function: Callable[..., T]) -> T:
         """function(model) without gradients; shards the weights again. All ranks have to call."""
         found = self(function)
-        if self.outer is not None and self.sharded:
+        if self.sharded:
             self.outer.reshard()  # a forward leaves the root's weights gathered
         return found
 
@@ -90,7 +86,7 @@ class ParallelModel:
     @contextmanager
     def whole(self) -> Iterator[None]:
         """Unshard the model in every process; inside, call it directly and without gradients."""
-        if self.outer is None or not self.sharded:
+        if not self.sharded:
             yield
             return
         from torch.distributed.fsdp import FSDPModule

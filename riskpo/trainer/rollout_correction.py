@@ -1,6 +1,6 @@
 """Importance weights for a sampler whose log-probs differ from the trainer's (other kernels, say).
 
-r = pi_trainer / pi_sampler of a drawn token. Weighting a term by r turns the expectation over the
+Weighting a term by r = pi_trainer / pi_sampler of its token turns the expectation over the
 sampler's draws into that over the trainer's policy. A cap on the weight bounds the variance:
 
     TIS   min(r, cap)                truncated (F. Yao et al., "Your efficient RL framework secretly
@@ -10,9 +10,9 @@ sampler's draws into that over the trainer's policy. A cap on the weight bounds 
 level="token" gives each token its own weight; under a sequence ratio their mean acts.
 level="sequence" gives a response one weight, from the product of r over its tokens.
 
-Where the sampler gave no log-prob (vLLM: NaN or None), Rollouts.logprob is NaN and r is unknown.
-The weight of such a token, or with level="sequence" of its response, is 0. The token is left out of
-every mean here and counted as sampler_missing.
+A NaN in Rollouts.logprob says that the sampler gave no log-prob (vLLM: NaN or None). The weight of
+such a token, or with level="sequence" of its response, is 0. Every mean here leaves the token out;
+sampler_missing counts it.
 """
 
 from __future__ import annotations
@@ -36,6 +36,31 @@ SAMPLER_KL_LIMIT = 0.05
 _WARNED: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
+def correction_weights(
+    trainer: dict[int, torch.Tensor], rollouts: Rollouts, settings: SamplerConfig, totals: Totals
+) -> dict[int, torch.Tensor]:
+    """{row: a weight for each input token, 1 inside the prompt}; {} without a correction.
+
+    trainer holds log-probs by row, with the prompt's. Adds the sums of `mismatch_numbers` to
+    `totals`.
+    """
+    prompts = {row: rollouts.prompt_len[row] - 1 for row in trainer}
+    pairs = {
+        row: (x[prompts[row] :], rollouts.logprob[row].to(x.device)) for row, x in trainer.items()
+    }
+    counted = list(pairs.values())
+    if counted and settings.level == "token":  # in one call
+        trainer_s, sampler_s = zip(*counted, strict=True)
+        counted = [(torch.cat(trainer_s), torch.cat(sampler_s))]
+    for pair in counted:
+        count_mismatch(totals, settings, *pair)
+    if settings.correction == "none":
+        return {}
+    each = {row: correction_weight(settings, *x).expand_as(x[0]) for row, x in pairs.items()}
+    pad = torch.nn.functional.pad
+    return {row: pad(weight, (prompts[row], 0), value=1.0) for row, weight in each.items()}
+
+
 def correction_weight(
     settings: SamplerConfig, trainer: torch.Tensor, sampler: torch.Tensor
 ) -> torch.Tensor:
@@ -43,18 +68,19 @@ def correction_weight(
 
     0 where the sampler's log-prob is missing; NaN where the trainer's is NaN.
     """
-    r = ratio(settings, trainer, sampler)
-    missing = sampler.isnan()
-    missing = missing.any() if settings.level == "sequence" else missing
+    r, missing = ratio(settings, trainer, sampler)
     held = r.clamp(max=settings.cap) if settings.correction == "tis" else r * (r <= settings.cap)
     return torch.where(missing, 0.0, held)
 
 
-def ratio(settings: SamplerConfig, trainer: torch.Tensor, sampler: torch.Tensor) -> torch.Tensor:
-    """r of each token, or of the response; NaN where the sampler's log-prob is missing."""
-    gap = trainer - sampler
-    gap = gap.sum() if settings.level == "sequence" else gap
-    return gap.clamp(-LOG_LIMIT, LOG_LIMIT).exp()
+def ratio(
+    settings: SamplerConfig, trainer: torch.Tensor, sampler: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(r, whether a log-prob of the sampler is missing), of each token or of the response."""
+    gap, missing = trainer - sampler, sampler.isnan()
+    if settings.level == "sequence":
+        gap, missing = gap.sum(), missing.any()
+    return gap.clamp(-LOG_LIMIT, LOG_LIMIT).exp(), missing
 
 
 def count_mismatch(
@@ -64,14 +90,13 @@ def count_mismatch(
 
     They are those of one response or, with level="token", of several end to end.
     """
-    given = ~sampler.isnan()
-    gap = (trainer - sampler).double()[given].clamp(-LOG_LIMIT, LOG_LIMIT)
-    whole = given if settings.level == "token" else given.all()
-    r = ratio(settings, trainer, sampler).double()[whole]
-    w = correction_weight(settings, trainer, sampler).double()[whole]
+    gap = (trainer - sampler).double()[~sampler.isnan()].clamp(-LOG_LIMIT, LOG_LIMIT)
+    r, missing = ratio(settings, trainer, sampler)
+    r = r.double()[~missing]
+    w = correction_weight(settings, trainer, sampler).double()[~missing]
     sums = {
         "gap_tokens": float(len(gap)),
-        "missing": float(len(given) - len(gap)),
+        "missing": float(len(sampler) - len(gap)),
         "gap_k3": float((torch.expm1(gap) - gap).sum()),
         "weights": float(r.numel()),
         "weight": float(w.sum()),

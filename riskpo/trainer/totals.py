@@ -44,16 +44,12 @@ class Totals:
         return self.sums[name] / max(self.sums[over], 1.0)
 
 
-def loss_sums(stats: dict[str, torch.Tensor], sequences: int | None) -> dict[str, float]:
-    """The stats of clipped_surrogate for one micro-batch, as sums.
-
-    sequences  number of sequences if each has one ratio, None if each token has its own
-    """
+def count_loss(totals: Totals, stats: dict[str, torch.Tensor], sequences: int, ratio: str) -> None:
+    """Add the stats of clipped_surrogate for one micro-batch of `sequences`."""
     tokens = float(stats["tokens"])
-    counts = {"tokens": tokens, "units": tokens if sequences is None else float(sequences)}
-    return counts | {
-        name: counts[over] * float(stats[name]) for name, over in MEAN_OVER.items() if name in stats
-    }
+    counts = {"tokens": tokens, "units": tokens if ratio == "token" else float(sequences)}
+    sums = {n: counts[over] * float(stats[n]) for n, over in MEAN_OVER.items() if n in stats}
+    totals.add(counts | sums, {"ratio_max": float(stats["ratio_max"])})
 
 
 def loss_numbers(totals: Totals) -> dict[str, float]:

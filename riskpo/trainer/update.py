@@ -9,13 +9,13 @@ R rollouts, T tokens of a micro-batch, S its sequences, D hidden width, V vocabu
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
 from riskpo.algorithms import LossOptions
-from riskpo.config import RunConfig, SamplerConfig
+from riskpo.config import RunConfig
 from riskpo.distributed import Ranks
 from riskpo.model.dropout import train_without_dropout
 from riskpo.model.packing import (
@@ -31,31 +31,19 @@ from riskpo.model.teacher import Teacher
 from riskpo.trainer.optimizer import Optimizer
 from riskpo.trainer.parallel import ParallelModel
 from riskpo.trainer.rollout_correction import (
-    correction_weight,
-    count_mismatch,
+    correction_weights,
     mismatch_numbers,
     warn_of_mismatch,
     warn_of_missing,
 )
-from riskpo.trainer.totals import Totals, loss_numbers, loss_sums
+from riskpo.trainer.totals import Totals, count_loss, loss_numbers
 from riskpo.types import Rollouts
 from riskpo_kernels import SurrogateLoss, TokenLogProbs, clipped_surrogate, linear_logprob
 from riskpo_kernels.causal_lm import Head
 
 log = logging.getLogger("riskpo")
 
-
-@dataclass(frozen=True)
-class FirstPass:
-    """Log-probs and weights from before the first optimiser step, by row of this process's share.
-
-    old     the trainer's log-probs, one per input token, 0 inside the prompt; a row without them is
-            on-policy: its old log-probs are the detached new ones
-    weight  importance weights, one per response token or one in all; empty without a correction
-    """
-
-    old: dict[int, torch.Tensor]
-    weight: dict[int, torch.Tensor]
+ByRow = dict[int, torch.Tensor]  # by rollout of this process: a number for each input token
 
 
 def update(
@@ -86,27 +74,26 @@ def update(
     skip = config.memory.skip_zero_advantage and not (config.entropy_coef or teacher)
     live = advantage.ne(0).tolist() if skip else None
     cuts = [share_of(rollouts, rows, config.micro_batch_tokens, ranks, live) for rows in batches]
-    totals, steps, own = Totals(), [], dict[int, torch.Tensor]()
+    totals, steps, own = Totals(), [], ByRow()
     warn_of_missing(rollouts, config.sampler)
     corrects = config.sampler.correction != "none"
     old = recompute(parallel, head, rollouts, sum(cuts if corrects else cuts[1:], []), config)
-    later = first_pass(old, rollouts, config.sampler, totals)
+    weights = correction_weights(old, rollouts, config.sampler, totals)
     for turn, (rows, parts) in enumerate(zip(batches, cuts, strict=True)):
-        first = later if turn else replace(later, old={})
         # Gradients are averaged over the ranks, so that each divides by its part of the whole.
         share = denominator(rollouts, rows, loss.aggregate, loss.constant) / ranks.size
         total = torch.zeros((), device=device)
         for i, part in enumerate(parts):
             batch = packed_or_idle(rollouts, part, device)
+            before, weight = end_to_end(old if turn else {}, part), end_to_end(weights, part)
+            given = (batch, before, weight, advantage[part or [0]], loss, config, share, teacher)
             with parallel.accumulating(last=i == len(parts) - 1):
-                given = (batch, first, advantage[part or [0]], loss, config, share, teacher)
                 result, logprob = parallel(surrogate, head, *given)
                 result.loss.backward()
             if not (turn or corrects):
                 own |= by_row(part, batch, logprob)
             total += result.loss.detach()
-            sums = loss_sums(result.stats, len(part) if loss.ratio == "sequence" else None)
-            totals.add(sums, {"ratio_max": float(result.stats["ratio_max"])})
+            count_loss(totals, result.stats, len(part), loss.ratio)
         total = ranks.mean(total)
         norm, taken = optimizer.step(total)
         if not taken:
@@ -114,7 +101,7 @@ def update(
             log.warning(told, float(total), norm, optimizer.skipped)
         steps.append((float(total), norm))
     model.eval()
-    first_pass(own, rollouts, config.sampler, totals)
+    correction_weights(own, rollouts, config.sampler, totals)
     totals.gather(ranks)
     mean_loss, mean_norm = (sum(x) / len(steps) for x in zip(*steps, strict=True))
     numbers = loss_numbers(totals) | {"loss": mean_loss, "grad_norm": mean_norm}
@@ -153,9 +140,14 @@ def packed_or_idle(rollouts: Rollouts, part: list[int], device: torch.device) ->
     return replace(batch, rows=[], target=torch.full_like(batch.target, IGNORE))
 
 
-def by_row(part: list[int], batch: Packed, logprob: torch.Tensor) -> dict[int, torch.Tensor]:
+def by_row(part: list[int], batch: Packed, logprob: torch.Tensor) -> ByRow:
     """logprob [T] cut by rollout; an idle batch has a piece and no row."""
     return dict(zip(part, logprob.detach().split(batch.lengths), strict=False))
+
+
+def end_to_end(known: ByRow, part: list[int]) -> torch.Tensor | None:
+    """The numbers of a micro-batch, [T]; None for an idle one, and if none are known."""
+    return torch.cat([known[row] for row in part]) if known and part else None
 
 
 def token_logprob(
@@ -179,20 +171,24 @@ def surrogate(
     model: Any,
     head: Head,
     batch: Packed,
-    first: FirstPass,
+    old: torch.Tensor | None,
+    weight: torch.Tensor | None,
     advantage: torch.Tensor,
     loss: LossOptions,
     config: RunConfig,
     share: float,
     teacher: Teacher | None = None,
 ) -> tuple[SurrogateLoss, torch.Tensor]:
-    """(the micro-batch's part of the loss, the log-probs [T] that it was computed from)."""
+    """(the micro-batch's part of the loss, the log-probs [T] that it was computed from).
+
+    old     log-probs [T] from before the first step; None: on-policy, the detached new ones
+    weight  importance weights [T] of `correction_weights`; None without a correction
+    """
     hidden = hidden_states(model, batch)
     token = token_logprob(hidden, head, batch, config, return_entropy=True)
-    old = [first.old[row] for row in batch.rows if row in first.old]
     result = clipped_surrogate(
         token.logprob,
-        torch.cat(old) if old else token.logprob.detach(),
+        token.logprob.detach() if old is None else old,
         advantage,
         cu_seqlens=batch.cu_seqlens,
         mask=batch.target != IGNORE,
@@ -201,9 +197,9 @@ def surrogate(
         entropy_coef=config.entropy_coef,
         denominator=share,
         prompt_tokens=batch.prompt_tokens,
-        correction=correction_of(batch, first, config.sampler.level),
+        correction=weight,
         advantage_per="sequence",
-        correction_per=config.sampler.level,
+        correction_per="token",
         **asdict(loss),
     )
     if teacher is not None:
@@ -214,42 +210,6 @@ def surrogate(
     return result, token.logprob
 
 
-def correction_of(batch: Packed, first: FirstPass, level: str) -> torch.Tensor | None:
-    """[S] weights, or [T] with 1 inside the prompts; None without a correction."""
-    if not first.weight or not batch.rows:
-        return None
-    weights = [first.weight[row] for row in batch.rows]
-    if level == "sequence":
-        return torch.stack(weights)
-    lengths = batch.cu_seqlens.diff().tolist()
-    prompts = [
-        torch.ones(n - len(w), device=w.device) for n, w in zip(lengths, weights, strict=True)
-    ]
-    return torch.cat([x for pair in zip(prompts, weights, strict=True) for x in pair])
-
-
-def first_pass(
-    old: dict[int, torch.Tensor], rollouts: Rollouts, settings: SamplerConfig, totals: Totals
-) -> FirstPass:
-    """The trainer's log-probs by row, and the importance weights against the sampler's.
-
-    Adds the mismatch of the two to `totals`.
-    """
-    pairs = {
-        row: (x[rollouts.prompt_len[row] - 1 :], rollouts.logprob[row].to(x.device))
-        for row, x in old.items()
-    }
-    # With level="token" all responses are counted in one call.
-    whole = settings.level == "sequence" or not pairs
-    counted = pairs.values() if whole else [map(torch.cat, zip(*pairs.values(), strict=True))]
-    for pair in counted:
-        count_mismatch(totals, settings, *pair)
-    weights = {}
-    if settings.correction != "none":
-        weights = {row: correction_weight(settings, *pair) for row, pair in pairs.items()}
-    return FirstPass(old, weights)
-
-
 @torch.no_grad()
 def recompute(
     parallel: ParallelModel,
@@ -257,14 +217,14 @@ def recompute(
     rollouts: Rollouts,
     parts: list[list[int]],
     config: RunConfig,
-) -> dict[int, torch.Tensor]:
-    """The trainer's own log-probs by row: one entry per input token, 0 inside the prompt."""
+) -> ByRow:
+    """The trainer's own log-probs, 0 inside the prompt."""
 
     def logprob(model: Any, batch: Packed) -> torch.Tensor:
         return token_logprob(hidden_states(model, batch), head, batch, config).logprob
 
     device = next(parallel.model.parameters()).device
-    found: dict[int, torch.Tensor] = {}
+    found = ByRow()
     for part in parts:
         batch = packed_or_idle(rollouts, part, device)
         found |= by_row(part, batch, parallel(logprob, batch))

@@ -88,14 +88,14 @@ def test_the_advantages_are_those_of_the_generation_batch(tmp_path, preset, inde
 def test_the_tracker_moves_once_per_generation_batch(tmp_path, schedule, batches):
     run = trainer(tmp_path, **schedule)
     calls = []
-    advantage_of = run.riskpo
+    advantage_of = run.riskpo.advantage
 
     def counted(*args, **kwargs):
         calls.append(kwargs["step"])
         return advantage_of(*args, **kwargs)
 
     counted.settings, counted.state_dict = advantage_of.settings, advantage_of.state_dict
-    run.riskpo = counted
+    run.riskpo.advantage = counted
     run.train()
     assert calls == list(range(batches))
     assert advantage_of.state_dict()["last_step"] == batches - 1

@@ -10,7 +10,7 @@ pytest.importorskip("trl", reason="trl is not installed: pip install 'riskpo[trl
 from transformers import HfArgumentParser  # noqa: E402
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 
-from riskpo.integrations import versions as window  # noqa: E402
+from riskpo.integrations import common as window  # noqa: E402
 from riskpo.integrations.trl.trainer import RiskPOConfig, RiskPOTrainer  # noqa: E402
 from riskpo_kernels import RiskPOAdvantage  # noqa: E402
 from tests.integrations.trl_toy import SETTINGS, config, questions, token_share  # noqa: E402

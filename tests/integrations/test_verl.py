@@ -33,7 +33,7 @@ SETTINGS = {"bundle_size": BUNDLE, "seed": 3}
 
 @pytest.fixture(autouse=True)
 def fresh_run(monkeypatch):
-    monkeypatch.setattr(verl_advantage, "run", verl_advantage.Run())
+    monkeypatch.setattr(verl_advantage, "run", None)
 
 
 def algorithm(**settings):
@@ -107,7 +107,7 @@ def test_permuted_rows_give_permuted_advantages(monkeypatch):
     rewards, mask, uid = batch()
     expected, _ = estimate((rewards, mask, uid))
     order = torch.randperm(len(uid), generator=torch.Generator().manual_seed(9))
-    monkeypatch.setattr(verl_advantage, "run", verl_advantage.Run())
+    monkeypatch.setattr(verl_advantage, "run", None)
     got, _ = estimate((rewards[order], mask[order], uid[order.numpy()]))
     assert torch.equal(got, expected[order])
 
@@ -115,7 +115,7 @@ def test_permuted_rows_give_permuted_advantages(monkeypatch):
 def test_rows_that_verl_appends_as_padding_are_in_no_bundle(monkeypatch):
     rewards, mask, uid = batch()
     expected, _ = estimate((rewards, mask, uid))
-    monkeypatch.setattr(verl_advantage, "run", verl_advantage.Run())
+    monkeypatch.setattr(verl_advantage, "run", None)
     pad = np.array([f"pad{uuid.uuid4().hex}"] * 2, dtype=object)
     more = torch.zeros(2, T)
     got, _ = estimate((torch.cat([rewards, more]), torch.cat([mask, more.long()]),
@@ -127,7 +127,7 @@ def test_ragged_questions_are_refused_or_left_out_whole(monkeypatch):
     rewards, mask, uid = (x[1:] for x in batch())
     with pytest.raises(ValueError, match="1 of 6 questions with fewer answers than 4"):
         estimate((rewards, mask, uid))
-    monkeypatch.setattr(verl_advantage, "run", verl_advantage.Run())
+    monkeypatch.setattr(verl_advantage, "run", None)
     short = min(set(uid), key=list(uid).count)
     with pytest.warns(UserWarning, match="do not fill bundles"):
         got, _ = estimate((rewards, mask, uid), ragged="drop", leftover="drop")

@@ -80,7 +80,7 @@ def test_terms_of_sampling_by_hand():
     many = budget(shape, CHECKPOINTS, short)
     assert many.moments["prompts"] > many.moments["sampling"]
     assert many.peak == sum(many.fixed.values()) + many.moments["prompts"]
-    assert many.run_increase == many.peak - many.fixed["weights"]
+    assert many.increase() == many.peak - many.fixed["weights"]
 
 
 def test_terms_on_the_cpu_by_hand():
@@ -226,7 +226,7 @@ def test_a_run_s_plan_and_its_outcome():
     assert plan.predicted is not None and plan.predicted.fixed["master copies"] == 0
     assert "checkpoints" not in plan.predicted.update
     assert plan.lines() == ["memory plan: below 0.1 GiB on cpu"] and plan.capacity > GIB
-    assert plan.predicted.run_increase < 64 * 2**20  # the demo is small, and said to be
+    assert plan.predicted.increase() < 64 * 2**20  # the demo is small, and said to be
     assert "predicted" in plan.outcome() and "measured" in plan.outcome()
     plan.capacity = 1.0
     assert "hardly fit" in plan.lines()[1]
@@ -288,7 +288,7 @@ def test_gradients_are_planned_where_they_are():
     assert "gradient of the head" not in budget(untied, MemoryConfig(), Workload(65536, 4)).update
     once = budget(untied, MemoryConfig(), Workload(65536, 4, micro_batches=1)).update
     assert once["gradient of the head"] == 4 * head
-    frozen = budget(replace(shape, trained=10**6, head_learns=False), CHECKPOINTS, Workload(8, 4))
+    frozen = budget(replace(shape, trainable=10**6, head_learns=False), CHECKPOINTS, Workload(8, 4))
     learns = budget(shape, CHECKPOINTS, Workload(8, 4))
     both = [(b.update | b.other)["head workspace"] for b in (learns, frozen)]
     assert both[0] - both[1] == 4 * head

@@ -75,8 +75,8 @@ def test_the_frozen_head_costs_no_gradient():
         model = tiny_policy().model
         model.lm_head.weight.requires_grad_(not frozen)
         plan = RunConfig(backend="torch")
-        given = (batch, None, torch.ones(20), LossOptions(), plan, 20.0)
-        result = surrogate(model, find_head(model), *given)
+        given = (batch, None, None, torch.ones(20), LossOptions(), plan, 20.0)
+        result, _ = surrogate(model, find_head(model), *given)
         with profile(activities=[ProfilerActivity.CPU]) as seen:
             result.loss.backward()
         assert (model.lm_head.weight.grad is None) == frozen

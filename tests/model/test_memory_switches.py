@@ -166,7 +166,7 @@ def test_tiles_are_no_less_exact_in_sixteen_bit():
     exact, whole = copy.deepcopy(mlp).bfloat16().double(), copy.deepcopy(mlp).bfloat16()
     mlp = mlp.bfloat16()
     x, upstream = torch.randn(512, 8).bfloat16(), torch.randn(512, 8).bfloat16()
-    tiled(mlp.forward, lambda: list(mlp.parameters()), 1, x).backward(upstream)
+    tiled(mlp, mlp.forward, 1, x).backward(upstream)
     whole(x).backward(upstream)
     exact(x.double()).backward(upstream.double())
     for p, w, e in zip(mlp.parameters(), whole.parameters(), exact.parameters(), strict=True):
@@ -180,9 +180,7 @@ def test_tiles_with_frozen_parts():
     mlp = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 4))
     mlp[0].weight.requires_grad_(False)
     x = torch.randn(10, 4)
-    tiled(
-        mlp.forward, lambda: [p for p in mlp.parameters() if p.requires_grad], 3, x
-    ).sum().backward()
+    tiled(mlp, mlp.forward, 3, x).sum().backward()
     found = [None if p.grad is None else p.grad.clone() for p in mlp.parameters()]
     mlp.zero_grad()
     mlp(x).sum().backward()

@@ -18,7 +18,7 @@ from riskpo.config import LoraConfig
 from riskpo.model.load import end_tokens, load_policy, prepare
 from riskpo.model.lora import attach_lora
 from riskpo.rollout.sampler import SamplingLimits
-from riskpo.rollout.vllm import COLDEST, HOTTEST, VLLMSampler, sampling_params
+from riskpo.rollout.vllm import COLDEST, HOTTEST, VLLMSampler
 from riskpo.types import Question
 from tests.rollout.vllm_rig import (
     LIMITS,
@@ -33,7 +33,9 @@ from tests.rollout.vllm_rig import (
     shake,
 )
 
-pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
+sampling_params = pytest.importorskip(
+    "vllm", reason="vLLM is not installed: make test-vllm"
+).SamplingParams
 
 ROOT = Path(__file__).resolve().parents[2]
 UNTIED = pytest.mark.parametrize("held", ["untied float32"], indirect=True)

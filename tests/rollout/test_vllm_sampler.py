@@ -98,11 +98,12 @@ def pretend(monkeypatch, **names):
 
 
 @pytest.fixture
-def parts():
+def parts(monkeypatch):
+    pretend(monkeypatch, SamplingParams=SimpleNamespace)
     policy, engine = tiny_policy(), Engine()
     engine.sleep(level=2)
     engine.calls.clear()
-    return policy, engine, VLLMSampler(policy, engine, LIMITS, params=SimpleNamespace)
+    return policy, engine, VLLMSampler(policy, engine, LIMITS)
 
 
 def test_order_of_wake_update_generate_sleep(parts):

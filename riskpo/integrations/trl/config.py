@@ -106,11 +106,14 @@ class RiskPOConfig(GRPOConfig):
             return {"loss": "sapo", "loss_options": tau}
         return {"clip_low": self.epsilon, "clip_high": high, "dual_clip": self.delta}
 
+    def overrides(self) -> dict[str, Any]:
+        """The settings of RiskPOAdvantage that replace the preset's."""
+        given = {n: getattr(self, f"riskpo_{n}") for n in vars(RiskPOAdvantage().settings)}
+        return {"seed": self.seed} | {n: x for n, x in given.items() if x is not None}
+
     def advantage(self) -> RiskPOAdvantage:
         """A new RiskPOAdvantage with these settings; ValueError as it raises."""
-        given = {n: getattr(self, f"riskpo_{n}", None) for n in vars(RiskPOAdvantage().settings)}
-        given = {"seed": self.seed} | {n: x for n, x in given.items() if x is not None}
-        return RiskPOAdvantage(self.riskpo_preset, **given)
+        return RiskPOAdvantage(self.riskpo_preset, **self.overrides())
 
 
 def _refuse(c: RiskPOConfig) -> None:

@@ -1,8 +1,8 @@
-"""`linear_logprob` as the log-prob and entropy path of a TRL GRPOTrainer.
+"""Log-probs and entropies of a TRL GRPOTrainer by `linear_logprob`.
 
-TRL asks its model for log-probs with `model(..., labels=labels, fused_lm_head=True)`. That call is
-the seam: it passes through the DDP, FSDP and PEFT wrappers like any forward, and only there is the
-head computed differently. Generation and every other forward are the model's own.
+TRL asks its model for log-probs with `model(..., labels=labels, fused_lm_head=True)`, which passes
+through DDP, FSDP and PEFT wrappers like any forward. Only that call is computed differently;
+generation and every other forward are the model's own.
 """
 
 from __future__ import annotations
@@ -31,17 +31,16 @@ def use_riskpo_head(
     """Compute the log-probs and entropies of `trainer` with riskpo_kernels.linear_logprob.
 
     Call it once, between building the trainer and `train()`. Policy, old and reference log-probs
-    all take the new path, at the trainer's temperature and with the scale, softcap and bias that
-    the model's config names and a probe of eight tokens confirms. Under autocast the products are
-    those of its dtype, accumulated in float32, unless `cast_lm_head_to_fp32` is set.
+    are all computed so, at the trainer's temperature, with the scale, softcap and bias that the
+    model's config names and a probe of eight tokens confirms. Under autocast the products take its
+    dtype and accumulate in float32, unless `cast_lm_head_to_fp32` is set.
 
     The keywords are those of linear_logprob. bfloat16 heads drop blocks of the vocabulary below
     2^-14 from the gradient by default; tail_eps=0 is exact.
 
-    modules_to_save and trainable tokens are computed; TRL itself refuses LoRA on the head.
-    ValueError for what this path does not compute: another adapter on the head, virtual tokens, a
-    mixture of experts with its auxiliary loss, images, DeepSpeed ZeRO-3, a head the formula does
-    not describe.
+    modules_to_save and trainable tokens are supported. ValueError for another adapter on the head
+    (TRL itself refuses LoRA there), virtual tokens, a router's auxiliary loss, images, DeepSpeed
+    ZeRO-3, and a head that is not softcap(scale * (h W^T + bias)).
     """
     _refuse(trainer)
     head = _head(trainer.model)
@@ -75,7 +74,10 @@ def _refuse(trainer: GRPOTrainer) -> None:
 
 
 def _head(model: Any) -> Head:
-    """Verified on the model's own logits; ranks without weights yet are told. All raise or none."""
+    """The head, verified on the model's own logits; ranks that hold no weights yet are told of it.
+
+    If one rank raises, all do.
+    """
     module = unwrapped(model).get_output_embeddings()
     holds = module is None or not any(p.is_meta for p in module.parameters())
     found: Head | None = None

@@ -1,8 +1,8 @@
-"""Who is who in a generation batch: rows are known by question and answer, not by their places.
+"""Which rows of a generation batch belong together: told by question and answer, not by place.
 
-TRL spreads the answers to a question over ranks and shuffles them afterwards. A row's question is
-the content of its dataset row; its draw, the number of an answer among those to its question, is
-its rank by a hash of the answer, so that no result depends on which rank held which row.
+TRL spreads the answers to a question over ranks and shuffles them afterwards. Rows with the same
+content of their dataset row answer the same question, and a hash of the answers orders them, so
+that no result depends on which rank held which row.
 """
 
 from __future__ import annotations

@@ -1,16 +1,15 @@
-"""RiskPO at home in TRL: RiskPOTrainer in place of GRPOTrainer, RiskPOConfig of GRPOConfig.
+"""RiskPOTrainer: TRL's GRPOTrainer with RiskPO's advantages and loss.
 
     generation batch: rewards of all ranks -> bundles -> risk -> advantages -> each rank's own
     micro-batch:      model -> linear_logprob -> clipped_surrogate, global denominators
 
-The tracked quantiles move once per generation batch, on every rank by the same gathered numbers,
-and never in evaluation. Tested with trl 1.16.0; other minor versions are refused, since parts of
-TRL that are not public are overridden here.
+Every rank gathers the same numbers, so the tracked quantiles are the same on all of them. They move
+once per generation batch and never in evaluation. Other minor versions of TRL than the tested one
+are refused, since this module overrides methods that are not public.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -18,7 +17,14 @@ from typing import Any
 
 import torch
 
-from riskpo.integrations.versions import check_window
+from riskpo.files import write_json
+from riskpo.integrations.common import (
+    STATE_FILE,
+    CountedAdvantage,
+    check_window,
+    missing_state,
+    read_state,
+)
 
 check_window("trl", "1.16", "1.17")
 
@@ -26,7 +32,6 @@ from accelerate.utils import broadcast_object_list, gather_object  # noqa: E402
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR  # noqa: E402
 from trl import GRPOTrainer  # noqa: E402
 
-from riskpo.integrations.common import STATE_FILE, check_settings, draw_numbers, write_state  # noqa: E402
 from riskpo.integrations.trl.config import AGGREGATES, RiskPOConfig  # noqa: E402
 from riskpo.integrations.trl.head import use_riskpo_head  # noqa: E402
 from riskpo.integrations.trl.rows import answer_key, prior_of, question_ids, question_key  # noqa: E402
@@ -42,22 +47,18 @@ class RiskPOTrainer(GRPOTrainer):
 
     Arguments are GRPOTrainer's, with args a RiskPOConfig. What differs from GRPO:
 
-      advantages   RiskPOAdvantage over the whole generation batch, also in TRL's completion table;
-                   its statistics are logged as riskpo/*. The step it counts is the number of
-                   generation batches, which with num_iterations or steps_per_generation is not the
-                   optimiser's.
-      evaluation   no bundles: advantage 0 and the tracker at rest. Read eval_reward; eval_loss is
-                   0 but for the KL and entropy terms.
-      loss         clipped_surrogate with TRL's denominators (of all ranks and micro-batches). The
+      advantages   RiskPOAdvantage over the whole generation batch, also in TRL's completion table.
+                   Its statistics are logged as riskpo/*. Its step counts generation batches, not
+                   optimiser steps.
+      evaluation   no bundles: advantages are 0 and the tracker rests. Read eval_reward; eval_loss
+                   is 0 but for the KL and entropy terms.
+      loss         clipped_surrogate with TRL's denominators, over all ranks and micro-batches. The
                    metrics clip_ratio/low_min and high_max are not reported.
-      checkpoints  riskpo_state.json, written by the process that writes the checkpoint and handed
-                   to all ranks on resuming. Other RiskPO settings than the saved ones are refused.
+      checkpoints  hold riskpo_state.json too. A resumed run refuses other RiskPO settings than the
+                   saved ones. In the middle of a generation batch it samples a new one, as TRL.
 
-    A run resumed in the middle of a generation batch (num_iterations or steps_per_generation above
-    the accumulation steps) samples a new one, as TRL does.
-
-    TypeError when args is no RiskPOConfig; ValueError for what is not supported (environments, and
-    with riskpo_head what `use_riskpo_head` refuses) and for a completion without any reward.
+    TypeError if args is no RiskPOConfig. ValueError for environments, for what `use_riskpo_head`
+    refuses if riskpo_head is on, and for a completion without any reward.
     """
 
     _tag_names = ["trl", "riskpo"]
@@ -88,8 +89,8 @@ class RiskPOTrainer(GRPOTrainer):
                 "several answers to the same one. Use GRPOTrainer for environments."
             )
         super().__init__(model, reward_funcs, args, *rest, **kwargs)
-        self.riskpo = args.advantage()
-        self._generation_batches = 0
+        settings = {"preset": args.riskpo_preset} | args.overrides()
+        self.riskpo = CountedAdvantage(OP, settings, names_stay=True, gives_prior=True)
         if args.riskpo_head:
             use_riskpo_head(
                 self,
@@ -120,7 +121,10 @@ class RiskPOTrainer(GRPOTrainer):
             advantages = self._advantages(rewards, questions, answers, prior)
         else:
             advantages = torch.zeros_like(rewards)
-        self._replace_logged(advantages)
+        logged = self._logs["advantages"]  # TRL has put its own there
+        for _ in range(min(len(advantages), len(logged))):
+            logged.pop()
+        logged.extend(advantages.tolist())
         first = self.accelerator.process_index * len(inputs)
         output["advantages"] = advantages[first : first + len(inputs)].to(self.accelerator.device)
         return output
@@ -133,21 +137,15 @@ class RiskPOTrainer(GRPOTrainer):
         prior: list[float] | None = None,
     ) -> torch.Tensor:
         """Advantages [N] of all ranks' rows from gathered rewards [N]; moves the tracker."""
-        rows = gather_object(list(zip(questions, answers, strict=True)))
-        keys, sampled = [row[0] for row in rows], [row[1] for row in rows]
+        keys, sampled = gather_object(questions), gather_object(answers)
         ids = question_ids(keys, self.num_generations)
-        by_index = self.riskpo.settings.pairing == "index"
         advantages, stats = self.riskpo(
-            rewards,
-            ids,
-            step=self._generation_batches,
-            draw=None if by_index else draw_numbers(ids, sampled),
-            prior=None if prior is None else gather_object(prior),
+            rewards, ids, sampled, None if prior is None else gather_object(prior)
         )
-        self._generation_batches += 1
+        stats.pop("ragged_questions")  # question_ids has refused them
         self._check_ranks(advantages)
         for name, value in stats.items():
-            self._metrics["train"][f"riskpo/{name}"].append(value)
+            self._log(f"riskpo/{name}", value)
         return advantages
 
     def _check_ranks(self, advantages: torch.Tensor) -> None:
@@ -160,13 +158,6 @@ class RiskPOTrainer(GRPOTrainer):
                 "RiskPOConfig and checkpoint."
             )
 
-    def _replace_logged(self, advantages: torch.Tensor) -> None:
-        """TRL has logged its own advantages of these rows just before."""
-        logged = self._logs["advantages"]
-        for _ in range(min(len(advantages), len(logged))):
-            logged.pop()
-        logged.extend(advantages.tolist())
-
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         mask = inputs["completion_mask"]
         if "tool_mask" in inputs:
@@ -174,13 +165,16 @@ class RiskPOTrainer(GRPOTrainer):
         logprob, entropy = self._score(model, inputs)
         old = inputs.get("old_per_token_logps")
         old = logprob.detach() if old is None else old
+        weight = inputs.get("importance_sampling_ratio")
+        if weight is not None and weight.shape != mask.shape:
+            weight = weight[:, 0]  # [B, 1], one per sequence
         loss, stats = clipped_surrogate(
             logprob,
             old,
             self._on_policy_advantages(inputs, logprob, old, mask),
             mask=mask,
             ratio=self.importance_sampling_level,
-            correction=_per_sequence(inputs.get("importance_sampling_ratio"), mask),
+            correction=weight,
             ref_logprob=inputs.get("ref_per_token_logps"),
             kl_coef=self.beta,
             kl="k3-unbiased" if self.args.use_bias_correction_kl else "k3",
@@ -191,8 +185,14 @@ class RiskPOTrainer(GRPOTrainer):
             **self.args.surrogate(),
         )
         self._log_loss(stats, mask)
-        self._log_missing(inputs.get("sampling_per_token_logps"), mask)
+        if (sampled := inputs.get("sampling_per_token_logps")) is not None:
+            # tokens without a log-prob of the sampler, to which TRL gives the weight 1
+            missing = self.accelerator.reduce((sampled.isnan() & (mask != 0)).sum(), "sum")
+            self._log("riskpo/sampler_missing", float(missing.item()))
         return self._with_entropy(loss, entropy, mask)
+
+    def _log(self, name: str, value: float) -> None:
+        self._metrics["train" if self.model.training else "eval"][name].append(value)
 
     def _on_policy_advantages(
         self, inputs: dict[str, Any], logprob: torch.Tensor, old: torch.Tensor, mask: torch.Tensor
@@ -249,9 +249,8 @@ class RiskPOTrainer(GRPOTrainer):
         if self.entropy_coef == 0:
             return loss
         mean = torch.where(mask != 0, entropy, 0.0).sum() / mask.sum().clamp(min=1)
-        mode = "train" if self.model.training else "eval"
         gathered = self.accelerator.gather(loss.detach() * self._accumulation())
-        self._metrics[mode]["policy_loss"].append(gathered.mean().item())
+        self._log("policy_loss", gathered.mean().item())
         return loss - self.entropy_coef * mean / self._accumulation()
 
     def _log_loss(self, stats: dict[str, torch.Tensor], mask: torch.Tensor) -> None:
@@ -268,56 +267,32 @@ class RiskPOTrainer(GRPOTrainer):
         sums = [x * units for x in of_units.values()] + [x * tokens for x in of_tokens.values()]
         totals = self.accelerator.reduce(torch.stack([*sums, units.float(), tokens]), "sum")
         *totals, all_units, all_tokens = totals.tolist()
-        mode = "train" if self.model.training else "eval"
         for name, total in zip((*of_units, *of_tokens), totals, strict=True):
             count = all_units if name in of_units else all_tokens
-            self._metrics[mode][name].append(total / max(count, 1.0))
-
-    def _log_missing(self, sampled: torch.Tensor | None, mask: torch.Tensor) -> None:
-        """Tokens without a log-prob of the sampler, to which TRL gives the weight 1."""
-        if sampled is not None:
-            missing = (sampled.isnan() & (mask != 0)).sum()
-            total = self.accelerator.reduce(missing, "sum").item()
-            mode = "train" if self.model.training else "eval"
-            self._metrics[mode]["riskpo/sampler_missing"].append(float(total))
+            self._log(name, total / max(count, 1.0))
 
     def _riskpo_state(self) -> dict[str, Any]:
-        return {
-            "generation_batches": self._generation_batches,
-            "settings": dataclasses.asdict(self.riskpo.settings),
-            "advantage": self.riskpo.state_dict(),
-        }
+        state = self.riskpo.state_dict()
+        return {"generation_batches": state.pop("batches"), **state}
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """The state first: what pushes or rotates checkpoints then finds it in its place."""
         if self.args.should_save:
             name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            write_state(Path(self._get_output_dir(trial=trial)) / name, self._riskpo_state())
+            folder = Path(self._get_output_dir(trial=trial)) / name
+            write_json(folder / STATE_FILE, self._riskpo_state())
         super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            self._restore(Path(checkpoint) / STATE_FILE)
+            self._restore(Path(checkpoint))
 
-    def _restore(self, path: Path) -> None:
+    def _restore(self, folder: Path) -> None:
         """Rank 0 reads; a missing file and other settings are errors on every rank."""
-        found = self.accelerator.is_main_process and path.is_file()
-        text = [path.read_text(encoding="utf-8") if found else None]
-        broadcast_object_list(text)
-        if text[0] is None:
-            raise ValueError(
-                f"{OP}: got a checkpoint without {STATE_FILE} ({path.parent}); expected one that "
-                f"{OP} wrote. Load its weights as the model and start a new run instead."
-            )
-        state = json.loads(text[0])
-        check_settings(OP, self.riskpo, state["settings"])
-        self.riskpo.load_state_dict(state["advantage"])
-        self._generation_batches = state["generation_batches"]
-
-
-def _per_sequence(weight: torch.Tensor | None, mask: torch.Tensor) -> torch.Tensor | None:
-    """Sampler-mismatch weights: [B, C] per token as they are, [B, 1] per sequence as [B]."""
-    if weight is None or weight.shape == mask.shape:
-        return weight
-    return weight[:, 0]
+        main = self.accelerator.is_main_process
+        told = [read_state(folder) if main else None]
+        broadcast_object_list(told)
+        if told[0] is None:
+            raise ValueError(missing_state(OP, folder))
+        self.riskpo.load_state_dict({**told[0], "batches": told[0]["generation_batches"]})

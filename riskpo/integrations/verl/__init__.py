@@ -1,11 +1,11 @@
-"""RiskPO at home in verl, loaded by verl itself through the entry point `verl.plugins`.
+"""RiskPO in verl, which loads this module itself through the entry point `verl.plugins`.
 
     algorithm.adv_estimator=riskpo
     actor_rollout_ref.actor.policy_loss.loss_mode=riskpo
     trainer.checkpoint_callback_class=riskpo.integrations.verl.RiskPOCheckpoint
 
-Importing this module registers two names and replaces nothing. verl logs a plugin's failure at
-DEBUG only, so it is printed here. `python -m riskpo.integrations.verl` says what is registered.
+Importing it registers an estimator and six losses, and replaces nothing. A failure is printed here,
+since verl logs it at DEBUG only. `python -m riskpo.integrations.verl` says what is registered.
 Tested with verl 0.9.1; other minor versions are refused.
 """
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 from importlib.metadata import version
 
-from riskpo.integrations.versions import check_window
+from riskpo.integrations.common import check_window
 
 LOWEST, BELOW = "0.9.1", "0.10"
 

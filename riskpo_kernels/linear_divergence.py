@@ -44,7 +44,6 @@ from riskpo_kernels.lm_head.divergence_stats import LOWEST
 
 IGNORE = -(2**40)  # no id of any vocabulary
 LEAST_TAIL = 2.0**-24  # probability of the bucket: float32's rounding of a sum to 1
-TEACHER = ("teacher_bias", "teacher_scale", "teacher_softcap")
 
 
 def linear_divergence(
@@ -99,11 +98,14 @@ def linear_divergence(
         (temperature, beta, scale, softcap, teacher_scale, teacher_softcap, tail_eps, memory_mib),
     )
     rows = tuple(hidden.shape[:-1])
-    student = (hidden, weight, bias, scale, softcap)
-    teacher = (teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap)
     names = ", ".join(f"teacher_{x}" for x in ("hidden", "weight", "bias", "scale", "softcap"))
-    for op, side in ((OP, student), (f"{OP}, one of {names}", teacher)):
-        _check_side(op, side, rows, vocab_group is not None, temperature, memory_mib, tail_eps)
+    student = (OP, hidden, weight, bias, scale, softcap)
+    teacher = (teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap)
+    numbers: dict[str, Any] = {"temperature": temperature, "memory_mib": memory_mib}
+    for op, h, w, b, factor, cap in (student, (f"{OP}, one of {names}", *teacher)):
+        target = torch.zeros(rows, dtype=torch.int64, device=h.device)
+        check_head(op, h, w, target, b, sharded_ok=vocab_group is not None)
+        check_options(op, rows, h.device, scale=factor, softcap=cap, tail_eps=tail_eps, **numbers)
     sizes = weight.shape[0], teacher_weight.shape[0]
     if sizes[0] != sizes[1]:
         todo = "Cut both heads to the words they share, in one order."
@@ -119,29 +121,15 @@ def linear_divergence(
     check_choice(OP, "backend", backend, BACKENDS)
     _check_mask(OP, mask, rows, hidden)
     group = name_of(OP, "vocab_group", vocab_group)
+    words: dict[str, Any] = {"kind": kind, "beta": beta, "scale": scale, "softcap": softcap}
+    words |= {"teacher_scale": teacher_scale, "teacher_softcap": teacher_softcap}
     if backend == "reference":
-        own: dict[str, Any] = {"kind": kind, "beta": beta, "temperature": temperature, "mask": mask}
-        own |= {"bias": bias, "scale": scale, "softcap": softcap, "vocab_group": vocab_group}
-        heads: dict[str, Any] = {"hidden": hidden, "weight": weight}
-        heads |= {"teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight}
-        theirs: dict[str, Any] = dict(zip(TEACHER, teacher[2:], strict=True))
+        heads = (hidden, weight, teacher_hidden, teacher_weight)
+        words |= {"bias": bias, "teacher_bias": teacher_bias, "vocab_group": vocab_group}
         with no_autocast(hidden.device):
-            return reference.linear_divergence(**heads, **own, **theirs)
+            return reference.linear_divergence(*heads, temperature=temperature, mask=mask, **words)
     if tail_eps is None:
         tail_eps = DEFAULT_EPS.get(torch.promote_types(hidden.dtype, weight.dtype), 0.0)
-    words = Words(
-        kind=kind,
-        beta=beta,
-        temperature=1.0 if isinstance(temperature, torch.Tensor) else temperature,
-        scale=scale,
-        softcap=softcap,
-        teacher_scale=teacher_scale,
-        teacher_softcap=teacher_softcap,
-        tail_eps=tail_eps,
-        group=group,
-        memory_mib=memory_mib,
-        backend=backend,
-    )
     found = divergence_operator(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
@@ -151,7 +139,14 @@ def linear_divergence(
         teacher_bias,
         None if mask is None else mask.reshape(-1).bool(),
         temperature.reshape(-1) if isinstance(temperature, torch.Tensor) else None,
-        words,
+        Words(
+            temperature=1.0 if isinstance(temperature, torch.Tensor) else temperature,
+            tail_eps=tail_eps,
+            group=group,
+            memory_mib=memory_mib,
+            backend=backend,
+            **words,
+        ),
     )
     return found[0].view(rows)
 
@@ -202,36 +197,22 @@ def topk_divergence(
     check_shape(op, "teacher_logprob", teacher_logprob, tuple(token_ids.shape), "one per id")
     live = torch.ones(rows, dtype=torch.bool, device=hidden.device) if mask is None else mask.bool()
     _check_teacher(op, token_ids, teacher_logprob, live)
+    logits: dict[str, Any] = {"bias": bias, "temperature": temperature, "scale": scale}
+    logits |= {"softcap": softcap, "vocab_group": vocab_group}
     if backend == "reference":
+        given = (hidden, weight, token_ids, teacher_logprob)
         with no_autocast(hidden.device):
-            return reference.topk_divergence(
-                hidden,
-                weight,
-                token_ids,
-                teacher_logprob,
-                kind=kind,
-                beta=beta,
-                temperature=temperature,
-                mask=mask,
-                bias=bias,
-                scale=scale,
-                softcap=softcap,
-                vocab_group=vocab_group,
-            )
+            return reference.topk_divergence(*given, kind=kind, beta=beta, mask=mask, **logits)
     log_p = linear_logprob(
         hidden,
         weight,
         token_ids.masked_fill(~live[..., None], IGNORE),
-        bias=bias,
-        temperature=temperature,
-        scale=scale,
-        softcap=softcap,
         ignore_index=IGNORE,
         tail_eps=tail_eps,
-        vocab_group=vocab_group,
         memory_mib=memory_mib,
         deterministic=deterministic,
         backend=backend,
+        **logits,
     ).logprob
     best = log_p.argmax(-1, keepdim=True)
     # 1 - p of the likeliest is exact: only what the others take of it is subtracted
@@ -258,31 +239,6 @@ def _kl(log_a: torch.Tensor, log_b: torch.Tensor) -> torch.Tensor:
     """KL(a || b). A word without probability in a weighs nothing, whatever b has."""
     gap = (log_a - log_b).masked_fill(log_a.isneginf(), 0.0)
     return (log_a.exp() * gap).sum(-1)
-
-
-def _check_side(
-    op: str,
-    side: tuple[Any, ...],
-    rows: tuple[int, ...],
-    sharded: bool,
-    temperature: float | torch.Tensor,
-    memory_mib: float,
-    tail_eps: float | None,
-) -> None:
-    """A head and its hidden states, of the student or the teacher."""
-    hidden, weight, bias, scale, softcap = side
-    target = torch.zeros(rows, dtype=torch.int64, device=hidden.device)
-    check_head(op, hidden, weight, target, bias, sharded_ok=sharded)
-    check_options(
-        op,
-        rows,
-        hidden.device,
-        temperature=temperature,
-        scale=scale,
-        softcap=softcap,
-        memory_mib=memory_mib,
-        tail_eps=tail_eps,
-    )
 
 
 def _check_kind(op: str, kind: str, beta: float) -> None:

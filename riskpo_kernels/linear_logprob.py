@@ -20,7 +20,6 @@ vocabulary are lm_head/vocab_parallel.py.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -189,6 +188,7 @@ def linear_logprob(
         keep=torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves),
         ignore_index=ignore_index,
         group=group,
+        factor=1.0 if lora is None else float(lora[2]),
         raises=outside_support == "raise",
     )
     found = _operated(hidden, weight, bias, target, temperature if per_row else None, kept, lora, o)
@@ -213,8 +213,7 @@ def _operated(
     if kept is not None:
         return support_operator(h, weight, bias, *rest, *kept, o)
     if lora is not None:
-        a, b, factor = lora
-        return lora_operator(h, a, b, bias, weight, *rest, replace(o, factor=float(factor)))
+        return lora_operator(h, *lora[:2], bias, weight, *rest, o)
     if several:
         return targets_operator(h, weight, bias, target.flatten(0, -2), rest[1], o)
     return head_operator(h, weight, bias, *rest, o)

@@ -17,13 +17,17 @@ from typing import Any
 import torch
 
 from riskpo_kernels.advantages.batch_stats import TIED_STD, batch_stats, sample_std
-from riskpo_kernels.advantages.conditional import conditional_advantage, left_one_out
+from riskpo_kernels.advantages.conditional import (
+    conditional_advantage,
+    left_one_out,
+    risk_advantage,
+)
 from riskpo_kernels.advantages.credit import CREDITS
 from riskpo_kernels.advantages.difficulty import RewardHistory, prior_of
 from riskpo_kernels.advantages.grouping import bundle_order, group_rows, named, pair_rows
 from riskpo_kernels.advantages.presets import OP, RiskPOSettings, settings_from
 from riskpo_kernels.core.checks import describe, reject
-from riskpo_kernels.risk import QuantileTracker, bundle_scores, mvar_advantage
+from riskpo_kernels.risk import QuantileTracker, bundle_scores
 
 
 class RiskPOAdvantage:
@@ -283,17 +287,7 @@ def baselined(
     scores: torch.Tensor, q: tuple[torch.Tensor, torch.Tensor], s: RiskPOSettings
 ) -> torch.Tensor:
     """Advantage of the draws [K, G] in score units, after the baseline."""
-    a = mvar_advantage(
-        scores,
-        *q,
-        form=s.form,
-        alpha=s.alpha,
-        beta=s.beta,
-        omega=s.omega,
-        w_mix=s.w_mix,
-        natural=s.baseline == "natural",
-        eps=s.eps,
-    )
+    a = risk_advantage(scores, q, s)
     if s.baseline == "leave-one-out":
         return left_one_out(a)
     return centred(a) if s.baseline == "batch" else a

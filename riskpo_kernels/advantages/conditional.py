@@ -20,7 +20,7 @@ from 1 + omega for hard questions to 0 for easy ones. The derivation: docs/risk.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -77,9 +77,7 @@ def conditional_advantage(
     """
 
     def advantage(x: torch.Tensor) -> torch.Tensor:
-        return mvar_advantage(x, *quantiles, form=s.form, alpha=s.alpha, beta=s.beta,
-                              omega=s.omega, w_mix=s.w_mix, eps=s.eps,
-                              natural=s.baseline == "natural")  # fmt: skip
+        return risk_advantage(x, quantiles, s)
 
     bundled_rows = torch.cat([rows.flatten() for _, rows in tables])
     ends = torch.stack([r[bundled_rows].min(), r[bundled_rows].max()])
@@ -115,6 +113,21 @@ def conditional_advantage(
         for name, chosen in classes.items()
         if chosen.any()
     }
+
+
+def risk_advantage(scores: torch.Tensor, q: Any, s: RiskPOSettings) -> torch.Tensor:
+    """mvar_advantage at quantiles (q_alpha, q_beta), by the settings."""
+    return mvar_advantage(
+        scores,
+        *q,
+        form=s.form,
+        alpha=s.alpha,
+        beta=s.beta,
+        omega=s.omega,
+        w_mix=s.w_mix,
+        natural=s.baseline == "natural",
+        eps=s.eps,
+    )
 
 
 def left_one_out(a: torch.Tensor) -> torch.Tensor:

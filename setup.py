@@ -19,6 +19,7 @@ extras = {
         "accelerate>=1.10",
         "tyro>=1.0",
         "pydantic>=2.8",
+        "psutil>=5.9",
         "rich>=13",
         "matplotlib>=3.8",
         "pandas>=2.2",

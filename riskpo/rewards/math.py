@@ -19,7 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import accumulate, product
+from itertools import product
 from typing import Any
 
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
@@ -31,7 +31,7 @@ from riskpo.rewards.answers.final import boxes, extract, final
 from riskpo.rewards.answers.forms import compare, form_in, special
 from riskpo.rewards.answers.texts import in_order
 from riskpo.rewards.answers.values import equal
-from riskpo.rewards.answers.writing import numbers, parts, sentence, tidy, without_text
+from riskpo.rewards.answers.writing import depths, numbers, parts, sentence, tidy, without_text
 from riskpo.rewards.verdict import Outcome, Verdict, failed, right
 
 __all__ = ["extract", "final", "parse_answer", "parsed_gold", "verify_math"]
@@ -170,7 +170,7 @@ def parse_answer(found: str, marked: bool) -> list[Any]:
     text = sentence(found) if marked else found
     if not text or len(text) > LONGEST_ANSWER:
         return []
-    if max(accumulate((c in "([{") - (c in ")]}") for c in text)) > _DEEPEST:
+    if max(depths(text)) > _DEEPEST:
         return []
     if not marked:
         return _parse(numbers(found), _LATEX, _EXPR)
@@ -203,10 +203,9 @@ def _both_signs(text: str) -> list[str]:
     if "\\mp" not in text and text.count("\\pm") == 2:
         first, second, third = text.split("\\pm")
         return [f"{first}{s}{second}{t}{third}" for s in "+-" for t in "+-"]
-    return [
-        text.replace("\\pm", upper).replace("\\mp", lower)
-        for upper, lower in (("+", "-"), ("-", "+"))
-    ][: 2 if "\\pm" in text or "\\mp" in text else 1]
+    signs = (("+", "-"), ("-", "+"))
+    both = (text.replace("\\pm", upper).replace("\\mp", lower) for upper, lower in signs)
+    return list(dict.fromkeys(both))  # one where there is no sign to choose
 
 
 def _junction(text: str) -> Any:

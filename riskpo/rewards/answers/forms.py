@@ -19,10 +19,18 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import accumulate
 
 from riskpo.rewards.answers.texts import compare_texts, without_article
-from riskpo.rewards.answers.writing import BLANK, MIXED, mixed, parts, sentence, tidy, without_text
+from riskpo.rewards.answers.writing import (
+    BLANK,
+    MIXED,
+    depths,
+    mixed,
+    parts,
+    sentence,
+    tidy,
+    without_text,
+)
 
 Same = Callable[[str, str], bool]  # of two formulas
 LARGEST_EXPONENT = 10_000  # of ten, in a number that is written out
@@ -221,7 +229,7 @@ def _is_tuple(text: str) -> bool:
     inside = text[1:-1]
     if text[:1] not in ("(", "[") or text[-1:] not in (")", "]") or len(parts(inside)) < 2:
         return False
-    return min(accumulate(((c in "([") - (c in ")]") for c in inside), initial=0)) >= 0
+    return min(depths(inside, "([", ")]"), default=0) >= 0
 
 
 def _colon(text: str) -> list[str] | None:
@@ -259,11 +267,10 @@ def _same_clock(gold: str, answer: str) -> bool:
     g, a = _clock(gold), _clock(answer)
     if g is None or a is None or g[1:3] != a[1:3]:
         return False
-    if g[3] and a[3] or not (g[3] or a[3]):
+    if bool(g[3]) == bool(a[3]):
         return (g[0], g[3]) == (a[0], a[3])
     named, bare = (g, a) if g[3] else (a, g)
-    day = named[0] % 12 + 12 * (named[3] == "p")
-    return bare[0] in (named[0], day)
+    return bare[0] in (named[0], named[0] % 12 + 12 * (named[3] == "p"))
 
 
 def _shorn(digits: str) -> str:

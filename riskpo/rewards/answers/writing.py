@@ -12,6 +12,7 @@ import unicodedata
 from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache, partial
+from itertools import accumulate
 
 _SIGNS = {
     "\u00d7": "\\times ", "\u22c5": "\\cdot ", "\u00b7": "\\cdot ", "\u2219": "\\cdot ",
@@ -149,12 +150,16 @@ def tidy(text: str) -> str:
     return text
 
 
+def depths(text: str, opening: str = "([{", closing: str = ")]}") -> list[int]:
+    """How many brackets are open after each character; below 0 where one closes unopened."""
+    return list(accumulate((c in opening) - (c in closing) for c in text))
+
+
 def parts(text: str) -> list[str]:
     """The members of a list: split at the commas and semicolons outside all brackets."""
     text = re.sub(r"^\\\{(.*)\\\}$", r"\1", text.strip(), flags=re.DOTALL)
-    found, depth, start = [], 0, 0
-    for i, c in enumerate(text):
-        depth += (c in "([{") - (c in ")]}")
+    found, start = [], 0
+    for i, (c, depth) in enumerate(zip(text, depths(text), strict=True)):
         grouped = text[i - 1 : i].isdigit() and re.match(r"\d{3}(?!\d)", text[i + 1 : i + 5])
         if c in ",;" and depth <= 0 and not (c == "," and grouped):
             found.append(text[start:i].strip())
@@ -189,7 +194,8 @@ def _roots(text: str) -> str:
         at = roots[-1].start()  # inner roots first
         head, command, rest = text[:at], _ROOTS[text[at]], text[at + 1 :]
         under = _UNDER_ROOT.match(rest)
-        end = _bracket_end(rest)
+        bracket = depths(rest, "({", ")}") if rest.startswith(("(", "{")) else []
+        end = bracket.index(0) + 1 if 0 in bracket else 0
         if end:
             text = f"{head}{command}{{{rest[1 : end - 1]}}}{rest[end:]}"
         elif under:
@@ -197,15 +203,6 @@ def _roots(text: str) -> str:
         else:
             text = f"{head}{command}{rest}"
     return text
-
-
-def _bracket_end(text: str) -> int:
-    depth = 0
-    for i, character in enumerate(text if text.startswith(("(", "{")) else ""):
-        depth += (character in "({") - (character in ")}")
-        if depth == 0:
-            return i + 1
-    return 0
 
 
 def _fraction(whole: str, head: str, period: str) -> str:

@@ -7,10 +7,10 @@ torch.library.custom_op: that one imports the whole compiler at the first eager 
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import fields
 from pathlib import Path
 from types import GenericAlias
@@ -30,43 +30,7 @@ SOURCES = zlib.crc32(
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
-def register(
-    name: str,
-    schema: str,
-    kernel: Callable[..., Any],
-    *,
-    fake: Callable[..., Any],
-    setup_context: Callable[..., None] | None = None,
-    backward: Callable[..., Any] | None = None,
-) -> Callable[..., Any]:
-    """Define `riskpo_kernels::name_HASH` and return the function that calls it.
-
-    HASH is of the schema and of this package's sources. A graph that Inductor cached on disk calls
-    its operators by name; after an upgrade it would call one of other arguments, or expect results
-    of other shapes. Under a name of its own nothing of the old code is found.
-
-    Args:
-        schema: "(Tensor x, float s) -> Tensor" as PyTorch writes it, from schema_of; no argument is
-            written to and no result shares memory with another tensor.
-        kernel: what runs, under exact_products; its arguments are the schema's, all positional.
-        fake: the same from shapes alone.
-        setup_context, backward: as in torch.library.register_autograd, both or neither. A backward
-            through the gradients that `backward` returns raises.
-    """
-    kernel, own = _exact(kernel), f"{name}_{zlib.crc32(schema.encode(), SOURCES):08x}"
-    _library.define(own + schema)
-    _library.impl(own, kernel, "CompositeExplicitAutograd")
-    qualified = f"{NAMESPACE}::{own}"
-    torch.library.register_fake(qualified, fake, lib=_library)
-
-    operator = getattr(getattr(torch.ops, NAMESPACE), own).default
-    if backward is not None and setup_context is not None:
-        differentiable = _differentiable(operator, setup_context, _once(name, backward))
-        _library.impl(own, differentiable, "Autograd", with_keyset=True)
-    return operator
-
-
-def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+def no_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Autocast off, on a device that has it."""
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
@@ -91,13 +55,46 @@ def exact_products(device: torch.device) -> Iterator[None]:
             matmul.fp32_precision, matmul.allow_fp16_accumulation = before
 
 
-def _exact(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(kernel)
+def register(
+    name: str,
+    schema: str,
+    kernel: Callable[..., Any],
+    *,
+    fake: Callable[..., Any],
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+    under: Callable[[torch.device], AbstractContextManager[object]] = no_autocast,
+) -> Callable[..., Any]:
+    """Define `riskpo_kernels::name_HASH` and return the function that calls it.
+
+    HASH is of the schema and of this package's sources. A graph that Inductor cached on disk calls
+    its operators by name; after an upgrade it would call one of other arguments, or expect results
+    of other shapes. Under a name of its own nothing of the old code is found.
+
+    Args:
+        schema: "(Tensor x, float s) -> Tensor" as PyTorch writes it, from schema_of; no argument is
+            written to and no result shares memory with another tensor.
+        kernel: what runs, in the context `under`; its arguments are the schema's, all positional.
+        fake: the same from shapes alone.
+        setup_context, backward: as in torch.library.register_autograd, both or neither. A backward
+            through the gradients that `backward` returns raises.
+    """
+    own = f"{name}_{zlib.crc32(schema.encode(), SOURCES):08x}"
+
     def run(*args: Any) -> Any:
-        with exact_products(next(x.device for x in args if isinstance(x, torch.Tensor))):
+        with under(next(x.device for x in args if isinstance(x, torch.Tensor))):
             return kernel(*args)
 
-    return run
+    _library.define(own + schema)
+    _library.impl(own, run, "CompositeExplicitAutograd")
+    qualified = f"{NAMESPACE}::{own}"
+    torch.library.register_fake(qualified, fake, lib=_library)
+
+    operator = getattr(getattr(torch.ops, NAMESPACE), own).default
+    if backward is not None and setup_context is not None:
+        differentiable = _differentiable(operator, setup_context, _once(name, backward))
+        _library.impl(own, differentiable, "Autograd", with_keyset=True)
+    return operator
 
 
 def _differentiable(
@@ -184,8 +181,9 @@ def differentiable(
     unsaved: int | None = None,
     gradients: int = 3,
 ) -> Callable[..., Any]:
-    """Register an operator and the one behind its backward; return what calls the first. `operator`
-    and `backward` of that are PyTorch's own, which take the fields of `options` one by one.
+    """Register an operator and the one behind its backward, both of products; return what calls the
+    first. `operator` and `backward` of that are PyTorch's own, which take the fields of `options`
+    one by one.
 
     forward, fake    (*tensors, o) -> `results` tensors; the first `sent` of them are differentiable
     backward         (needs, upstream, tensors, found, o) -> gradients of the first `gradients`
@@ -218,6 +216,7 @@ def differentiable(
         _schema(given, options, gradients),
         flat_backward,
         fake=flat_fake,
+        under=exact_products,
     )
 
     def through(ctx: Any, *upstream: Any) -> tuple[torch.Tensor | None, ...]:
@@ -234,6 +233,7 @@ def differentiable(
         fake=flat(fake),
         setup_context=saving(n, sent, unsaved),
         backward=through,
+        under=exact_products,
     )
     names = tuple(f.name for f in fields(options))  # torch 2.11's Dynamo traces no vars()
 

@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 from riskpo_kernels.core.matmul import BACKWARD_TILE, plan_tiles
 from riskpo_kernels.core.softmax import BLOCK
+from riskpo_kernels.lm_head.backward import all_rows_at_once
 
 GEMM_SHARE, MEMORY_SHARE = 0.80, 0.90  # 790 TFLOP/s and 4.3 TB/s were seen on an H200 by others
 GATHER_SHARE = 0.5  # of a dense product's rate: an assumption
@@ -149,40 +150,35 @@ def ours_sparse(c: Call) -> Parts:
 
 
 def ours_dense(c: Call) -> Parts:
-    """Every column, tile by tile: recompute, dz, dH, dW. The sums of the shorter axis live in
-    float32 throughout, those of the longer while its tiles go by; a product adds to both."""
+    """Every column, tile by tile: recompute, dz, dH, dW. A product adds to the float32 sums of its
+    rows and columns; where all rows come at once, those of columns are written and not added to."""
     rows, cols = dense_tile(c)
-    tiles = math.ceil(c.n / rows) * math.ceil(c.v / cols)
-    wide = 8 * c.d * tiles * (rows + cols)
+    down, across = math.ceil(c.n / rows), math.ceil(c.v / cols)
+    added = c.n * across + (c.v * down if down > 1 else 0)
     return {
-        "products": c.products(3),
-        "dz": c.passes(DENSE) + c.bytes(6 * c.n * c.v),  # written once, read by two products
-        "float32 sums": c.bytes(wide + 10 * (c.n + c.v) * c.d),
-        "launches": c.launches(4 * tiles),
+        "products": c.products(1) + max(c.products(2), c.bytes(4 * c.n * c.v)),  # they load dz
+        "dz": c.passes(DENSE) + c.bytes(2 * c.n * c.v),
+        "float32 sums": c.bytes(8 * c.d * added + 10 * (c.n + c.v) * c.d),
+        "launches": c.launches(4 * down * across),
     }
 
 
 def dense_tile(c: Call) -> tuple[int, int]:
-    """The tile of the dense backward in bf16, which memory_mib bounds: core/matmul.py."""
+    """The tile of the dense backward in bf16 with every row live: lm_head/backward.py."""
     outer = 0 if c.v <= c.n else 1
-    edges = (8, 2) if outer == 0 else (2, 8)
-    plan = plan_tiles(
-        "linear_logprob",
-        c.n,
-        c.v,
-        c.d,
-        memory_mib=c.memory_mib,
-        most_rows=BACKWARD_TILE["cuda"][0],
-        most_cols=BACKWARD_TILE["cuda"][1],
-        tile_bytes=2,
-        edge_bytes=edges,
-    )
+    given = {"memory_mib": c.memory_mib, "tile_bytes": 2}
+    edges = (4, 0) if outer == 0 else (0, 4)
+    most = dict(zip(("most_rows", "most_cols"), BACKWARD_TILE["cuda"], strict=True))
+    plan = plan_tiles("linear_logprob", c.n, c.v, c.d, edge_bytes=edges, **most, **given)
+    if outer == 1:
+        plan = all_rows_at_once(plan, c.n, c.v, c.d, edges=edges, **given)
     return plan.rows, plan.cols
 
 
 def staged(products: float, passes: float, moved: float, sums: float) -> Callable[[Call], Parts]:
     """A peer that keeps chunks of logits in memory: products, passes over them, bytes of each logit
-    that move, and float32 or 16-bit sums of dW, as bytes of [V, D] per 1,024 rows."""
+    that move beside the products' own loads, and float32 or 16-bit sums of dW, as bytes of [V, D]
+    per 1,024 rows."""
 
     def parts(c: Call) -> Parts:
         return {
@@ -202,9 +198,9 @@ FORWARDS = {
 BOTH = {
     "riskpo_kernels, sparse": lambda c: ours_forward(c) | ours_sparse(c),
     "riskpo_kernels, flat rows": lambda c: ours_forward(c) | ours_dense(c),
-    "TRL's fused head": staged(4, 2, 16, 0.5),
-    "Liger's fused linear cross entropy": staged(3, 1, 10, 0.5),
-    "QuACK's linear cross entropy": staged(3, 1, 8, 0.0),
+    "TRL's fused head": staged(4, 2, 12, 0.5),
+    "Liger's fused linear cross entropy": staged(3, 1, 6, 0.5),
+    "QuACK's linear cross entropy": staged(3, 1, 4, 0.0),
     "CCE (filtered cross entropy)": lambda c: {
         "products": c.products(2) + c.products(2 * c.share * padded(c)),
         "passes": c.passes(PASS + FORWARD[False]),

@@ -116,9 +116,9 @@ def gradient(
 class Accumulator:
     """The gradient of an [n, D] tensor, summed piece by piece.
 
-    A piece is opened, added to, and closed. With `whole` pieces may be opened again: the sums live
-    in a float32 buffer until `finish`. Without it a piece is rounded when it is closed. Where the
-    gradient itself is as wide as the sums, there is no buffer at all.
+    A piece is opened, added to, and closed. Where the gradient is as wide as the sums, and in the
+    order of the pieces, it is opened itself. Else, with `whole`, pieces may be opened again: the
+    sums live in a float32 buffer until `finish`. Without it a piece is rounded when it is closed.
     """
 
     def __init__(
@@ -129,16 +129,23 @@ class Accumulator:
         whole: bool,
         index: torch.Tensor | None = None,
         grad: torch.Tensor | None = None,
+        once: bool = False,
+        moved: bool = False,
     ):
         """index: pieces count in rows of `index`, which says where they lie in the gradient.
-        grad: the gradient to write to, when several accumulators share it."""
+        grad: the gradient to write to, when several accumulators share it.
+        once: every piece is opened once, holds anything, and is written before it is added to.
+        moved: instead of a buffer the gradient itself, as wide, holds the sums of an index."""
         if grad is None:
-            grad = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
-        self.grad, self.index, self.wide = grad, index, wide
+            # rows in any order are written slowly to pages that the system has yet to zero
+            new = torch.empty if once and index is None else torch.zeros
+            grad = new(like.shape, dtype=like.dtype, device=like.device)
+        self.grad, self.index, self.wide, self.once = grad, index, wide, once
         self.direct = grad.dtype == wide and index is None
+        self.moved = moved and whole and not self.direct
         self.unit: torch.Tensor | None = None  # multiplies the sums before they are rounded
         self.buffer: torch.Tensor | None = None
-        if whole and not self.direct:
+        if whole and not self.direct and not self.moved:
             n = like.shape[0] if index is None else index.numel()
             self.buffer = torch.zeros(n, like.shape[1], dtype=wide, device=like.device)
 
@@ -148,27 +155,36 @@ class Accumulator:
             return self.grad[s]
         if self.buffer is not None:
             return self.buffer[s]
+        if self.moved and self.index is not None:
+            return self.grad[self.index[s]]
         shape = (s.stop - s.start, self.grad.shape[1])
-        return torch.zeros(shape, dtype=self.wide, device=self.grad.device)
+        new = torch.empty if self.once else torch.zeros
+        return new(shape, dtype=self.wide, device=self.grad.device)
 
     def close(self, s: slice, piece: torch.Tensor) -> None:
         """Rows s are complete; nothing to do where the sums stay open until `finish`."""
         if not self.direct and self.buffer is None:
             self._round(s, piece)
 
+    def skip(self, s: slice) -> None:
+        """Nothing is added to rows s."""
+        if self.once:
+            self.grad[s if self.index is None else self.index[s]] = 0
+
     def _round(self, s: slice, piece: torch.Tensor) -> None:
-        rounded = (piece if self.unit is None else piece * self.unit).to(self.grad.dtype)
+        if self.unit is not None and not self.moved:
+            piece *= self.unit
         if self.index is None:
-            self.grad[s] = rounded
+            self.grad[s] = piece
         else:
-            self.grad.index_copy_(0, self.index[s], rounded)
+            self.grad.index_copy_(0, self.index[s], piece.to(self.grad.dtype))
 
     def finish(self, step: int) -> torch.Tensor:
         """The gradient."""
         if self.buffer is not None:
             for s in spans(self.buffer.shape[0], step):
                 self._round(s, self.buffer[s])
-        elif self.direct and self.unit is not None:
+        elif (self.direct or self.moved) and self.unit is not None:
             self.grad *= self.unit
         return self.grad
 

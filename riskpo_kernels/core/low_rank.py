@@ -60,7 +60,7 @@ class LowRank:
         parts = halves(self.u[rows], self.dtype)
         return filled(torch.cat([parts[i] for i, _ in self._pairs], 1), self._multiple)
 
-    def beside_weight(self, columns: slice) -> torch.Tensor:
+    def beside_weight(self, columns: slice | torch.Tensor) -> torch.Tensor:
         """[C, width]"""
         parts = halves(self.b[columns], self.dtype)
         return filled(torch.cat([parts[j] for _, j in self._pairs], 1), self._multiple)

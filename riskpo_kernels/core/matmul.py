@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from riskpo_kernels.core.checks import SIXTEEN_BIT, choose, reject
+from riskpo_kernels.core.column_order import ColumnOrder
 from riskpo_kernels.core.low_rank import LowRank
 from riskpo_kernels.core.process_groups import NO_GROUP
 from riskpo_kernels.core.softmax import LogitMap, n_blocks
@@ -211,7 +212,8 @@ class Options:
 class Head:
     """hidden [N, D], weight [V, D], bias [V]; n of the rows, by index (None: all), with targets.
     low_rank: columns beside them; then no gradient is taken of the weight's own. kept: raw logits
-    of the first columns of all of hidden, which the backward need not compute again."""
+    of the first columns of all of hidden, which the backward need not compute again. order: which
+    of the vocabulary each column is, targets too (None: as in the weight)."""
 
     hidden: torch.Tensor
     weight: torch.Tensor
@@ -221,6 +223,7 @@ class Head:
     map: LogitMap
     kept: torch.Tensor | None = None  # [N, K]: the forward writes it, the backward reads it
     low_rank: LowRank | None = None
+    order: ColumnOrder | None = None
 
     @property
     def n(self) -> int:
@@ -235,8 +238,14 @@ class Head:
         return self.hidden.shape[1] + (0 if self.low_rank is None else self.low_rank.width)
 
     def columns(self, v: slice, dtype: torch.dtype) -> torch.Tensor:
-        w = self.weight[v].to(dtype)
-        return w if self.low_rank is None else torch.cat((w, self.low_rank.beside_weight(v)), 1)
+        """Rows of the head; with an order they stand where the next call writes."""
+        w = self.weight[v] if self.order is None else self.order.take(self.weight, v)
+        w, low, ids = w.to(dtype), self.low_rank, self.ids(v)
+        return w if low is None else torch.cat((w, low.beside_weight(ids)), 1)
+
+    def ids(self, v: slice) -> slice | torch.Tensor:
+        """Which of the vocabulary columns v are."""
+        return v if self.order is None else self.order.ids[v]
 
     def trained(self, h: torch.Tensor) -> torch.Tensor:
         """What a gradient of logits is multiplied with to give that of the weight."""
@@ -298,7 +307,7 @@ class Head:
             products.into(out[:, known:], h, w[known:].T)
 
     def bias_of(self, v: slice, dtype: torch.dtype) -> torch.Tensor | None:
-        return None if self.bias is None else self.bias[v].to(dtype)
+        return None if self.bias is None else self.bias[self.ids(v)].to(dtype)
 
 
 def products_of(head: Head) -> Products:
@@ -306,25 +315,16 @@ def products_of(head: Head) -> Products:
 
 
 def plan_for(
-    head: Head, o: Options, products: Products, vocab: int, *, outer: int | None = None
+    head: Head, o: Options, products: Products, vocab: int, edges: tuple[int, int] | None = None
 ) -> Plan:
-    """The tile that memory_mib allows, for `vocab` columns. outer: in a backward, the axis whose
-    sums are opened and closed piece by piece (0: rows)."""
-    back = outer is not None
+    """The tile that memory_mib allows, for `vocab` columns. edges: in a backward, bytes live beside
+    it for every number of its rows' hidden states and of its columns' head."""
+    back = edges is not None
     device = "cuda" if head.hidden.device.type == "cuda" else "cpu"
     rows, cols = (BACKWARD_TILE if back else FORWARD_TILE)[device]
     if o.deterministic:
         rows, cols = WHOLE_TILE[device]
     wide = products.wide.itemsize
-    edges = [3 * wide if back else wide] * 2
-    if outer is not None and products.mixed and not o.deterministic:
-        # of that axis the sums and what they are rounded to; of the other a 16-bit copy at most
-        edges[outer] = 8 if products.dtype == torch.bfloat16 else 12
-        edges[1 - outer] = 2
-    # the logits; further tiles are temporaries of the torch formulas; Triton makes dz at once
-    tile = wide * (1 + int(o.return_entropy) + int(back and o.softcap is not None))
-    if o.backend == "triton":
-        tile = products.dtype.itemsize
     return plan_tiles(
         "linear_logprob",
         rows if o.deterministic else head.n,
@@ -333,7 +333,15 @@ def plan_for(
         memory_mib=o.memory_mib - (0 if head.kept is None else head.kept.nbytes / 2**20),
         most_rows=rows,
         most_cols=cols,
-        tile_bytes=tile + (2 if products.mixed and back and o.backend == "torch" else 0),
-        edge_bytes=(edges[0], edges[1]),
+        tile_bytes=bytes_of_logit(o, products, back),
+        edge_bytes=edges or wide,
         row_bytes=0 if back or not o.tail_eps else (4 + o.return_entropy) * wide * n_blocks(vocab),
     )
+
+
+def bytes_of_logit(o: Options, products: Products, back: bool) -> int:
+    """Of a tile: Triton makes dz at once; further tiles are temporaries of the torch formulas."""
+    if o.backend == "triton":
+        return products.dtype.itemsize
+    tiles = 1 + int(o.return_entropy) + int(back and o.softcap is not None)
+    return products.wide.itemsize * tiles + (2 if products.mixed and back else 0)

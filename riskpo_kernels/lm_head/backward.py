@@ -15,15 +15,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from riskpo_kernels.core.gradient import Accumulator, Gradients, RowGradient, gradient
-from riskpo_kernels.core.matmul import Head, Options, Products, plan_for, products_of, spans
+from riskpo_kernels.core.matmul import (
+    Head,
+    Options,
+    Plan,
+    Products,
+    bytes_of_logit,
+    plan_for,
+    products_of,
+    spans,
+)
 from riskpo_kernels.core.softmax import ActiveBlocks
 from riskpo_kernels.lm_head.sparse_torch import sparse_backward
 from riskpo_kernels.lm_head.ways import Ways, find_ways, unasked_ways
 
+WIDE_STEP = 256  # columns of the widest tile of kernels/head_tile.py
 ROUNDING_STEP = 4096  # rows of a float32 buffer that are rounded at a time
 
 
@@ -47,12 +58,14 @@ def backward_rows(
     free = wide_dw or head.weight.dtype == products.wide  # dW is its own sums: it needs no buffer
     dense, both = ways.dense, ways.dense is not None and bool(ways.sparse)
     rows_outer = both or free or not needs[1] or (needs[0] and head.vocab <= head.n)
+    plan, once = None, o.backend == "torch" and len(ways.sparse) == 1
+    if dense is not None:
+        plan = dense_plan(head, o, products, rows_outer)
+        once = not (both or o.deterministic) and plan.rows >= head.n
     dw_pieces = rows_outer if dense is not None else free or head.n > head.vocab
     dw = None
     if needs[1]:
-        columns = head.weight.shape[1] if head.low_rank is None else head.low_rank.width
-        grad = head.weight.new_zeros(head.vocab, columns, dtype=products.wide) if wide_dw else None
-        dw = Accumulator(head.weight, products.wide, whole=dw_pieces, grad=grad)
+        dw = _sums_of_weight(head, products, whole=dw_pieces and not once, wide=wide_dw, once=once)
     db = torch.zeros(head.vocab, dtype=products.wide, device=head.hidden.device)
     into = Gradients(None, dw, db if needs[2] else None)
     dh = None
@@ -60,11 +73,11 @@ def backward_rows(
         dtype = products.wide if wide_dh else head.hidden.dtype
         dh = torch.zeros(len(head.hidden), head.width, dtype=dtype, device=head.hidden.device)
 
-    if dense is not None:
+    if dense is not None and plan is not None:
         part, sent = (head.of(dense), up.of(dense)) if ways.sparse else (head, up)
         into.dh = _rows_of(dh, part, products, unit, whole=not rows_outer)
         _set_unit(into, unit)
-        dense_backward(part, sent, o, into, rows_outer)
+        dense_backward(part, sent, o, into, rows_outer, plan)
         _finish(into.dh)
     for s, counts in (ways if dw_pieces else ways.whole()).sparse:
         assert active is not None
@@ -84,6 +97,20 @@ def backward_rows(
         None if dw is None else dw.grad,
         db.to(db if wide_dw else head.bias) if needs[2] and head.bias is not None else None,
     )
+
+
+def _sums_of_weight(
+    head: Head, products: Products, *, whole: bool, wide: bool, once: bool
+) -> Accumulator:
+    """wide: the gradient is as its sums are."""
+    columns = head.weight.shape[1] if head.low_rank is None else head.low_rank.width
+    dtype, grad = products.wide if wide else head.weight.dtype, None
+    if wide:
+        new = head.weight.new_empty if once and head.order is None else head.weight.new_zeros
+        grad = new((head.vocab, columns), dtype=dtype)
+    index, moved = None if head.order is None else head.order.ids, dtype == products.wide
+    how = {"whole": whole, "once": once, "moved": moved}
+    return Accumulator(head.weight, products.wide, index=index, grad=grad, **how)
 
 
 def _sparse(head: Head, o: Options) -> Callable[..., None]:
@@ -190,7 +217,7 @@ def _torch_dz(head: Head, products: Products, size: int, db: torch.Tensor | None
         out = dz if products.mixed and db is None else raw
         gradient(raw, head.targets(r, v, pad), bias, up, map, out)
         if db is not None:
-            db[v] += raw.sum(0)
+            db[head.ids(v)] += raw.sum(0)
             if products.mixed:
                 dz.copy_(raw)
         return dz
@@ -214,7 +241,7 @@ def _triton_dz(head: Head, products: Products, size: int, db: torch.Tensor | Non
         given = bias, head.targets(r, v, pad), up, map, dz
         sums = tile_gradient(h, w, *given, sums=db is not None)
         if db is not None and sums is not None:
-            db[v] += sums
+            db[head.ids(v)] += sums
         return dz
 
     return dz_of
@@ -225,24 +252,77 @@ def _in_sixteens(columns: int) -> int:
     return -(-columns // 16) * 16
 
 
+def dense_plan(head: Head, o: Options, products: Products, rows_outer: bool) -> Plan:
+    """The tile of the dense backward. rows_outer: the sums of rows are opened and closed piece by
+    piece, else those of columns."""
+    outer = 0 if rows_outer else 1
+    edges = (3 * products.wide.itemsize,) * 2
+    if not products.mixed or o.deterministic:
+        return plan_for(head, o, products, head.vocab, edges=edges)
+    edges = sixteen_bit_edges(head, products, outer)
+    plan = plan_for(head, o, products, head.vocab, edges=edges)
+    if outer == 0:
+        return plan
+    of_logit = bytes_of_logit(o, products, back=True)
+    return all_rows_at_once(plan, head.n, head.vocab, head.width, o.memory_mib, of_logit, edges)
+
+
+def sixteen_bit_edges(head: Head, products: Products, outer: int) -> tuple[int, int]:
+    """Bytes live beside a tile of the dense backward, per number of its rows' hidden states and of
+    its columns' head: copies where the products cannot read what is there, and of the axis that is
+    opened and closed the float32 sums, with a rounded copy where rows lie apart."""
+    low = head.low_rank is not None
+    copied = [
+        2 if low or apart or x.dtype != products.dtype else 0
+        for x, apart in ((head.hidden, head.rows is not None), (head.weight, False))
+    ]
+    copied[outer] += 4 + (2 if outer == 0 and head.rows is not None else 0)
+    return copied[0], copied[1]
+
+
+def all_rows_at_once(
+    plan: Plan,
+    n: int,
+    vocab: int,
+    width: int,
+    memory_mib: float,
+    tile_bytes: int,
+    edges: tuple[int, int],
+) -> Plan:
+    """A tile of all rows and as many columns as fit, if less of the sums moves than in `plan`. Each
+    tile reads and writes the float32 dH of its rows; dW's too, but where all rows come at once."""
+    room = int(memory_mib * 2**20) - edges[0] * width * n
+    cols = room // (tile_bytes * n + edges[1] * width) // WIDE_STEP * WIDE_STEP
+    if n < 1 or cols < WIDE_STEP:
+        return plan
+    several = 0 if plan.rows >= n else vocab * -(-n // plan.rows)
+    if n * -(-vocab // cols) < n * -(-vocab // plan.cols) + several:
+        return Plan(n, min(cols, vocab))
+    return plan
+
+
 def dense_backward(
-    head: Head, up: RowGradient, o: Options, into: Gradients, rows_outer: bool
+    head: Head, up: RowGradient, o: Options, into: Gradients, rows_outer: bool, plan: Plan
 ) -> None:
     """Add every column of the rows to the gradients. The axis of the outer loop is opened and
     closed piece by piece; the other one is visited again and again."""
     products = products_of(head)
-    plan = plan_for(head, o, products, head.vocab, outer=0 if rows_outer else 1)
     pad = plan.rows if o.deterministic else 0
     make = _torch_dz if o.backend == "torch" else _triton_dz
     dz_of = make(head, products, plan.rows * _in_sixteens(plan.cols), into.db)
 
+    held: list[Any] = []  # rows, their hidden states and numbers: often a copy
+
     def one_tile(r: slice, v: slice, dh: torch.Tensor | None, dw: torch.Tensor | None) -> None:
-        h, w = head.take(r, products.dtype, pad), head.columns(v, products.dtype)
-        dz = dz_of(h, w, r, v, up.of(r, pad), pad)
+        if not held or held[0] != r:
+            held.clear()
+            held.extend((r, head.take(r, products.dtype, pad), up.of(r, pad)))
+        h, w = held[1], head.columns(v, products.dtype)
+        dz = dz_of(h, w, r, v, held[2], pad)
         if dh is not None:
             products.add(dh, dz, w, apart=o.deterministic)
-        if dw is not None:
-            products.add(dw, dz.T, head.trained(h))
+        if dw is not None and into.dw is not None:
+            (products.into if into.dw.once else products.add)(dw, dz.T, head.trained(h))
 
     rows, cols = (head.n, plan.rows, into.dh), (head.vocab, plan.cols, into.dw)
     outer, inner = (rows, cols) if rows_outer else (cols, rows)
@@ -254,5 +334,7 @@ def dense_backward(
                 one_tile(a, b, piece, other)
             else:
                 one_tile(b, a, other, piece)
+            if inner[2] is not None and other is not None:
+                inner[2].close(b, other)
         if outer[2] is not None and piece is not None:
             outer[2].close(a, piece)

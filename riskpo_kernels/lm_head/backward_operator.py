@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from riskpo_kernels.core.column_order import ColumnOrder
 from riskpo_kernels.core.gradient import RowGradient
 from riskpo_kernels.core.low_rank import LowRank
 from riskpo_kernels.core.matmul import Head, Options
@@ -31,14 +32,18 @@ def backward_sums(
     gradients of logprob, entropy and lse; tensors, found: as lm_head/operator.py's forward has
     them, lse left out."""
     hidden, weight, bias, target, row_temperature = tensors
-    logprob, entropy, peak, log_sum, bits, dense, pairs, offset, kept = found
+    logprob, entropy, peak, log_sum, bits, dense, pairs, columns, kept = found
     o, dtype = o.resolved(hidden, weight), logprob.dtype
     c, g, e = (None if x is None else x.to(dtype) for x in upstream)
     g = g if o.return_entropy else None  # a compiled graph sends zeros instead of nothing
     bias = None if bias is None else bias.contiguous()
     map, local = o.map(row_temperature, dtype), target.long()
-    local = local - offset if o.group else local
-    head = Head(hidden, weight, bias, None, local, map, kept, low_rank)
+    local = local - columns if o.group else local
+    order = None
+    if not o.group and columns.numel() and columns[0] >= 0:
+        order = ColumnOrder(columns)
+        local = order.places(local)
+    head = Head(hidden, weight, bias, None, local, map, kept, low_rank, order)
     stats = RowStats(logprob, entropy if o.return_entropy else None, peak, log_sum)
     up = RowGradient.new(stats, c, g, e, map)
     active = ActiveBlocks(bits, dense, pairs) if dense.numel() else None

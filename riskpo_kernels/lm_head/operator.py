@@ -9,14 +9,18 @@ row, and on a CPU the logits that were kept. lm_head/backward_operator.py goes o
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from riskpo_kernels.core import softmax
 from riskpo_kernels.core.checks import live_rows
+from riskpo_kernels.core.column_order import PROBES, ColumnOrder, find_order
 from riskpo_kernels.core.low_rank import LowRank
 from riskpo_kernels.core.matmul import (
+    FORWARD_TILE,
     Head,
     Options,
     Products,
@@ -44,7 +48,9 @@ from riskpo_kernels.lm_head.backward_operator import backward_sums
 from riskpo_kernels.lm_head.vocab_parallel import VocabShard, find_shard
 
 OP = "linear_logprob"
-# logprob, entropy, lse, which are sent gradients | peak, log_sum | active blocks | offset | kept
+ORDERED = 8192  # the smallest vocabulary whose columns may be put in another order
+# logprob, entropy, lse, which are sent gradients | peak, log_sum | active blocks | columns | kept.
+# columns: where a shard's begin [1], or which id each is [V] (-1: its own place), or nothing [0]
 RESULTS, SENT, LSE = 10, 3, 2
 
 
@@ -60,6 +66,7 @@ def forward(
 ) -> tuple[torch.Tensor, ...]:
     o = o.resolved(hidden, weight)
     shard = find_shard(hidden, weight, target, o) if o.group else None
+    columns = _columns(hidden, weight, o)
     bias = None if bias is None else bias.contiguous()
     map = o.map(row_temperature, wide_of(hidden, weight))
     kept = _kept(hidden, weight, o)
@@ -69,13 +76,13 @@ def forward(
 
         found: tuple[Any, ...] = triton_forward(*given)
     else:
-        found = _torch_forward(*given, kept)
+        found = _torch_forward(*given, kept, columns)
     *rows, active = found
     rows = [hidden.new_empty(0, dtype=kept.dtype) if x is None else x for x in rows]
-    offset = shard.offset if shard else 0
-    first = torch.full((1 if o.group else 0,), offset, dtype=torch.int64, device=hidden.device)
+    if shard is not None:
+        columns.fill_(shard.offset)
     active = _no_blocks(hidden) if active is None else active
-    return *rows, *active, first, kept
+    return *rows, *active, columns, kept
 
 
 def _torch_forward(
@@ -89,6 +96,7 @@ def _torch_forward(
     o: Options,
     low_rank: LowRank | None,
     kept: torch.Tensor,
+    columns: torch.Tensor,
 ) -> tuple[Any, ...]:
     """logprob, entropy, lse, peak, log_sum [N], and the active blocks (None: nothing is dropped)"""
     n = target.shape[0]
@@ -97,6 +105,12 @@ def _torch_forward(
     map = map if keep is None else map.of(keep)
     kept = kept if keep is None else kept.zero_()  # an operator's results are never undefined
     head = Head(hidden, weight, bias, keep, ids - offset, map, kept, low_rank)
+    if shard is None and columns.numel():
+        found = find_order(partial(_probabilities, head), head.n, o.tail_eps)
+        columns.copy_(found) if found is not None else columns.fill_(-1)
+        if found is not None:
+            order = ColumnOrder(columns)
+            head = replace(head, target=order.places(head.target), order=order)
     state, active = forward_rows(head, o, shard)
     logprob, entropy, peak, log_sum = finish(state)
     rows = (logprob, entropy, peak + log_sum, peak, log_sum)
@@ -133,6 +147,8 @@ def forward_rows(
             stats, target = finish(part), padded(head.target[r], h.shape[0])
             eps = row_eps(o.tail_eps, stats, head.map_of(r, h.shape[0]))
             cap = CAP / shard.ranks if shard else CAP
+            if head.order is not None and head.hidden.dtype.itemsize == 2:
+                cap /= 2  # with an order flat rows lose all of it, beside rounding
             keep = select(blocks, target, stats, eps, o.return_entropy, cap)
             active.record(r, keep[: r.stop - r.start], by_row=o.deterministic)
         state.put(r, part)
@@ -155,6 +171,29 @@ def _fold(
     here = None if blocks is None else blocks[:, v.start // BLOCK : n_blocks(v.stop)]
     target, bias = head.targets(r, v, len(h)), head.bias_of(v, products.wide)
     softmax.fold(raw, target, bias, state, head.map_of(r, len(h)), here)
+
+
+def _probabilities(head: Head, rows: torch.Tensor) -> torch.Tensor:
+    """Of the columns for a few rows, [V, R]."""
+    products = products_of(head)
+    h, map = head.take(rows, products.dtype).T, head.map_of(rows)
+    p = torch.empty(head.vocab, len(rows), dtype=products.wide, device=head.hidden.device)
+    for v in spans(head.vocab, FORWARD_TILE["cpu"][1]):
+        products.into(p[v], head.columns(v, products.dtype), h)
+    softmax.mapped(p.T, head.bias_of(slice(None), products.wide), map, slope=False)
+    p.sub_(p.amax(0)).exp_()
+    return p.div_(p.sum(0))
+
+
+def _columns(hidden: torch.Tensor, weight: torch.Tensor, o: Options) -> torch.Tensor:
+    """Room for where the columns lie. With deterministic=True rows may not feel their company; in a
+    small head there is little to save."""
+    vocab, size = weight.shape[0], 1 if o.group else 0
+    on_cpu = o.backend == "torch" and hidden.device.type == "cpu"
+    fits = 8 * PROBES * vocab < o.memory_mib * 2**20
+    if on_cpu and o.keep and o.tail_eps and fits and not (o.group or o.deterministic):
+        size = vocab if vocab >= ORDERED else 0
+    return hidden.new_empty(size, dtype=torch.int64)
 
 
 def _kept(hidden: torch.Tensor, weight: torch.Tensor, o: Options) -> torch.Tensor:
@@ -183,8 +222,7 @@ def forward_fake(
     rows = (hidden.new_empty(size, dtype=wide_of(hidden, weight)) for size in sizes)
     selects = o.tail_eps != 0 and weight.shape[0] != 0
     blocks = ActiveBlocks.new(weight.shape[0], n, hidden.device) if selects else _no_blocks(hidden)
-    first = hidden.new_empty(1 if o.group else 0, dtype=torch.int64)
-    return *rows, *blocks, first, _kept(hidden, weight, o)
+    return *rows, *blocks, _columns(hidden, weight, o), _kept(hidden, weight, o)
 
 
 head_operator = differentiable(

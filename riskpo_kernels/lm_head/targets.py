@@ -103,7 +103,7 @@ def _backward(
     sums = list(backward_sums(needs, (mine, g, e), pass_of, passed, o, wide=True))
     head = _head(tensors, o, wide)
     factor = (head.map.scale / head.map.column()) * others
-    offset = kept[-2] if o.group else 0
+    offset = kept[-2] if o.group else 0  # else an order of columns, if anything
     lists = _local(target, others != 0, offset, weight.shape[0])
     lists = Lists(lists.ids, lists.starts, lists.counts * (others != 0).any(1))
     for piece in pieces(head, lists, o.memory_mib):

@@ -48,7 +48,13 @@ def test_the_page_is_what_the_command_writes():
     assert text == model_page.page()
     tables = [line for line in text.splitlines() if line.startswith("| predicted |")]
     assert len(tables) == 1 + len(model_page.CASES)  # no table whose head does not say so
-    assert "missed" in text and "met" in text
+    assert text.count(", met") == 6 and "missed" not in text
+
+
+def test_a_goal_out_of_reach_is_said_to_be_missed(monkeypatch):
+    monkeypatch.setattr(model, "DENSE", 10 * model.DENSE)
+    assert "flat rows 4.70, predicted 5." in model_page.page()
+    assert model_page.page().count(", missed") == 2
 
 
 def row(provider, median, **changes):

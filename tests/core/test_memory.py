@@ -6,8 +6,9 @@ import sys
 import pytest
 import torch
 
-from riskpo_kernels.core.matmul import BACKWARD_TILE, Head, Options, Products, plan_for
+from riskpo_kernels.core.matmul import BACKWARD_TILE, Head, Options, Products
 from riskpo_kernels.core.softmax import LogitMap
+from riskpo_kernels.lm_head.backward import dense_plan
 
 PROGRAM = """
 import re, torch
@@ -46,24 +47,33 @@ def test_long_context_stays_flat():
     assert 0 < increase < 128, f"{increase:.0f} MiB"
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("outer", [0, 1])
 @pytest.mark.parametrize("width", [1536, 4096])
-def test_the_dense_tile_fits_what_is_live(outer, width, monkeypatch):
+def test_the_dense_tile_fits_what_is_live(outer, width, apart, monkeypatch):
     """bf16 on a GPU: the gradient of the logits; of the axis that is opened and closed its sums in
-    float32 and rounded; copies of the operands. A tile twice as wide and tall would not fit."""
+    float32; copies of hidden states, and of their gradients, that lie apart. All rows come at once
+    where then less of the sums moves. A tile twice as wide and tall would not fit."""
     monkeypatch.setitem(BACKWARD_TILE, "cpu", BACKWARD_TILE["cuda"])
-    hidden, weight = (torch.empty(n, width, device="meta") for n in (16384, 151_936))
-    head = Head(hidden, weight, None, None, torch.empty(16384), LogitMap(1.0, None, 1.0))
+    hidden, weight = (
+        torch.empty(n, width, dtype=torch.bfloat16, device="meta") for n in (16384, 151_936)
+    )
+    rows = torch.empty(16384, dtype=torch.int64, device="meta") if apart else None
+    head = Head(hidden, weight, None, rows, torch.empty(16384), LogitMap(1.0, None, 1.0))
     o = Options(1.0, None, 1.0, False, "triton", 300.0, 0.0, False, False)
     products = Products(torch.device("cpu"), torch.bfloat16, torch.bfloat16)
     products.mixed, products.dtype = True, torch.bfloat16
-    plan = plan_for(head, o, products, 151_936, outer=outer)
+    plan = dense_plan(head, o, products, outer == 0)
+    assert (plan.rows == 16384) == (outer == 1), plan
 
-    def live(*sizes):
-        return 2 * sizes[0] * sizes[1] + width * (8 * sizes[outer] + 2 * sizes[1 - outer])
+    def live(rows, cols):
+        of_rows = (4 + 4 * apart if outer == 0 else 2 * apart) * rows
+        return 2 * rows * cols + width * (of_rows + 4 * outer * cols)
 
     assert live(plan.rows, plan.cols) <= 300 * 2**20
     assert live(2 * plan.rows, 2 * plan.cols) > 300 * 2**20
+    if plan.rows == 16384:
+        assert live(plan.rows, plan.cols + 256) > 300 * 2**20
 
 
 def test_a_product_of_halves_is_added_where_the_sums_lie(monkeypatch):

@@ -5,7 +5,7 @@
 statistics: with t the target and, over the other columns, m = max z, s = sum e^(z-m),
 u = sum e^(z-m) (z-m), one warp folds a row in base 2 and finishes it (core/softmax.py).
 
-gradient: with log p = z - peak - log_sum and three numbers a row (rows.RowGradient), which
+gradient: with log p = z - peak - log_sum and three numbers a row (core/gradient.py), which
 scale / T is in,
 
     dz_v = -p_v (offset + slope log p_v)        v != t

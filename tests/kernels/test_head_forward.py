@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from riskpo_kernels import linear_logprob, logits_logprob
-from riskpo_kernels.core import softmax as block_filter
+from riskpo_kernels.core import softmax
 from riskpo_kernels.core.softmax import LogitMap, RowStats
 from tests.compare import assert_all_close_as_plain
 from tests.conftest import has_triton, skip_if_numpy_feels_a_rows_place
@@ -93,13 +93,13 @@ def selected(lse, gap, z_t, target, eps, softcap, temperature):
         offset=0,
         vocab=vocab,
         eps=eps,
-        cap=block_filter.CAP,
-        halvings=block_filter.HALVINGS,
+        cap=softmax.CAP,
+        halvings=softmax.HALVINGS,
         dense_share=0.5,
     )
     stats = RowStats(*(results[k] for k in ("logprob", "entropy", "peak", "log_sum")))
-    row_eps = block_filter.row_eps(eps, stats, map)
-    want = block_filter.select(lse, target, stats, row_eps, entropy)
+    row_eps = softmax.row_eps(eps, stats, map)
+    want = softmax.select(lse, target, stats, row_eps, entropy)
     shifts = torch.arange(8, dtype=torch.uint8)
     bits = ((results["bits"].T[:, :, None] >> shifts) & 1).flatten(1)
     assert not bits[:, blocks:].any()
@@ -211,7 +211,7 @@ def launched(monkeypatch):
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, Named(name, kernel))
     monkeypatch.setattr(sparse_triton, "FEWEST_TILES", 1)  # heavy blocks are divided
-    monkeypatch.setattr(block_filter, "DENSE_SHARE", {"cpu": 2.0, "cuda": 2.0})
+    monkeypatch.setattr(softmax, "DENSE_SHARE", {"cpu": 2.0, "cuda": 2.0})
     return names
 
 

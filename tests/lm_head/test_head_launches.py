@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from riskpo_kernels import linear_logprob
-from riskpo_kernels.core import softmax as block_selection
+from riskpo_kernels.core import softmax
 from riskpo_kernels.core.gradient import RowGradient
 from riskpo_kernels.core.softmax import LogitMap
 from tests.compare import errors
@@ -67,9 +67,9 @@ import torch
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-from riskpo_kernels.core import softmax as block_selection
+from riskpo_kernels.core import softmax
 from riskpo_kernels.lm_head import backward as head_backward
-from riskpo_kernels.core import matmul as head_tiles
+from riskpo_kernels.core import matmul
 from riskpo_kernels.lm_head.triton_forward import triton_forward
 from riskpo_kernels.kernels.softmax_rows import gradient, row_statistics
 from riskpo_kernels.lm_head import sparse_triton as sparse_launch
@@ -97,8 +97,8 @@ sparse_launch.FEWEST_TILES, sparse_launch.EVEN = 2, 10**9  # heavy blocks are di
 w, b = torch.randn(V, D).half(), torch.randn(V).half()
 for n in [1, 2, 15, 16, 17, *range(64, 1000, 64), 333]:
     h, t = torch.randn(n, D).half(), torch.full((n,), 0.7)[: n]
-    head = head_tiles.Head(h, w, b, None, torch.randint(V, (n,)), LogitMap(1.0, None, t))
-    o = head_tiles.Options(1.0, None, 1.0, True, "triton", 0.7, 1e-4, False, True)
+    head = matmul.Head(h, w, b, None, torch.randint(V, (n,)), LogitMap(1.0, None, t))
+    o = matmul.Options(1.0, None, 1.0, True, "triton", 0.7, 1e-4, False, True)
     c = torch.ones(n)
     up = RowGradient(c, c, c, c, c)
     fp16 = torch.float16
@@ -106,7 +106,7 @@ for n in [1, 2, 15, 16, 17, *range(64, 1000, 64), 333]:
     raw = torch.randn(n, V).half()
     row_statistics(raw, head.target, head.map, [torch.empty(n)] * 5)
     gradient(raw, head.target, None, up, head.map, raw)
-    active = block_selection.ActiveBlocks.new(V, n, h.device)
+    active = softmax.ActiveBlocks.new(V, n, h.device)
     active.bits.fill_(255)
     active.dense[: n // 2] = True  # rows of both ways
     ways = find_ways(c != 0, active, V, 300)
@@ -189,7 +189,7 @@ def test_sparse_launches_hold_the_device(guards, monkeypatch):
     recorders = {name: Recorder(guards) for name in ("dz_kernel", "dh_kernel", "dw_kernel")}
     for name, recorder in recorders.items():
         monkeypatch.setattr(sparse_launch, name, recorder)
-    monkeypatch.setattr(block_selection, "DENSE_SHARE", {"cuda": 2.0, "cpu": 2.0})
+    monkeypatch.setattr(softmax, "DENSE_SHARE", {"cuda": 2.0, "cpu": 2.0})
     h, w, target = peaked(40, 1500, 16)
     out = linear_logprob(
         h.requires_grad_(), w.requires_grad_(), target, tail_eps=1e-3, backend="triton"
@@ -211,7 +211,7 @@ def test_dbias_is_summed_before_the_rounding(device, monkeypatch):
             super().__init__(*given)
             self.dtype = torch.float16
 
-    monkeypatch.setattr(block_selection, "DENSE_SHARE", {"cuda": 2.0, "cpu": 2.0})
+    monkeypatch.setattr(softmax, "DENSE_SHARE", {"cuda": 2.0, "cpu": 2.0})
     monkeypatch.setattr(
         sparse_launch,
         "products_of",

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from riskpo_kernels import linear_logprob, reference
-from riskpo_kernels.core import softmax as block_selection
-from riskpo_kernels.core import softmax as kept_logits
+from riskpo_kernels.core import softmax
 from riskpo_kernels.core.matmul import Options, counting
 from riskpo_kernels.lm_head.operator import head_operator
 from tests.compare import assert_all_close_as_plain
@@ -22,7 +21,7 @@ def keep(monkeypatch):
 
     def set_share(columns, memory_mib=300.0):
         room = (columns + 1) * N * 4
-        monkeypatch.setattr(kept_logits, "SHARE", memory_mib * 2**20 / room)
+        monkeypatch.setattr(softmax, "SHARE", memory_mib * 2**20 / room)
 
     return set_share
 
@@ -51,7 +50,7 @@ def test_gradients_are_those_of_the_reference(way, kept, dtype, options, keep, m
     plain = run(reference.linear_logprob, tensors, target, **options)
     eps = 0.0
     if way == "sparse":  # nothing is dropped, but blocks are visited one by one
-        monkeypatch.setitem(block_selection.DENSE_SHARE, "cpu", 1.1)
+        monkeypatch.setitem(softmax.DENSE_SHARE, "cpu", 1.1)
         eps = 1e-30
     keep(KEPT[kept] if kept != "all" else 6 * 128)
     with counting() as work:
@@ -86,11 +85,11 @@ def test_a_second_backward_finds_them_unchanged():
 def test_what_is_kept_stays_within_its_share():
     """Whole blocks, nothing at all for many rows, everything of a small head."""
     for rows, vocab in ((1, 151_936), (1024, 16_384), (4096, 50_000), (2**17, 8192), (0, 10)):
-        columns = kept_logits.kept_columns(rows, vocab, 4, 300)
-        assert columns * rows * 4 <= 300 * 2**20 / kept_logits.SHARE
-        assert columns == vocab or columns % block_selection.BLOCK == 0
-    assert kept_logits.kept_columns(2**17, 8192, 4, 300) == 0
-    assert kept_logits.kept_columns(512, 1000, 4, 300) == 1000
+        columns = softmax.kept_columns(rows, vocab, 4, 300)
+        assert columns * rows * 4 <= 300 * 2**20 / softmax.SHARE
+        assert columns == vocab or columns % softmax.BLOCK == 0
+    assert softmax.kept_columns(2**17, 8192, 4, 300) == 0
+    assert softmax.kept_columns(512, 1000, 4, 300) == 1000
 
 
 def test_nothing_is_kept_where_it_may_not_be():

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from riskpo_kernels import linear_logprob, reference, riskpo_loss
-from riskpo_kernels.core import softmax as block_filter
+from riskpo_kernels.core import softmax
 from riskpo_kernels.core.low_rank import LowRank
 from riskpo_kernels.core.matmul import Options, Products, counting
 from riskpo_kernels.lm_head import lora
@@ -95,7 +95,7 @@ def test_the_kernels_read_the_adapter_beside_the_head(case, monkeypatch):
     launches, groups = Mock(wraps=triton_forward.statistics), Mock(wraps=sparse_triton._one_group)
     monkeypatch.setattr(triton_forward, "statistics", launches)
     monkeypatch.setattr(sparse_triton, "_one_group", groups)
-    monkeypatch.setattr(block_filter, "DENSE_SHARE", dict.fromkeys(("cpu", "cuda"), 2.0))
+    monkeypatch.setattr(softmax, "DENSE_SHARE", dict.fromkeys(("cpu", "cuda"), 2.0))
     dtype, options = TRITON[case]
     eps = {} if case == "dense rows" else {"tail_eps": 1e-30}
     monkeypatch.setitem(CASES, case, (dtype, dtype, eps | options))
@@ -114,7 +114,7 @@ def test_the_kernels_read_the_adapter_beside_the_head(case, monkeypatch):
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients_are_those_of_the_merged_head(case, monkeypatch):
     if case == "sparse rows":
-        monkeypatch.setattr(block_filter, "DENSE_SHARE", {"cpu": 2.0})
+        monkeypatch.setattr(softmax, "DENSE_SHARE", {"cpu": 2.0})
     check(case)
 
 
@@ -128,7 +128,7 @@ def test_as_a_gpu_rounds_its_operands(case, backend, monkeypatch, recomputed):
     if torch.cuda.is_available():
         pytest.skip("the products are real here")
     if case == "fp16":  # else most rows go the dense way
-        monkeypatch.setattr(block_filter, "DENSE_SHARE", {"cpu": 2.0})
+        monkeypatch.setattr(softmax, "DENSE_SHARE", {"cpu": 2.0})
     made = Products.__init__
 
     def init(self, device, hidden, weight):

@@ -9,7 +9,7 @@ import torch
 
 from riskpo.doctor import tolerance
 from riskpo_kernels import linear_logprob, reference
-from riskpo_kernels.core import softmax as block_selection
+from riskpo_kernels.core import softmax
 from riskpo_kernels.core.matmul import Products, executed
 from tests import compare
 from tests.conftest import has_triton
@@ -53,7 +53,7 @@ def tensor_core(monkeypatch, recomputed):
 @pytest.mark.parametrize("way", ["dense", "sparse"])
 def test_gradients_stay_inside_the_rule(backend, way, device, monkeypatch):
     """fp16 in the interpreter, which multiplies bf16 wrongly."""
-    monkeypatch.setattr(block_selection, "DENSE_SHARE", {"cpu": 2.0})
+    monkeypatch.setattr(softmax, "DENSE_SHARE", {"cpu": 2.0})
     dtype = torch.bfloat16 if backend == "torch" else torch.float16
     for n, vocab, width in ((60, 300, 12), (37, 613, 24), (1, 7, 1), (300, 129, 12)):
         h, w, b, target = head(n, vocab, width, dtype, device)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from riskpo_kernels import linear_logprob, reference
-from riskpo_kernels.core import softmax as block_selection
+from riskpo_kernels.core import softmax
 from riskpo_kernels.core.softmax import BLOCK, LogitMap, RowState, finish, fold, n_blocks, select
 from tests.compare import assert_all_close_as_plain, errors
 from tests.conftest import has_triton
@@ -81,7 +81,7 @@ def test_dropped_gradient_is_bounded_in_every_row(entropy):
 
 @pytest.fixture
 def always_sparse(monkeypatch):
-    monkeypatch.setattr(block_selection, "DENSE_SHARE", {"cuda": 2.0, "cpu": 2.0})
+    monkeypatch.setattr(softmax, "DENSE_SHARE", {"cuda": 2.0, "cpu": 2.0})
 
 
 BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.skipif(not has_triton(), reason=""))]
@@ -190,13 +190,13 @@ def test_frozen_sides(always_sparse):
 
 def test_the_way_is_chosen_by_chunk_or_by_row():
     """By the mean share of the rows that are recorded together; with by_row each for itself."""
-    share = block_selection.DENSE_SHARE["cpu"]
+    share = softmax.DENSE_SHARE["cpu"]
     keep = torch.zeros(6, 100, dtype=torch.bool)
     for row, n in enumerate((100, 100, 55, 100, 5, 5)):
         keep[row, :n] = True
     assert 0.7 < share < 0.85, "the rows below were made for it"
     for by_row, want in ((False, [1, 1, 1, 0, 0, 0]), (True, [1, 1, 0, 1, 0, 0])):
-        active = block_selection.ActiveBlocks.new(100 * BLOCK, 6, keep.device)
+        active = softmax.ActiveBlocks.new(100 * BLOCK, 6, keep.device)
         for chunk in (slice(0, 3), slice(3, 6)):
             active.record(chunk, keep[chunk], by_row)
         assert active.dense.tolist() == [bool(x) for x in want]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from riskpo_kernels import reference, riskpo_loss
-from riskpo_kernels.core import softmax as block_selection
+from riskpo_kernels.core import softmax
 from riskpo_kernels.core.matmul import counting
 from tests.compare import assert_close_as_plain
 from tests.conftest import has_triton
@@ -112,7 +112,7 @@ def products_of_rows(n, vocab, width, way, backend):
 def test_clipped_and_rejected_rows_enter_no_product(monkeypatch, ratio, way, backend, device):
     """Clipped on either side, dual-clipped, rejected, without advantage: forward only. Masked:
     not even that. The gradients are the reference's, which leaves nothing out."""
-    monkeypatch.setattr(block_selection, "DENSE_SHARE", dict.fromkeys(("cuda", "cpu"), 2.0))
+    monkeypatch.setattr(softmax, "DENSE_SHARE", dict.fromkeys(("cuda", "cpu"), 2.0))
     length, vocab, width = 40, 256, 8  # another number of tiles than if every row went
     h, w, target, given, sent = batch_of_fates(ratio, length, vocab, width, device)
 

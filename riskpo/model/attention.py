@@ -7,6 +7,9 @@ interface:
     riskpo_varlen       torch.nn.attention.varlen: CUDA, 16-bit
     riskpo_sequences    scaled_dot_product_attention, one sequence after the other: any device
 
+Where sequences begin with one prompt, riskpo_sequences takes a row that has its tokens once, and
+gives each sequence its prompt back: the rest of the model then computes these tokens once.
+
 A packed batch is one row [1, T]. Without these, transformers builds a [T, T] mask from the position
 ids, and its attention computes every pair. Both riskpo implementations leave sampling (a padded
 batch with a mask, or a cache) to transformers' sdpa.
@@ -18,6 +21,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -90,15 +94,46 @@ def head_width(config: Any) -> int:
     return int(own or config.hidden_size // config.num_attention_heads)
 
 
+@dataclass(frozen=True)
+class Shared:
+    """A packed row of T tokens in which equal beginnings are computed once: U tokens."""
+
+    unique: torch.Tensor  # [U] places in the packed row
+    place: torch.Tensor  # [T] of each token of the packed row among them
+
+    @staticmethod
+    def of(
+        sequence: torch.Tensor, position: torch.Tensor, first: torch.Tensor, prompt: torch.Tensor
+    ) -> Shared | None:
+        """None if less than a quarter of the row repeats, which the attention's copies would cost.
+
+        sequence, position [T]: which sequence, and where in it. first, prompt [S]: the sequence
+        whose first `prompt` tokens this one repeats, itself if it repeats none.
+        """
+        token, start = torch.arange(len(position)), (position == 0).nonzero()[:, 0]
+        again = (position < prompt[sequence]) & (first[sequence] != sequence)
+        if 4 * int(again.sum()) < len(again):
+            return None
+        source = torch.where(again, start[first[sequence]] + position, token)
+        return Shared(token[~again], ((~again).cumsum(0) - 1)[source])
+
+    def to(self, device: torch.device) -> Shared:
+        return Shared(self.unique.to(device), self.place.to(device))
+
+
 def packed_keywords(
-    implementation: str, cu_seqlens: torch.Tensor, lengths: Sequence[int]
+    implementation: str,
+    cu_seqlens: torch.Tensor,
+    lengths: Sequence[int],
+    shared: Shared | None = None,
 ) -> dict[str, Any]:
     """Keyword arguments that tell the attention where the sequences of a packed row end.
 
     cu_seqlens [S + 1] int32 on the device, lengths the same on the CPU (no sync per layer).
     """
     if implementation == SEQUENCES:
-        return {"sequence_lengths": list(lengths)}
+        told = {} if shared is None else {"shared_prompts": shared}
+        return {"sequence_lengths": list(lengths), **told}
     if implementation in (FLASH, VARLEN):
         given = {"cu_seq_lens": cu_seqlens, "max_length": max(lengths)}
         return {f"{name}_{side}": x for name, x in given.items() for side in "qk"}
@@ -113,12 +148,14 @@ def by_sequence(
     attention_mask: torch.Tensor | None,
     sequence_lengths: Sequence[int] | None = None,
     sliding_window: int | None = None,
+    shared_prompts: Shared | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """sdpa on each sequence of the row; query [1, nh, T, hd], key and value [1, nkv, T, hd].
 
     Returns [1, T, nh, hd]. Short sequences of equal length share a call, with the same bits as
-    alone. With a mask or a cache, transformers' own sdpa runs.
+    alone. With shared_prompts, the row has its U tokens. With a mask or a cache, transformers' own
+    sdpa runs.
     """
     if attention_mask is not None or query.shape[2] != key.shape[2]:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
@@ -139,7 +176,8 @@ def by_sequence(
     starts: dict[int, list[int]] = {}
     for n, end in zip(sequence_lengths, accumulate(sequence_lengths), strict=True):
         starts.setdefault(n, []).append(end - n)
-    if max(starts) > TOGETHER or len(starts) == len(sequence_lengths):
+    apart = max(starts) > TOGETHER or len(starts) == len(sequence_lengths)
+    if apart and shared_prompts is None:
         cuts = [x.split(list(sequence_lengths), dim=2) for x in (query, key, value)]
         outs = [attend(*piece) for piece in zip(*cuts, strict=True)]
         return (outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)), None
@@ -147,13 +185,16 @@ def by_sequence(
     for n, first in starts.items():  # sequences of one length are a batch
         place = torch.tensor(first)[:, None] + torch.arange(n)
         at = place.flatten().to(query.device)
+        source = at if shared_prompts is None else shared_prompts.place[at]
         batch = (
-            x[0].index_select(1, at).unflatten(1, place.shape).transpose(0, 1)
+            x[0].index_select(1, source).unflatten(1, place.shape).transpose(0, 1)
             for x in (query, key, value)
         )
         parts.append(attend(*batch).flatten(0, 1))
         places.append(at)
-    return torch.cat(parts)[torch.cat(places).argsort()][None], None
+    order = torch.cat(places).argsort()
+    order = order if shared_prompts is None else order[shared_prompts.unique]
+    return torch.cat(parts)[order][None], None
 
 
 def _window(n: int, sliding_window: int | None, device: torch.device) -> torch.Tensor | None:

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from riskpo.model.attention import FLASH, choose, packed_keywords
+from riskpo.model.attention import FLASH, SEQUENCES, Shared, choose, packed_keywords
 from riskpo_kernels.causal_lm import decoder_of
 
 log = logging.getLogger("riskpo")
@@ -60,6 +60,7 @@ class Packing:
 
     reason: str | None = None
     own: bool = False  # packed by the model's own kernels, which want seq_idx as well
+    shares: bool = False  # takes a packed row that has the prompts of its sequences once
 
 
 _FOUND: weakref.WeakKeyDictionary[Any, tuple[str, Packing]] = weakref.WeakKeyDictionary()
@@ -159,7 +160,8 @@ def _examine(model: Any) -> Packing:
             alone = _alone(model, decoder, rows)
             reason, cuttable = known_reach(model)
             if reason is None:
-                return Packing(_leak(decoder, rows, alone, Packing()))
+                reason = _leak(decoder, rows, alone, Packing())
+                return Packing(reason, shares=reason is None and _shares(decoder, rows))
             if not cuttable or weight.device.type not in KERNEL_DEVICES:
                 return Packing(reason)
             rows = _trial_rows(weight, KERNEL_TRIAL)
@@ -217,19 +219,22 @@ def packed_rows(
     packing: Packing,
     cu_seqlens: torch.Tensor,
     lengths: Sequence[int],
+    shared: Shared | None = None,
 ) -> torch.Tensor:
-    """Last hidden states [T, D] of sequences end to end, row [1, T].
+    """Last hidden states [T, D] of sequences end to end, row [1, T]; `shared` if packing.shares.
 
     An attention mask or a cache would undo the packing in silence.
     """
-    given = packed_keywords(decoder.config._attn_implementation, cu_seqlens, lengths)
+    if shared is not None:
+        row, position_ids = row[:, shared.unique], position_ids[:, shared.unique]
+    given = packed_keywords(decoder.config._attn_implementation, cu_seqlens, lengths, shared)
     if packing.own:
         place = torch.arange(len(lengths), dtype=torch.int32, device=cu_seqlens.device)
         index = place.repeat_interleave(cu_seqlens.diff(), output_size=sum(lengths))
         given |= packed_keywords(FLASH, cu_seqlens, lengths) | {"seq_idx": index[None]}
     given |= {"position_ids": position_ids, "attention_mask": None, "use_cache": False}
     hidden: torch.Tensor = decoder(input_ids=row, **given).last_hidden_state[0]
-    return hidden
+    return hidden if shared is None else hidden.index_select(0, shared.place)
 
 
 def _leak(
@@ -254,6 +259,28 @@ def _leak(
     if not all(_close(*pair) for pair in zip(parts, alone, strict=True)):
         return "a packed sequence has other hidden states than alone"
     return None
+
+
+@torch.no_grad()
+def _shares(decoder: Any, rows: list[torch.Tensor]) -> bool:
+    """Whether a row that has a common beginning once gives what its sequences give alone."""
+    if decoder.config._attn_implementation != SEQUENCES:
+        return False
+    prompt, device = rows[0][:, :5], rows[0].device
+    rows = [rows[0], *(torch.cat([prompt, row], 1) for row in (rows[1][:, :4], rows[2]))]
+    lengths = torch.tensor([row.shape[1] for row in rows])
+    places = torch.cat([torch.arange(n) for n in lengths.tolist()])
+    bounds = torch.tensor([0, *lengths.cumsum(0).tolist()], dtype=torch.int32, device=device)
+    sequence = torch.arange(3).repeat_interleave(lengths)
+    shared = Shared.of(sequence, places, torch.zeros(3, dtype=torch.int64), torch.full((3,), 5))
+    assert shared is not None
+    given = (bounds, lengths.tolist(), shared.to(device))
+    try:
+        whole, places = torch.cat(rows, 1), places[None].to(device)
+        parts = packed_rows(decoder, whole, places, Packing(), *given).split(lengths.tolist())
+        return all(_close(x, plain_row(decoder, row)) for x, row in zip(parts, rows, strict=True))
+    except Exception:  # any model's code, and any reason of it not to take such a row
+        return False
 
 
 def _close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:

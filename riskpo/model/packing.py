@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from riskpo.model.attention import Shared
 from riskpo.model.isolation import packed_rows, packing_of, plain_row
 from riskpo.model.vision import Inputs, vision_hidden_states
 from riskpo.types import Rollouts, Support
@@ -38,6 +39,7 @@ class Packed:
     lengths: list[int]  # [S] the same on the CPU
     prompt_tokens: torch.Tensor  # [S] response tokens of all the rollouts of the same question
     support: Support | None = None  # (ids, offsets [T + 1]) of the words each target was drawn from
+    shared: Shared | None = None  # if much of it is prompts that were there before
     beside: Inputs = field(default_factory=dict)  # of a prompt with pictures; S is then 1
 
 
@@ -74,16 +76,21 @@ def pack(rollouts: Rollouts, rows: Sequence[int], device: torch.device) -> Packe
     sequence = torch.arange(len(rows)).repeat_interleave(size)
     position = torch.arange(sum(lengths)) - (ends - size)[sequence]
     at = torch.arange(sum(lengths)) + sequence  # in `whole`, which has one token more of each row
-    prompt = torch.tensor([rollouts.prompt_len[row] for row in rows])[sequence]
+    prompt = torch.tensor([rollouts.prompt_len[row] for row in rows])
+    read: dict[tuple[int, ...], int] = {}
+    prompts = (rollouts.tokens[row][: rollouts.prompt_len[row]].tolist() for row in rows)
+    first = torch.tensor([read.setdefault(tuple(x), i) for i, x in enumerate(prompts)])
+    shared = Shared.of(sequence, position, first, prompt)
     return Packed(
         list(rows),
         whole[at][None].to(device),
         position[None].to(device),
-        whole[at + 1].masked_fill(position < prompt - 1, IGNORE).to(device),
+        whole[at + 1].masked_fill(position < prompt[sequence] - 1, IGNORE).to(device),
         torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device),
         lengths,
         torch.tensor([of_question[name] for name in names], device=device),
         packed_support(rollouts, rows, device),
+        shared and shared.to(device),
         rollouts.inputs.get(names[0], {}),
     )
 
@@ -110,9 +117,8 @@ def hidden_states(model: Any, batch: Packed) -> torch.Tensor:
     if packing.reason is not None:
         rows = batch.input_ids.split(batch.lengths, dim=1)
         return torch.cat([plain_row(decoder, row) for row in rows])
-    return packed_rows(
-        decoder, batch.input_ids, batch.position_ids, packing, batch.cu_seqlens, batch.lengths
-    )
+    given = (packing, batch.cu_seqlens, batch.lengths, batch.shared if packing.shares else None)
+    return packed_rows(decoder, batch.input_ids, batch.position_ids, *given)
 
 
 def denominator(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 
@@ -56,9 +57,15 @@ def draw(
         return rng.sample(list(questions), count)
     per_epoch = len(questions) // count
     epoch, place = divmod(step - 1, per_epoch)
-    order = list(range(len(questions)))
-    random.Random(f"{seed}/{epoch}").shuffle(order)
+    order = _order(len(questions), seed, epoch)
     return [questions[i] for i in order[place * count : (place + 1) * count]]
+
+
+@lru_cache(maxsize=1)  # an epoch has many steps
+def _order(count: int, seed: int, epoch: int) -> list[int]:
+    order = list(range(count))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return order
 
 
 def collect(

@@ -142,7 +142,7 @@ def packed_or_idle(rollouts: Rollouts, part: list[int], device: torch.device) ->
 
 def by_row(part: list[int], batch: Packed, logprob: torch.Tensor) -> ByRow:
     """logprob [T] cut by rollout; an idle batch has a piece and no row."""
-    return dict(zip(part, logprob.detach().split(batch.lengths), strict=False))
+    return dict(zip(part, logprob.split(batch.lengths), strict=False))
 
 
 def end_to_end(known: ByRow, part: list[int]) -> torch.Tensor | None:
@@ -207,7 +207,7 @@ def surrogate(
         mean = apart.detach() / result.stats["tokens"].clamp(min=1)
         stats = result.stats | {"divergence": mean}
         result = SurrogateLoss(result.loss + apart / share, stats)
-    return result, token.logprob
+    return result, token.logprob.detach()
 
 
 @torch.no_grad()

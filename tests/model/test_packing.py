@@ -91,6 +91,30 @@ def test_sequences_of_one_length_share_a_call(window, monkeypatch):
     assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("deaf", [False, True])
+def test_a_prompt_is_computed_once(deaf):
+    """Of neighbours or not; but not where the attention would not know. Few repeats stay as is."""
+
+    def without(*given, shared_prompts=None, **options):
+        return attention.by_sequence(*given, **options)
+
+    attention.AttentionInterface.register(SEQUENCES, without if deaf else attention.by_sequence)
+    try:
+        model, rollouts, read = model_of("mistral-window"), random_rollouts(14), []
+        ours = packed(model, rollouts)
+        model.model.embed_tokens.register_forward_hook(lambda _, x, y: read.append(x[0].numel()))
+        some = ([16, 8, 17, 9], [12, 13, 14])
+        for rows in some:
+            batch = pack(rollouts, rows, CPU)
+            for x, row in zip(hidden_states(model, batch).split(batch.lengths), rows, strict=True):
+                torch.testing.assert_close(x, ours[row], rtol=0, atol=1e-5)
+    finally:
+        attention.AttentionInterface.register(SEQUENCES, attention.by_sequence)
+    whole = [sum(len(rollouts.tokens[row]) - 1 for row in rows) for rows in some]
+    saved = 0 if deaf else rollouts.prompt_len[16] + rollouts.prompt_len[8]
+    assert read == [whole[0] - saved, whole[1]]
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_nothing_leaks_into_other_sequences(name):
     """Other tokens in one sequence: every other sequence keeps its values bit for bit."""

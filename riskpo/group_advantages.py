@@ -31,9 +31,12 @@ class Advantage(Protocol):
         prior: Sequence[float] | None = None,
     ) -> tuple[torch.Tensor, dict[str, float]]: ...
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """By default nothing: every step stands alone."""
+        return None
 
 
 def check_responses(what: str, responses: int) -> None:
@@ -86,7 +89,7 @@ def risk_seeking(r: torch.Tensor) -> torch.Tensor:
     return minus_mean(e) / (RS_BETA * e.mean(1, keepdim=True))
 
 
-class GroupAdvantage:
+class GroupAdvantage(Advantage):
     """A formula over the G rewards of each question, [Q, G] -> [Q, G], in float64."""
 
     def __init__(self, formula: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -104,12 +107,6 @@ class GroupAdvantage:
         check_responses("the advantage of a group", rewards_QG.shape[1])
         advantage = self.formula(rewards_QG.double()).to(rewards.dtype).flatten()
         return advantage, {"zero_advantage_fraction": float((advantage == 0).float().mean())}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to restore: every step stands alone."""
 
 
 class NoAdvantage(GroupAdvantage):

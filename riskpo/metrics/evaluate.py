@@ -97,8 +97,7 @@ def evaluate(
 ) -> EvalResult:
     """Summarise Q * n responses and their verdicts, question-major.
 
-    samples   n, responses per question
-    ks        the k of pass@k and maj@k, each at most `samples`
+    ks        the k of pass@k and maj@k, each at most `samples`, which is n
     settings  carried into the result; its seed also seeds the bootstrap
     vote      (text, question) -> the answer that maj@k counts; without it there is no maj@k
 
@@ -120,8 +119,7 @@ def evaluate(
             f"evaluate: got {len(texts)} texts; expected {len(ids)} questions x {samples} samples "
             f"= {len(ids) * samples}. Give them question by question."
         )
-    rewards = torch.tensor([v.reward for v in verdicts])  # float32, as the trainer has them
-    table = rewards.double().reshape(len(ids), samples)  # [Q, n]
+    table = torch.tensor([v.reward for v in verdicts]).double().reshape(len(ids), samples)  # [Q, n]
     right = table > 0
     values = {f"avg@{samples}": table.mean(1)}
     values |= {f"pass@{k}": torch.as_tensor(pass_at_k(samples, right.sum(1), k)) for k in ks}
@@ -129,9 +127,8 @@ def evaluate(
         votes = [vote(text, questions[i // samples]) for i, text in enumerate(texts)]
         per_question = (votes[i : i + samples] for i in range(0, len(votes), samples))
         sizes = [group_sizes(*x) for x in zip(per_question, right.tolist(), strict=True)]
-        for k in ks:
-            each = [maj_at_k(*s, k) for s in sizes]
-            values[f"maj@{k}"] = torch.tensor(each, dtype=torch.float64)
+        found = {f"maj@{k}": [maj_at_k(*s, k) for s in sizes] for k in ks}
+        values |= {name: torch.tensor(x, dtype=torch.float64) for name, x in found.items()}
     estimates = {name: _estimate(v, settings.seed) for name, v in values.items()}
     return EvalResult(
         avg=estimates[f"avg@{samples}"],

@@ -18,6 +18,8 @@ MEAN_OVER = {
     "zero_coefficient_fraction": "tokens",
     "entropy": "tokens",
     "divergence": "tokens",  # with a teacher
+    "loss": "steps",  # of the optimiser
+    "grad_norm": "steps",
 }
 
 

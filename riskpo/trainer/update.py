@@ -56,25 +56,22 @@ def update(
     config: RunConfig,
     teacher: Teacher | None = None,
 ) -> dict[str, float]:
-    """Take config.updates_per_step optimiser steps on one batch of rollouts.
+    """Take config.updates_per_step optimiser steps on one batch of rollouts; returns numbers to log.
 
-    advantage [R], detached. Returns numbers to log. Mini-batches are whole questions, in order.
-
-    The first update is on-policy: the old log-probs are the detached new ones, so every ratio is
-    exactly 1. Later updates need one more forward pass over their rows before the first step, which
-    gives the trainer's old log-probs; a sampler correction needs it over all rows. A teacher adds
-    the divergence from it, a mean over the response tokens. skipped_responses have a zero gradient;
-    the update and its numbers leave them out.
+    advantage [R], detached. Mini-batches are whole questions, in order. The first update is
+    on-policy: the old log-probs are the detached new ones, so every ratio is exactly 1. For later
+    updates a forward pass over their rows gives the old log-probs before the first step; a sampler
+    correction needs it over all rows. A teacher adds its divergence, a mean over the response
+    tokens. skipped_responses have no gradient and are in no other number.
     """
     model, ranks, updates = parallel.model, parallel.ranks, config.updates_per_step
-    device = next(model.parameters()).device
-    advantage = advantage.to(device, torch.float32)
+    advantage = advantage.to(next(model.parameters()).device, torch.float32)
     train_without_dropout(model)
     batches = mini_batches(rollouts, updates)
     skip = config.memory.skip_zero_advantage and not (config.entropy_coef or teacher)
     live = advantage.ne(0).tolist() if skip else None
     cuts = [share_of(rollouts, rows, config.micro_batch_tokens, ranks, live) for rows in batches]
-    totals, steps, own = Totals(), [], ByRow()
+    totals, own = Totals(), ByRow()
     warn_of_missing(rollouts, config.sampler)
     corrects = config.sampler.correction != "none"
     old = recompute(parallel, head, rollouts, sum(cuts if corrects else cuts[1:], []), config)
@@ -82,9 +79,9 @@ def update(
     for turn, (rows, parts) in enumerate(zip(batches, cuts, strict=True)):
         # Gradients are averaged over the ranks, so that each divides by its part of the whole.
         share = denominator(rollouts, rows, loss.aggregate, loss.constant) / ranks.size
-        total = torch.zeros((), device=device)
+        total = advantage.new_zeros(())
         for i, part in enumerate(parts):
-            batch = packed_or_idle(rollouts, part, device)
+            batch = packed_or_idle(rollouts, part, advantage.device)
             before, weight = end_to_end(old if turn else {}, part), end_to_end(weights, part)
             given = (batch, before, weight, advantage[part or [0]], loss, config, share, teacher)
             with parallel.accumulating(last=i == len(parts) - 1):
@@ -99,13 +96,11 @@ def update(
         if not taken:
             told = "update skipped: loss %s, gradient norm %s; %d skipped so far"
             log.warning(told, float(total), norm, optimizer.skipped)
-        steps.append((float(total), norm))
+        totals.add({"steps": 1.0, "loss": float(total), "grad_norm": norm}, {})
     model.eval()
     correction_weights(own, rollouts, config.sampler, totals)
     totals.gather(ranks)
-    mean_loss, mean_norm = (sum(x) / len(steps) for x in zip(*steps, strict=True))
-    numbers = loss_numbers(totals) | {"loss": mean_loss, "grad_norm": mean_norm}
-    numbers |= mismatch_numbers(totals, config.sampler)
+    numbers = loss_numbers(totals) | mismatch_numbers(totals, config.sampler)
     warn_of_mismatch(model, numbers["sampler_kl"])
     return numbers | {
         "skipped_updates": float(optimizer.skipped),

@@ -56,7 +56,7 @@ def update(
     config: RunConfig,
     teacher: Teacher | None = None,
 ) -> dict[str, float]:
-    """Take config.updates_per_step optimiser steps on one batch of rollouts; returns numbers to log.
+    """Take config.updates_per_step optimiser steps on a batch of rollouts; returns numbers to log.
 
     advantage [R], detached. Mini-batches are whole questions, in order. The first update is
     on-policy: the old log-probs are the detached new ones, so every ratio is exactly 1. For later

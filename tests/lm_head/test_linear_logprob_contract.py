@@ -91,14 +91,19 @@ def test_layouts_of_hidden(backend, device):
     assert torch.equal(linear_logprob(h, w, ids, **options).logprob, want)
 
 
-def recorded_zeros(monkeypatch):
-    """The sizes of all buffers made by torch.zeros and zeros_like from now on."""
-    made, real, like = [], torch.zeros, torch.zeros_like
-    monkeypatch.setattr(
-        torch,
-        "zeros",
-        lambda *a, **k: made.append(a if isinstance(a[0], int) else tuple(a[0])) or real(*a, **k),
-    )
+def recorded_buffers(monkeypatch):
+    """The sizes of all buffers made by torch.zeros, empty and zeros_like from now on."""
+    made, like = [], torch.zeros_like
+
+    def recorded(real):
+        def make(*a, **k):
+            made.append(a if isinstance(a[0], int) else tuple(a[0]))
+            return real(*a, **k)
+
+        return make
+
+    for name in ("zeros", "empty"):
+        monkeypatch.setattr(torch, name, recorded(getattr(torch, name)))
     monkeypatch.setattr(
         torch, "zeros_like", lambda x, **k: made.append(tuple(x.shape)) or like(x, **k)
     )
@@ -114,7 +119,7 @@ def test_gradients_only_where_required(backend, device, monkeypatch):
         hh.requires_grad_(frozen == "weight")
         ww.requires_grad_(frozen == "hidden")
         bias = b.clone().requires_grad_(frozen == "both")
-        made = recorded_zeros(monkeypatch)
+        made = recorded_buffers(monkeypatch)
         linear_logprob(hh, ww, target, bias=bias, backend=backend).logprob.sum().backward()
         monkeypatch.undo()
         assert (hh.grad is None) == (frozen != "weight")

@@ -14,11 +14,13 @@ from riskpo.trainer.optimizer import Optimizer
 from riskpo.trainer.parallel import ParallelModel
 from riskpo.trainer.rollout_correction import (
     correction_weight,
+    correction_weights,
     count_mismatch,
     mismatch_numbers,
 )
 from riskpo.trainer.totals import Totals
 from riskpo.trainer.update import recompute, update
+from riskpo.types import Rollouts
 from riskpo_kernels.causal_lm import find_head
 from tests.toy import random_rollouts, tiny_policy
 
@@ -57,6 +59,18 @@ E, ROOT = math.e, math.exp(-0.5)
 def test_weights_by_hand(correction, expected):
     weight = correction_weight(correction, TRAINER, SAMPLER)
     torch.testing.assert_close(weight, torch.tensor(expected))
+
+
+def test_weights_stand_at_their_tokens():
+    """Three response tokens after a prompt of three, whose last two inputs have no weight."""
+    rollouts = Rollouts(prompt_len=[3], logprob=[SAMPLER])
+    trainer = {0: torch.cat([torch.zeros(2), TRAINER])}
+    for level, weights in (("token", [2.0, 1.0, ROOT]), ("sequence", [math.exp(0.5)] * 3)):
+        totals = Totals()
+        found = correction_weights(trainer, rollouts, correcting("tis", level), totals)
+        assert found[0].tolist() == pytest.approx([1.0, 1.0, *weights])
+        assert totals.sums["gap_tokens"] == 3
+    assert correction_weights(trainer, rollouts, correcting(), totals) == {}
 
 
 def test_an_impossible_token_stays_finite():

@@ -92,8 +92,8 @@ def register(
 
     operator = getattr(getattr(torch.ops, NAMESPACE), own).default
     if backward is not None and setup_context is not None:
-        differentiable = _differentiable(operator, setup_context, _once(name, backward))
-        _library.impl(own, differentiable, "Autograd", with_keyset=True)
+        autograd = _differentiable(operator, setup_context, _once(name, backward))
+        _library.impl(own, autograd, "Autograd", with_keyset=True)
     return operator
 
 
@@ -192,32 +192,10 @@ def differentiable(
     """
     own = _positional(forward)[:-1]
     n, kept = len(own), results - (unsaved is not None)
+    below = _backward_operator(name, backward, own, kept, options, sent, gradients)
 
     def flat(kernel: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *given: kernel(*given[:n], options(*given[n:]))
-
-    def flat_backward(needs: list[bool], *given: Any) -> tuple[torch.Tensor, ...]:
-        upstream, tensors = given[:sent], given[sent : sent + n]
-        found, words = given[sent + n : sent + n + kept], given[sent + n + kept :]
-        made = backward(needs, upstream, tensors, found, options(*words))
-        return tuple(tensors[0].new_empty(0) if x is None else x for x in made)
-
-    def flat_fake(needs: list[bool], *given: Any) -> tuple[torch.Tensor, ...]:
-        tensors = given[sent : sent + gradients]
-        none = tensors[0].new_empty(0)
-        wanted = (none if x is None or not y else x for x, y in zip(tensors, needs, strict=True))
-        return tuple(x.new_empty(x.shape) for x in wanted)
-
-    upstream = [_argument(f"upstream_{i}", "torch.Tensor | None") for i in range(sent)]
-    found = [_argument(f"found_{i}", "torch.Tensor") for i in range(kept)]
-    given = [_argument("needs", "list[bool]"), *upstream, *own, *found]
-    below = register(
-        f"{name}_backward",
-        _schema(given, options, gradients),
-        flat_backward,
-        fake=flat_fake,
-        under=exact_products,
-    )
 
     def through(ctx: Any, *upstream: Any) -> tuple[torch.Tensor | None, ...]:
         needs, nothing = list(ctx.needs_input_grad[:gradients]), (None,) * len(ctx.needs_input_grad)
@@ -242,6 +220,43 @@ def differentiable(
 
     call.operator, call.backward = operator, below  # type: ignore[attr-defined]
     return call
+
+
+def _backward_operator(
+    name: str,
+    backward: Callable[..., Any],
+    own: list[inspect.Parameter],
+    kept: int,
+    options: type,
+    sent: int,
+    gradients: int,
+) -> Callable[..., Any]:
+    """The operator behind the backward of `differentiable`: (needs, `sent` upstream gradients, the
+    tensors `own`, `kept` results, words) -> `gradients` tensors, empty where none is needed."""
+    n = len(own)
+
+    def flat_backward(needs: list[bool], *given: Any) -> tuple[torch.Tensor, ...]:
+        upstream, tensors = given[:sent], given[sent : sent + n]
+        found, words = given[sent + n : sent + n + kept], given[sent + n + kept :]
+        made = backward(needs, upstream, tensors, found, options(*words))
+        return tuple(tensors[0].new_empty(0) if x is None else x for x in made)
+
+    def flat_fake(needs: list[bool], *given: Any) -> tuple[torch.Tensor, ...]:
+        tensors = given[sent : sent + gradients]
+        none = tensors[0].new_empty(0)
+        wanted = (none if x is None or not y else x for x, y in zip(tensors, needs, strict=True))
+        return tuple(x.new_empty(x.shape) for x in wanted)
+
+    upstream = [_argument(f"upstream_{i}", "torch.Tensor | None") for i in range(sent)]
+    found = [_argument(f"found_{i}", "torch.Tensor") for i in range(kept)]
+    given = [_argument("needs", "list[bool]"), *upstream, *own, *found]
+    return register(
+        f"{name}_backward",
+        _schema(given, options, gradients),
+        flat_backward,
+        fake=flat_fake,
+        under=exact_products,
+    )
 
 
 class _Refused(torch.autograd.Function):

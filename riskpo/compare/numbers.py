@@ -56,7 +56,8 @@ def by_step(
         for record in records:
             numbers = {prefix + k: v for k, v in record.items() if k not in ("kind", "step")}
             rows.setdefault(record["step"], {}).update(numbers)
-    run = pd.DataFrame.from_dict(rows, orient="index", dtype=float).sort_index()
+    run = pd.DataFrame.from_dict(rows, orient="index", dtype=float)
+    run = run.reindex(sorted(rows))  # pandas 2 drops a step without a number
     if "cov_mean" in run and "cov_mvar" in run:
         run["cov_gap"] = run["cov_mean"] - run["cov_mvar"]
     if "grad_norm" in run and max_grad_norm is not None:

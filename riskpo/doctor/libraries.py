@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch.nn import functional
 
 from riskpo.doctor.packages import attribute
 from riskpo.doctor.problem import Problem, Results, clipped_mean, leaves, plain, results
@@ -60,10 +59,9 @@ def plain_op(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor, temperature: flo
 def torch_op(
     h: torch.Tensor, w: torch.Tensor, t: torch.Tensor, temperature: float, entropy: bool = True
 ) -> Found:
-    options = torch.nn.LinearCrossEntropyOptions()  # without them it makes all logits
-    flat = functional.linear_cross_entropy(
-        h.flatten(0, -2), w, t.flatten(), reduction="none", options=options
-    )
+    options = attribute("torch.nn", "LinearCrossEntropyOptions")  # without them it makes all logits
+    op = attribute("torch.nn.functional", "linear_cross_entropy")
+    flat = op(h.flatten(0, -2), w, t.flatten(), reduction="none", options=options())
     return -flat.view(t.shape), None
 
 

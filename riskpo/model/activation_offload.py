@@ -3,7 +3,8 @@
 torch's checkpoint saves one tensor per layer, its input [1, T, D]. That tensor is copied to pinned
 CPU memory, on its own stream, while the layer computes, and copied back during the backward of the
 layer above. At most IN_FLIGHT copies to the CPU are under way at a time. The device thus holds
-IN_FLIGHT + 2 layer inputs, whatever the number of layers.
+IN_FLIGHT + 2 layer inputs, whatever the number of layers. Beside the input, torch 2.11 saves an
+empty tensor, which stays where it is.
 
 Pinned buffers come from torch's caching host allocator, which rounds each up to a power of two.
 """
@@ -86,7 +87,9 @@ class CpuCheckpoints:
         with saved_tensors_hooks(self._park, self._fetch):
             return checkpoint(function, *inputs, use_reentrant=False, **options)
 
-    def _park(self, tensor: torch.Tensor) -> _Parked:
+    def _park(self, tensor: torch.Tensor) -> _Parked | torch.Tensor:
+        if not tensor.numel():
+            return tensor
         while len(self._leaving) >= IN_FLIGHT:
             self.transfers.wait(self._leaving.popleft()[1])
         on_cpu, ticket = self.transfers.out(tensor)
@@ -95,7 +98,9 @@ class CpuCheckpoints:
         self._last = weakref.ref(parked)
         return parked
 
-    def _fetch(self, parked: _Parked) -> torch.Tensor:
+    def _fetch(self, parked: _Parked | torch.Tensor) -> torch.Tensor:
+        if isinstance(parked, torch.Tensor):
+            return parked
         while self._leaving:
             self.transfers.wait(self._leaving.popleft()[1])
         self._last = None  # a forward that comes after this backward is another graph

@@ -28,10 +28,11 @@ from typing import NamedTuple
 
 from riskpo_kernels.core.matmul import BACKWARD_TILE, plan_tiles
 from riskpo_kernels.core.softmax import BLOCK
+from riskpo_kernels.kernels.sparse_blocks import tile_rows
 from riskpo_kernels.lm_head.backward import all_rows_at_once
 
 GEMM_SHARE, MEMORY_SHARE = 0.80, 0.90  # 790 TFLOP/s and 4.3 TB/s were seen on an H200 by others
-GATHER_SHARE = 0.5  # of a dense product's rate: an assumption
+GATHER_SHARE = 0.5  # of a dense product's rate, in tiles of 128 rows: an assumption
 ISSUE_SHARE = 0.75  # an assumption
 LAUNCH_US = 3.0
 LANES = 128  # instructions that the four schedulers of a multiprocessor issue in a cycle
@@ -74,9 +75,11 @@ class Call:
     entropy: bool = True
     memory_mib: float = 300.0
 
-    def products(self, units: float, *, gathered: bool = False) -> float:
-        """units: of N V D multiply-adds."""
-        rate = self.gpu.tflops * GEMM_SHARE * (GATHER_SHARE if gathered else 1.0)
+    def products(self, units: float, *, gathered: int = 0) -> float:
+        """units: of N V D multiply-adds; gathered: rows of a tile whose rows are gathered."""
+        rate = self.gpu.tflops * GEMM_SHARE
+        if gathered:  # a tile loads its rows and a block's columns, for the product of the two
+            rate *= GATHER_SHARE * 2 * gathered / (gathered + BLOCK)
         return 2 * units * self.n * self.v * self.d / rate * 1e-9
 
     def bytes(self, count: float) -> float:
@@ -114,33 +117,36 @@ def ours_forward(c: Call) -> Parts:
 
 
 def padded(c: Call) -> float:
-    """Rows of tiles per active pair, in the better of tiles of 128 and of 64 rows. Pairs per block
-    fall as one over the block's rank (Zipf), none above N; a block that has any has a tile more
-    than it fills, by half a tile on average."""
-    return _padded(c.n, -(-c.v // BLOCK), c.share)
+    """Rows of tiles of `ours_sparse` per active pair. Pairs per block fall as one over the block's
+    rank (Zipf), none above N; a block that has any has a tile more than it fills, by half a tile on
+    average."""
+    return _padded(c.n, -(-c.v // BLOCK), c.share, rows_of(c))
+
+
+def rows_of(c: Call) -> int:
+    return tile_rows(c.n, False, False)
 
 
 @functools.lru_cache
-def _padded(n: int, blocks: int, share: float) -> float:
+def _padded(n: int, blocks: int, share: float, rows: int) -> float:
     pairs, low, high = share * n * blocks, 0.0, float(n * blocks)
     for _ in range(40):  # the first block's pairs, such that the sum is right
         first = (low + high) / 2
         counts = [min(n, first / rank) for rank in range(1, blocks + 1)]
         low, high = (first, high) if sum(counts) < pairs else (low, first)
 
-    def tiles(x: float, rows: int) -> float:
+    def tiles(x: float) -> float:
         return -math.expm1(-x) * max(1.0, x / rows + 0.5)
 
-    total = max(sum(counts), 1e-9)
-    return min(sum(rows * tiles(x, rows) for x in counts) / total for rows in (128, 64))
+    return sum(rows * tiles(x) for x in counts) / max(sum(counts), 1e-9)
 
 
 def ours_sparse(c: Call) -> Parts:
     """dz, dH and dW of the active pairs: three gathered products, their loads beside them, float32
     sums of dH and dW."""
-    pairs = c.share * c.n * c.v / BLOCK * padded(c)
-    moved = pairs * (12 * c.d + 6 * BLOCK)
-    products = c.products(3 * c.share * padded(c), gathered=True)
+    pairs = c.share * c.n * c.v / BLOCK
+    moved = pairs * (12 * c.d + 6 * BLOCK * padded(c))  # nothing is loaded where a tile has no row
+    products = c.products(3 * c.share * padded(c), gathered=rows_of(c))
     sums = c.bytes(10 * (c.v + c.n) * c.d)
     return {
         "active pairs": products + c.bytes(moved),

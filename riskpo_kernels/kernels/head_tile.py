@@ -14,15 +14,16 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from riskpo_kernels.kernels import Configuration, capability_of, configuration
+from riskpo_kernels.kernels import Configuration, at_most, capability_of, configuration
 
 GROUP = 16
 
 
 class Tile(NamedTuple):
     """One variant of the kernel: rows, columns and depth of a tile, how it is launched, whether it
-    loads through TMA, and where it is launched, as 10 x compute capability (empty: wherever no
-    other is)."""
+    loads through TMA, where it is launched, as 10 x compute capability (empty: wherever no other
+    is), and what bounds its registers: left alone, ptxas squeezes some into 128, for a second
+    program on the multiprocessor that never comes, and spills."""
 
     rows: int
     columns: int
@@ -31,6 +32,7 @@ class Tile(NamedTuple):
     stages: int
     tma: bool
     archs: tuple[int, ...] = ()
+    registers: int | None = None
 
 
 # The launcher, the compile gate and the benchmarks read this table. A wider tile that spills on an
@@ -39,7 +41,7 @@ FORWARDS = {
     "hopper": Tile(128, 256, 64, 8, 4, True, (90,)),
     "blackwell": Tile(128, 128, 64, 8, 3, True, (100, 103)),
     "ampere": Tile(128, 128, 32, 8, 4, False, (80,)),
-    "pointers": Tile(64, 128, 32, 8, 4, False),
+    "pointers": Tile(64, 128, 32, 8, 4, False, registers=168),
 }
 
 
@@ -109,7 +111,8 @@ def operands_of(
     given |= dict(p_hidden=p_hidden, p_weight=p_weight)
     given |= dict(stride_h=hidden.stride(0), stride_w=weight.stride(0), TMA=tile.tma, GROUP=GROUP)
     given |= dict(BM=tile.rows, BN=tile.columns, BK=tile.depth)
-    return tile, given | dict(num_warps=tile.warps, num_stages=tile.stages)
+    launch = dict(num_warps=tile.warps, num_stages=tile.stages) | at_most(tile.registers)
+    return tile, given | launch
 
 
 def _tma(x: torch.Tensor) -> bool:
@@ -143,5 +146,6 @@ def tile_configuration(
     given = given | dict.fromkeys(("d_hidden", "d_weight"), tile.tma)
     given |= dict.fromkeys(("p_hidden", "p_weight"), not tile.tma)
     name = f"{kind}-{variant}-dot{'-tma' if tile.tma else ''} {dtype} {title}"
-    made = configuration(name, kernel, types, given, flags, tile.warps, tile.stages)
+    options = {} if tile.registers is None else {"maxnreg": tile.registers}
+    made = configuration(name, kernel, types, given, flags, tile.warps, tile.stages, **options)
     return made._replace(archs=archs)

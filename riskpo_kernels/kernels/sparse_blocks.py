@@ -33,18 +33,21 @@ from riskpo_kernels.kernels.tl_math import logits_gradient, logits_of
 # 128 gathered rows x 128 columns: 64 accumulator registers a thread at 8 warps leave room for the
 # epilogue. BK is the depth of a step of product 1.
 BM, BK, WARPS, STAGES = 128, 64, 8, 3
+FEW_ROWS = 4096  # below it tiles of 128 are too empty: predicted by benchmarks/model.py
 LOWEST = tl.constexpr(FLOOR)
 
 
-def tile_rows(softcap: bool) -> int:
-    """Pairs of a tile: with a softcap's slopes beside the logits, 128 rows spill on sm_100."""
-    return BM // 2 if softcap else BM
+def tile_rows(rows: int, softcap: bool, deterministic: bool) -> int:
+    """Pairs of a tile, of so many rows in all: half as many where they would not fill it, but not
+    where a row's bits may not hang on how many come with it. With a softcap's slopes beside the
+    logits, 128 rows spill on sm_100."""
+    return BM // 2 if softcap or (rows < FEW_ROWS and not deterministic) else BM
 
 
-def register_limit(rows: int) -> int | None:
-    """at_most of products 1 and 2: left alone, ptxas squeezes half a tile into 128 registers or
-    fewer, for a second block on the multiprocessor, and spills."""
-    return 168 if rows < BM else None
+def register_limit(rows: int) -> int:
+    """at_most of products 1 and 2: left alone, ptxas squeezes some into 128 registers or fewer, for
+    a second block on the multiprocessor, and spills."""
+    return 168 if rows < BM else 240
 
 
 @triton.jit(do_not_specialize=["first_block", "n_blocks"])
@@ -108,20 +111,23 @@ def dz_kernel(
 
 def compile_configurations() -> list[Configuration]:
     """What can be launched, see kernels/__init__.py: each way to make a logit in bf16; the plainest
-    and the fullest in fp16."""
+    and the fullest in fp16, and in half a tile without a softcap."""
     configurations = []
     for dtype in ("bf16", "fp16"):
         # dbias is wanted of a head with a bias only
         biases = ((False, False), (True, False), (True, True))
-        others = itertools.product(*((False, True),) * 3)
-        for (bias, db), (softcap, per_row, g) in itertools.product(biases, others):
-            if dtype == "fp16" and not bias == db == softcap == per_row == g:
+        others = itertools.product(*((False, True),) * 3, (BM, BM // 2))
+        for (bias, db), (softcap, per_row, g, rows) in itertools.product(biases, others):
+            if softcap and rows == BM:
+                continue  # see tile_rows
+            fewest = bias == db == per_row == g
+            if not fewest and (dtype == "fp16" or (rows < BM and not softcap)):
                 continue
-            flags = {"BK": BK, "BM": tile_rows(softcap)}
+            flags = {"BK": BK, "BM": rows}
             given = {"p_bias": bias, "p_temperature": per_row, "p_slope": g}
             given |= {"p_sums": db, "inner": softcap}
             name = f"dz-dot {dtype} bias={bias:d} softcap={softcap:d} rows={per_row:d} g={g:d} "
-            name += f"db={db:d}"
+            name += f"db={db:d} BM={rows}"
             limit = register_limit(flags["BM"])
             configurations.append(
                 sparse_configuration(name, dz_kernel, dtype, {}, given, flags, limit)

@@ -54,7 +54,7 @@ def sparse_backward(
     head = _plain(head, products.dtype)
     # a half may hold a float32 piece of dH, an eighth the parts of dH, and after them of dW
     budget = int(o.memory_mib * 3 * 2**17)
-    bm = tile_rows(head.map.softcap is not None)
+    bm = tile_rows(head.n, head.map.softcap is not None, o.deterministic)
     pair_bytes = BLOCK * products.dtype.itemsize + 20  # dz; and the pair's place in the lists
     if o.deterministic:
         pair_bytes += 4 * BD + 40  # its part of dH, and the same lists in another order
@@ -102,7 +102,7 @@ def _one_group(
 ) -> None:
     """most: room for the pairs of each block; each: how many it has."""
     device, dtype = head.hidden.device, head.hidden.dtype
-    bm = tile_rows(head.map.softcap is not None)
+    bm = tile_rows(head.n, head.map.softcap is not None, o.deterministic)
     n_tiles = sum(-(-n // bm) for n in most[blocks])
     tiles_each = (each[blocks] + bm - 1) // bm
     starts, tiles = begins(each[blocks]), begins(tiles_each)

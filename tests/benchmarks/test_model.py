@@ -20,8 +20,10 @@ def test_parts_by_hand():
     assert c.gemm == pytest.approx(2 * 16384 * 151936 * 1536 / (989e12 * 0.8) * 1e3)
     assert c.bytes(4.32e9) == pytest.approx(1.0)
     assert c.passes(1.0) == pytest.approx(16384 * 151936 / (132 * 128 * 1.98e9 * 0.75) * 1e3)
-    assert 1.1 < model.padded(c) < 1.3 < model.padded(call(n=1024)) < 7
+    assert 1.4 < model.padded(c) < 1.6 < model.padded(call(n=1024)) < 7
     assert model.padded(call(share=1.0)) == pytest.approx(1.0, abs=0.01)
+    assert c.products(1, gathered=128) == pytest.approx(2 * c.gemm)
+    assert c.products(1, gathered=64) == pytest.approx(3 * c.gemm)
 
 
 def test_goals_that_are_predicted_to_be_met():

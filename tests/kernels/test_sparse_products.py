@@ -66,6 +66,33 @@ def test_divided_blocks_are_exact(options, bias, device, finest):
     assert finest and all(1 < n <= room for n in finest)
 
 
+@pytest.mark.parametrize("given", [{}, {"softcap": 5.0}, {"deterministic": True}], ids=str)
+@pytest.mark.parametrize("few", [0, 701])
+def test_tiles_of_both_heights(few, given, device, monkeypatch):
+    """64 rows in small batches and beside a softcap, else 128; a row's bits do not hang on N where
+    `deterministic` says so."""
+    from riskpo_kernels.kernels import sparse_blocks
+    from riskpo_kernels.lm_head import sparse_triton
+
+    heights, launch = set(), sparse_triton._launch_dz
+    monkeypatch.setattr(sparse_blocks, "FEW_ROWS", few)
+    monkeypatch.setattr(block_selection, "DENSE_SHARE", {"cuda": 2.0, "cpu": 2.0})
+    monkeypatch.setattr(
+        sparse_triton, "_launch_dz", lambda *x: (heights.add(x[2].shape[1]), launch(*x))
+    )
+    h, w, b, target = head(700, 300, 12, torch.float32, device)
+    tensors = {"hidden": h, "weight": w, "bias": b}
+    exact = {k: x.double() for k, x in tensors.items()}
+    capped = {k: x for k, x in given.items() if k == "softcap"}
+    assert_all_close_as_plain(
+        run(linear_logprob, tensors, target, tail_eps=1e-30, backend="triton", **given),
+        run(reference.linear_logprob, exact, target, **capped),
+        run(reference.linear_logprob, tensors, target, **capped),
+        factor=5,
+    )
+    assert heights == {64 if capped or (few and not given) else 128}
+
+
 @pytest.mark.parametrize("fewest", [1, 10**6])  # blocks divided, and whole
 def test_rows_in_pieces_add_up(fewest, device, finest, monkeypatch):
     """Rows that are many come in pieces: what one gives to dW and dbias is added to the others'."""

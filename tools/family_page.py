@@ -59,7 +59,8 @@ Image-text models on rows of text alone (`tests/model/test_image_text_families.p
 
 
 def settled(family: str) -> tuple[Any, Packing]:
-    """(the tiny model, how it is fed); its lengths are short, the decision is of default ones.
+    """(the tiny model, how it is fed), by the steps of a run; its lengths are short, the decision
+    is of default ones.
 
     ValueError where the trainer refuses it.
     """
@@ -67,7 +68,7 @@ def settled(family: str) -> tuple[Any, Packing]:
     packing = settle_attention(model, "auto")
     if has_lengths(family):
         model = build(family)
-        adopt_packing(model, "auto", packing)
+    adopt_packing(model, "auto", packing)
     return model, packing
 
 

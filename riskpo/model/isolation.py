@@ -20,7 +20,7 @@ import re
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -61,6 +61,7 @@ class Packing:
     reason: str | None = None
     own: bool = False  # packed by the model's own kernels, which want seq_idx as well
     shares: bool = False  # takes a packed row that has the prompts of its sequences once
+    chosen: bool = True  # with the attention of `choose`; else with the model's own
 
 
 _FOUND: weakref.WeakKeyDictionary[Any, tuple[str, Packing]] = weakref.WeakKeyDictionary()
@@ -85,16 +86,16 @@ def settle_attention(model: Any, requested: str) -> Packing:
     packing = _examine(model)
     if packing.reason is not None and requested == "auto" and _implementation(model) != before:
         model.set_attn_implementation(before)
-        packing = _examine(model)
+        packing = replace(_examine(model), chosen=False)
     return _found(model, packing)
 
 
 def adopt_packing(model: Any, requested: str, packing: Packing) -> None:
     """Use the result of a test before the weights moved, with the attention for their new device.
 
-    The result holds for every attention of riskpo/model/attention.py.
+    A result that holds for one attention of riskpo/model/attention.py holds for all of them.
     """
-    if requested != "auto" or packing.reason is None:
+    if packing.chosen:
         model.set_attn_implementation(choose(requested, model))
     _FOUND[model] = _implementation(model), packing
 

@@ -107,7 +107,8 @@ def test_packed_is_one_at_a_time(case):
     treated = "packed" if packing.reason is None else "one by one"
     assert not OF_THIS_VERSION or treated == PAGE[family][2]
     sequences = isolation._implementation(model) == isolation.SEQUENCES
-    assert packing.shares == (sequences and packing.reason is None)
+    can = sequences and packing.reason is None
+    assert packing.shares == can if OF_THIS_VERSION else packing.shares <= can
     train_without_dropout(model)
     if packing.reason is None:
         value, gradient = gaps(model, packing)

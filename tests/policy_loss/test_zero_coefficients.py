@@ -99,9 +99,9 @@ def products_of_forward(n, vocab, width, backend, device):
 
 
 def products_of_rows(n, vocab, width, way, backend):
-    """Multiply-adds of the backward of n rows; the kernels' tiles hold 128 pairs of a block."""
+    """Multiply-adds of the backward of n rows; the kernels' tiles hold 64 pairs of a block."""
     if way == "sparse" and backend == "triton":
-        n = -(-n // 128) * 128
+        n = -(-n // 64) * 64
     return 3 * n * vocab * width
 
 

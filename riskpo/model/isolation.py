@@ -93,11 +93,13 @@ def settle_attention(model: Any, requested: str) -> Packing:
 def adopt_packing(model: Any, requested: str, packing: Packing) -> None:
     """Use the result of a test before the weights moved, with the attention for their new device.
 
-    A result that holds for one attention of riskpo/model/attention.py holds for all of them.
+    A result that holds for one attention of riskpo/model/attention.py holds for all of them, but
+    only sequence attention takes shared prompts.
     """
     if packing.chosen:
         model.set_attn_implementation(choose(requested, model))
-    _FOUND[model] = _implementation(model), packing
+    name = _implementation(model)
+    _FOUND[model] = name, replace(packing, shares=packing.shares and name == SEQUENCES)
 
 
 def _found(model: Any, packing: Packing) -> Packing:

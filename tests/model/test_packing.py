@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from riskpo.demo import build_questions
-from riskpo.model import attention
+from riskpo.model import attention, isolation
 from riskpo.model.attention import SEQUENCES, VARLEN, choose, packed_keywords
 from riskpo.model.packing import hidden_states, pack
 from tests.toy import random_rollouts, sample, tiny_policy
@@ -296,3 +296,17 @@ def test_flash_gets_its_keywords():
     assert given["cu_seq_lens_q"] is batch.cu_seqlens
     assert given["max_length_k"] == max(batch.lengths)
     assert packed_keywords("sdpa", batch.cu_seqlens, batch.lengths) == {}
+
+
+def test_the_attention_of_another_device_is_given_no_shared_prompts(monkeypatch):
+    """A sharded model is tried on the CPU, and runs elsewhere with what is chosen there."""
+    model = tiny_policy().model.eval()
+    packing = isolation.settle_attention(model, "auto")
+    assert packing.shares
+    monkeypatch.setattr(isolation, "choose", lambda *_: "sdpa")
+    isolation.adopt_packing(model, "auto", packing)
+    rollouts, rows = random_rollouts(14), (0, 2, 16, 18)
+    batch = pack(rollouts, rows, torch.device("cpu"))
+    assert batch.shared is not None, "prompts that come twice"
+    alone = [isolation.plain_row(model.model, rollouts.tokens[i][None, :-1]) for i in rows]
+    torch.testing.assert_close(hidden_states(model, batch), torch.cat(alone))

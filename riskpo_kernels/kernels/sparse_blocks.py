@@ -120,15 +120,15 @@ def compile_configurations() -> list[Configuration]:
         for (bias, db), (softcap, per_row, g, rows) in itertools.product(biases, others):
             if softcap and rows == BM:
                 continue  # see tile_rows
-            fewest = bias == db == per_row == g
-            if not fewest and (dtype == "fp16" or (rows < BM and not softcap)):
+            extreme = bias == db == per_row == g
+            if not extreme and (dtype == "fp16" or (rows < BM and not softcap)):
                 continue
             flags = {"BK": BK, "BM": rows}
             given = {"p_bias": bias, "p_temperature": per_row, "p_slope": g}
             given |= {"p_sums": db, "inner": softcap}
             name = f"dz-dot {dtype} bias={bias:d} softcap={softcap:d} rows={per_row:d} g={g:d} "
             name += f"db={db:d} BM={rows}"
-            limit = register_limit(flags["BM"])
+            limit = register_limit(rows)
             configurations.append(
                 sparse_configuration(name, dz_kernel, dtype, {}, given, flags, limit)
             )

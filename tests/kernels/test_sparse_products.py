@@ -69,8 +69,7 @@ def test_divided_blocks_are_exact(options, bias, device, finest):
 @pytest.mark.parametrize("given", [{}, {"softcap": 5.0}, {"deterministic": True}], ids=str)
 @pytest.mark.parametrize("few", [0, 701])
 def test_tiles_of_both_heights(few, given, device, monkeypatch):
-    """64 rows in small batches and beside a softcap, else 128; a row's bits do not hang on N where
-    `deterministic` says so."""
+    """64 rows in small batches and beside a softcap, else 128; 128 for `deterministic` at any N."""
     from riskpo_kernels.kernels import sparse_blocks
     from riskpo_kernels.lm_head import sparse_triton
 

@@ -107,8 +107,9 @@ def _build_root(scratch_mib: int) -> None:
     kernel.mount("none", "/", "", kernel.MS_REC | kernel.MS_PRIVATE)
     flags = kernel.MS_NOSUID | kernel.MS_NODEV
     kernel.mount("tmpfs", "/tmp", "tmpfs", flags, "size=1m,mode=755")
-    os.mkdir("/tmp/old")  # on the tmpfs above, which this process alone sees
-    kernel.pivot_root("/tmp", "/tmp/old")
+    os.chdir("/tmp")  # the tmpfs above, which this process alone sees
+    os.mkdir("old")
+    kernel.pivot_root(".", "old")
     os.chdir("/")
     shown: list[str] = []
     for path, real in sources:
